@@ -1,0 +1,107 @@
+"""The policy: plain, validated, immutable data, and all that a firewall needs to know of a job.
+
+Nothing here reads a file, opens a socket or asks the kernel. A `Policy` that exists is valid: the
+launcher builds it from what the user said, the guard builds it again from what it was sent, and both
+get a `PolicyError` instead of an object when a field cannot be right.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Union
+
+from securerun.errors import PolicyError
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+FIRST_PORT = 1
+LAST_PORT = 65535
+
+# The run id stands in rule comments, file names and cgroup names, so it is hexadecimal and nothing else.
+_RUN_ID = re.compile(r"[0-9a-f]{12}")
+# include/uapi/linux/if.h: IFNAMSIZ is 16 with the closing NUL; dev_valid_name() forbids '/', ':' and space.
+_INTERFACE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
+_PURPOSE = re.compile(r"[\x20-\x7e]{1,80}")
+
+
+@dataclass(frozen=True, order=True)
+class PortRange:
+    """TCP ports `first` to `last`, both included, and what the job needs them for.
+
+    Raises PolicyError for a port outside 1-65535, crossed ends or an unprintable purpose.
+    """
+
+    first: int
+    last: int
+    purpose: str
+
+    def __post_init__(self) -> None:
+        for port in (self.first, self.last):
+            if not FIRST_PORT <= port <= LAST_PORT:
+                raise PolicyError(
+                    f"port {port} is outside {FIRST_PORT}-{LAST_PORT}; name a TCP port in that range"
+                )
+        if self.first > self.last:
+            raise PolicyError(
+                f"port range {self.first}-{self.last} is crossed; write {self.last}-{self.first}"
+            )
+        if not _PURPOSE.fullmatch(self.purpose):
+            raise PolicyError(f"purpose {self.purpose!r} of port {self.first} is not printable text")
+
+    def __contains__(self, port: int) -> bool:
+        return self.first <= port <= self.last
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who may open TCP connections to one job, and through what.
+
+    run_id: 12 hexadecimal digits, new for each run; names the run in rules, records and cgroups.
+    ports: the port plan, closed by the port chains even before anything listens.
+    peers: the networks that may connect, collapsed, IPv4 before IPv6; empty means no other host.
+    interfaces: the network interfaces that peers come in through; empty means any.
+    accept: port chains ACCEPT peers past the host's own rules instead of handing them back (RETURN).
+
+    Raises PolicyError for a field that cannot be right.
+    """
+
+    run_id: str
+    ports: tuple[PortRange, ...]
+    peers: tuple[Network, ...]
+    interfaces: tuple[str, ...] = ()
+    accept: bool = False
+
+    def __post_init__(self) -> None:
+        if not _RUN_ID.fullmatch(self.run_id):
+            raise PolicyError(f"run id {self.run_id!r} is not 12 hexadecimal digits")
+        for interface in self.interfaces:
+            if not _INTERFACE.fullmatch(interface) or interface in {".", ".."}:
+                raise PolicyError(f"{interface!r} is not the name of a network interface; see `ip link`")
+        if self.peers != collapse(self.peers):
+            raise PolicyError("the peers overlap or are not in order; collapse them first")
+
+
+def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
+    """The fewest networks that hold the same addresses, IPv4 before IPv6, each in ascending order.
+
+    IPv4 addresses written as IPv6 (::ffff:a.b.c.d, RFC 4291 2.5.5.2) become IPv4: that is what is on the wire.
+    """
+    v4: list[ipaddress.IPv4Network] = []
+    v6: list[ipaddress.IPv6Network] = []
+    for network in networks:
+        if isinstance(network, ipaddress.IPv4Network):
+            v4.append(network)
+            continue
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None and network.prefixlen >= 96:
+            v4.append(ipaddress.IPv4Network((mapped, network.prefixlen - 96)))
+        else:
+            v6.append(network)
+    return (*ipaddress.collapse_addresses(v4), *ipaddress.collapse_addresses(v6))
