@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Union
@@ -42,13 +43,9 @@ class PortRange:
     def __post_init__(self) -> None:
         for port in (self.first, self.last):
             if not FIRST_PORT <= port <= LAST_PORT:
-                raise PolicyError(
-                    f"port {port} is outside {FIRST_PORT}-{LAST_PORT}; name a TCP port in that range"
-                )
+                raise PolicyError(f"port {port} is outside {FIRST_PORT}-{LAST_PORT}; name a TCP port in that range")
         if self.first > self.last:
-            raise PolicyError(
-                f"port range {self.first}-{self.last} is crossed; write {self.last}-{self.first}"
-            )
+            raise PolicyError(f"port range {self.first}-{self.last} is crossed; write {self.last}-{self.first}")
         if not _PURPOSE.fullmatch(self.purpose):
             raise PolicyError(f"purpose {self.purpose!r} of port {self.first} is not printable text")
 
@@ -105,3 +102,21 @@ def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
         else:
             v6.append(network)
     return (*ipaddress.collapse_addresses(v4), *ipaddress.collapse_addresses(v6))
+
+
+@dataclass(frozen=True)
+class Denial:
+    """Somebody who was turned away: `packets` opening packets from `source` to TCP port `port` (0: unknown)."""
+
+    source: Address
+    port: int
+    packets: int
+
+
+def merged(*counts: Iterable[Denial]) -> tuple[Denial, ...]:
+    """One line a source and port from several layers' counts, most packets first."""
+    total: Counter[tuple[Address, int]] = Counter()
+    for denials in counts:
+        for denial in denials:
+            total[denial.source, denial.port] += denial.packets
+    return tuple(Denial(source, port, packets) for (source, port), packets in total.most_common())

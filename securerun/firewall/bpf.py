@@ -1,0 +1,635 @@
+"""The bpf(2) system call and a small assembler, as far as a program on a cgroup needs them.
+
+Nothing here knows what the programs are for. Numbers and layouts are those of include/uapi/linux/bpf.h;
+they are the same on every architecture. All descriptors that the kernel hands out here are close-on-exec.
+Errors are OSErrors that name the command, with the kernel's errno.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import errno
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar, Union
+
+# ---------------------------------------------------------------------------------------------------
+# The system call
+# ---------------------------------------------------------------------------------------------------
+
+# arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h
+_CALL_NUMBERS = {"x86_64": 321, "aarch64": 280}
+
+# include/linux/errno.h: internal to the kernel, yet it reaches user space from map operations.
+ENOTSUPP = 524
+
+# union bpf_attr grows with every kernel. Zeros after the known part are accepted by older kernels
+# (bpf_check_uarg_tail_zero), and newer ones write results behind the fields that we know of
+# (PROG_QUERY's revision), so every call gets a buffer with ample room.
+_ATTRIBUTES_SIZE = 256
+
+_OBJECT_NAME_SIZE = 16
+_ATTEMPTS = 5
+_LOG_SIZE = 1 << 20
+_LOG_LINES_AND_STATISTICS = 1 | 4
+
+_library = ctypes.CDLL(None, use_errno=True)
+
+
+class _Command(enum.IntEnum):
+    MAP_CREATE = 0
+    MAP_LOOKUP_ELEM = 1
+    MAP_UPDATE_ELEM = 2
+    MAP_DELETE_ELEM = 3
+    MAP_GET_NEXT_KEY = 4
+    PROG_LOAD = 5
+    PROG_ATTACH = 8
+    PROG_DETACH = 9
+    PROG_TEST_RUN = 10
+    PROG_GET_FD_BY_ID = 13
+    MAP_GET_FD_BY_ID = 14
+    OBJ_GET_INFO_BY_FD = 15
+    PROG_QUERY = 16
+    MAP_UPDATE_BATCH = 26
+
+
+class MapType(enum.IntEnum):
+    """enum bpf_map_type"""
+
+    HASH = 1
+    LRU_HASH = 9
+    LPM_TRIE = 11
+
+
+class AttachType(enum.IntEnum):
+    """enum bpf_attach_type"""
+
+    CGROUP_INET_INGRESS = 0
+    CGROUP_INET_EGRESS = 1
+
+
+class AttachFlags(enum.IntFlag):
+    """How a program on a cgroup and those on the cgroups below get along; no flag: none may be below."""
+
+    NONE = 0
+    ALLOW_OVERRIDE = 1
+    ALLOW_MULTI = 2
+
+
+_PROGRAM_TYPE_CGROUP_SKB = 8
+_MAP_FLAG_NO_PREALLOC = 1
+
+
+class VerifierError(OSError):
+    """A program was not loaded; `log` is what its verifier wrote, possibly nothing."""
+
+    def __init__(self, number: int, message: str, log: str) -> None:
+        super().__init__(number, message)
+        self.log = log
+
+
+def _system_call_number(machine: str) -> int:
+    if machine not in _CALL_NUMBERS:
+        raise OSError(errno.ENOSYS, f"bpf: the system call's number on {machine} is not known here")
+    return _CALL_NUMBERS[machine]
+
+
+def _describe_error(number: int) -> str:
+    return "not supported by this kernel" if number == ENOTSUPP else os.strerror(number)
+
+
+def _call(command: _Command, attributes: bytes) -> tuple[int, bytes]:
+    """The call's result and the attributes as the kernel left them. Raises OSError."""
+    buffer = ctypes.create_string_buffer(attributes, _ATTRIBUTES_SIZE)
+    result = _library.syscall(
+        ctypes.c_long(_system_call_number(os.uname().machine)),
+        ctypes.c_int(command),
+        buffer,
+        ctypes.c_uint(_ATTRIBUTES_SIZE),
+    )
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"bpf {command.name}: {_describe_error(number)}")
+    return result, buffer.raw
+
+
+def _address(buffer: ctypes.Array[ctypes.c_char] | None) -> int:
+    return 0 if buffer is None else ctypes.addressof(buffer)
+
+
+def _copy(content: bytes) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(content, len(content))
+
+
+def _object_name(name: str) -> bytes:
+    encoded = name.encode("ascii")
+    if len(encoded) >= _OBJECT_NAME_SIZE:
+        raise ValueError(f"{name!r} is longer than the {_OBJECT_NAME_SIZE - 1} characters of an object's name")
+    return encoded
+
+
+def _information(descriptor: int, content: bytes) -> bytes:
+    """What BPF_OBJ_GET_INFO_BY_FD makes of `content`, a bpf_map_info or bpf_prog_info."""
+    buffer = _copy(content)
+    _call(_Command.OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", descriptor, len(content), _address(buffer)))
+    return buffer.raw
+
+
+_Own = TypeVar("_Own", bound="_Descriptor")
+
+
+class _Descriptor:
+    """Owns a file descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        """The descriptor; -1 after close()."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Closes the descriptor. What it stood for lives on where something else holds it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self: _Own) -> _Own:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Maps
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """What a map holds: sizes are bytes, `entries` is the most it can hold."""
+
+    kind: MapType
+    key_size: int
+    value_size: int
+    entries: int
+    name: str
+
+
+class Map(_Descriptor):
+    """A map in the kernel. Keys and values are bytes of exactly the map's sizes."""
+
+    def __init__(self, descriptor: int, shape: MapShape) -> None:
+        super().__init__(descriptor)
+        self.shape = shape
+
+    @classmethod
+    def create(cls, shape: MapShape) -> Map:
+        """A new map. EPERM: no privilege, or before Linux 5.11 the limit on locked memory (RLIMIT_MEMLOCK)."""
+        # kernel/bpf/lpm_trie.c: a trie without BPF_F_NO_PREALLOC is refused.
+        flags = _MAP_FLAG_NO_PREALLOC if shape.kind is MapType.LPM_TRIE else 0
+        sizes = (shape.kind, shape.key_size, shape.value_size, shape.entries)
+        attributes = struct.pack("=IIIIIII16s", *sizes, flags, 0, 0, _object_name(shape.name))
+        return cls(_call(_Command.MAP_CREATE, attributes)[0], shape)
+
+    @classmethod
+    def open(cls, identifier: int) -> Map:
+        """The map with this id. Raises OSError: ENOENT when there is none, EPERM without CAP_SYS_ADMIN."""
+        descriptor, _ = _call(_Command.MAP_GET_FD_BY_ID, struct.pack("=I", identifier))
+        try:
+            kind, _, key_size, value_size, entries, _, name = struct.unpack(
+                "=IIIIII16s", _information(descriptor, bytes(40))
+            )
+            shape = MapShape(MapType(kind), key_size, value_size, entries, name.rstrip(b"\0").decode("ascii"))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor, shape)
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Sets one entry. Raises OSError: ENOSPC (a trie) or E2BIG (a hash) when the map is full."""
+        self._check(key, self.shape.key_size)
+        self._check(value, self.shape.value_size)
+        self._element(_Command.MAP_UPDATE_ELEM, key, _copy(value))
+
+    def update_many(self, entries: Mapping[bytes, bytes]) -> None:
+        """Sets many entries, in one call where the kernel can. After an error some of them may be set."""
+        if not entries:
+            return
+        for key, value in entries.items():
+            self._check(key, self.shape.key_size)
+            self._check(value, self.shape.value_size)
+        try:
+            self._update_batch(entries)
+        except OSError as error:
+            # EINVAL: no such command before Linux 5.6. ENOTSUPP: the command is there, not for this kind of map.
+            if error.errno not in (errno.EINVAL, ENOTSUPP):
+                raise
+            self.update_one_by_one(entries)
+
+    def update_one_by_one(self, entries: Mapping[bytes, bytes]) -> None:
+        """What update_many() does where the kernel knows no batches."""
+        for key, value in entries.items():
+            self.update(key, value)
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value under the key, in a trie that of the longest matching prefix; None where there is none."""
+        self._check(key, self.shape.key_size)
+        value = ctypes.create_string_buffer(self.shape.value_size)
+        return value.raw if self._found(_Command.MAP_LOOKUP_ELEM, key, value) else None
+
+    def delete(self, key: bytes) -> bool:
+        """Removes one entry; False where there was none."""
+        self._check(key, self.shape.key_size)
+        return self._found(_Command.MAP_DELETE_ELEM, key, None)
+
+    def keys(self) -> Iterator[bytes]:
+        """Each key once, also while the map changes: entries that come or go meanwhile may be missed.
+
+        Raises OSError ENOTSUPP for a trie before Linux 4.16.
+        """
+        seen: set[bytes] = set()
+        key: bytes | None = None
+        # The kernel starts again at the first key when `key` has gone in the meantime. Twice the number of
+        # entries is enough for one such restart; the bound ends the walk in a map that never stands still.
+        for _ in range(2 * self.shape.entries + 1):
+            key = self._next_key(key)
+            if key is None:
+                return
+            if key not in seen:
+                seen.add(key)
+                yield key
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Key and value of each entry, under the same terms as keys()."""
+        for key in self.keys():
+            value = self.lookup(key)
+            if value is not None:
+                yield key, value
+
+    def _next_key(self, key: bytes | None) -> bytes | None:
+        following = ctypes.create_string_buffer(self.shape.key_size)
+        return following.raw if self._found(_Command.MAP_GET_NEXT_KEY, key, following) else None
+
+    def _found(self, command: _Command, key: bytes | None, value: ctypes.Array[ctypes.c_char] | None) -> bool:
+        try:
+            self._element(command, key, value)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _element(self, command: _Command, key: bytes | None, value: ctypes.Array[ctypes.c_char] | None) -> None:
+        key_buffer = None if key is None else _copy(key)
+        _call(command, struct.pack("=IIQQQ", self._descriptor, 0, _address(key_buffer), _address(value), 0))
+
+    def _update_batch(self, entries: Mapping[bytes, bytes]) -> None:
+        keys = _copy(b"".join(entries))
+        values = _copy(b"".join(entries.values()))
+        attributes = struct.pack(
+            "=QQQQIIQQ", 0, 0, _address(keys), _address(values), len(entries), self._descriptor, 0, 0
+        )
+        _call(_Command.MAP_UPDATE_BATCH, attributes)
+
+    def _check(self, content: bytes, size: int) -> None:
+        # The kernel reads as many bytes as the map was made for, whatever the buffer holds.
+        if len(content) != size:
+            raise ValueError(f"map {self.shape.name}: {len(content)} bytes given where {size} are needed")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Programs
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProgramInformation:
+    """What the kernel tells about a loaded program."""
+
+    name: str
+    map_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The programs that hang on one cgroup itself, and the flags that they were attached with."""
+
+    flags: AttachFlags
+    program_ids: tuple[int, ...]
+
+
+# kernel/bpf/cgroup.c: BPF_CGROUP_MAX_PROGS; a program may use as many maps (MAX_USED_MAPS).
+_MOST_OBJECTS = 64
+
+
+class Program(_Descriptor):
+    """A loaded program of type cgroup_skb: it sees packets from the network header on, and returns 1 to pass them."""
+
+    @classmethod
+    def load(cls, name: str, code: bytes) -> Program:
+        """Loads assembled code under a name. Raises VerifierError with the verifier's log.
+
+        The expected attach type stays 0: the field is unknown before Linux 4.17 (E2BIG when set), and the
+        kernel asks for it only from egress programs that return more than 0 and 1.
+        """
+        try:
+            return cls(_load(name, code, None))
+        except OSError as error:
+            log = "" if error.errno == errno.EPERM else verifier_log(name, code)
+            message = f"{error.strerror}{_last_words(log)}"
+            raise VerifierError(error.errno or errno.EINVAL, message, log) from error
+
+    @classmethod
+    def open(cls, identifier: int) -> Program:
+        """The program with this id. Raises OSError: ENOENT when there is none, EPERM without CAP_SYS_ADMIN."""
+        return cls(_call(_Command.PROG_GET_FD_BY_ID, struct.pack("=I", identifier))[0])
+
+    def information(self) -> ProgramInformation:
+        """The program's name and the ids of its maps."""
+        identifiers = ctypes.create_string_buffer(4 * _MOST_OBJECTS)
+        # struct bpf_prog_info: 52 bytes of other things, nr_map_ids, map_ids, name
+        before = struct.pack("=52xIQ16x", _MOST_OBJECTS, _address(identifiers))
+        count, _, name = struct.unpack("=52xIQ16s", _information(self._descriptor, before))
+        return ProgramInformation(name.rstrip(b"\0").decode("ascii"), struct.unpack_from(f"={count}I", identifiers))
+
+    def attach(self, cgroup: int, kind: AttachType, flags: AttachFlags) -> None:
+        """Hangs the program on the cgroup whose directory `cgroup` is open on; it stays when this process ends."""
+        _call(_Command.PROG_ATTACH, struct.pack("=IIII", cgroup, self._descriptor, kind, flags))
+
+    def detach(self, cgroup: int, kind: AttachType) -> None:
+        """Takes the program off the cgroup. Raises OSError: ENOENT when it does not hang there."""
+        _call(_Command.PROG_DETACH, struct.pack("=III", cgroup, self._descriptor, kind))
+
+    def test_run(self, frame: bytes, interface: int) -> int:
+        """What the program returns for an Ethernet frame that came in through the interface with this index.
+
+        net/bpf/test_run.c: the index must be that of an interface in the current network namespace, 0 and 1
+        both mean the loopback; the packet's socket is a new one, in no state.
+        """
+        packet = _copy(frame)
+        # struct __sk_buff: 40 bytes of other things, ifindex; what follows is zero.
+        context = _copy(struct.pack("=40xI148x", interface))
+        attributes = struct.pack(
+            "=IIIIQQIIIIQQ",
+            *(self._descriptor, 0, len(frame), 0, _address(packet), 0),
+            *(0, 0, len(context), 0, _address(context), 0),
+        )
+        _, after = _call(_Command.PROG_TEST_RUN, attributes)
+        returned: int = struct.unpack_from("=4xI", after)[0]
+        return returned
+
+
+def attached(cgroup: int, kind: AttachType) -> Attached:
+    """What hangs on the cgroup whose directory `cgroup` is open on. Raises OSError: EINVAL before Linux 4.15."""
+    identifiers = ctypes.create_string_buffer(4 * _MOST_OBJECTS)
+    attributes = struct.pack("=IIIIQI", cgroup, kind, 0, 0, _address(identifiers), _MOST_OBJECTS)
+    _, after = _call(_Command.PROG_QUERY, attributes)
+    flags, _, count = struct.unpack_from("=12xIQI", after)
+    return Attached(AttachFlags(flags), struct.unpack_from(f"={count}I", identifiers))
+
+
+def verifier_log(name: str, code: bytes) -> str:
+    """What the verifier writes about the code, good or bad; empty where it was not asked (no privilege)."""
+    log = ctypes.create_string_buffer(_LOG_SIZE)
+    with contextlib.suppress(OSError):
+        os.close(_load(name, code, log))
+    return log.value.decode("ascii", "replace")
+
+
+def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None) -> int:
+    instructions = _copy(code)
+    # The programs call no helper that is reserved for GPL programs, and say nothing about their licence.
+    licence = _copy(b"\0")
+    attributes = struct.pack(
+        "=IIQQIIQII16s",
+        *(_PROGRAM_TYPE_CGROUP_SKB, len(code) // 8, _address(instructions), _address(licence)),
+        *(0 if log is None else _LOG_LINES_AND_STATISTICS, 0 if log is None else len(log), _address(log)),
+        *(0, 0, _object_name(name)),
+    )
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _call(_Command.PROG_LOAD, attributes)[0]
+        except BlockingIOError:
+            # kernel/bpf/verifier.c gives up with EAGAIN when a signal is waiting.
+            continue
+    return _call(_Command.PROG_LOAD, attributes)[0]
+
+
+def _last_words(log: str) -> str:
+    lines = [line for line in log.splitlines() if line and not line.startswith(("processed", "verification time"))]
+    return f" ({lines[-1]})" if lines else ""
+
+
+# ---------------------------------------------------------------------------------------------------
+# The assembler
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Register:
+    """r0 to r10; r10 is the frame pointer, below which lie 512 bytes of stack."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"r{self.number}"
+
+
+R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 = (Register(number) for number in range(11))
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A number that is known only when the program is assembled, by a name that a person understands."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"[{self.name}]"
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a jump can go."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}:"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its text, and its fields as the kernel wants them, but for what assemble() fills in.
+
+    target: the label to jump to. symbol: the symbol whose number becomes the immediate value.
+    """
+
+    text: str
+    opcode: int
+    destination: int = 0
+    source: int = 0
+    offset: int = 0
+    immediate: int = 0
+    target: str = ""
+    symbol: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def slots(self) -> int:
+        """How many of the kernel's 8-byte instructions this one takes."""
+        return 2 if self.opcode == _LOAD_64_BIT_IMMEDIATE else 1
+
+
+Operand = Union[Register, Symbol, int]
+Statement = Union[Instruction, Label]
+
+
+class Helper(enum.IntEnum):
+    """Functions of the kernel that a program can call: arguments in r1 to r5, result in r0 (enum bpf_func_id)."""
+
+    MAP_LOOKUP_ELEM = 1
+    MAP_UPDATE_ELEM = 2
+    SKB_LOAD_BYTES = 26
+
+
+_ARITHMETIC = {"+=": 0x07, "|=": 0x47, "&=": 0x57, "<<=": 0x67, "=": 0xB7}
+_COMPARISONS = {"==": 0x15, ">": 0x25, ">=": 0x35, "&": 0x45, "!=": 0x55, "<": 0xA5}
+_WIDTHS = {1: 0x10, 2: 0x08, 4: 0x00, 8: 0x18}
+_FROM_REGISTER = 0x08
+_LOAD = 0x61
+_STORE_IMMEDIATE = 0x62
+_STORE_REGISTER = 0x63
+_ATOMIC_ADD = 0xC3
+_BIG_ENDIAN = 0xDC
+_JUMP = 0x05
+_CALL = 0x85
+_EXIT = 0x95
+_LOAD_64_BIT_IMMEDIATE = 0x18
+_MAP_DESCRIPTOR = 1
+
+
+def calculate(destination: Register, operator: str, operand: Register | int) -> Instruction:
+    """`destination operator operand` in 64 bits; `=` copies."""
+    text = f"{destination} {operator} {operand}"
+    if isinstance(operand, Register):
+        opcode = _ARITHMETIC[operator] | _FROM_REGISTER
+        return Instruction(text, opcode, destination.number, operand.number)
+    return Instruction(text, _ARITHMETIC[operator], destination.number, immediate=operand)
+
+
+def from_network_order(destination: Register, width: int) -> Instruction:
+    """Turns `width` bytes of a register from the network's byte order into the host's."""
+    text = f"{destination} = be{8 * width} {destination}"
+    return Instruction(text, _BIG_ENDIAN, destination.number, immediate=8 * width)
+
+
+def load(destination: Register, width: int, base: Register, offset: int) -> Instruction:
+    """Reads `width` bytes at base + offset, the rest of the register becomes zero."""
+    text = f"{destination} = {_memory(width, base, offset)}"
+    return Instruction(text, _LOAD | _WIDTHS[width], destination.number, base.number, offset)
+
+
+def store(width: int, base: Register, offset: int, value: Register | int) -> Instruction:
+    """Writes the lower `width` bytes of the value to base + offset."""
+    text = f"{_memory(width, base, offset)} = {value}"
+    if isinstance(value, Register):
+        return Instruction(text, _STORE_REGISTER | _WIDTHS[width], base.number, value.number, offset)
+    return Instruction(text, _STORE_IMMEDIATE | _WIDTHS[width], base.number, 0, offset, value)
+
+
+def atomic_add(width: int, base: Register, offset: int, value: Register) -> Instruction:
+    """Adds to the 4 or 8 bytes at base + offset, undisturbed by other processors."""
+    text = f"lock {_memory(width, base, offset)} += {value}"
+    return Instruction(text, _ATOMIC_ADD | _WIDTHS[width], base.number, value.number, offset)
+
+
+def jump(target: str) -> Instruction:
+    """Goes on at the label."""
+    return Instruction(f"goto {target}", _JUMP, target=target)
+
+
+def jump_if(left: Register, comparison: str, right: Operand, target: str) -> Instruction:
+    """Goes on at the label when `left comparison right` holds, unsigned, in 64 bits; `&` asks for common bits."""
+    text = f"if {left} {comparison} {right} goto {target}"
+    opcode = _COMPARISONS[comparison]
+    if isinstance(right, Register):
+        return Instruction(text, opcode | _FROM_REGISTER, left.number, right.number, target=target)
+    if isinstance(right, Symbol):
+        return Instruction(text, opcode, left.number, target=target, symbol=right.name)
+    return Instruction(text, opcode, left.number, immediate=right, target=target)
+
+
+def map_reference(destination: Register, name: Symbol) -> Instruction:
+    """Puts a map into a register, for a helper; the symbol stands for the map's descriptor."""
+    text = f"{destination} = map{name}"
+    return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, _MAP_DESCRIPTOR, symbol=name.name)
+
+
+def call(helper: Helper) -> Instruction:
+    """Calls a helper; r1 to r5 are lost."""
+    return Instruction(f"call {helper.name.lower()}", _CALL, immediate=int(helper))
+
+
+def leave() -> Instruction:
+    """Ends the program with the value of r0."""
+    return Instruction("exit", _EXIT)
+
+
+def assemble(program: Sequence[Statement], symbols: Mapping[str, int]) -> bytes:
+    """The program as the kernel takes it, 8 bytes an instruction. ValueError: a label or symbol is missing or twice."""
+    labels = _label_positions(program)
+    code = bytearray()
+    for statement in program:
+        if isinstance(statement, Instruction):
+            code += _encode(statement, len(code) // 8, labels, symbols)
+    return bytes(code)
+
+
+def listing(program: Sequence[Statement]) -> str:
+    """The program for people: a line for each label and, indented, for each instruction."""
+    return "\n".join(str(line) if isinstance(line, Label) else f"    {line}" for line in program)
+
+
+def _memory(width: int, base: Register, offset: int) -> str:
+    return f"*(u{8 * width} *)({base} {'-' if offset < 0 else '+'} {abs(offset)})"
+
+
+def _label_positions(program: Sequence[Statement]) -> dict[str, int]:
+    positions: dict[str, int] = {}
+    position = 0
+    for statement in program:
+        if isinstance(statement, Instruction):
+            position += statement.slots
+            continue
+        if statement.name in positions:
+            raise ValueError(f"label {statement.name} is there twice")
+        positions[statement.name] = position
+    return positions
+
+
+def _encode(instruction: Instruction, position: int, labels: Mapping[str, int], symbols: Mapping[str, int]) -> bytes:
+    offset, immediate = instruction.offset, instruction.immediate
+    if instruction.target:
+        if instruction.target not in labels:
+            raise ValueError(f"{instruction}: there is no such label")
+        offset = labels[instruction.target] - position - instruction.slots
+    if instruction.symbol:
+        if instruction.symbol not in symbols:
+            raise ValueError(f"{instruction}: nothing is known of [{instruction.symbol}]")
+        immediate = symbols[instruction.symbol]
+    registers = instruction.source << 4 | instruction.destination
+    try:
+        code = struct.pack("<BBhi", instruction.opcode, registers, offset, immediate)
+    except struct.error as error:
+        raise ValueError(f"{instruction}: {error}") from error
+    return code + bytes(8 * (instruction.slots - 1))

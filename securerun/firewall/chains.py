@@ -1,0 +1,32 @@
+"""What every backend of the port chains offers, and how one says that it cannot work here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from securerun.firewall.policy import Policy
+
+
+class PortChainsUnavailable(Exception):
+    """This host cannot have port chains of this backend. The message is one line and says why."""
+
+
+class PortChains(Protocol):
+    """The port chains of one run. Callers hold the host's lock (guard/records.py) while they change them."""
+
+    backend: str
+    """The name of the backend, as `--firewall` takes it."""
+    name: str
+    """The chain or table to look for in the kernel."""
+
+    def install(self, policy: Policy, log_group: int | None) -> None:
+        """Install all rules and read them back; what is dropped is also logged to the netfilter log group.
+
+        Raises PortChainsUnavailable, with nothing of this run left.
+        """
+
+    def remove(self) -> None:
+        """Remove this run's rules and, with the last run's, all that is there because of us.
+
+        Raises PortChainsUnavailable when the tables cannot be read or written.
+        """

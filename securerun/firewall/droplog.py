@@ -1,0 +1,122 @@
+"""Who was turned away by the port chains: copies of dropped opening packets, through netfilter's log group.
+
+The chains' NFLOG rules (nft: `log group`) hand the first bytes of what they drop to whoever holds the
+group; with nobody there the kernel throws them away, so a rule that outlives its guard costs nothing.
+The rules limit the rate, so under a flood the counts are what was seen, not what was sent.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+from collections import Counter
+
+from securerun.firewall import nfnetlink
+from securerun.firewall.policy import Address, Denial
+
+# include/uapi/linux/netfilter/nfnetlink_log.h
+_SUBSYSTEM_LOG = 4
+_CONFIGURE, _PACKET = 1, 0
+_COMMAND, _MODE, _THRESHOLD, _PAYLOAD = 1, 2, 5, 9
+_BIND, _COPY_PACKET = 1, 2
+_REQUEST, _ACKNOWLEDGE, _ERROR_MESSAGE = 0x1, 0x4, 2
+# Enough for an IPv6 header, extension headers of the usual size and the ports behind them.
+_COPIED_BYTES = 256
+_REMEMBERED = 4096
+_IPV6_EXTENSIONS = {0, 43, 60, 135, 139, 140}
+_IPV6_FRAGMENT, _IPV6_AUTHENTICATION = 44, 51
+
+
+class DropLog:
+    """One netfilter log group, held by this process; counts (source, port) of the packets logged to it.
+
+    Raises OSError when the group is somebody else's (EBUSY) or the kernel has no nfnetlink_log.
+    """
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+        self._seen: Counter[tuple[Address, int]] = Counter()
+        self._channel = nfnetlink.open_channel()
+        try:
+            self._configure(nfnetlink.attribute(_COMMAND, struct.pack("=B", _BIND)))
+            self._configure(nfnetlink.attribute(_MODE, struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0)))
+            self._configure(nfnetlink.attribute(_THRESHOLD, struct.pack("!I", 1)))
+        except OSError:
+            self._channel.close()
+            raise
+        self._channel.setblocking(False)
+
+    def fileno(self) -> int:
+        """The descriptor to poll for reading."""
+        return self._channel.fileno()
+
+    def read(self) -> None:
+        """Take in what has been logged since; never blocks."""
+        while True:
+            try:
+                data = self._channel.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError:
+                # ENOBUFS: the kernel dropped copies because they came faster than we read. Go on counting.
+                continue
+            self._count(data)
+
+    def denied(self) -> tuple[Denial, ...]:
+        """Everyone turned away so far, most packets first."""
+        return tuple(Denial(source, port, packets) for (source, port), packets in self._seen.most_common())
+
+    def close(self) -> None:
+        """Give the group back."""
+        self._channel.close()
+
+    def _configure(self, setting: bytes) -> None:
+        header = struct.pack("!BBH", socket.AF_UNSPEC, 0, self.group)
+        kind = _SUBSYSTEM_LOG << 8 | _CONFIGURE
+        self._channel.send(nfnetlink.framed(kind, header + setting, _REQUEST | _ACKNOWLEDGE))
+        for answer, payload in nfnetlink.messages(self._channel.recv(65536)):
+            if answer == _ERROR_MESSAGE:
+                (negative,) = struct.unpack_from("=i", payload)
+                if negative:
+                    raise OSError(-negative, os.strerror(-negative))
+
+    def _count(self, data: bytes) -> None:
+        for kind, payload in nfnetlink.messages(data):
+            if kind != _SUBSYSTEM_LOG << 8 | _PACKET:
+                continue
+            opening = source_and_port(nfnetlink.attributes(payload[4:]).get(_PAYLOAD, b""))
+            if opening is None:
+                continue
+            if opening in self._seen or len(self._seen) < _REMEMBERED:
+                self._seen[opening] += 1
+
+
+def source_and_port(packet: bytes) -> tuple[Address, int] | None:
+    """Source address and TCP destination port of an IP packet; None for what cannot be read."""
+    version = packet[0] >> 4 if packet else 0
+    if version == 4 and len(packet) >= 20:
+        return ipaddress.IPv4Address(packet[12:16]), _port(packet, (packet[0] & 0xF) * 4)
+    if version == 6 and len(packet) >= 40:
+        return ipaddress.IPv6Address(packet[8:24]), _port(packet, _transport_offset(packet))
+    return None
+
+
+def _port(packet: bytes, transport: int) -> int:
+    return int.from_bytes(packet[transport + 2 : transport + 4], "big")
+
+
+def _transport_offset(packet: bytes) -> int:
+    following, offset = packet[6], 40
+    while offset + 2 <= len(packet):
+        if following in _IPV6_EXTENSIONS:
+            size = (packet[offset + 1] + 1) * 8
+        elif following == _IPV6_AUTHENTICATION:
+            size = (packet[offset + 1] + 2) * 4
+        elif following == _IPV6_FRAGMENT:
+            size = 8
+        else:
+            break
+        following, offset = packet[offset], offset + size
+    return offset

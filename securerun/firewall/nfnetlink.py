@@ -1,0 +1,155 @@
+"""Ask nf_tables what exists, and take an unused base chain away without hitting anyone else's.
+
+iptables-nft makes `table ip filter` and the base chain it needs, and never removes them
+(iptables/nft.c: nft_xt_builtin_init), so what our rules brought into being has to be undone here.
+NLM_F_NONREC makes the kernel itself refuse, with EBUSY, to delete a chain that has rules or a table that
+has chains, sets or objects (net/netfilter/nf_tables_api.c: nf_tables_delchain, nf_tables_deltable);
+without that flag it deletes all of the content too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+_NETLINK_NETFILTER = 12
+_SUBSYSTEM_NFTABLES = 10
+# include/uapi/linux/netfilter/nf_tables.h: enum nf_tables_msg_types
+_GET_TABLE, _DELETE_TABLE, _GET_CHAIN, _DELETE_CHAIN = 1, 2, 4, 5
+# include/uapi/linux/netfilter/nfnetlink.h
+_BATCH_BEGIN, _BATCH_END = 16, 17
+_TABLE_NAME = 1
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_POLICY = 1, 3, 5
+_REQUEST, _ACKNOWLEDGE, _NOT_RECURSIVE = 0x1, 0x4, 0x100
+_ERROR_MESSAGE = 2
+_POLICY_ACCEPT = 1
+_TIMEOUT_SECONDS = 5
+
+IPV4 = socket.AF_INET
+IPV6 = socket.AF_INET6
+
+
+def chain_exists(family: int, table: str, chain: str) -> bool:
+    """Whether nf_tables has this chain. Raises OSError when the kernel has no nf_tables or permits no look."""
+    return _get_chain(family, table, chain) is not None
+
+
+def table_exists(family: int, table: str) -> bool:
+    """Whether nf_tables has this table. Raises OSError as `chain_exists` does."""
+    return _get_table(family, table) is not None
+
+
+def delete_unused_chain(family: int, table: str, chain: str) -> bool:
+    """Delete a base chain that has no rules and policy accept.
+
+    Returns False, with nothing changed, when it is used or gone. Raises OSError for anything else.
+    """
+    found = _get_chain(family, table, chain)
+    if found is None or _number(found.get(_CHAIN_POLICY)) != _POLICY_ACCEPT:
+        return False
+    return _delete(_DELETE_CHAIN, family, _text(_CHAIN_TABLE, table) + _text(_CHAIN_NAME, chain))
+
+
+def delete_empty_table(family: int, table: str) -> bool:
+    """Delete a table with nothing in it. Returns False, with nothing changed, when it is used or gone."""
+    return _delete(_DELETE_TABLE, family, _text(_TABLE_NAME, table))
+
+
+def _get_table(family: int, table: str) -> dict[int, bytes] | None:
+    answer = _ask(_message(_GET_TABLE, family, _text(_TABLE_NAME, table), _REQUEST))
+    return None if answer is None else attributes(answer)
+
+
+def _get_chain(family: int, table: str, chain: str) -> dict[int, bytes] | None:
+    name = _text(_CHAIN_TABLE, table) + _text(_CHAIN_NAME, chain)
+    answer = _ask(_message(_GET_CHAIN, family, name, _REQUEST))
+    return None if answer is None else attributes(answer)
+
+
+def _ask(question: bytes) -> bytes | None:
+    """The attributes of the one answer, or None where there is no such thing (ENOENT)."""
+    with open_channel() as channel:
+        channel.send(question)
+        for kind, payload in messages(channel.recv(65536)):
+            if kind != _ERROR_MESSAGE:
+                return payload[4:]
+            (negative,) = struct.unpack_from("=i", payload)
+            if negative == -errno.ENOENT:
+                return None
+            raise OSError(-negative, os.strerror(-negative))
+    raise OSError(errno.EPROTO, "nf_tables gave no answer")
+
+
+def _delete(kind: int, family: int, name: bytes) -> bool:
+    order = _message(kind, family, name, _REQUEST | _ACKNOWLEDGE | _NOT_RECURSIVE)
+    with open_channel() as channel:
+        channel.send(_batch(_BATCH_BEGIN) + order + _batch(_BATCH_END))
+        while True:
+            for answer, payload in messages(channel.recv(65536)):
+                if answer != _ERROR_MESSAGE:
+                    continue
+                (negative,) = struct.unpack_from("=i", payload)
+                if -negative in (errno.EBUSY, errno.ENOENT):
+                    return False
+                if negative:
+                    raise OSError(-negative, os.strerror(-negative))
+                return True
+
+
+def open_channel() -> socket.socket:
+    """A netlink socket to netfilter. Raises OSError where the kernel has none or permits none."""
+    channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+    channel.settimeout(_TIMEOUT_SECONDS)
+    return channel
+
+
+def _message(kind: int, family: int, body: bytes, flags: int) -> bytes:
+    return framed(_SUBSYSTEM_NFTABLES << 8 | kind, struct.pack("!BBH", family, 0, 0) + body, flags)
+
+
+def _batch(kind: int) -> bytes:
+    return framed(kind, struct.pack("!BBH", 0, 0, _SUBSYSTEM_NFTABLES), _REQUEST)
+
+
+def framed(kind: int, payload: bytes, flags: int) -> bytes:
+    """One netlink message with its header (RFC 3549, 2.3.2)."""
+    return struct.pack("=IHHII", 16 + len(payload), kind, flags, 0, 0) + payload
+
+
+def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The netlink messages of one datagram: type and payload of each (RFC 3549, 2.3.2)."""
+    while len(data) >= 16:
+        length, kind = struct.unpack_from("=IH", data)
+        if length < 16:
+            return
+        yield kind, data[16:length]
+        data = data[(length + 3) & ~3 :]
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute: length, type, value, padded to four bytes."""
+    padding = b"\0" * (-len(value) % 4)
+    return struct.pack("=HH", 4 + len(value), kind) + value + padding
+
+
+def _text(kind: int, value: str) -> bytes:
+    return attribute(kind, value.encode() + b"\0")
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes in `data` by type, the flags for nested and network order taken off."""
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[4:length]
+        data = data[(length + 3) & ~3 :]
+    return found
+
+
+def _number(value: bytes | None) -> int:
+    return int.from_bytes(value, "big") if value else 0

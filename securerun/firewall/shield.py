@@ -1,0 +1,765 @@
+"""The shield: an eBPF program on the job's cgroup that lets only peers open connections to the job.
+
+It sees every packet for a socket that a process of the job made, and nobody else's, whatever the port. Its
+life is the cgroup's: the attachment outlives the process that made it. It is hung beside the programs of
+others (BPF_F_ALLOW_MULTI, Linux 4.15).
+
+The first half of this module is pure: policy to program. The second half asks the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Callable
+
+from securerun.errors import PolicyError
+from securerun.firewall.bpf import (
+    R0,
+    R1,
+    R2,
+    R3,
+    R4,
+    R6,
+    R7,
+    R8,
+    R9,
+    R10,
+    AttachFlags,
+    AttachType,
+    Helper,
+    Label,
+    Map,
+    MapShape,
+    MapType,
+    Program,
+    Register,
+    Statement,
+    Symbol,
+    VerifierError,
+    assemble,
+    atomic_add,
+    attached,
+    calculate,
+    call,
+    from_network_order,
+    jump,
+    jump_if,
+    leave,
+    listing,
+    load,
+    map_reference,
+    store,
+)
+from securerun.firewall.policy import Denial, Network, Policy, collapse
+
+
+class ShieldUnavailable(Exception):
+    """There can be no shield here, or none that is proven; the message is one line that says why."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Policy to program
+# ---------------------------------------------------------------------------------------------------
+
+# include/uapi/linux/bpf.h: offsets in struct __sk_buff and struct bpf_sock
+_CONTEXT_PROTOCOL = 16
+_CONTEXT_INTERFACE = 40
+_CONTEXT_SOCKET = 168
+_SOCKET_PORT = 44
+_SOCKET_STATE = 72
+
+# drivers/net/loopback.c: the loopback is the first device of every network namespace.
+_LOOPBACK = 1
+# include/net/tcp_states.h
+_LISTEN = 10
+
+_DROP, _PASS = 0, 1
+
+_TCP = 6
+# Transports that TCP cannot hide in: UDP, DCCP, ICMPv6, SCTP, UDP-Lite.
+_OTHER_TRANSPORTS = (17, 33, 58, 132, 136)
+_FRAGMENT, _AUTHENTICATION = 44, 51
+# Hop-by-hop, routing, destination options, mobility, HIP, shim6: length in units of 8 bytes (RFC 6564).
+_OPTION_HEADERS = (0, 43, 60, 135, 139, 140)
+_MOST_EXTENSION_HEADERS = 8
+
+_IPV4_HEADER, _IPV6_HEADER, _TCP_HEADER = 20, 40, 20
+_SYN_AND_ACK, _SYN = 0x12, 0x02
+
+# The two architectures of securerun are little-endian; what is loaded from a packet is in network order.
+_ETHERTYPE_IPV4 = socket.htons(0x0800)
+_ETHERTYPE_IPV6 = socket.htons(0x86DD)
+_IPV4_FRAGMENT_OFFSET = socket.htons(0x1FFF)
+_IPV6_FRAGMENT_OFFSET = socket.htons(0xFFF8)
+_MAPPED_MARKER = int.from_bytes(b"\x00\x00\xff\xff", "little", signed=True)
+
+# The stack, from r10 downwards. The key of a denial is source and port; the source of an IPv6 packet
+# is also the end of the key for the trie.
+_PORT = -4
+_SOURCE = -20
+_IPV6_KEY = -24
+_IPV4_SOURCE = -8
+_IPV4_KEY = -32
+_FIRST_PACKET = -40
+_HEADER_OFFSET = -44
+_HEADER = -88
+
+_PEERS4, _PEERS6, _DENIED = Symbol("peers4"), Symbol("peers6"), Symbol("denied")
+
+_DENIAL_KEY = struct.Struct("=16sI")
+_PACKETS = struct.Struct("=Q")
+_NO_VALUE = bytes(4)
+_ONLY_IF_NEW = 1  # BPF_NOEXIST
+
+
+@dataclass(frozen=True)
+class ShieldProgram:
+    """One way to judge packets.
+
+    name: what the job's layer is called. kernel_name: what the kernel's lists of programs show.
+    needs: the kernel it was made for. build: names of the interfaces that peers come through to statements.
+    """
+
+    name: str
+    kernel_name: str
+    needs: str
+    build: Callable[[Sequence[str]], tuple[Statement, ...]]
+
+
+def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+    """Judges every packet to a listening socket by its source alone. Nothing can hide in a header.
+
+    A stranger's bare ACK falls as well, which would otherwise complete a handshake from before the shield or
+    one by SYN cookie. Only listeners cost more than a few instructions.
+    """
+    return (
+        calculate(R6, "=", R1),
+        load(R2, 4, R6, _CONTEXT_INTERFACE),
+        jump_if(R2, "==", _LOOPBACK, "pass"),
+        load(R7, 8, R6, _CONTEXT_SOCKET),
+        jump_if(R7, "==", 0, "drop"),
+        load(R2, 4, R7, _SOCKET_STATE),
+        jump_if(R2, "!=", _LISTEN, "pass"),
+        load(R2, 4, R7, _SOCKET_PORT),
+        store(4, R10, _PORT, R2),
+        load(R9, 4, R6, _CONTEXT_PROTOCOL),
+        jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6"),
+        jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop"),
+        *_mark_source_as_mapped(),
+        *_load_packet(offset=12, place=_IPV4_SOURCE, size=4, otherwise="drop"),
+        jump("judge"),
+        Label("ipv6"),
+        *_load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop"),
+        *_judge(interfaces),
+    )
+
+
+def header_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+    """Judges packets that open a TCP connection (SYN without ACK) by source, for kernels without skb->sk (4.15-5.0).
+
+    It has to find the TCP header itself, and drops what it cannot walk. No loops (Linux 5.3), no direct packet
+    access (4.20), no 32-bit jumps (5.1).
+    """
+    return (
+        calculate(R6, "=", R1),
+        load(R2, 4, R6, _CONTEXT_INTERFACE),
+        jump_if(R2, "==", _LOOPBACK, "pass"),
+        store(4, R10, _PORT, 0),
+        load(R9, 4, R6, _CONTEXT_PROTOCOL),
+        jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6"),
+        jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop"),
+        *_find_tcp_in_ipv4(),
+        Label("ipv6"),
+        *_find_tcp_in_ipv6(),
+        Label("tcp"),
+        *_load_packet(offset=R7, place=_HEADER, size=_TCP_HEADER, otherwise="deny"),
+        load(R2, 1, R10, _HEADER + 13),
+        calculate(R2, "&=", _SYN_AND_ACK),
+        jump_if(R2, "!=", _SYN, "pass"),
+        load(R2, 2, R10, _HEADER + 2),
+        from_network_order(R2, 2),
+        store(4, R10, _PORT, R2),
+        *_judge(interfaces),
+    )
+
+
+SOCKET_PROGRAM = ShieldProgram("socket", "securerun_sock", "from Linux 5.1", socket_program)
+HEADER_PROGRAM = ShieldProgram("header", "securerun_head", "for Linux 4.15 to 5.0", header_program)
+_PROGRAMS = (SOCKET_PROGRAM, HEADER_PROGRAM)
+
+_PROBE_NAME = "securerun_probe"
+_FORBID_EVERYTHING = (calculate(R0, "=", _DROP), leave())
+
+
+def describe(policy: Policy) -> str:
+    """The shield that this policy makes, for people: who may connect, and the program. Asks the kernel nothing."""
+    program = SOCKET_PROGRAM.build(policy.interfaces)
+    passing = " ".join(str(network) for network in policy.peers) or "no other host"
+    return "\n".join(
+        (
+            "shield: an eBPF program on the job's cgroup, for every TCP port of the job, IPv4 and IPv6",
+            f"may connect: {passing}",
+            f"through: {' '.join(policy.interfaces) or 'any interface'}",
+            "always passes: the loopback, connections that the job opens itself, connections that are established",
+            f"program {SOCKET_PROGRAM.name!r} ({SOCKET_PROGRAM.needs}; older kernels get {HEADER_PROGRAM.name!r}):",
+            listing(program),
+        )
+    )
+
+
+def _find_tcp_in_ipv4() -> Iterator[Statement]:
+    """Leaves the offset of the TCP header in r7 and goes to `tcp`."""
+    yield from _mark_source_as_mapped()
+    yield from _load_packet(offset=0, place=_HEADER, size=_IPV4_HEADER, otherwise="drop")
+    yield load(R2, 4, R10, _HEADER + 12)
+    yield store(4, R10, _IPV4_SOURCE, R2)
+    yield load(R2, 2, R10, _HEADER + 6)
+    yield jump_if(R2, "&", _IPV4_FRAGMENT_OFFSET, "deny")
+    yield load(R2, 1, R10, _HEADER + 9)
+    yield jump_if(R2, "!=", _TCP, "pass")
+    yield load(R7, 1, R10, _HEADER)
+    yield calculate(R7, "&=", 0x0F)
+    yield calculate(R7, "<<=", 2)
+    yield jump_if(R7, "<", _IPV4_HEADER, "deny")
+    yield jump("tcp")
+
+
+def _find_tcp_in_ipv6() -> Iterator[Statement]:
+    """Leaves the offset of the TCP header in r7 and falls through to `tcp`; r8 is the kind of the header there."""
+    yield from _load_packet(offset=0, place=_HEADER, size=_IPV6_HEADER, otherwise="drop")
+    for offset in range(0, 16, 4):
+        yield load(R2, 4, R10, _HEADER + 8 + offset)
+        yield store(4, R10, _SOURCE + offset, R2)
+    yield load(R8, 1, R10, _HEADER + 6)
+    yield calculate(R7, "=", _IPV6_HEADER)
+    for number in range(1, _MOST_EXTENSION_HEADERS + 1):
+        yield from _step_over_extension_header(number)
+    yield from _branch_at_transport()
+    yield jump("deny")
+
+
+def _branch_at_transport() -> Iterator[Statement]:
+    yield jump_if(R8, "==", _TCP, "tcp")
+    for transport in _OTHER_TRANSPORTS:
+        yield jump_if(R8, "==", transport, "pass")
+
+
+def _step_over_extension_header(number: int) -> Iterator[Statement]:
+    options, authentication, fragment, advance = (
+        f"{kind}{number}" for kind in ("options", "authentication", "fragment", "advance")
+    )
+    # The verifiers of the kernels that need this program follow each value of r7 on its own: three ways to
+    # step over eight headers would be 6561 walks. Once it was in memory it is just any number.
+    yield store(4, R10, _HEADER_OFFSET, R7)
+    yield load(R7, 4, R10, _HEADER_OFFSET)
+    yield from _branch_at_transport()
+    yield from _load_packet(offset=R7, place=_HEADER, size=4, otherwise="deny")
+    yield load(R1, 1, R10, _HEADER + 1)
+    for kind in _OPTION_HEADERS:
+        yield jump_if(R8, "==", kind, options)
+    yield jump_if(R8, "==", _AUTHENTICATION, authentication)
+    yield jump_if(R8, "!=", _FRAGMENT, "deny")
+    yield Label(fragment)
+    yield load(R2, 2, R10, _HEADER + 2)
+    yield jump_if(R2, "&", _IPV6_FRAGMENT_OFFSET, "deny")
+    yield calculate(R1, "=", 8)
+    yield jump(advance)
+    yield Label(authentication)
+    yield calculate(R1, "+=", 2)
+    yield calculate(R1, "<<=", 2)
+    yield jump(advance)
+    yield Label(options)
+    yield calculate(R1, "+=", 1)
+    yield calculate(R1, "<<=", 3)
+    yield Label(advance)
+    yield calculate(R7, "+=", R1)
+    yield load(R8, 1, R10, _HEADER)
+
+
+def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
+    """Source and port are on the stack, the packet's protocol is in r9, the context in r6: pass or count and drop."""
+    yield Label("judge")
+    yield from _pass_through(interfaces)
+    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "judge6")
+    yield load(R2, 4, R10, _IPV4_SOURCE)
+    yield store(4, R10, _IPV4_KEY + 4, R2)
+    yield store(4, R10, _IPV4_KEY, 32)
+    yield from _look_up(_PEERS4, _IPV4_KEY)
+    yield jump_if(R0, "==", 0, "deny")
+    yield jump("pass")
+    yield Label("judge6")
+    yield store(4, R10, _IPV6_KEY, 128)
+    yield from _look_up(_PEERS6, _IPV6_KEY)
+    yield jump_if(R0, "==", 0, "deny")
+    yield Label("pass")
+    yield calculate(R0, "=", _PASS)
+    yield leave()
+    yield Label("deny")
+    yield from _count()
+    yield Label("drop")
+    yield calculate(R0, "=", _DROP)
+    yield leave()
+
+
+def _pass_through(interfaces: Sequence[str]) -> Iterator[Statement]:
+    if not interfaces:
+        return
+    yield load(R2, 4, R6, _CONTEXT_INTERFACE)
+    for interface in interfaces:
+        yield jump_if(R2, "==", _interface_symbol(interface), "source")
+    yield jump("deny")
+    yield Label("source")
+
+
+def _interface_symbol(interface: str) -> Symbol:
+    return Symbol(f"interface {interface}")
+
+
+def _count() -> Iterator[Statement]:
+    yield from _look_up(_DENIED, _SOURCE)
+    yield jump_if(R0, "==", 0, "count first")
+    yield calculate(R1, "=", 1)
+    yield atomic_add(8, R0, 0, R1)
+    yield jump("drop")
+    yield Label("count first")
+    yield store(8, R10, _FIRST_PACKET, 1)
+    yield map_reference(R1, _DENIED)
+    yield from _point(R2, _SOURCE)
+    yield from _point(R3, _FIRST_PACKET)
+    # Another processor may have been first; then its count stands, and this packet is not in it.
+    yield calculate(R4, "=", _ONLY_IF_NEW)
+    yield call(Helper.MAP_UPDATE_ELEM)
+
+
+def _look_up(name: Symbol, key: int) -> Iterator[Statement]:
+    yield map_reference(R1, name)
+    yield from _point(R2, key)
+    yield call(Helper.MAP_LOOKUP_ELEM)
+
+
+def _mark_source_as_mapped() -> Iterator[Statement]:
+    """Makes the place for an IPv4 source the end of ::ffff:a.b.c.d."""
+    yield store(4, R10, _SOURCE, 0)
+    yield store(4, R10, _SOURCE + 4, 0)
+    yield store(4, R10, _SOURCE + 8, _MAPPED_MARKER)
+    # deny can be reached before the address is known
+    yield store(4, R10, _IPV4_SOURCE, 0)
+
+
+def _load_packet(offset: int | Register, place: int, size: int, otherwise: str) -> Iterator[Statement]:
+    """Copies bytes of the packet, counted from the network header, to the stack; goes to `otherwise` if it is short."""
+    yield calculate(R1, "=", R6)
+    yield calculate(R2, "=", offset)
+    yield from _point(R3, place)
+    yield calculate(R4, "=", size)
+    yield call(Helper.SKB_LOAD_BYTES)
+    yield jump_if(R0, "!=", 0, otherwise)
+
+
+def _point(register: Register, place: int) -> Iterator[Statement]:
+    yield calculate(register, "=", R10)
+    yield calculate(register, "+=", place)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Program to kernel
+# ---------------------------------------------------------------------------------------------------
+
+# Before Linux 5.11 a map is charged for all the entries that it may hold, so this is what an attacker who
+# invents source addresses can make us spend, and no more: about 0.5 MiB.
+_MOST_DENIALS = 4096
+# Peers are added before others are removed, and names may come to mean other addresses. A trie takes memory
+# only for what is in it.
+_ROOM_FOR_PEERS = 1024
+
+_LACK_OF_PRIVILEGE = (
+    "not permitted; it takes CAP_BPF and CAP_NET_ADMIN (before Linux 5.8 CAP_SYS_ADMIN) "
+    "in the initial user namespace: run as root there"
+)
+
+
+class Shield:
+    """The shield of one job. Made by Shield.attach() or adopt(); close() leaves the attachment in place.
+
+    name: which program judges: "socket" (from Linux 5.1) or "header" (before).
+    """
+
+    def __init__(self, cgroup: int, name: str, program: Program, peers4: Map, peers6: Map, denied: Map) -> None:
+        self.name = name
+        self._cgroup = os.dup(cgroup)
+        self._program = program
+        self._peers4 = peers4
+        self._peers6 = peers6
+        self._denied = denied
+
+    @classmethod
+    def attach(cls, cgroup: int, policy: Policy) -> Shield:
+        """Hangs a shield for the policy on the cgroup whose directory `cgroup` is open on.
+
+        Sockets that processes of the cgroup make from now on, and made before in it, are covered at once.
+        Raises ShieldUnavailable when the kernel will not have it, and PolicyError for an interface that is
+        not there (names are looked up in the network namespace of the caller).
+        """
+        return attach_first_of(_PROGRAMS, cgroup, policy)
+
+    def denied(self) -> tuple[Denial, ...]:
+        """Who was turned away so far, most packets first; of more than 4096 pairs the latest. Raises ShieldUnavailable.
+
+        Cumulative since the shield was hung up.
+        """
+        with _explained("reading the shield's counters"):
+            denials = [_denial(key, value) for key, value in self._denied.items()]
+        return tuple(sorted(denials, key=_most_packets_first))
+
+    def replace_peers(self, peers: Iterable[Network]) -> None:
+        """Lets these networks connect and no others; established connections stay.
+
+        Who is in the old and in the new peers can connect at every moment in between. Raises ShieldUnavailable,
+        with nothing changed, when there is no room for that many.
+        """
+        wanted = collapse(peers)
+        with _explained("changing the shield's peers"):
+            changes = [
+                _changes(self._peers4, _keys(wanted, 4)),
+                _changes(self._peers6, _keys(wanted, 6)),
+            ]
+            for trie, new, _ in changes:
+                trie.update_many(dict.fromkeys(new, _NO_VALUE))
+            for trie, _, gone in changes:
+                for key in gone:
+                    trie.delete(key)
+
+    def detach(self) -> None:
+        """Takes the shield off the cgroup; nothing happens when it, or the cgroup, is gone already."""
+        with _explained("taking the shield off"):
+            _detach(self._program, self._cgroup, AttachType.CGROUP_INET_INGRESS)
+
+    def close(self) -> None:
+        """Closes this process' descriptors. The attachment stays until detach(), or as long as the cgroup."""
+        for thing in (self._program, self._peers4, self._peers6, self._denied):
+            thing.close()
+        if self._cgroup >= 0:
+            os.close(self._cgroup)
+            self._cgroup = -1
+
+
+def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Policy) -> Shield:
+    """What Shield.attach() does, with the first of these programs that the kernel accepts."""
+    symbols = {_interface_symbol(name).name: _interface_index(name) for name in policy.interfaces}
+    _raise_memory_limit()
+    with contextlib.ExitStack() as undo:
+        maps = [undo.enter_context(_create(shape)) for shape in _map_shapes(policy)]
+        symbols.update((each.shape.name, each.fileno()) for each in maps)
+        chosen, program = _load_first_of(programs, policy, symbols)
+        undo.enter_context(program)
+        shield = Shield(cgroup, chosen.name, program, *maps)
+        undo.callback(shield.close)
+        with _explained("filling in the shield's peers"):
+            for trie, version in zip(maps, (4, 6)):
+                trie.update_many(dict.fromkeys(_keys(policy.peers, version), _NO_VALUE))
+        with _explained("hanging the shield on the cgroup", _ATTACH_REASONS):
+            program.attach(cgroup, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
+        undo.pop_all()
+    return shield
+
+
+def adopt(cgroup: int) -> Shield:
+    """The shield that a dead guard left on this cgroup, with its peers and counters. Needs CAP_SYS_ADMIN.
+
+    A self-test that the guard died in is taken off: it would forbid the job to send anything. Raises
+    ShieldUnavailable when there is no shield on the cgroup.
+    """
+    with _explained("looking for the shield of an earlier guard"):
+        for probe in _open_attached(cgroup, AttachType.CGROUP_INET_EGRESS, (_PROBE_NAME,)):
+            with probe:
+                _detach(probe, cgroup, AttachType.CGROUP_INET_EGRESS)
+        names = {program.kernel_name: program.name for program in _PROGRAMS}
+        for program in _open_attached(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(names)):
+            return _adopt_program(cgroup, program, names)
+    raise ShieldUnavailable("no shield hangs on this cgroup")
+
+
+def refuse_conflicts(ancestors: Sequence[int]) -> None:
+    """Raises ShieldUnavailable when a program on one of the ancestor cgroups does not get along with a shield below.
+
+    ancestors: descriptors of the directories of the cgroups above the job's.
+    """
+    for ancestor in ancestors:
+        with _explained("asking for the programs on the cgroups above"):
+            found = attached(ancestor, AttachType.CGROUP_INET_INGRESS)
+        if not found.program_ids or found.flags & AttachFlags.ALLOW_MULTI:
+            continue
+        identifiers = " ".join(str(identifier) for identifier in found.program_ids)
+        if found.flags & AttachFlags.ALLOW_OVERRIDE:
+            raise ShieldUnavailable(
+                f"program {identifiers} on a cgroup above was attached with BPF_F_ALLOW_OVERRIDE, "
+                "so a shield below would switch it off; start the job in another cgroup"
+            )
+        raise ShieldUnavailable(
+            f"program {identifiers} on a cgroup above forbids any below (systemd does that for IP accounting "
+            "and IPAddressDeny=); start the job in another cgroup or give the unit Delegate=yes"
+        )
+
+
+def prove(cgroup: int) -> bool:
+    """Whether programs on this cgroup really see the packets of sockets that its processes make.
+
+    They do not where sockets count as the root cgroup's (before Linux 5.15, once net_cls or net_prio was in use).
+    While this runs, a few milliseconds, nothing in the cgroup can send: prove before the job moves in.
+    Raises ShieldUnavailable when it cannot be judged.
+    """
+    return egress_is_filtered(cgroup, cgroup)
+
+
+def egress_is_filtered(attached_to: int, entered: int) -> bool:
+    """Whether a program on one cgroup keeps a new socket of a process that entered the other from sending."""
+    before = _send_from_within(entered)
+    if before == errno.EPERM:
+        raise ShieldUnavailable("the self-test cannot judge: something forbids UDP over the loopback already")
+    if before:
+        raise ShieldUnavailable(
+            f"the self-test cannot judge: no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`"
+        )
+    with _explained("loading the self-test", _LOAD_REASONS):
+        probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
+    with probe, _explained("hanging the self-test on the cgroup", _ATTACH_REASONS):
+        probe.attach(attached_to, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
+        try:
+            after = _send_from_within(entered)
+        finally:
+            _detach(probe, attached_to, AttachType.CGROUP_INET_EGRESS)
+    if after not in (0, errno.EPERM):
+        raise ShieldUnavailable(f"the self-test cannot judge: {os.strerror(after)}")
+    return after == errno.EPERM
+
+
+# --- maps -------------------------------------------------------------------------------------------
+
+
+def _map_shapes(policy: Policy) -> tuple[MapShape, ...]:
+    counts = {version: sum(network.version == version for network in policy.peers) for version in (4, 6)}
+    room = {version: 2 * count + _ROOM_FOR_PEERS for version, count in counts.items()}
+    return (
+        MapShape(MapType.LPM_TRIE, 4 + 4, len(_NO_VALUE), room[4], _PEERS4.name),
+        MapShape(MapType.LPM_TRIE, 4 + 16, len(_NO_VALUE), room[6], _PEERS6.name),
+        MapShape(MapType.LRU_HASH, _DENIAL_KEY.size, _PACKETS.size, _MOST_DENIALS, _DENIED.name),
+    )
+
+
+def _create(shape: MapShape) -> Map:
+    with _explained("creating the shield's maps", _LOAD_REASONS):
+        return Map.create(shape)
+
+
+def _keys(networks: Iterable[Network], version: int) -> set[bytes]:
+    return {
+        struct.pack("=I", network.prefixlen) + network.network_address.packed
+        for network in networks
+        if network.version == version
+    }
+
+
+def _changes(trie: Map, wanted: set[bytes]) -> tuple[Map, set[bytes], set[bytes]]:
+    present = set(trie.keys())
+    if len(present | wanted) > trie.shape.entries:
+        raise ShieldUnavailable(
+            f"the shield has room for {trie.shape.entries} networks, old and new, and {len(present | wanted)} are "
+            "needed; start the job again with these peers"
+        )
+    return trie, wanted - present, present - wanted
+
+
+def _denial(key: bytes, value: bytes) -> Denial:
+    packed, port = _DENIAL_KEY.unpack(key)
+    address = ipaddress.IPv6Address(packed)
+    return Denial(address.ipv4_mapped or address, port, _PACKETS.unpack(value)[0])
+
+
+def _most_packets_first(denial: Denial) -> tuple[int, int, int, int]:
+    return (-denial.packets, denial.source.version, int(denial.source), denial.port)
+
+
+def _raise_memory_limit() -> None:
+    # Before Linux 5.11 maps count as locked memory, and creating one fails with EPERM beyond the limit.
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+
+
+# --- programs ---------------------------------------------------------------------------------------
+
+
+def _load_first_of(
+    programs: Sequence[ShieldProgram], policy: Policy, symbols: dict[str, int]
+) -> tuple[ShieldProgram, Program]:
+    refusals = []
+    for program in programs:
+        code = assemble(program.build(policy.interfaces), symbols)
+        try:
+            return program, Program.load(program.kernel_name, code)
+        except VerifierError as error:
+            if error.errno == errno.EPERM:
+                raise ShieldUnavailable(f"loading the shield: {_LACK_OF_PRIVILEGE}") from error
+            refusals.append(f"{program.name}: {error.strerror}")
+    raise ShieldUnavailable(f"this kernel accepts none of the shield's programs: {'; '.join(refusals)}")
+
+
+def _interface_index(interface: str) -> int:
+    try:
+        return socket.if_nametoindex(interface)
+    except OSError as error:
+        raise PolicyError(f"there is no network interface {interface!r} here; see `ip link`") from error
+
+
+def _detach(program: Program, cgroup: int, kind: AttachType) -> None:
+    try:
+        program.detach(cgroup, kind)
+    except OSError as error:
+        # ENOENT: it hangs there no more. ENODEV: the cgroup was removed.
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+
+
+def _open_attached(cgroup: int, kind: AttachType, names: Sequence[str]) -> Iterator[Program]:
+    """The programs of these names on the cgroup; who takes one closes it."""
+    for identifier in attached(cgroup, kind).program_ids:
+        program = Program.open(identifier)
+        if program.information().name in names:
+            yield program
+        else:
+            program.close()
+
+
+def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shield:
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(program)
+        information = program.information()
+        opened = [undo.enter_context(Map.open(identifier)) for identifier in information.map_ids]
+        maps = {each.shape.name: each for each in opened}
+        wanted = [maps[symbol.name] for symbol in (_PEERS4, _PEERS6, _DENIED)]
+        shield = Shield(cgroup, names[information.name], program, *wanted)
+        undo.pop_all()
+    return shield
+
+
+# --- the self-test ----------------------------------------------------------------------------------
+
+_LONGEST_SEND_SECONDS = 5.0
+_ANSWER = struct.Struct("=ii")
+
+
+def _send_from_within(cgroup: int) -> int:
+    """The errno of sending a datagram over the loopback from a new socket of a new process in the cgroup; 0: sent."""
+    reading, writing = os.pipe()
+    try:
+        child = os.fork()
+        if not child:
+            _answer_and_exit(cgroup, writing)
+        os.close(writing)
+        writing = -1
+        answer = _answer_of(child, reading)
+    finally:
+        os.close(reading)
+        if writing >= 0:
+            os.close(writing)
+    if len(answer) != _ANSWER.size:
+        raise ShieldUnavailable(f"the self-test gave no answer within {_LONGEST_SEND_SECONDS:.0f} s")
+    not_entered, not_sent = _ANSWER.unpack(answer)
+    if not_entered:
+        raise ShieldUnavailable(f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}")
+    return int(not_sent)
+
+
+def _answer_of(child: int, reading: int) -> bytes:
+    try:
+        if select.select([reading], [], [], _LONGEST_SEND_SECONDS)[0]:
+            return os.read(reading, _ANSWER.size)
+        return b""
+    finally:
+        # The child is ours and was not waited for, so the pid is still its own.
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _answer_and_exit(cgroup: int, writing: int) -> None:
+    """The child's whole life. It shares the guard's signal handlers and must not run them."""
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        not_entered = _errno_of(lambda: _enter(cgroup))
+        not_sent = 0 if not_entered else _errno_of(_send_to_self)
+        os.write(writing, _ANSWER.pack(not_entered, not_sent))
+    finally:
+        os._exit(0)
+
+
+def _errno_of(action: Callable[[], None]) -> int:
+    try:
+        action()
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
+def _enter(cgroup: int) -> None:
+    membership = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup)
+    try:
+        # A file object would hide that the kernel refuses the move, as it does below a threaded cgroup.
+        os.write(membership, b"0")
+    finally:
+        os.close(membership)
+    with open("cgroup.procs", "rb", opener=lambda path, flags: os.open(path, flags, dir_fd=cgroup)) as members:
+        if os.getpid() not in map(int, members):
+            raise OSError(errno.ESRCH, "the move had no effect")
+
+
+def _send_to_self() -> None:
+    try:
+        _send_over(socket.AF_INET, "127.0.0.1")
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EAFNOSUPPORT):
+            raise
+        _send_over(socket.AF_INET6, "::1")
+
+
+def _send_over(family: int, address: str) -> None:
+    with socket.socket(family, socket.SOCK_DGRAM) as endpoint:
+        endpoint.bind((address, 0))
+        endpoint.sendto(b"securerun", endpoint.getsockname())
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+_LOAD_REASONS = {
+    errno.EPERM: _LACK_OF_PRIVILEGE,
+    errno.ENOSYS: "this kernel has no bpf system call",
+    errno.EINVAL: "this kernel has no such maps or programs; it takes Linux 4.15",
+}
+_ATTACH_REASONS = {
+    errno.EPERM: (
+        "not permitted; a program on a cgroup above forbids any below (systemd does that for IP accounting), "
+        "or CAP_NET_ADMIN is missing"
+    ),
+    errno.EINVAL: "this kernel cannot attach several programs to cgroups; it takes Linux 4.15 with CONFIG_CGROUP_BPF",
+    errno.EBADF: "the descriptor is not one of a directory in a cgroup v2 file system",
+    errno.ENODEV: "the cgroup was removed",
+}
+
+
+@contextlib.contextmanager
+def _explained(doing: str, reasons: dict[int, str] = _LOAD_REASONS) -> Iterator[None]:
+    """Turns the kernel's errors into ShieldUnavailable."""
+    try:
+        yield
+    except OSError as error:
+        reason = reasons.get(error.errno or 0, error.strerror)
+        raise ShieldUnavailable(f"{doing}: {reason}") from error

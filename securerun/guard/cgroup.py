@@ -1,0 +1,255 @@
+"""The job's cgroup: a child of the launcher's own, held by descriptor, empty before it is removed.
+
+Everything is done relative to a directory descriptor: a path below a cgroup that was delegated to a user
+can be removed and made anew by that user between two calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CLONE_NEWNS = 0x00020000
+_MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+_MS_REC_PRIVATE = 16384 | 1 << 18
+# rmdir of a cgroup answers EBUSY for a moment after its last process has gone (cgroup_destroy_locked, cgroup.c).
+_REMOVAL_SECONDS = 2.0
+_REMOVAL_INTERVAL_SECONDS = 0.005
+
+
+class CgroupUnavailable(Exception):
+    """The job can have no cgroup of its own here. The message is one line and says why."""
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """A cgroup v2 hierarchy as seen here. place: a directory; root: which cgroup that directory is."""
+
+    place: str
+    root: str
+
+
+class JobCgroup:
+    """A cgroup made for one job, below the cgroup that the launcher was in.
+
+    descriptor: the cgroup's directory. path: the cgroup, as /proc/PID/cgroup names it.
+    """
+
+    def __init__(self, ancestors: tuple[int, ...], parent_path: str, name: str) -> None:
+        self._ancestors = ancestors
+        self._name = name
+        self.path = str(PurePosixPath(parent_path) / name)
+        try:
+            os.mkdir(name, 0o755, dir_fd=self._parent)
+        except OSError as error:
+            raise CgroupUnavailable(f"no cgroup can be made below {parent_path}: {_why(error)}") from error
+        self.descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=self._parent)
+        self._events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
+        self._become_valid()
+
+    @property
+    def ancestors(self) -> tuple[int, ...]:
+        """Descriptors of the directories above, the nearest last."""
+        return self._ancestors
+
+    @property
+    def events(self) -> int:
+        """A descriptor that polls POLLPRI when the cgroup becomes empty or is no longer so (cgroup-v2.rst)."""
+        return self._events
+
+    def enter(self, pid: int) -> None:
+        """Move a process in and look where it is: a refused move is easy to miss.
+
+        Raises CgroupUnavailable when it is not there afterwards.
+        """
+        _move(self.descriptor, pid)
+        if cgroup_of(pid) != self.path:
+            raise CgroupUnavailable(f"process {pid} is in {cgroup_of(pid)} and could not be moved to {self.path}")
+
+    def expel(self, pid: int) -> None:
+        """Move a process back to where it came from; it may be gone."""
+        with contextlib.suppress(CgroupUnavailable):
+            _move(self._parent, pid)
+
+    def populated(self) -> bool:
+        """Whether a live process is in the cgroup or below it."""
+        text = os.pread(self._events, 4096, 0).decode("ascii")
+        return "populated 1" in text
+
+    def remove(self) -> None:
+        """Remove the cgroup, and the empty ones that the job made below it.
+
+        Raises CgroupUnavailable when it cannot be removed within 2 s.
+        """
+        deadline = time.monotonic() + _REMOVAL_SECONDS
+        while True:
+            try:
+                _remove_below(self.descriptor)
+                os.rmdir(self._name, dir_fd=self._parent)
+                return
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise CgroupUnavailable(f"{self.path} cannot be removed: {_why(error)}") from error
+            time.sleep(_REMOVAL_INTERVAL_SECONDS)
+
+    def close(self) -> None:
+        """Close the descriptors; the cgroup stays."""
+        for descriptor in (self._events, self.descriptor, *self._ancestors):
+            os.close(descriptor)
+
+    @property
+    def _parent(self) -> int:
+        return self._ancestors[-1]
+
+    def _become_valid(self) -> None:
+        """Below a threaded cgroup a new one is invalid until it is threaded too (cgroup-v2.rst, Threads)."""
+        if _read(self.descriptor, "cgroup.type") == "domain invalid":
+            _write(self.descriptor, "cgroup.type", "threaded")
+
+
+def make_job_cgroup(launcher: int, run_id: str) -> JobCgroup:
+    """Make a cgroup for this run below the launcher's own.
+
+    Raises CgroupUnavailable when there is no cgroup v2 or nothing may be made in it.
+    """
+    path = cgroup_of(launcher)
+    if ".." in PurePosixPath(path).parts:
+        raise CgroupUnavailable(f"the launcher's cgroup {path} lies outside of what this cgroup namespace shows")
+    for hierarchy in _hierarchies():
+        below = _relative(path, hierarchy.root)
+        if below is None:
+            continue
+        return JobCgroup(_open_down(hierarchy.place, below), path, f"securerun-{run_id}")
+    raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
+
+
+def cgroup_of(pid: int) -> str:
+    """A process' cgroup in the v2 hierarchy (cgroups(7)). Raises CgroupUnavailable when it has none."""
+    try:
+        text = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8")
+    except OSError as error:
+        raise CgroupUnavailable(f"the cgroup of process {pid} cannot be read: {_why(error)}") from error
+    for line in text.splitlines():
+        if line.startswith("0::"):
+            return line[3:].removesuffix(" (deleted)")
+    raise CgroupUnavailable("this kernel has no cgroup v2 hierarchy")
+
+
+def _hierarchies() -> Iterator[Hierarchy]:
+    """Where cgroup v2 may be found, the least intrusive place first.
+
+    `ip netns exec` hides /sys/fs/cgroup from what it runs; init's view of it is still there. Where nobody has
+    mounted one, a private mount namespace keeps ours unseen.
+    """
+    yield from _mounted("/proc/self/mountinfo", "")
+    yield from _mounted("/proc/1/mountinfo", "/proc/1/root")
+    private = _mount_privately()
+    if private is not None:
+        yield private
+
+
+def _mounted(mountinfo: str, prefix: str) -> Iterator[Hierarchy]:
+    """The cgroup2 mounts of a mountinfo file (proc(5)); `prefix` leads to the root that its paths start from."""
+    try:
+        lines = Path(mountinfo).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        mount, _, source = line.partition(" - ")
+        if source.split()[0] != "cgroup2":
+            continue
+        root, place = mount.split()[3:5]
+        place = prefix + _unescaped(place)
+        with contextlib.suppress(OSError):
+            if Path(place, "cgroup.procs").exists():
+                yield Hierarchy(place, _unescaped(root))
+
+
+def _mount_privately() -> Hierarchy | None:
+    """Mount cgroup v2 where only this process sees it; None where that is not permitted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        return None
+    if libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
+        return None
+    place = "/sys/fs/cgroup" if Path("/sys/fs/cgroup").is_dir() else "/mnt"
+    if libc.mount(b"cgroup2", place.encode(), b"cgroup2", _MS_NOSUID_NODEV_NOEXEC, None) != 0:
+        return None
+    return Hierarchy(place, "/")
+
+
+def _relative(path: str, root: str) -> PurePosixPath | None:
+    try:
+        return PurePosixPath(path).relative_to(root)
+    except ValueError:
+        return None
+
+
+def _open_down(place: str, below: PurePosixPath) -> tuple[int, ...]:
+    """Descriptors of a hierarchy's directory and of each one on the way down, the deepest last."""
+    descriptors = [os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+    for part in below.parts:
+        descriptors.append(os.open(part, _DIRECTORY_FLAGS, dir_fd=descriptors[-1]))
+    return tuple(descriptors)
+
+
+def _move(directory: int, pid: int) -> None:
+    try:
+        _write(directory, "cgroup.procs", str(pid))
+    except OSError as error:
+        raise CgroupUnavailable(f"process {pid} may not be moved between cgroups: {_why(error)}") from error
+
+
+def _remove_below(directory: int) -> None:
+    for entry in os.scandir(directory):
+        if not entry.is_dir(follow_symlinks=False):
+            continue
+        child = os.open(entry.name, _DIRECTORY_FLAGS, dir_fd=directory)
+        try:
+            _remove_below(child)
+        finally:
+            os.close(child)
+        os.rmdir(entry.name, dir_fd=directory)
+
+
+def _read(directory: int, name: str) -> str:
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return os.read(descriptor, 4096).decode("ascii").strip()
+    finally:
+        os.close(descriptor)
+
+
+def _write(directory: int, name: str, text: str) -> None:
+    # One write(2), whose error cannot be lost in a buffer that fails at close.
+    descriptor = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+    finally:
+        os.close(descriptor)
+
+
+def _why(error: OSError) -> str:
+    reasons = {
+        errno.EROFS: "the cgroup file system is mounted read-only (a container without --privileged?)",
+        errno.EACCES: "permission denied; run as root",
+        errno.EPERM: "not permitted; run as root",
+        errno.EAGAIN: "a limit on cgroups is reached (cgroup.max.descendants or cgroup.max.depth of a parent)",
+    }
+    return reasons.get(error.errno or 0, error.strerror or str(error))
+
+
+def _unescaped(text: str) -> str:
+    """mountinfo writes space, tab, newline and backslash as octal (proc(5))."""
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text

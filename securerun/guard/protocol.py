@@ -1,0 +1,273 @@
+"""What launcher and guard say to each other: one JSON object a line, each with exactly one key that names it.
+
+    launcher → guard   order      the policy and which layers to install; the first line, once
+                       release    the job is over, and whether it failed; then end of input
+    guard → launcher   guarding   the layers that stand now
+                       refused    nothing stands; the exit status and one line why
+                       released   who was turned away
+
+The guard may run with more privilege than whoever talks to it. Decoding therefore knows every field, its type
+and its limits; an unknown, missing or oversized one refuses the whole document.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Callable, Union
+
+from securerun.errors import PolicyError
+from securerun.firewall.policy import Denial, Network, Policy, PortRange
+
+VERSION = 1
+FIREWALLS = ("auto", "iptables", "off")
+# 100,000 collapsed IPv6 networks with quotes and commas are 4.6 MB.
+MAXIMUM_BYTES = 8 * 1024 * 1024
+MAXIMUM_PEERS = 100_000
+MAXIMUM_PORT_RANGES = 1024
+MAXIMUM_INTERFACES = 64
+MAXIMUM_TEXT = 4096
+
+
+class ProtocolError(Exception):
+    """The other side said something that is not in this protocol. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the launcher asks for: guard this job by this policy.
+
+    firewall: which port chains; `auto` takes what the host has, `off` none.
+    command: how the user started the job, for people who ask what a run is.
+    """
+
+    policy: Policy
+    firewall: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """The job is over. failed: it did not end well."""
+
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One thing that stands in the kernel: backend `shield` or `iptables`, and the name to look for there."""
+
+    backend: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Guarding:
+    """The layers that stand, proven. notes: what a person should know about layers that do not."""
+
+    layers: tuple[Layer, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Nothing stands. status: the launcher's exit status; message: one line, what is wrong and what to do."""
+
+    status: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Released:
+    """The lease ends with the job's last process. denied: who was turned away so far."""
+
+    denied: tuple[Denial, ...]
+
+
+Message = Union[Order, Release, Guarding, Refused, Released]
+
+
+def encode(message: Message) -> bytes:
+    """The one line, with its newline, that `decode` reads back."""
+    return json.dumps({_NAMES[type(message)]: _body(message)}, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """Read one line. Raises ProtocolError for anything that is not exactly a message of this protocol."""
+    if len(line) > MAXIMUM_BYTES:
+        raise ProtocolError(f"a message of more than {MAXIMUM_BYTES} bytes")
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("a message that is not JSON") from error
+    if not isinstance(document, dict) or len(document) != 1:
+        raise ProtocolError("a message that is not an object with one key")
+    ((name, body),) = document.items()
+    if name not in _READERS:
+        raise ProtocolError(f"a message of unknown kind {name[:40]!r}")
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{name}: not an object")
+    try:
+        return _READERS[name](body)
+    except (PolicyError, ValueError) as error:
+        raise ProtocolError(f"{name}: {error}") from error
+
+
+def policy_document(policy: Policy) -> dict[str, Any]:
+    """The policy as JSON's own types."""
+    return {
+        "run_id": policy.run_id,
+        "ports": [{"first": port.first, "last": port.last, "purpose": port.purpose} for port in policy.ports],
+        "peers": [str(network) for network in policy.peers],
+        "interfaces": list(policy.interfaces),
+        "accept": policy.accept,
+    }
+
+
+def read_policy(document: Mapping[str, Any]) -> Policy:
+    """The policy in a document; the opposite of `policy_document`. Raises ProtocolError or PolicyError."""
+    _exactly(document, "run_id", "ports", "peers", "interfaces", "accept")
+    return Policy(
+        run_id=_text(document, "run_id"),
+        ports=tuple(_read_port(port) for port in _list(document, "ports", MAXIMUM_PORT_RANGES)),
+        peers=tuple(_read_network(peer) for peer in _list(document, "peers", MAXIMUM_PEERS)),
+        interfaces=tuple(_entry(name) for name in _list(document, "interfaces", MAXIMUM_INTERFACES)),
+        accept=_flag(document, "accept"),
+    )
+
+
+def denial_document(denial: Denial) -> dict[str, Any]:
+    """One denial as JSON's own types, as `securerunctl status --json` shows it."""
+    return {"source": str(denial.source), "port": denial.port, "packets": denial.packets}
+
+
+def _body(message: Message) -> dict[str, Any]:
+    if isinstance(message, Order):
+        policy = policy_document(message.policy)
+        return {"version": VERSION, "policy": policy, "firewall": message.firewall, "command": message.command}
+    if isinstance(message, Release):
+        return {"failed": message.failed}
+    if isinstance(message, Guarding):
+        layers = [{"backend": layer.backend, "name": layer.name} for layer in message.layers]
+        return {"layers": layers, "notes": list(message.notes)}
+    if isinstance(message, Refused):
+        return {"status": message.status, "message": message.message}
+    return {"denied": [denial_document(denial) for denial in message.denied]}
+
+
+def _read_order(body: Mapping[str, Any]) -> Order:
+    _exactly(body, "version", "policy", "firewall", "command")
+    if _number(body, "version") != VERSION:
+        raise ProtocolError(
+            f"the launcher speaks version {body['version']}, this guard {VERSION}; install one securerun"
+        )
+    firewall = _text(body, "firewall")
+    if firewall not in FIREWALLS:
+        raise ProtocolError(f"firewall {firewall[:40]!r} is none of {', '.join(FIREWALLS)}")
+    if not isinstance(body["policy"], dict):
+        raise ProtocolError("policy is not an object")
+    return Order(read_policy(body["policy"]), firewall, _text(body, "command"))
+
+
+def _read_release(body: Mapping[str, Any]) -> Release:
+    _exactly(body, "failed")
+    return Release(_flag(body, "failed"))
+
+
+def _read_guarding(body: Mapping[str, Any]) -> Guarding:
+    _exactly(body, "layers", "notes")
+    layers = tuple(_read_layer(layer) for layer in _list(body, "layers", MAXIMUM_TEXT))
+    return Guarding(layers, tuple(_entry(note) for note in _list(body, "notes", MAXIMUM_TEXT)))
+
+
+def _read_layer(document: object) -> Layer:
+    layer = _object(document, "a layer")
+    _exactly(layer, "backend", "name")
+    return Layer(_text(layer, "backend"), _text(layer, "name"))
+
+
+def _read_refused(body: Mapping[str, Any]) -> Refused:
+    _exactly(body, "status", "message")
+    return Refused(_number(body, "status"), _text(body, "message"))
+
+
+def _read_released(body: Mapping[str, Any]) -> Released:
+    _exactly(body, "denied")
+    return Released(tuple(_read_denial(denial) for denial in _list(body, "denied", MAXIMUM_PEERS)))
+
+
+def _read_denial(document: object) -> Denial:
+    denial = _object(document, "a denial")
+    _exactly(denial, "source", "port", "packets")
+    return Denial(ipaddress.ip_address(_text(denial, "source")), _number(denial, "port"), _number(denial, "packets"))
+
+
+def _read_port(document: object) -> PortRange:
+    port = _object(document, "a port range")
+    _exactly(port, "first", "last", "purpose")
+    return PortRange(_number(port, "first"), _number(port, "last"), _text(port, "purpose"))
+
+
+def _read_network(document: object) -> Network:
+    return ipaddress.ip_network(_entry(document))
+
+
+def _exactly(document: Mapping[str, Any], *names: str) -> None:
+    if document.keys() != set(names):
+        raise ProtocolError(f"fields other than {', '.join(names)}")
+
+
+def _object(document: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(document, dict):
+        raise ProtocolError(f"{what} is not an object")
+    return document
+
+
+def _text(document: Mapping[str, Any], name: str) -> str:
+    return _entry(document[name])
+
+
+def _entry(value: object) -> str:
+    if not isinstance(value, str) or len(value) > MAXIMUM_TEXT:
+        raise ProtocolError("a value that is not a text of reasonable length")
+    return value
+
+
+def _number(document: Mapping[str, Any], name: str) -> int:
+    value = document[name]
+    # bool is an int in Python, and no number here.
+    if type(value) is not int:
+        raise ProtocolError(f"{name} is not a whole number")
+    return value
+
+
+def _flag(document: Mapping[str, Any], name: str) -> bool:
+    value = document[name]
+    if not isinstance(value, bool):
+        raise ProtocolError(f"{name} is neither true nor false")
+    return value
+
+
+def _list(document: Mapping[str, Any], name: str, most: int) -> list[Any]:
+    value = document[name]
+    if not isinstance(value, list) or len(value) > most:
+        raise ProtocolError(f"{name} is not a list of at most {most}")
+    return value
+
+
+_NAMES = {
+    Order: "order",
+    Release: "release",
+    Guarding: "guarding",
+    Refused: "refused",
+    Released: "released",
+}
+_READERS: dict[str, Callable[[Mapping[str, Any]], Message]] = {
+    "order": _read_order,
+    "release": _read_release,
+    "guarding": _read_guarding,
+    "refused": _read_refused,
+    "released": _read_released,
+}

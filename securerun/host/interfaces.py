@@ -1,0 +1,106 @@
+"""The network interfaces of this host, and the networks that they are on."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Iterable, Sequence
+
+from securerun.errors import PolicyError
+from securerun.firewall.policy import Network, collapse
+
+
+def parse(text: str | None) -> tuple[str, ...]:
+    """The names in a list with commas, each once, in order."""
+    words = (text or "").replace(",", " ").split()
+    return tuple(dict.fromkeys(words))
+
+
+def names() -> tuple[str, ...]:
+    """The interfaces of this host (of this network namespace), in the kernel's order."""
+    return tuple(name for _, name in socket.if_nameindex())
+
+
+def require(wanted: Sequence[str], source: str = "--interface") -> tuple[str, ...]:
+    """The names, if this host has all of these interfaces.
+
+    Raises PolicyError that lists those that exist.
+    """
+    present = names()
+    for name in wanted:
+        if name not in present:
+            raise PolicyError(f"{source}: there is no interface {name!r} here; write one of {', '.join(present)}")
+    return tuple(wanted)
+
+
+def networks_of(wanted: Iterable[str]) -> tuple[Network, ...]:
+    """The networks that these interfaces are on, collapsed.
+
+    Without link-local networks (169.254.0.0/16, fe80::/10): every host on the cable is on those, whatever network it
+    belongs to. Without networks of a single address: they hold no other host.
+    """
+    by_interface = _networks()
+    return collapse(network for name in wanted for network in by_interface.get(name, ()))
+
+
+def with_networks() -> tuple[str, ...]:
+    """The interfaces that `networks_of` knows a network of, in the kernel's order; never the loopback."""
+    by_interface = _networks()
+    return tuple(name for name in names() if by_interface.get(name))
+
+
+def towards(addresses: Iterable[str]) -> str | None:
+    """The interface with the address that this host uses to reach the first of these addresses it has a route to.
+
+    For an address of this host's own, the interface that has it. None where the way is the loopback, or there is none.
+    """
+    for address in addresses:
+        local = _local_address(address)
+        if local is not None:
+            return _interface_of(local)
+    return None
+
+
+def _local_address(remote: str) -> str | None:
+    family = socket.AF_INET6 if ":" in remote else socket.AF_INET
+    # Connecting a datagram socket asks the routing table and sends nothing.
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((remote, 9))
+        return str(probe.getsockname()[0]).partition("%")[0]
+    return None
+
+
+def _interface_of(address: str) -> str | None:
+    for name, addresses in _addresses().items():
+        if any(own == ipaddress.ip_address(address) and not own.is_loopback for own, _ in addresses):
+            return name
+    return None
+
+
+def _networks() -> dict[str, list[Network]]:
+    found: dict[str, list[Network]] = {}
+    for name, addresses in _addresses().items():
+        own = [network for _, network in addresses]
+        found[name] = [
+            network
+            for network in own
+            if not (network.is_loopback or network.is_link_local or network.prefixlen == network.max_prefixlen)
+        ]
+    return found
+
+
+def _addresses() -> dict[str, list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, Network]]]:
+    """Each interface's addresses, with the networks that they are in."""
+    import psutil  # 30 ms, and few launches ask
+
+    found: dict[str, list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, Network]]] = {}
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6) or not entry.netmask:
+                continue
+            address = ipaddress.ip_address(entry.address.partition("%")[0])
+            prefix = bin(int(ipaddress.ip_address(entry.netmask))).count("1")
+            network = ipaddress.ip_network((address, prefix), strict=False)
+            found.setdefault(name, []).append((address, network))
+    return found

@@ -1,0 +1,227 @@
+"""What is being launched: torchrun's command line, read by torch's own parser, described as data.
+
+The rules are those of `torch.distributed.run` from 2.1 to 2.13: `run`, `config_from_args` and
+`get_rdzv_endpoint`, and of the rendezvous handlers under `torch/distributed/elastic/rendezvous`.
+Everything comes from the parsed command line (PET_* variables included, the parser reads them); WORLD_SIZE and RANK
+of the environment mean other things under other schedulers and are never looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from securerun.errors import UsageError
+from securerun.options import Arity
+
+# torch/distributed/elastic/rendezvous/c10d_rendezvous_backend.py, DEFAULT_PORT; a test holds it to the installed torch.
+C10D_PORT = 29400
+# torch/distributed/elastic/rendezvous/etcd_rendezvous.py and etcd_rendezvous_backend.py, _create_etcd_client
+ETCD_PORT = 2379
+# torch/distributed/run.py, run(): the port of static rendezvous where the parser has no default for it (2.12)
+STATIC_PORT = 29500
+
+_NO_PORT = -1
+# argparse.ArgumentParser._negative_number_matcher: such a token is a positional argument, not an option.
+_NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the agents of a job meet. No port, or port 0, is one that torch chooses at random."""
+
+    host: str
+    port: int | None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this host can meet here."""
+        if self.host.lower() == "localhost":
+            return True
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        # Before Python 3.13, ::ffff:127.0.0.1 does not count as loopback by itself.
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return (mapped or address).is_loopback
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}" if self.port else host
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch on this node.
+
+    backend: the rendezvous: static, c10d, etcd, etcd-v2, or one that a plug-in brings.
+    endpoint: where the agents meet; None where that is no address, as with a file store.
+    command: the script, or module, and its arguments.
+    """
+
+    backend: str
+    endpoint: Endpoint | None
+    min_nodes: int
+    max_nodes: int
+    node_rank: int
+    command: tuple[str, ...]
+
+    @property
+    def meeting_point(self) -> Endpoint | None:
+        """The endpoint, if it is a port of the job's own: an etcd server is somebody else's."""
+        return None if self.backend in {"etcd", "etcd-v2"} else self.endpoint
+
+
+def values_of(parser: argparse.ArgumentParser) -> Arity:
+    """How many values the options of a parser take, for `securerun.options.take`.
+
+    The function that is returned reads a token as argparse does (ArgumentParser._parse_optional): exact names,
+    `--name=value`, abbreviations, short options run together. None means a positional argument; an option that the
+    parser does not know has no values. Launchers have no options with a variable number of values.
+    """
+    counts = {spelling: _count(action) for action in parser._actions for spelling in action.option_strings}
+
+    def arity(token: str) -> int | None:
+        if len(token) < 2 or not token.startswith("-"):
+            return None
+        if token in counts:
+            return counts[token]
+        found = _long(token, counts) if token.startswith("--") else _short(token, counts)
+        if found is not None:
+            return found
+        return None if _NEGATIVE_NUMBER.fullmatch(token) or " " in token else 0
+
+    return arity
+
+
+def describe_job(namespace: argparse.Namespace) -> Job:
+    """The job that torch would run for these parsed arguments.
+
+    Raises UsageError, in one line, where torch would raise in the middle of a launch.
+    """
+    min_nodes, max_nodes = _nodes(namespace.nnodes)
+    backend, endpoint = _rendezvous(namespace, max_nodes)
+    module = ("-m",) if namespace.module else ()
+    return Job(
+        backend=backend,
+        endpoint=endpoint,
+        min_nodes=min_nodes,
+        max_nodes=max_nodes,
+        node_rank=namespace.node_rank,
+        command=(*module, namespace.training_script, *namespace.training_script_args),
+    )
+
+
+def _count(action: argparse.Action) -> int:
+    if action.nargs is None:
+        return 1
+    return action.nargs if isinstance(action.nargs, int) else 0
+
+
+def _long(token: str, counts: dict[str, int]) -> int | None:
+    name, equals, _ = token.partition("=")
+    matches = {count for spelling, count in counts.items() if spelling.startswith(name)}
+    if not matches:
+        return None
+    if equals:
+        return 0
+    # torch spells each option twice (--rdzv-conf, --rdzv_conf), and Pythons differ on whether an abbreviation of both
+    # is ambiguous: torch's parser says so if it is. What counts here is that all of them take as many values.
+    return matches.pop() if len(matches) == 1 else 0
+
+
+def _short(token: str, counts: dict[str, int]) -> int | None:
+    """`-r3` carries its value, `-mr 3` is `-m -r 3`."""
+    if f"-{token[1]}" not in counts:
+        return None
+    for position, letter in enumerate(token[1:], 1):
+        count = counts.get(f"-{letter}", 0)
+        if count:
+            return count if position == len(token) - 1 else 0
+    return 0
+
+
+def _nodes(nnodes: str) -> tuple[int, int]:
+    """torch.distributed.run.parse_min_max_nnodes, and the check in config_from_args."""
+    ends = nnodes.split(":")
+    try:
+        numbers = [int(end) for end in ends]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise UsageError(f"--nnodes {nnodes!r} is no number of nodes; write --nnodes 2, or --nnodes 1:4 for a range")
+    least, most = numbers[0], numbers[-1]
+    if not 0 < least <= most:
+        raise UsageError(
+            f"--nnodes {nnodes!r} must hold at least one node, the smaller number first; write --nnodes 1:4"
+        )
+    return least, most
+
+
+def _rendezvous(namespace: argparse.Namespace, max_nodes: int) -> tuple[str, Endpoint | None]:
+    """torch.distributed.run.run, and get_rdzv_endpoint after it."""
+    if namespace.standalone:
+        return "c10d", Endpoint("localhost", 0)
+    backend: str = namespace.rdzv_backend
+    text: str = namespace.rdzv_endpoint
+    if backend == "static":
+        return _static(namespace, text, max_nodes)
+    if backend == "c10d":
+        return backend, None if _has_file_store(namespace.rdzv_conf) else _parse(text, C10D_PORT)
+    if backend in {"etcd", "etcd-v2"}:
+        return backend, _parse(text, ETCD_PORT)
+    return backend, _parse_of_plugin(text)
+
+
+def _static(namespace: argparse.Namespace, text: str, max_nodes: int) -> tuple[str, Endpoint]:
+    if text:
+        endpoint = _parse(text, _NO_PORT)
+        if endpoint.port == _NO_PORT:
+            raise UsageError(
+                f"--rdzv-endpoint {text!r} has no port, and static rendezvous needs one; write {text}:29500"
+            )
+        return "static", endpoint
+    port = namespace.master_port
+    # From torch 2.12 the parser has no default port, and one node without one turns to c10d on a random port.
+    if port is None and max_nodes == 1:
+        return "c10d", Endpoint("localhost", 0)
+    return "static", _parse(f"{namespace.master_addr}:{STATIC_PORT if port is None else port}", _NO_PORT)
+
+
+def _parse(text: str, default_port: int) -> Endpoint:
+    # Imported here: what a job is can be told without torch, only torch's way to write an endpoint cannot.
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    try:
+        return Endpoint(*parse_rendezvous_endpoint(text, default_port))
+    except ValueError as error:
+        raise UsageError(
+            f"rendezvous endpoint {text!r} is no HOST:PORT with a port below 65536; write node0:29400"
+        ) from error
+
+
+def _parse_of_plugin(text: str) -> Endpoint | None:
+    """What a plug-in's endpoint means is the plug-in's own; what looks like a host and a port is taken for that."""
+    if not text.strip():
+        return None
+    try:
+        endpoint = _parse(text, 0)
+    except UsageError:
+        return None
+    return endpoint
+
+
+def _has_file_store(rdzv_conf: str) -> bool:
+    """c10d_rendezvous_backend.create_backend; a configuration that is badly written is for torch to refuse."""
+    return any(value == "file" for value in _settings(rdzv_conf, "store_type"))
+
+
+def _settings(rdzv_conf: str, name: str) -> Iterable[str]:
+    for setting in rdzv_conf.split(","):
+        key, _, value = setting.partition("=")
+        if key.strip() == name:
+            yield value.strip().lower()

@@ -1,0 +1,130 @@
+"""The port plan: the TCP ports that a job is known to listen on, each with its purpose.
+
+The random ports of a job (the workers' store, gloo, NCCL) cannot be planned; the shield closes those.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from securerun.errors import PolicyError
+from securerun.firewall.policy import FIRST_PORT, LAST_PORT, PortRange
+from securerun.job.launchers import Job
+
+# HCCL_IF_BASE_PORT in the CANN environment variable reference: 1024-65520, 60000 by default, 16 ports from there on
+# (CANN 8.0), 32 since CANN 8.3.
+HCCL_BASE = "HCCL_IF_BASE_PORT"
+HCCL_DEFAULT_BASE = 60000
+HCCL_FIRST_BASE, HCCL_LAST_BASE = 1024, 65520
+HCCL_PORTS = 16
+HCCL_PORTS_SINCE_8_3 = 32
+# HCCL_HOST_SOCKET_PORT_RANGE in the same reference: ports and ranges with commas between, or `auto` for random ports;
+# it takes precedence over HCCL_IF_BASE_PORT.
+HCCL_RANGE = "HCCL_HOST_SOCKET_PORT_RANGE"
+
+_ENDPOINT_PURPOSES = {"c10d": "rendezvous store (c10d)", "static": "master port (static rendezvous)"}
+# CANN's own files say `version=8.3.RC1` or `Version=8.3.0.1.200`; a few hundred bytes each.
+_CANN_VERSION = re.compile(r"^version=(\d+)\.(\d+)", re.IGNORECASE | re.MULTILINE)
+_CANN_FILE_SIZE = 64 * 1024
+
+
+def plan_ports(
+    job: Job, environment: Mapping[str, str], extra: str | None, source: str = "--ports"
+) -> tuple[PortRange, ...]:
+    """The ports of a job, in ascending order, each range once.
+
+    The endpoint's port is planned on every node, since any of them may turn out to hold the store; HCCL's ports are
+    planned on every host, with or without NPUs in sight. `extra` is what the user added, in the words of `source`.
+
+    Raises PolicyError, with the variable or option that is wrong.
+    """
+    planned: dict[tuple[int, int], PortRange] = {}
+    for ports in (*_endpoint(job), *_hccl(environment), *_added(extra, source)):
+        planned.setdefault((ports.first, ports.last), ports)
+    return tuple(sorted(planned.values()))
+
+
+def _endpoint(job: Job) -> Iterator[PortRange]:
+    endpoint = job.meeting_point
+    if endpoint is not None and endpoint.port:
+        yield PortRange(endpoint.port, endpoint.port, _ENDPOINT_PURPOSES.get(job.backend, "rendezvous endpoint"))
+
+
+def _added(extra: str | None, source: str) -> Iterator[PortRange]:
+    if extra is not None:
+        yield from _parse(extra, "added with --ports", source)
+
+
+def _hccl(environment: Mapping[str, str]) -> Iterator[PortRange]:
+    # Read even where the ranges take precedence: HCCL refuses a wrong one too, only later.
+    base = _hccl_base(environment.get(HCCL_BASE, "").strip())
+    ranges = environment.get(HCCL_RANGE, "").strip()
+    if ranges == "auto":
+        return
+    if ranges:
+        yield from _parse(ranges, "HCCL", HCCL_RANGE)
+        return
+    count = HCCL_PORTS_SINCE_8_3 if _cann_version(environment) >= (8, 3) else HCCL_PORTS
+    yield PortRange(base, min(base + count - 1, LAST_PORT), "HCCL")
+
+
+def _hccl_base(text: str) -> int:
+    if not text:
+        return HCCL_DEFAULT_BASE
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not HCCL_FIRST_BASE <= int(text) <= HCCL_LAST_BASE:
+        raise PolicyError(
+            f"{HCCL_BASE}={text} is no port of {HCCL_FIRST_BASE}-{HCCL_LAST_BASE}; "
+            f"write export {HCCL_BASE}={HCCL_DEFAULT_BASE}, or unset it"
+        )
+    return int(text)
+
+
+def _parse(text: str, purpose: str, source: str) -> Iterator[PortRange]:
+    """The ranges in a list such as `7000,8000-8010`."""
+    words = [word for word in re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text)) if word]
+    if not words:
+        raise PolicyError(f"{source}: {text!r} names no port; write ports and ranges as in 7000,8000-8010")
+    for word in words:
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", word)
+        if match is None:
+            raise PolicyError(f"{source}: {word!r} is no port and no range of ports; write it as in 7000,8000-8010")
+        first, last = int(match.group(1)), int(match.group(2) or match.group(1))
+        if first > last:
+            raise PolicyError(f"{source}: the range {word} is crossed; write {last}-{first}")
+        if not FIRST_PORT <= first <= last <= LAST_PORT:
+            raise PolicyError(
+                f"{source}: {word} goes beyond the TCP ports {FIRST_PORT}-{LAST_PORT}; name ports of those"
+            )
+        yield PortRange(first, last, purpose)
+
+
+def _cann_version(environment: Mapping[str, str]) -> tuple[int, int]:
+    """The newest CANN that the files under ASCEND_HOME_PATH speak of; (0, 0) if none does.
+
+    Where files disagree the newest counts: sixteen closed ports too many do no harm, too few would.
+    """
+    home = environment.get("ASCEND_HOME_PATH", "").strip()
+    if not home:
+        return (0, 0)
+    matches = (_CANN_VERSION.search(text) for text in _cann_files(Path(home)))
+    return max(((int(match.group(1)), int(match.group(2))) for match in matches if match), default=(0, 0))
+
+
+def _cann_files(home: Path) -> Iterator[str]:
+    """What torch_npu.utils.collect_env and the CANN documentation read to tell the version."""
+    architecture = home / f"{platform.machine()}-linux"
+    candidates = (
+        *architecture.glob("ascend_*_install.info"),
+        *home.glob("ascend_*_install.info"),
+        home / "version.info",
+        home / "compiler" / "version.info",
+    )
+    for candidate in candidates:
+        try:
+            with candidate.open(errors="replace") as file:
+                yield file.read(_CANN_FILE_SIZE)
+        except OSError:
+            continue

@@ -1,0 +1,333 @@
+"""securerun's own options: one table, from which the command line, the environment and the site file are read.
+
+The options are taken out of the command line by exact name, before torch's own parser sees the rest, so that every
+option, abbreviation and default of the installed torch works as it does under torchrun. A value comes from the flag,
+else from the environment, else from the site file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Callable, Optional, Union
+
+from securerun.errors import UsageError
+
+SITE_CONFIG = Path("/etc/securerun/config.toml")
+
+Value = Union[str, bool]
+# How many of the tokens after an option are its values; None for a token that is no option but a positional argument.
+Arity = Callable[[str], Optional[int]]
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: `--name` on the command line, SECURERUN_NAME in the environment, `name` in the site file.
+
+    metavar: what stands for the value in `--help`; an option without one is a flag.
+    choices: the values that it takes, where they are few.
+    example: a right value, for error messages.
+    listed: the site file may hold a list of strings instead of one string with commas; of numbers too, if `numbers`.
+    in_file: whether the site file may set it.
+    """
+
+    name: str
+    help: str
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+    example: str = ""
+    listed: bool = False
+    numbers: bool = False
+    in_file: bool = True
+
+    @property
+    def is_flag(self) -> bool:
+        return not self.metavar
+
+    @property
+    def key(self) -> str:
+        """The name in the site file and in `Options`."""
+        return self.name.replace("-", "_")
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name}"
+
+    @property
+    def variable(self) -> str:
+        return f"SECURERUN_{self.key.upper()}"
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """With dashes or with underscores, as torchrun takes its own options."""
+        return (self.flag, f"--{self.key}")
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "peers",
+        "The other nodes of the job, the only hosts that may connect to it: addresses, networks and host names, with "
+        "commas between; @FILE for a host file with one host a line; `subnet` for the networks of the interface; "
+        "`any` for every host.",
+        metavar="LIST",
+        example="--peers node1,node2 or --peers @hostfile.txt",
+        listed=True,
+    ),
+    Option(
+        "interface",
+        "The network interfaces that peers come in through, with commas between. Without it: any.",
+        metavar="NAMES",
+        example="--interface eth0",
+        listed=True,
+    ),
+    Option(
+        "ports",
+        "More TCP ports that the job listens on, beside those of the rendezvous and of HCCL: 7000,8000-8010.",
+        metavar="LIST",
+        example="--ports 7000,8000-8010",
+        listed=True,
+        numbers=True,
+    ),
+    Option(
+        "firewall",
+        "Where the port chains are installed: `auto` takes iptables where the host has it, `iptables` insists on it, "
+        "`off` leaves the host's firewall alone; the shield on the job's processes stays.",
+        metavar="BACKEND",
+        choices=("auto", "iptables", "off"),
+        example="--firewall auto",
+    ),
+    Option(
+        "umask",
+        "The least umask of launcher and workers, in octal (0027 by default). A stricter one of your own stays.",
+        metavar="MASK",
+        example="--umask 0027",
+    ),
+    Option(
+        "accept",
+        "Let peers past the rest of the host's firewall (ACCEPT), instead of handing them on to its own rules.",
+    ),
+    Option(
+        "unprotected",
+        "Start the job where nothing can be installed: the umask is set, every port stays open to every host.",
+    ),
+    Option(
+        "dry-run",
+        "Print the whole plan and start nothing.",
+        in_file=False,
+    ),
+)
+
+_BY_SPELLING: Mapping[str, Option] = {spelling: option for option in OPTIONS for spelling in option.spellings}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of securerun, with the place it came from where a message names it."""
+
+    peers: str | None = None
+    peers_source: str = "--peers"
+    interface: str | None = None
+    interface_source: str = "--interface"
+    ports: str | None = None
+    ports_source: str = "--ports"
+    firewall: str = "auto"
+    umask: str = "0027"
+    umask_source: str = "--umask"
+    accept: bool = False
+    unprotected: bool = False
+    dry_run: bool = False
+
+
+def take(arguments: Sequence[str], values_of: Arity) -> tuple[dict[str, Value], list[str]]:
+    """Split a command line into securerun's options, by their key, and everything else in its order.
+
+    Only the part before the script is read: up to the first positional argument or `--`. `values_of` knows torch's
+    options (`securerun.job.launchers.values_of`), so that the 2 of `--nnodes 2` is not taken for the script.
+
+    Raises UsageError for an option without its value, or a flag with one.
+    """
+    taken: dict[str, Value] = {}
+    rest: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        spelling, equals, attached = argument.partition("=")
+        option = _BY_SPELLING.get(spelling)
+        if option is None:
+            arity = None if argument == "--" else values_of(argument)
+            if arity is None:
+                break
+            rest.extend(arguments[position : position + 1 + arity])
+            position += 1 + arity
+            continue
+        position += 1
+        if option.is_flag:
+            if equals:
+                raise UsageError(f"{option.flag} takes no value, and {argument!r} gives one; write {option.flag} alone")
+            taken[option.key] = True
+            continue
+        if not equals:
+            attached = arguments[position] if position < len(arguments) else ""
+            position += 1
+            # No value of ours begins with a dash, so what does is the next option; argparse sees it the same way.
+            attached = "" if attached.startswith("-") else attached
+        if not attached.strip():
+            raise UsageError(f"{option.flag} needs a value: write {option.example}")
+        taken[option.key] = attached
+    return taken, [*rest, *arguments[position:]]
+
+
+def resolve(taken: Mapping[str, Value], environment: Mapping[str, str], config_path: Path = SITE_CONFIG) -> Options:
+    """The options in force: flag, then environment, then site file.
+
+    Raises UsageError for a value that an option does not take, and for a site file that cannot be read.
+    """
+    in_file = _read_site_file(config_path)
+    sourced = {field.name for field in fields(Options)}
+    settings: dict[str, Any] = {}
+    for option in OPTIONS:
+        found = _from_flag(option, taken) or _from_environment(option, environment) or in_file.get(option.key)
+        if found is None:
+            continue
+        settings[option.key] = found.value
+        if f"{option.key}_source" in sourced:
+            settings[f"{option.key}_source"] = found.source
+    return Options(**settings)
+
+
+def help_text() -> str:
+    """The block of `--help` that stands beside torch's own."""
+    width = max(60, min(100, shutil.get_terminal_size().columns - 2))
+    lines = [
+        "securerun options:",
+        *textwrap.wrap(
+            "before the script, in any order, by their full names; each also as an environment variable "
+            f"(SECURERUN_PEERS, SECURERUN_DRY_RUN, ...) and, --dry-run aside, as a key in {SITE_CONFIG}",
+            width,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        ),
+        "",
+    ]
+    for option in OPTIONS:
+        value = "{" + ",".join(option.choices) + "}" if option.choices else option.metavar
+        lines.append(f"  {option.flag} {value}".rstrip())
+        lines += textwrap.wrap(option.help, width, initial_indent=" " * 24, subsequent_indent=" " * 24)
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A value and the place it came from."""
+
+    value: Value
+    source: str
+
+
+def _from_flag(option: Option, taken: Mapping[str, Value]) -> _Found | None:
+    value = taken.get(option.key)
+    if value is None:
+        return None
+    return _Found(_checked(option, value, option.flag), option.flag)
+
+
+def _from_environment(option: Option, environment: Mapping[str, str]) -> _Found | None:
+    text = environment.get(option.variable, "").strip()
+    # `export SECURERUN_PEERS=` is how a shell script takes a setting back.
+    if not text:
+        return None
+    if not option.is_flag:
+        return _Found(_checked(option, text, option.variable), option.variable)
+    if text.lower() in _TRUE:
+        return _Found(True, option.variable)
+    if text.lower() in _FALSE:
+        return _Found(False, option.variable)
+    raise UsageError(f"{option.variable}={text} is neither yes nor no; write 1, true, yes, on, or 0, false, no, off")
+
+
+def _checked(option: Option, value: Value, place: str) -> Value:
+    if option.choices and value not in option.choices:
+        raise UsageError(f"{place}: {value!r} is not one of {', '.join(option.choices)}; write {option.example}")
+    return value
+
+
+def _read_site_file(path: Path) -> dict[str, _Found]:
+    """The settings of the site file by key; none where there is no such file."""
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); make it readable to you, or remove it") from error
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    return _read_site_text(text, path)
+
+
+def _read_site_text(text: str, path: Path) -> dict[str, _Found]:
+    # Imported only where a site file exists: most launches have none, and a launch is measured in milliseconds.
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        document: dict[str, object] = toml.loads(text)
+    except toml.TOMLDecodeError as error:
+        raise UsageError(f"{path}, {_toml_complaint(str(error), text)}; correct that line") from error
+    options = {option.key: option for option in OPTIONS if option.in_file}
+    settings: dict[str, _Found] = {}
+    for key, value in document.items():
+        place = f"{path}, line {_line_of(key, text)}"
+        if key not in options:
+            raise UsageError(f"{place}: there is no key {key!r}; the keys are {', '.join(options)}")
+        option = options[key]
+        settings[key] = _Found(_checked(option, _from_toml(option, value, place), place), str(path))
+    return settings
+
+
+def _from_toml(option: Option, value: object, place: str) -> Value:
+    if option.is_flag:
+        if isinstance(value, bool):
+            return value
+        raise UsageError(f"{place}: {option.key} is neither true nor false; write {option.key} = true")
+    items = value if option.listed and isinstance(value, list) else [value]
+    words = [_toml_word(option, item) for item in items]
+    joined = ",".join(word for word in words if word is not None)
+    if None in words or not joined.strip(", "):
+        right = option.example.split()[1]
+        raise UsageError(f'{place}: {option.key} is no text of the right kind; write {option.key} = "{right}"')
+    return joined
+
+
+def _toml_word(option: Option, item: object) -> str | None:
+    if isinstance(item, str):
+        return item
+    if option.numbers and isinstance(item, int) and not isinstance(item, bool):
+        return str(item)
+    return None
+
+
+def _toml_complaint(message: str, text: str) -> str:
+    """The parser's message with its line first: "Invalid value (at line 3, column 9)", "... (at end of document)"."""
+    where = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)", message)
+    what = message[: where.start()] if where else message
+    line = where.group(1) if where and where.group(1) else str(len(text.splitlines()) or 1)
+    return f"line {line}: {what[:1].lower()}{what[1:]}"
+
+
+def _line_of(key: str, text: str) -> int:
+    """The line that sets a key of the document's top level, or opens the table of that name."""
+    quoted = rf"[\"']?{re.escape(key)}[\"']?"
+    pattern = re.compile(rf"\s*(?:{quoted}\s*[.=]|\[+\s*{quoted}\s*[].])")
+    lines = (number for number, line in enumerate(text.splitlines(), 1) if pattern.match(line))
+    return next(lines, 1)

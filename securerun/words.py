@@ -1,0 +1,114 @@
+"""securerun's own words: the plan of a launch, the lines at its start and at its end. Renders, and runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from securerun.firewall import iptables, shield
+from securerun.firewall.iptables import Dispatcher
+from securerun.firewall.policy import Denial, Policy
+from securerun.guard.protocol import Guarding
+from securerun.job.launchers import Job
+from securerun.job.peers import Peers
+
+_NETWORKS_NAMED = 4
+_DENIALS_NAMED = 10
+_NOTHING_INSTALLED = Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
+
+
+def start(policy: Policy, peers: Peers, guarding: Guarding, umask: int) -> Iterator[str]:
+    """What is closed, by what, and to whom it is open."""
+    run = f"run {policy.run_id}: "
+    yield f"{run}open to {_open_to(policy, peers)}; umask {umask:04o}"
+    for layer in guarding.layers:
+        what = "every TCP port of this job" if layer.backend == "shield" else f"TCP ports {_ports(policy)}"
+        yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
+    for note in guarding.notes:
+        yield f"{run}{note}"
+
+
+def end(policy: Policy, denied: Sequence[Denial] | None) -> Iterator[str]:
+    """Who was turned away, how often, and what to do if it should not have been."""
+    run = f"run {policy.run_id}: "
+    if denied is None:
+        yield f"{run}the guard was gone at the end, so it is not known who was turned away"
+        return
+    if not denied:
+        yield f"{run}nobody was turned away"
+        return
+    for denial in denied[:_DENIALS_NAMED]:
+        port = denial.port or "a port that could not be read"
+        yield f"{run}blocked {denial.source} → {port} ({_count(denial.packets, 'attempt')})"
+    if len(denied) > _DENIALS_NAMED:
+        yield f"{run}blocked {len(denied) - _DENIALS_NAMED} more pairs of source and port"
+    yield f"{run}if one of these is a node of this job, add it with --peers"
+
+
+def plan(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, origin: str) -> str:
+    """The whole plan of a launch for a person: what would listen, who may connect, and the text of each layer."""
+    sections = [*_summary(job, policy, peers, umask, firewall, origin)]
+    if firewall != "off":
+        for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore")):
+            text = iptables.render_install(policy, version, _NOTHING_INSTALLED)
+            sections += ["", f"# {command} --noflush   (the first run on a host)", text.rstrip()]
+    sections += ["", "# shield", shield.describe(policy).rstrip()]
+    return "\n".join(sections) + "\n"
+
+
+def unprotected() -> str:
+    """The warning of a run that nothing protects."""
+    return "--unprotected: every TCP port of this job is open to every host; the umask is all that was set"
+
+
+def _summary(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, origin: str) -> Iterator[str]:
+    nodes = f"{job.min_nodes}" if job.min_nodes == job.max_nodes else f"{job.min_nodes} to {job.max_nodes}"
+    meeting = f"{job.backend} at {job.endpoint}" if job.endpoint else job.backend
+    yield _row("rendezvous", f"{meeting}; nodes: {nodes}; this is node {job.node_rank}")
+    yield _row("command", " ".join(job.command))
+    label = "ports"
+    for port in policy.ports:
+        yield _row(label, f"{port!s:<12} {port.purpose}")
+        label = ""
+    yield _row(label, f"{'any other':<12} chosen at random by gloo, NCCL or torch: closed by the shield")
+    label = "peers"
+    for network in policy.peers:
+        yield _row(label, str(network))
+        label = ""
+    if not policy.peers:
+        yield _row(label, "none: no other host may connect")
+    yield _row("", f"named by {peers.source}")
+    yield _row("interfaces", ", ".join(policy.interfaces) or "any")
+    yield _row("umask", f"{umask:04o}")
+    yield _row("scope", "process: the shield is on every socket of the job, whatever its port")
+    chains = "none (--firewall off)" if firewall == "off" else f"{firewall}; peers get {_target(policy)}"
+    yield _row("port chains", chains)
+    yield _row("guard", origin)
+
+
+def _row(label: str, text: str) -> str:
+    return f"{label:<12} {text}".rstrip()
+
+
+def _target(policy: Policy) -> str:
+    return "ACCEPT" if policy.accept else "RETURN, to the host's own rules"
+
+
+def _open_to(policy: Policy, peers: Peers) -> str:
+    if not policy.peers:
+        return f"no other host ({peers.source})"
+    networks = [str(n.network_address) if n.prefixlen == n.max_prefixlen else str(n) for n in policy.peers]
+    more = f" and {len(networks) - _NETWORKS_NAMED} more" if len(networks) > _NETWORKS_NAMED else ""
+    through = f" through {', '.join(policy.interfaces)}" if policy.interfaces else ""
+    return f"{', '.join(networks[:_NETWORKS_NAMED])}{more} ({peers.source}){through}"
+
+
+def _ports(policy: Policy) -> str:
+    return _listed(str(port) for port in policy.ports)
+
+
+def _listed(parts: Iterable[str]) -> str:
+    return ", ".join(parts)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
