@@ -136,7 +136,7 @@ def _object_name(name: str) -> bytes:
 def _information(descriptor: int, content: bytes) -> bytes:
     """What BPF_OBJ_GET_INFO_BY_FD makes of `content`, a bpf_map_info or bpf_prog_info."""
     buffer = _copy(content)
-    _call(_Command.OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", descriptor, len(content), _address(buffer)))
+    _call(_Command.OBJ_GET_INFO_BY_FD, struct.pack("=iIQ", descriptor, len(content), _address(buffer)))
     return buffer.raw
 
 
@@ -288,13 +288,13 @@ class Map(_Descriptor):
 
     def _element(self, command: _Command, key: bytes | None, value: ctypes.Array[ctypes.c_char] | None) -> None:
         key_buffer = None if key is None else _copy(key)
-        _call(command, struct.pack("=IIQQQ", self._descriptor, 0, _address(key_buffer), _address(value), 0))
+        _call(command, struct.pack("=iIQQQ", self._descriptor, 0, _address(key_buffer), _address(value), 0))
 
     def _update_batch(self, entries: Mapping[bytes, bytes]) -> None:
         keys = _copy(b"".join(entries))
         values = _copy(b"".join(entries.values()))
         attributes = struct.pack(
-            "=QQQQIIQQ", 0, 0, _address(keys), _address(values), len(entries), self._descriptor, 0, 0
+            "=QQQQIiQQ", 0, 0, _address(keys), _address(values), len(entries), self._descriptor, 0, 0
         )
         _call(_Command.MAP_UPDATE_BATCH, attributes)
 
@@ -361,11 +361,11 @@ class Program(_Descriptor):
 
     def attach(self, cgroup: int, kind: AttachType, flags: AttachFlags) -> None:
         """Hangs the program on the cgroup whose directory `cgroup` is open on; it stays when this process ends."""
-        _call(_Command.PROG_ATTACH, struct.pack("=IIII", cgroup, self._descriptor, kind, flags))
+        _call(_Command.PROG_ATTACH, struct.pack("=iiII", cgroup, self._descriptor, kind, flags))
 
     def detach(self, cgroup: int, kind: AttachType) -> None:
         """Takes the program off the cgroup. Raises OSError: ENOENT when it does not hang there."""
-        _call(_Command.PROG_DETACH, struct.pack("=III", cgroup, self._descriptor, kind))
+        _call(_Command.PROG_DETACH, struct.pack("=iiI", cgroup, self._descriptor, kind))
 
     def test_run(self, frame: bytes, interface: int) -> int:
         """What the program returns for an Ethernet frame that came in through the interface with this index.
@@ -377,7 +377,7 @@ class Program(_Descriptor):
         # struct __sk_buff: 40 bytes of other things, ifindex; what follows is zero.
         context = _copy(struct.pack("=40xI148x", interface))
         attributes = struct.pack(
-            "=IIIIQQIIIIQQ",
+            "=iIIIQQIIIIQQ",
             *(self._descriptor, 0, len(frame), 0, _address(packet), 0),
             *(0, 0, len(context), 0, _address(context), 0),
         )
@@ -389,7 +389,7 @@ class Program(_Descriptor):
 def attached(cgroup: int, kind: AttachType) -> Attached:
     """What hangs on the cgroup whose directory `cgroup` is open on. Raises OSError: EINVAL before Linux 4.15."""
     identifiers = ctypes.create_string_buffer(4 * _MOST_OBJECTS)
-    attributes = struct.pack("=IIIIQI", cgroup, kind, 0, 0, _address(identifiers), _MOST_OBJECTS)
+    attributes = struct.pack("=iIIIQI", cgroup, kind, 0, 0, _address(identifiers), _MOST_OBJECTS)
     _, after = _call(_Command.PROG_QUERY, attributes)
     flags, _, count = struct.unpack_from("=12xIQI", after)
     return Attached(AttachFlags(flags), struct.unpack_from(f"={count}I", identifiers))
@@ -423,7 +423,8 @@ def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None) -> in
 
 
 def _last_words(log: str) -> str:
-    lines = [line for line in log.splitlines() if line and not line.startswith(("processed", "verification time"))]
+    statistics = ("verification time", "stack depth", "processed")
+    lines = [line for line in log.splitlines() if line and not line.startswith(statistics)]
     return f" ({lines[-1]})" if lines else ""
 
 

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Sets up what the other scripts need: system packages, a virtual environment, torch and securerun in it.
+#   scripts/setup.sh            to run securerun
+#   scripts/setup.sh test       to run its tests as well
+# May be run again at any time: it installs only what is missing and, if nothing is, is done at once without a network.
+#
+# SECURERUN_VENV         where the virtual environment is (default: .venv in the checkout)
+# SECURERUN_TORCH        what to install where there is no torch (default: torch==2.13.0, for Python 3.10 and newer)
+# SECURERUN_TORCH_INDEX  an additional package index to look for it, such as PyTorch's own index of CPU builds.
+#                        Without it pip takes what its usual index has: on x86-64 a build of some gigabytes with CUDA,
+#                        which works too.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:/usr/sbin:/sbin" # where a root shell made by plain `su` does not look
+extra=${1:-}
+venv=${SECURERUN_VENV:-$PWD/.venv}
+
+say() { echo "setup: $*" >&2; }
+
+missing_packages() {
+    command -v ip > /dev/null || echo iproute2
+    command -v iptables > /dev/null && command -v ip6tables > /dev/null || echo iptables
+    command -v nft > /dev/null || echo nftables
+    command -v nsenter > /dev/null && command -v setpriv > /dev/null || echo util-linux
+    command -v ps > /dev/null || echo procps
+    # Debian's python3 comes without what makes virtual environments.
+    python3 -c 'import ensurepip, venv' 2> /dev/null || echo python3 python3-venv
+}
+
+install_system_packages() {
+    local missing
+    missing=$(missing_packages | xargs)
+    [ -n "$missing" ] || return 0
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+        say "please install with your system's package manager, then run this again: $missing"
+        exit 1
+    fi
+    say "installing $missing"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq < /dev/null
+    # shellcheck disable=SC2086 # a list of words
+    apt-get install -y -qq --no-install-recommends $missing < /dev/null > /dev/null
+}
+
+make_virtual_environment() {
+    if "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+        return 0
+    fi
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
+        say "$(python3 --version) is too old; securerun needs Python 3.9 or newer as python3"
+        exit 1
+    fi
+    say "making $venv"
+    python3 -m venv --clear "$venv"
+}
+
+has_torch() {
+    "$venv/bin/python" -c 'import importlib.metadata as metadata; metadata.version("torch")' 2> /dev/null
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check "$@" < /dev/null
+}
+
+install_torch() {
+    has_torch && return 0
+    say "installing ${SECURERUN_TORCH:=torch==2.13.0}"
+    pip_install ${SECURERUN_TORCH_INDEX:+--extra-index-url "$SECURERUN_TORCH_INDEX"} "$SECURERUN_TORCH"
+}
+
+# The note in the virtual environment says for which checkout and which requirements it was filled.
+note="$venv/.filled-for${extra:+-$extra}"
+requirements() { echo "$PWD"; sha256sum setup.cfg pyproject.toml; }
+
+install_securerun() {
+    if has_torch && [ "$(cat "$note" 2> /dev/null)" = "$(requirements)" ]; then
+        return 0
+    fi
+    install_torch
+    say "installing securerun${extra:+ and what its tests need}"
+    pip_install --editable ".${extra:+[$extra]}"
+    requirements > "$note"
+}
+
+install_system_packages
+make_virtual_environment
+install_securerun

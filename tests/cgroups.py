@@ -1,0 +1,139 @@
+"""Cgroups of their own for tests, and work done by a process inside one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import pickle
+import select
+import signal
+import socket
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, TypeVar
+
+import pytest
+from hosts import NAMESPACES, Host, cgroup2_mount, eventually
+
+Result = TypeVar("Result")
+
+CHILD_SECONDS = 20.0
+_CLONE_NEWNET = 0x40000000
+
+_library = ctypes.CDLL(None, use_errno=True)
+_numbers = itertools.count()
+
+
+class Cgroup:
+    """A directory of the cgroup2 mount, and a descriptor open on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def enter(self) -> None:
+        """Move this process here."""
+        enter(self.path)
+
+    def remove(self) -> None:
+        """Remove the directory as soon as its last process is gone."""
+        os.close(self.descriptor)
+        assert not self.path.exists() or eventually(self._removed), f"{self.path} is still in use"
+
+    def _removed(self) -> bool:
+        try:
+            self.path.rmdir()
+        except OSError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def new_cgroup(parent: Cgroup | None = None) -> Iterator[Cgroup]:
+    mount = cgroup2_mount()
+    if os.geteuid() != 0 or mount is None:
+        if "CI" in os.environ:
+            raise RuntimeError("cgroups need root and a cgroup2 mount")
+        pytest.skip("cgroups need root and a cgroup2 mount")
+    above = mount if parent is None else parent.path
+    cgroup = Cgroup(above / f"sr-test-{os.getpid()}-{next(_numbers)}")
+    try:
+        yield cgroup
+    finally:
+        cgroup.remove()
+
+
+def enter(directory: Path) -> None:
+    membership = os.open(directory / "cgroup.procs", os.O_WRONLY)
+    try:
+        os.write(membership, b"0")
+    finally:
+        os.close(membership)
+
+
+@contextlib.contextmanager
+def inside(host: Host) -> Iterator[None]:
+    """This thread in the host's network namespace; sockets made meanwhile stay there."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    there = os.open(NAMESPACES / host.namespace, os.O_RDONLY)
+    try:
+        _set_namespace(there)
+        yield
+    finally:
+        _set_namespace(home)
+        os.close(there)
+        os.close(home)
+
+
+def _set_namespace(descriptor: int) -> None:
+    if _library.setns(descriptor, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def in_child(work: Callable[[], Result]) -> Result:
+    """What `work` returns in a process of its own, which it may move and cripple as it likes."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            os.write(writing, _outcome(work))
+        os._exit(0)
+    os.close(writing)
+    try:
+        assert select.select([reading], [], [], CHILD_SECONDS)[0], "the child gives no answer"
+        with os.fdopen(reading, "rb") as answer:
+            result, failure = pickle.loads(answer.read())  # noqa: S301 - our own child wrote it
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert failure is None, failure
+    return result  # type: ignore[no-any-return]
+
+
+def _outcome(work: Callable[[], Any]) -> bytes:
+    try:
+        return pickle.dumps((work(), None))
+    except BaseException:
+        return pickle.dumps((None, traceback.format_exc()))
+
+
+def socket_made_in(cgroup: Cgroup, make: Callable[[], socket.socket], leave_to: Path | None = None) -> socket.socket:
+    """A socket that a process of the cgroup made; the process then left it, if asked to, and has ended."""
+    near, far = socket.socketpair()
+
+    def work() -> None:
+        cgroup.enter()
+        with make() as made:
+            if leave_to is not None:
+                enter(leave_to)
+            socket.send_fds(far, [b"!"], [made.fileno()])
+
+    with near, far:
+        in_child(work)
+        _, descriptors, _, _ = socket.recv_fds(near, 1, 1)
+    return socket.socket(fileno=descriptors[0])

@@ -1,0 +1,256 @@
+"""What the user said: the command line cut in two, and the order in which flag, environment and site file count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.run import get_args_parser
+
+from securerun.errors import UsageError
+from securerun.job.launchers import values_of
+from securerun.options import OPTIONS, Options, help_text, resolve, take
+
+PARSER = get_args_parser()
+ARITY = values_of(PARSER)
+NOWHERE = Path("/nonexistent/securerun.toml")
+
+TORCH = [
+    ["--nnodes", "2"],
+    ["--nnodes=1:2"],
+    ["--nproc-per-node", "2"],
+    ["--nproc_per_node=3"],
+    ["--nproc-per", "4"],
+    ["--standalone"],
+    ["--stand"],
+    ["-m"],
+    ["-r", "3"],
+    ["-r3"],
+    ["-mr", "3"],
+    ["-mt3"],
+    ["-t", "0:1"],
+    ["--rdzv-backend", "c10d"],
+    ["--rdzv_end", "node0:29400"],
+    ["--rdzv-conf", "is_host=1,timeout=30"],
+    ["--max-r", "1"],
+    ["--node_rank", "1"],
+    ["--master-port", "-1"],
+    ["--log-dir", "-"],
+    ["--role", "train.py"],
+    ["--role", ""],
+    ["--role", "-a role"],
+    ["--role=--peers"],
+    ["--no-python"],
+]
+TORCH_WORDS = [word for chunk in TORCH for word in chunk]
+OURS: list[tuple[list[str], str, str | bool]] = [
+    (["--peers", "node1,node2"], "peers", "node1,node2"),
+    (["--peers=node3"], "peers", "node3"),
+    (["--peers=a=b"], "peers", "a=b"),
+    (["--ports", "7000"], "ports", "7000"),
+    (["--interface", "eth0"], "interface", "eth0"),
+    (["--firewall", "off"], "firewall", "off"),
+    (["--umask", "0077"], "umask", "0077"),
+    (["--accept"], "accept", True),
+    (["--unprotected"], "unprotected", True),
+    (["--dry-run"], "dry_run", True),
+    (["--dry_run"], "dry_run", True),
+]
+SCRIPT_WORDS = ["--peers", "x", "--", "--help", "--dry-run", "-m", "--nnodes=3", "--peers=y", "-1", ""]
+
+
+@settings(deadline=None)
+@given(
+    chunks=st.lists(st.one_of(st.sampled_from(TORCH), st.sampled_from(OURS)), max_size=12),
+    separator=st.sampled_from([[], ["--"]]),
+    script=st.sampled_from(["train.py", "-", "-5", "a b"]),
+    words=st.lists(st.sampled_from(SCRIPT_WORDS), max_size=5),
+)
+def test_torch_sees_the_command_line_as_if_ours_had_not_been_there(
+    chunks: list[list[str] | tuple[list[str], str, str | bool]], separator: list[str], script: str, words: list[str]
+) -> None:
+    arguments: list[str] = []
+    without: list[str] = []
+    expected: dict[str, str | bool] = {}
+    for chunk in chunks:
+        if isinstance(chunk, tuple):
+            tokens, key, value = chunk
+            arguments += tokens
+            expected[key] = value
+        else:
+            arguments += chunk
+            without += chunk
+    tail = [*separator, script, *words]
+    taken, rest = take([*arguments, *tail], ARITY)
+    assert taken == expected
+    assert rest == [*without, *tail]
+    assert PARSER.parse_args(rest) == PARSER.parse_args([*without, *tail])
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*TORCH_WORDS, "--bogus", "--rdzv", "--peer", "-x", "--", "t.py"]), max_size=10))
+def test_a_command_line_without_ours_is_left_alone_however_wrong_it_is(arguments: list[str]) -> None:
+    assert take(arguments, ARITY) == ({}, arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.py", "--peers", "b"],
+        ["--nnodes", "2", "train.py", "--dry-run", "--help"],
+        ["--", "train.py", "--", "--dry-run"],
+        ["--help"],
+        ["-h", "train.py", "--peers", "b"],
+        ["--peer", "a", "--dry-run", "train.py"],  # no abbreviations of ours: torch refuses --peer
+        ["--log-dir", "--peers", "a", "train.py"],  # torch says that --log-dir has no value
+        ["-m", "package.train", "--umask", "0"],
+        [],
+    ],
+)
+def test_nothing_is_taken_from(arguments: list[str]) -> None:
+    assert take(arguments, ARITY) == ({}, arguments)
+
+
+def test_the_last_of_the_same_option_wins_as_in_argparse() -> None:
+    assert take(["--peers", "a", "--nnodes", "2", "--peers", "b", "t.py"], ARITY) == (
+        {"peers": "b"},
+        ["--nnodes", "2", "t.py"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--peers"], ["--peers needs a value", "node1,node2", "@hostfile.txt"]),
+        (["--peers", "--dry-run", "t.py"], ["--peers needs a value"]),
+        (["--peers", "", "t.py"], ["--peers needs a value"]),
+        (["--ports=", "t.py"], ["--ports needs a value", "7000"]),
+        (["--dry-run=yes", "t.py"], ["--dry-run takes no value", "'--dry-run=yes'"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_says_what_to_write(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        take(arguments, ARITY)
+    assert error.value.status == 2
+    assert_line_with(str(error.value), words)
+
+
+def test_defaults() -> None:
+    assert resolve({}, {}, NOWHERE) == Options()
+    assert Options().umask == "0027"
+    assert Options().firewall == "auto"
+
+
+def test_flag_then_environment_then_site_file(tmp_path: Path) -> None:
+    site = tmp_path / "config.toml"
+    site.write_text('peers = ["node1", "node2"]\nports = [7000, "8000-8010"]\numask = "0077"\naccept = true\n')
+    options = resolve({"peers": "a"}, {"SECURERUN_PEERS": "b", "SECURERUN_PORTS": "9000"}, site)
+    assert (options.peers, options.peers_source) == ("a", "--peers")
+    assert (options.ports, options.ports_source) == ("9000", "SECURERUN_PORTS")
+    assert (options.umask, options.umask_source) == ("0077", str(site))
+    assert options.accept is True
+    options = resolve({}, {"SECURERUN_ACCEPT": "off"}, site)
+    assert (options.peers, options.peers_source) == ("node1,node2", str(site))
+    assert (options.ports, options.accept) == ("7000,8000-8010", False)
+
+
+@pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
+def test_a_flag_can_be_set_by_its_variable(text: str) -> None:
+    assert resolve({}, {"SECURERUN_DRY_RUN": text}, NOWHERE).dry_run is True
+
+
+@pytest.mark.parametrize("text", ["0", "False", "no", "off", "", " "])
+def test_a_flag_can_be_left_unset_by_its_variable(text: str) -> None:
+    assert resolve({}, {"SECURERUN_DRY_RUN": text}, NOWHERE).dry_run is False
+
+
+def test_an_empty_variable_is_an_unset_one() -> None:
+    assert resolve({}, {"SECURERUN_PEERS": "", "SECURERUN_FIREWALL": ""}, NOWHERE) == Options()
+
+
+def test_variables_that_are_not_options_are_nothing_to_us() -> None:
+    assert resolve({}, {"SECURERUN_RUN_ID": "0" * 12, "SECURERUN_NEXT_YEAR": "?"}, NOWHERE) == Options()
+
+
+@pytest.mark.parametrize(
+    ("taken", "environment", "words"),
+    [
+        ({}, {"SECURERUN_ACCEPT": "maybe"}, ["SECURERUN_ACCEPT=maybe", "write 1, true"]),
+        ({}, {"SECURERUN_FIREWALL": "nft"}, ["SECURERUN_FIREWALL", "'nft'", "auto, iptables, off"]),
+        ({"firewall": "legacy"}, {}, ["--firewall", "'legacy'", "auto, iptables, off"]),
+    ],
+)
+def test_a_value_that_no_option_takes_is_named(
+    taken: dict[str, str | bool], environment: dict[str, str], words: list[str]
+) -> None:
+    with pytest.raises(UsageError) as error:
+        resolve(taken, environment, NOWHERE)
+    assert_line_with(str(error.value), words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('peers = "a"\nports = = 1\n', ["line 2"]),
+        ('peers = "a"\n\nports = [\n', ["line 3"]),
+        ("umask = 0027\n", ["line 1"]),
+        ('peers = "a"\npeers = "b"\n', ["line 2", "overwrite"]),
+        ('# ours\npeer = "a"\n', ["line 2", "'peer'", "the keys are peers, interface"]),
+        ('peers = "a"\n[peers2]\nx = 1\n', ["line 2", "'peers2'"]),
+        ('\n"pe ers".x = 1\n', ["line 2", "'pe ers'"]),
+        ("dry-run = true\n", ["line 1", "'dry-run'"]),
+        ("dry_run = true\n", ["line 1", "'dry_run'"]),
+        ('\naccept = "yes"\n', ["line 2", "accept", "write accept = true"]),
+        ("umask = 27\n", ["line 1", 'write umask = "0027"']),
+        ("peers = 7\n", ["line 1", "peers", 'write peers = "node1,node2"']),
+        ("peers = [1]\n", ["line 1", "peers"]),
+        ("peers = []\n", ["line 1", "peers"]),
+        ('peers = ""\n', ["line 1", "peers"]),
+        ("ports = [true]\n", ["line 1", "ports"]),
+        ("ports = 7.5\n", ["line 1", "ports"]),
+        ('firewall = "nft"\n', ["line 1", "'nft'", "auto, iptables, off"]),
+        ('firewall = ["off"]\n', ["line 1", "firewall"]),
+    ],
+)
+def test_a_wrong_site_file_is_named_with_its_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    site = tmp_path / "config.toml"
+    site.write_text(text)
+    with pytest.raises(UsageError) as error:
+        resolve({}, {}, site)
+    assert_line_with(str(error.value), [str(site), *words])
+
+
+def test_a_site_file_that_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:
+    site = tmp_path / "config.toml"
+    site.write_bytes(b'peers = "a"\n# \xff\xfe\n')
+    with pytest.raises(UsageError, match="line 2: not UTF-8"):
+        resolve({}, {}, site)
+    with pytest.raises(UsageError, match="cannot be read"):
+        resolve({}, {}, tmp_path)
+
+
+def test_one_port_in_the_site_file_may_be_a_number(tmp_path: Path) -> None:
+    site = tmp_path / "config.toml"
+    site.write_text("ports = 7000\ninterface = ['eth0', 'eth1']\n")
+    options = resolve({}, {}, site)
+    assert (options.ports, options.interface) == ("7000", "eth0,eth1")
+
+
+def test_help_names_every_option_and_every_choice() -> None:
+    text = help_text()
+    for option in OPTIONS:
+        assert option.flag in text
+        assert all(choice in text for choice in option.choices)
+    assert "/etc/securerun/config.toml" in text
+
+
+def test_every_option_has_its_place_in_options() -> None:
+    assert all(hasattr(Options(), option.key) for option in OPTIONS)
+
+
+def assert_line_with(message: str, words: list[str]) -> None:
+    assert "\n" not in message
+    for word in words:
+        assert word in message
