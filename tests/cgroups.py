@@ -89,8 +89,17 @@ def inside(host: Host) -> Iterator[None]:
         os.close(home)
 
 
+def leave_for_a_new_network() -> None:
+    """This process alone in a network namespace whose loopback was never up; for a child of its own."""
+    _check(_library.unshare(_CLONE_NEWNET))
+
+
 def _set_namespace(descriptor: int) -> None:
-    if _library.setns(descriptor, _CLONE_NEWNET) != 0:
+    _check(_library.setns(descriptor, _CLONE_NEWNET))
+
+
+def _check(result: int) -> None:
+    if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

@@ -80,8 +80,8 @@ def extension(kind: int, following: int, fragment: int) -> bytes:
         return struct.pack("!BBH", following, 4, 0) + bytes(20)
     if kind == ROUTING:
         return struct.pack("!BBBBI", following, 0, 0, 0, 0)
-    # One PadN option fills the header (RFC 8200 4.2); 16 bytes, so that the length is not always zero.
-    return struct.pack("!BBBB", following, 1, 1, 12) + bytes(12)
+    # One option fills the header, of a kind that is to be skipped where it is unknown (RFC 4727, RFC 8200 4.2).
+    return struct.pack("!BBBB", following, 1, 0x1E, 12) + bytes(12)
 
 
 def packet(flow: Flow, segment: bytes) -> bytes:

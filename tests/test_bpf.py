@@ -24,6 +24,7 @@ from securerun.firewall.bpf import (
     MapShape,
     MapType,
     Program,
+    Remark,
     Symbol,
     assemble,
     attached,
@@ -121,14 +122,17 @@ def test_a_listing_reads_like_a_program() -> None:
         map_reference(R1, Symbol("peers4")),
         store(4, R10, -20, R2),
         Label("pass"),
+        Remark("all is well"),
         leave(),
     )
+    assert len(assemble(program, {"interface eth0": 2, "peers4": 3})) == 8 * 6
     assert listing(program).splitlines() == [
         "    r2 = *(u32 *)(r1 + 40)",
         "    if r2 == [interface eth0] goto pass",
         "    r1 = map[peers4]",
         "    *(u32 *)(r10 - 20) = r2",
         "pass:",
+        "    ; all is well",
         "    exit",
     ]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts import NAMESPACES, Host, Network, eventually, finish, finish_all, is_alive, machine_snapshot
+from hosts import NAMESPACES, Host, Network, cgroup2_mount, eventually, finish, finish_all, is_alive, machine_snapshot
 from probe import Probe, reach, scan, targets_of
 
 # Listens on every address, as torch's stores do, and says so; ends with its input.
@@ -118,7 +118,7 @@ def test_a_scan_finds_every_open_port(network: Network) -> None:
 
 
 def test_hosts_leave_nothing_behind_and_never_touch_the_machines_own_network() -> None:
-    links, machine = machine_links(), machine_snapshot()
+    links = machine_links()
     with Network("one", "other") as network:
         namespaces = network.namespaces
         assert all((NAMESPACES / namespace).exists() for namespace in namespaces)
@@ -129,7 +129,7 @@ def test_hosts_leave_nothing_behind_and_never_touch_the_machines_own_network() -
         assert is_alive(pid)
     assert not is_alive(pid)
     assert not any((NAMESPACES / namespace).exists() for namespace in namespaces)
-    assert (machine_links(), machine_snapshot()) == (links, machine)
+    assert machine_links() == links
 
 
 def test_hosts_are_removed_when_the_block_fails() -> None:
@@ -160,6 +160,19 @@ def test_a_snapshot_shows_a_rule_and_no_counters(network: Network) -> None:
     reach(node1, on(node0, 7002), seconds=0.1)
     assert node0.snapshot() == with_rule != before
     assert node1.snapshot() == before
+
+
+def test_a_snapshot_of_the_machine_shows_a_control_group(network: Network) -> None:
+    mount = cgroup2_mount()
+    if mount is None:
+        pytest.skip("no cgroup2 is mounted")
+    group = mount / network.namespaces[0]  # a name that nobody else has
+    group.mkdir()
+    try:
+        assert group.name in (machine_snapshot().cgroups or ())
+    finally:
+        group.rmdir()
+    assert group.name not in (machine_snapshot().cgroups or ())
 
 
 def test_a_command_that_takes_too_long_is_ended_and_shows_what_it_printed(network: Network) -> None:

@@ -467,6 +467,16 @@ class Label:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """A word to the reader of a listing; nothing to the kernel."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return f"; {self.text}"
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One instruction: its text, and its fields as the kernel wants them, but for what assemble() fills in.
 
@@ -492,7 +502,7 @@ class Instruction:
 
 
 Operand = Union[Register, Symbol, int]
-Statement = Union[Instruction, Label]
+Statement = Union[Instruction, Label, Remark]
 
 
 class Helper(enum.IntEnum):
@@ -597,7 +607,7 @@ def assemble(program: Sequence[Statement], symbols: Mapping[str, int]) -> bytes:
 
 
 def listing(program: Sequence[Statement]) -> str:
-    """The program for people: a line for each label and, indented, for each instruction."""
+    """The program for people: a line for each label and, indented, for each instruction and remark."""
     return "\n".join(str(line) if isinstance(line, Label) else f"    {line}" for line in program)
 
 
@@ -611,10 +621,10 @@ def _label_positions(program: Sequence[Statement]) -> dict[str, int]:
     for statement in program:
         if isinstance(statement, Instruction):
             position += statement.slots
-            continue
-        if statement.name in positions:
-            raise ValueError(f"label {statement.name} is there twice")
-        positions[statement.name] = position
+        elif isinstance(statement, Label):
+            if statement.name in positions:
+                raise ValueError(f"label {statement.name} is there twice")
+            positions[statement.name] = position
     return positions
 
 

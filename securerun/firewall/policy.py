@@ -24,8 +24,9 @@ LAST_PORT = 65535
 
 # The run id stands in rule comments, file names and cgroup names, so it is hexadecimal and nothing else.
 _RUN_ID = re.compile(r"[0-9a-f]{12}")
-# include/uapi/linux/if.h: IFNAMSIZ is 16 with the closing NUL; dev_valid_name() forbids '/', ':' and space.
-_INTERFACE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
+# include/uapi/linux/if.h: IFNAMSIZ is 16 with the closing NUL. The kernel allows more characters than these, a leading
+# dash too, but the name becomes a word of iptables' and nft's language.
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}")
 _PURPOSE = re.compile(r"[\x20-\x7e]{1,80}")
 
 
@@ -79,7 +80,7 @@ class Policy:
         if not _RUN_ID.fullmatch(self.run_id):
             raise PolicyError(f"run id {self.run_id!r} is not 12 hexadecimal digits")
         for interface in self.interfaces:
-            if not _INTERFACE.fullmatch(interface) or interface in {".", ".."}:
+            if not _INTERFACE.fullmatch(interface):
                 raise PolicyError(f"{interface!r} is not the name of a network interface; see `ip link`")
         if self.peers != collapse(self.peers):
             raise PolicyError("the peers overlap or are not in order; collapse them first")

@@ -14,7 +14,6 @@ import errno
 import ipaddress
 import os
 import resource
-import select
 import signal
 import socket
 import struct
@@ -43,6 +42,7 @@ from securerun.firewall.bpf import (
     MapType,
     Program,
     Register,
+    Remark,
     Statement,
     Symbol,
     VerifierError,
@@ -144,12 +144,15 @@ def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
     """
     return (
         calculate(R6, "=", R1),
+        Remark("the loopback passes"),
         load(R2, 4, R6, _CONTEXT_INTERFACE),
         jump_if(R2, "==", _LOOPBACK, "pass"),
+        Remark("so does every packet to a socket that does not listen"),
         load(R7, 8, R6, _CONTEXT_SOCKET),
         jump_if(R7, "==", 0, "drop"),
         load(R2, 4, R7, _SOCKET_STATE),
         jump_if(R2, "!=", _LISTEN, "pass"),
+        Remark("the listener's port and the packet's source, as 16 bytes, to the stack"),
         load(R2, 4, R7, _SOCKET_PORT),
         store(4, R10, _PORT, R2),
         load(R9, 4, R6, _CONTEXT_PROTOCOL),
@@ -255,9 +258,7 @@ def _branch_at_transport() -> Iterator[Statement]:
 
 
 def _step_over_extension_header(number: int) -> Iterator[Statement]:
-    options, authentication, fragment, advance = (
-        f"{kind}{number}" for kind in ("options", "authentication", "fragment", "advance")
-    )
+    options, authentication, advance = (f"{place}{number}" for place in ("options", "authentication", "advance"))
     # The verifiers of the kernels that need this program follow each value of r7 on its own: three ways to
     # step over eight headers would be 6561 walks. Once it was in memory it is just any number.
     yield store(4, R10, _HEADER_OFFSET, R7)
@@ -269,7 +270,6 @@ def _step_over_extension_header(number: int) -> Iterator[Statement]:
         yield jump_if(R8, "==", kind, options)
     yield jump_if(R8, "==", _AUTHENTICATION, authentication)
     yield jump_if(R8, "!=", _FRAGMENT, "deny")
-    yield Label(fragment)
     yield load(R2, 2, R10, _HEADER + 2)
     yield jump_if(R2, "&", _IPV6_FRAGMENT_OFFSET, "deny")
     yield calculate(R1, "=", 8)
@@ -290,6 +290,7 @@ def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
     """Source and port are on the stack, the packet's protocol is in r9, the context in r6: pass or count and drop."""
     yield Label("judge")
     yield from _pass_through(interfaces)
+    yield Remark("is the source one of the peers?")
     yield jump_if(R9, "==", _ETHERTYPE_IPV6, "judge6")
     yield load(R2, 4, R10, _IPV4_SOURCE)
     yield store(4, R10, _IPV4_KEY + 4, R2)
@@ -305,6 +306,7 @@ def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
     yield calculate(R0, "=", _PASS)
     yield leave()
     yield Label("deny")
+    yield Remark("count source and port")
     yield from _count()
     yield Label("drop")
     yield calculate(R0, "=", _DROP)
@@ -314,6 +316,7 @@ def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
 def _pass_through(interfaces: Sequence[str]) -> Iterator[Statement]:
     if not interfaces:
         return
+    yield Remark("through one of the interfaces?")
     yield load(R2, 4, R6, _CONTEXT_INTERFACE)
     for interface in interfaces:
         yield jump_if(R2, "==", _interface_symbol(interface), "source")
@@ -352,8 +355,6 @@ def _mark_source_as_mapped() -> Iterator[Statement]:
     yield store(4, R10, _SOURCE, 0)
     yield store(4, R10, _SOURCE + 4, 0)
     yield store(4, R10, _SOURCE + 8, _MAPPED_MARKER)
-    # deny can be reached before the address is known
-    yield store(4, R10, _IPV4_SOURCE, 0)
 
 
 def _load_packet(offset: int | Register, place: int, size: int, otherwise: str) -> Iterator[Statement]:
@@ -386,6 +387,11 @@ _LACK_OF_PRIVILEGE = (
     "not permitted; it takes CAP_BPF and CAP_NET_ADMIN (before Linux 5.8 CAP_SYS_ADMIN) "
     "in the initial user namespace: run as root there"
 )
+_FORBIDDEN_ABOVE = (
+    "not permitted; a program on a cgroup above forbids any below (systemd does that for IP accounting), "
+    "or CAP_NET_ADMIN is missing"
+)
+_CANNOT_OPEN = "not permitted; it takes CAP_SYS_ADMIN to open a program by its id"
 
 
 class Shield:
@@ -467,7 +473,7 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
         with _explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
                 trie.update_many(dict.fromkeys(_keys(policy.peers, version), _NO_VALUE))
-        with _explained("hanging the shield on the cgroup", _ATTACH_REASONS):
+        with _explained("hanging the shield on the cgroup", _FORBIDDEN_ABOVE):
             program.attach(cgroup, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
         undo.pop_all()
     return shield
@@ -479,7 +485,7 @@ def adopt(cgroup: int) -> Shield:
     A self-test that the guard died in is taken off: it would forbid the job to send anything. Raises
     ShieldUnavailable when there is no shield on the cgroup.
     """
-    with _explained("looking for the shield of an earlier guard"):
+    with _explained("looking for the shield of an earlier guard", _CANNOT_OPEN):
         for probe in _open_attached(cgroup, AttachType.CGROUP_INET_EGRESS, (_PROBE_NAME,)):
             with probe:
                 _detach(probe, cgroup, AttachType.CGROUP_INET_EGRESS)
@@ -523,16 +529,17 @@ def prove(cgroup: int) -> bool:
 
 def egress_is_filtered(attached_to: int, entered: int) -> bool:
     """Whether a program on one cgroup keeps a new socket of a process that entered the other from sending."""
-    before = _send_from_within(entered)
+    with _explained("starting the self-test"):
+        before = _send_from_within(entered)
     if before == errno.EPERM:
         raise ShieldUnavailable("the self-test cannot judge: something forbids UDP over the loopback already")
     if before:
         raise ShieldUnavailable(
             f"the self-test cannot judge: no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`"
         )
-    with _explained("loading the self-test", _LOAD_REASONS):
+    with _explained("loading the self-test"):
         probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
-    with probe, _explained("hanging the self-test on the cgroup", _ATTACH_REASONS):
+    with probe, _explained("hanging the self-test on the cgroup", _FORBIDDEN_ABOVE):
         probe.attach(attached_to, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
         try:
             after = _send_from_within(entered)
@@ -557,7 +564,7 @@ def _map_shapes(policy: Policy) -> tuple[MapShape, ...]:
 
 
 def _create(shape: MapShape) -> Map:
-    with _explained("creating the shield's maps", _LOAD_REASONS):
+    with _explained("creating the shield's maps"):
         return Map.create(shape)
 
 
@@ -660,44 +667,43 @@ _ANSWER = struct.Struct("=ii")
 
 def _send_from_within(cgroup: int) -> int:
     """The errno of sending a datagram over the loopback from a new socket of a new process in the cgroup; 0: sent."""
-    reading, writing = os.pipe()
-    try:
+    near, far = socket.socketpair()
+    with near, far:
         child = os.fork()
         if not child:
-            _answer_and_exit(cgroup, writing)
-        os.close(writing)
-        writing = -1
-        answer = _answer_of(child, reading)
-    finally:
-        os.close(reading)
-        if writing >= 0:
-            os.close(writing)
+            near.close()
+            _answer_and_exit(cgroup, far)
+        answer = _answer_of(child, near)
     if len(answer) != _ANSWER.size:
-        raise ShieldUnavailable(f"the self-test gave no answer within {_LONGEST_SEND_SECONDS:.0f} s")
+        raise ShieldUnavailable(f"the self-test gave no answer within {_LONGEST_SEND_SECONDS:g} s")
     not_entered, not_sent = _ANSWER.unpack(answer)
     if not_entered:
         raise ShieldUnavailable(f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}")
     return int(not_sent)
 
 
-def _answer_of(child: int, reading: int) -> bytes:
+def _answer_of(child: int, near: socket.socket) -> bytes:
+    near.settimeout(_LONGEST_SEND_SECONDS)
     try:
-        if select.select([reading], [], [], _LONGEST_SEND_SECONDS)[0]:
-            return os.read(reading, _ANSWER.size)
+        return near.recv(_ANSWER.size)
+    except socket.timeout:
         return b""
     finally:
-        # The child is ours and was not waited for, so the pid is still its own.
+        # The child waits for this, frozen or not, so the pid is still its own.
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, the kernel reaps
+            os.waitpid(child, 0)
 
 
-def _answer_and_exit(cgroup: int, writing: int) -> None:
-    """The child's whole life. It shares the guard's signal handlers and must not run them."""
+def _answer_and_exit(cgroup: int, far: socket.socket) -> None:
+    """The child's whole life: it answers, and then waits to be killed or for its parent's end."""
     try:
+        # The handlers are the guard's, and not for this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         not_entered = _errno_of(lambda: _enter(cgroup))
         not_sent = 0 if not_entered else _errno_of(_send_to_self)
-        os.write(writing, _ANSWER.pack(not_entered, not_sent))
+        far.sendall(_ANSWER.pack(not_entered, not_sent))
+        far.recv(1)
     finally:
         os._exit(0)
 
@@ -739,27 +745,21 @@ def _send_over(family: int, address: str) -> None:
 
 # --- errors -----------------------------------------------------------------------------------------
 
-_LOAD_REASONS = {
-    errno.EPERM: _LACK_OF_PRIVILEGE,
+_REASONS = {
     errno.ENOSYS: "this kernel has no bpf system call",
-    errno.EINVAL: "this kernel has no such maps or programs; it takes Linux 4.15",
-}
-_ATTACH_REASONS = {
-    errno.EPERM: (
-        "not permitted; a program on a cgroup above forbids any below (systemd does that for IP accounting), "
-        "or CAP_NET_ADMIN is missing"
-    ),
-    errno.EINVAL: "this kernel cannot attach several programs to cgroups; it takes Linux 4.15 with CONFIG_CGROUP_BPF",
+    errno.EINVAL: "this kernel cannot do it; it takes Linux 4.15 with CONFIG_CGROUP_BPF",
     errno.EBADF: "the descriptor is not one of a directory in a cgroup v2 file system",
     errno.ENODEV: "the cgroup was removed",
 }
 
 
 @contextlib.contextmanager
-def _explained(doing: str, reasons: dict[int, str] = _LOAD_REASONS) -> Iterator[None]:
+def _explained(doing: str, not_permitted: str = _LACK_OF_PRIVILEGE) -> Iterator[None]:
     """Turns the kernel's errors into ShieldUnavailable."""
     try:
         yield
     except OSError as error:
-        reason = reasons.get(error.errno or 0, error.strerror)
+        if error.errno == errno.EPERM:
+            raise ShieldUnavailable(f"{doing}: {not_permitted}") from error
+        reason = _REASONS.get(error.errno or 0, error.strerror)
         raise ShieldUnavailable(f"{doing}: {reason}") from error

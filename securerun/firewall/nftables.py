@@ -1,0 +1,228 @@
+"""Port chains as an nftables table a run, owned by the guard: the kernel deletes it when the guard dies.
+
+`accept` ends only its own base chain, so what one run's table lets pass would still be dropped by another's that
+has the same port range and other peers. Each table therefore has two base chains on the way in: `pass`, in which
+peers' opening packets to the run's ports get a token, before `close`, in which opening packets to the run's ports
+that carry no table's token are dropped. All runs' `pass` come before any run's `close`, also before the filter
+chains of others (priority 0): to those a peer is handed on, so this closes and never opens.
+
+The token stands in the packet's priority (skb->priority, as a traffic class: `meta priority`), not in its mark:
+- no bit of the mark is free: Cilium, Calico, Kubernetes and portmap together use all 32 (github.com/fwmark/registry),
+  a bit that they set would pass strangers, and one that we set or clear would change what their rules decide. The
+  mark also lives on, in the accepted socket (net.ipv4.tcp_fwmark_accept) and in replies (fwmark_reflect);
+- the priority is for queueing on the way out. On the way in it is 0 except where root maps VLAN priorities or has
+  tc or nft set it, and nothing of TCP reads it after the input hook (sockets reply with SO_PRIORITY, forwarding
+  sets it anew). A sender cannot set it: crossing to another network namespace clears it (__dev_forward_skb).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from securerun.firewall import nfnetlink
+from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.libnftables import Nftables, NftablesError
+from securerun.firewall.policy import Network, Policy, PortRange
+
+# "SRN!" as the two halves of a traffic class: no one sets it by chance.
+TOKEN = "5352:4e21"
+PASS_PRIORITY = -20
+CLOSE_PRIORITY = -10
+# include/uapi/linux/netfilter.h: NFPROTO_INET
+_INET = 1
+_LOGGED_A_SECOND = 1000
+_OWNER = "flags owner"
+# Data packets cost this rule in each chain. SYN and ACK alone decide: a sender may set FIN and RST too. What is too
+# short to hold flags matches no rule that asks for them and so counts as an opening packet below.
+_DATA = "tcp flags & (syn | ack) != syn"
+
+
+def table_name(run_id: str) -> str:
+    """The table of one run, in family inet."""
+    return f"securerun-{run_id}"
+
+
+def render(policy: Policy, log_group: int | None) -> str:
+    """The text in nft's language that installs the policy: `nft -f` would take it, but own it only while it runs.
+
+    `create` refuses a table that exists, which `table` alone would add to. libnftables 1.0.6 ignores sets and
+    chains in the block of `create`, so they follow in a block of their own.
+    """
+    name = table_name(policy.run_id)
+    blocks = [*_sets(policy), *_chains(policy, log_group)]
+    lines = [
+        f"create table inet {name} {{ {_OWNER}; {_comment(policy.run_id)}; }}",
+        f"table inet {name} {{",
+        f"\t{_OWNER}",
+        *(line for block in blocks for line in ("", *block)),
+        "}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+class NftablesChains:
+    """The port chains of one run in a table of their own (see `chains.PortChains`).
+
+    They live as long as this object in this process: after its death there is nothing to remove.
+    """
+
+    backend = "nftables"
+
+    def __init__(self, run_id: str) -> None:
+        self.name = table_name(run_id)
+        self._owner: Nftables | None = None
+
+    def install(self, policy: Policy, log_group: int | None) -> None:
+        """Install the table in one transaction, and read back that all of it stands.
+
+        Called again, it replaces the table in one transaction, without a moment in which a port is open.
+        Raises PortChainsUnavailable, with nothing left, or with what stood before if the replacement is refused.
+        """
+        if policy.accept:
+            raise PortChainsUnavailable(
+                "nftables cannot accept past the host's own rules: accept ends only its own base chain; "
+                "leave --accept out or use --firewall iptables"
+            )
+        try:
+            if self._owner is None:
+                self._owner = self._first(policy, log_group)
+            else:
+                self._owner.run(f"delete table inet {self.name}\n{render(policy, log_group)}")
+                _read_back(self._owner, policy, log_group)
+        except NftablesError as error:
+            raise PortChainsUnavailable(str(error)) from error
+
+    def remove(self) -> None:
+        """Remove the table. Without effect where it is not there.
+
+        Raises PortChainsUnavailable when the tables cannot be read, or when another process holds the table.
+        """
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            _delete(owner, self.name)
+        try:
+            remains = nfnetlink.table_exists(_INET, self.name)
+        except OSError as error:
+            raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
+        if remains:
+            raise PortChainsUnavailable(f"table inet {self.name} belongs to another process, which has to end first")
+
+    def _first(self, policy: Policy, log_group: int | None) -> Nftables:
+        owner = Nftables()
+        try:
+            owner.run(render(policy, log_group))
+            _read_back(owner, policy, log_group)
+        except NftablesError as error:
+            reason = _reason(owner, self.name, error)
+            owner.close()
+            raise NftablesError(reason) from error
+        return owner
+
+
+def _sets(policy: Policy) -> Iterator[list[str]]:
+    yield _set("ports", "inet_service", (_range(first, last) for first, last in _union(policy.ports)))
+    for version in (4, 6):
+        peers = _of_version(policy.peers, version)
+        if peers:
+            yield _set(f"peers{version}", f"ipv{version}_addr", (_shortest(peer) for peer in peers))
+
+
+def _set(name: str, kind: str, elements: Iterable[str]) -> list[str]:
+    listed = ", ".join(elements)
+    # The language has no empty list of elements.
+    content = [f"\t\telements = {{ {listed} }}"] if listed else []
+    return [f"\tset {name} {{", f"\t\ttype {kind}", "\t\tflags interval", *content, "\t}"]
+
+
+def _chains(policy: Policy, log_group: int | None) -> Iterator[list[str]]:
+    if policy.peers:
+        yield _chain("pass", PASS_PRIORITY, policy.run_id, _passes(policy))
+    yield _chain("close", CLOSE_PRIORITY, policy.run_id, _drops(log_group))
+
+
+def _chain(name: str, priority: int, run_id: str, rules: Iterable[str]) -> list[str]:
+    content = (f"\t\t{rule} {_comment(run_id)}" for rule in (f"{_DATA} accept", *rules))
+    return [f"\tchain {name} {{", f"\t\t{_hook(priority)}", *content, "\t}"]
+
+
+def _hook(priority: int) -> str:
+    return f"type filter hook input priority {priority}; policy accept;"
+
+
+def _passes(policy: Policy) -> Iterator[str]:
+    names = ", ".join(f'"{interface}"' for interface in policy.interfaces)
+    entry = f"iifname {{ {names} }} " if names else ""
+    for version, family in ((4, "ip"), (6, "ip6")):
+        if _of_version(policy.peers, version):
+            yield f"{entry}tcp dport @ports {family} saddr @peers{version} meta priority set {TOKEN} accept"
+
+
+def _drops(log_group: int | None) -> Iterator[str]:
+    yield 'iifname "lo" accept'
+    yield f"meta priority {TOKEN} accept"
+    if log_group is not None:
+        limit = f"limit rate {_LOGGED_A_SECOND}/second burst {_LOGGED_A_SECOND} packets"
+        yield f"tcp dport @ports {limit} log group {log_group}"
+    yield "tcp dport @ports counter drop"
+
+
+def _union(ports: Iterable[PortRange]) -> list[tuple[int, int]]:
+    """The ranges joined where they overlap: a set refuses two intervals that do."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted((port.first, port.last) for port in ports):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return joined
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _of_version(peers: tuple[Network, ...], version: int) -> list[Network]:
+    return [network for network in peers if network.version == version]
+
+
+def _shortest(network: Network) -> str:
+    return str(network) if network.num_addresses > 1 else str(network.network_address)
+
+
+def _comment(run_id: str) -> str:
+    return f'comment "securerun {run_id}"'
+
+
+def _read_back(owner: Nftables, policy: Policy, log_group: int | None) -> None:
+    """Raise NftablesError unless owner flag, base chains and every rule stand in the kernel.
+
+    Not idle: the first text for this table was reported as a success and had made an empty one (see `render`).
+    """
+    rendered = render(policy, log_group)
+    listed = owner.run(f"list table inet {table_name(policy.run_id)}")
+    hooks = (_hook(priority) for priority in (PASS_PRIORITY, CLOSE_PRIORITY))
+    wanted = [_OWNER, *(hook for hook in hooks if hook in rendered)]
+    missing = [line for line in wanted if line not in listed]
+    comment = _comment(policy.run_id)
+    if missing or listed.count(comment) != rendered.count(comment):
+        raise NftablesError(f"libnftables reported success, but not all of it is there: {', '.join(missing) or 'rules'}")
+
+
+def _reason(owner: Nftables, name: str, error: NftablesError) -> str:
+    """Why the table could not be made: tried again with nothing in it but its owner."""
+    try:
+        owner.run(f"create table inet {name} {{ {_OWNER}; }}")
+    except NftablesError as bare:
+        if "File exists" in str(bare):
+            return f"a table inet {name} exists that this process did not make, or it was made incompletely: {error}"
+        return f"no table with an owner can be made here (kernel 5.12 and nftables 0.9.9 are the first): {bare}"
+    return str(error)
+
+
+def _delete(owner: Nftables, name: str) -> None:
+    """Delete the table, which also a forgotten copy of the socket cannot keep, and close the socket."""
+    with contextlib.suppress(NftablesError):  # gone already; what is not is seen by the caller
+        owner.run(f"delete table inet {name}")
+    owner.close()

@@ -1,0 +1,152 @@
+"""What launcher and guard say to each other: everything that is meant survives, and nothing else is understood."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from securerun.firewall.policy import Denial, Policy, PortRange, collapse
+from securerun.guard import protocol
+from securerun.guard.protocol import (
+    Guarding,
+    Layer,
+    Message,
+    Order,
+    ProtocolError,
+    Refused,
+    Release,
+    Released,
+    decode,
+    encode,
+)
+
+POLICY = Policy(
+    "0123456789ab",
+    (PortRange(29500, 29500, "master port"),),
+    collapse(ipaddress.ip_network(peer) for peer in ("10.0.0.1", "fd00::/64")),
+    ("eth0",),
+)
+ORDER = Order(POLICY, "auto", "train.py --epochs 3")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ORDER,
+        Release(failed=True),
+        Guarding((Layer("shield", "socket"),), ("a note",)),
+        Refused(77, "why"),
+        Released((Denial(ipaddress.ip_address("fd00::3"), 29500, 12),)),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_every_message_survives_the_way(message: Message) -> None:
+    line = encode(message)
+    assert line.endswith(b"\n") and line.count(b"\n") == 1
+    assert decode(line) == message
+
+
+def order(**changes: object) -> bytes:
+    document: dict[str, Any] = json.loads(encode(ORDER))
+    for path, value in changes.items():
+        place = document["order"]
+        *parents, last = path.split("__")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b"null",
+        b'{"order": {}}',
+        b'{"order": []}',
+        b'{"release": {"failed": 1}}',
+        b'{"release": {"failed": true}, "order": {}}',
+        b'{"release": {"failed": true, "more": 1}}',
+        b'{"halt": {}}',
+        b"[" * 100_000,
+        order(version=2),
+        order(version=True),
+        order(firewall="ufw"),
+        order(firewall=["auto"]),
+        order(command=3),
+        order(command="x" * 5000),
+        order(more=1),
+        order(policy=None),
+        order(policy__run_id="../../../etc"),
+        order(policy__run_id="0123456789AB"),
+        order(policy__peers=["10.0.0.1/24"]),
+        order(policy__peers=["10.0.0.0/24", "10.0.0.7/32"]),
+        order(policy__peers=["node1"]),
+        order(policy__peers="10.0.0.1"),
+        order(policy__peers=["10.0.0.1"] * 100_001),
+        order(policy__peers=[167772161]),
+        order(policy__ports=[{"first": 0, "last": 1, "purpose": "p"}]),
+        order(policy__ports=[{"first": 1, "last": 65536, "purpose": "p"}]),
+        order(policy__ports=[{"first": 2, "last": 1, "purpose": "p"}]),
+        order(policy__ports=[{"first": 1.0, "last": 2, "purpose": "p"}]),
+        order(policy__ports=[{"first": 1, "last": 2, "purpose": "p\n-j ACCEPT"}]),
+        order(policy__ports=[{"first": 1, "last": 2}]),
+        order(policy__interfaces=["eth0 -j ACCEPT"]),
+        order(policy__interfaces=["../eth0"]),
+        order(policy__interfaces=["-j"]),
+        order(policy__accept="yes"),
+    ],
+    ids=lambda line: line[:60].decode(errors="replace"),
+)
+def test_anything_else_is_refused_in_words(line: bytes) -> None:
+    with pytest.raises(ProtocolError) as refusal:
+        decode(line)
+    assert "\n" not in str(refusal.value)
+
+
+def test_message_beyond_the_limit_is_not_even_parsed() -> None:
+    with pytest.raises(ProtocolError, match="more than"):
+        decode(b" " * (protocol.MAXIMUM_BYTES + 1))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(_JSON)
+@settings(max_examples=500, deadline=None)
+def test_no_document_makes_the_guard_stumble(document: object) -> None:
+    for line in (json.dumps(document), json.dumps({"order": document}), json.dumps({"release": document})):
+        try:
+            decode(line.encode())
+        except ProtocolError:
+            continue
+
+
+@given(st.sampled_from(["version", "policy", "firewall", "command"]), _JSON)
+@settings(max_examples=300, deadline=None)
+def test_no_field_makes_the_guard_stumble(field: str, value: object) -> None:
+    try:
+        assert isinstance(decode(order(**{field: value})), Order)
+    except ProtocolError:
+        return
+
+
+@given(st.sampled_from(["run_id", "ports", "peers", "interfaces", "accept"]), _JSON)
+@settings(max_examples=300, deadline=None)
+def test_no_policy_field_makes_the_guard_stumble(field: str, value: object) -> None:
+    try:
+        assert isinstance(decode(order(**{f"policy__{field}": value})), Order)
+    except ProtocolError:
+        return
