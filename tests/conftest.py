@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
-from hosts import Network, require_root_and_tools
+from hosts import Network, eventually, machine_snapshot, require_root_and_tools
+
+
+# How long a guard may take after the last process of its job.
+_GUARD_SECONDS = 5.0
 
 
 def pytest_configure() -> None:
@@ -31,3 +35,16 @@ def network() -> Iterator[Network]:
         pytest.skip(str(missing))
     with Network("node0", "node1", "stranger") as hosts:
         yield hosts
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_securerun_is_left() -> Iterator[None]:
+    """No test begins before the guards of the one before are done, and none leaves a cgroup or a record."""
+    eventually(_is_clean, seconds=_GUARD_SECONDS)
+    yield
+    assert eventually(_is_clean, seconds=_GUARD_SECONDS), machine_snapshot()
+
+
+def _is_clean() -> bool:
+    state = machine_snapshot()
+    return state.records is None and not any("securerun-" in cgroup for cgroup in state.cgroups or ())

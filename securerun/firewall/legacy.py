@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, Protocol
 
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.iptables import CHAIN, Dispatcher, _kernel_speaks_ipv6, render_install
@@ -47,7 +47,8 @@ from securerun.firewall.policy import Policy
 # iptables/xshared.h: XT_LOCK_NAME
 _LOCK = Path("/run/xtables.lock")
 _LOCK_SECONDS = 10.0
-_LOCK_RETRY_SECONDS = 0.02
+# Short, or a crowd of runs that take it in turns may let this one find it taken each time that it looks.
+_LOCK_RETRY_SECONDS = 0.002
 _COMMIT_ATTEMPTS = 10
 # The versions that python-iptables 1.2 knows, newest first.
 _SONAMES = {
@@ -59,6 +60,46 @@ _SONAMES = {
 _MATCH_HEADER = struct.Struct("=H29sB")
 _OUR_COMMENT = re.compile(r"securerun ([0-9a-f]{12})")
 _REMEDY = "install it with `pip install 'securerun[legacy]'` or use another --firewall"
+
+
+class _Extension(Protocol):
+    """A match or target of python-iptables."""
+
+    def set_parameter(self, parameter: str, value: list[str]) -> None: ...
+
+
+class _Rule(Protocol):
+    """What is used of python-iptables' Rule and Rule6."""
+
+    src: str
+    protocol: str
+    in_interface: str
+    rule: ctypes.Array[ctypes.c_ubyte]
+
+    def create_match(self, name: str) -> _Extension: ...
+    def create_target(self, name: str) -> _Extension: ...
+    def get_ip(self) -> ctypes.Structure: ...
+
+
+class _Table(Protocol):
+    """What is used of python-iptables' Table and Table6: libiptc's own functions, with positions counted from 0."""
+
+    _iptc: Any
+    _handle: Any
+
+    def refresh(self) -> None: ...
+    def commit(self) -> None: ...
+    def close(self) -> None: ...
+    def strerror(self) -> bytes: ...
+    def is_chain(self, chain: str) -> bool: ...
+    def create_chain(self, chain: str) -> object: ...
+    def flush_entries(self, chain: str) -> None: ...
+    def delete_chain(self, chain: str) -> None: ...
+    def first_rule(self, chain: str) -> ctypes.Structure: ...
+    def next_rule(self, entry: ctypes.Structure) -> ctypes.Structure: ...
+    def get_target(self, entry: ctypes.Structure) -> bytes | None: ...
+    def append_entry(self, chain: str, entry: ctypes.Array[ctypes.c_ubyte]) -> None: ...
+    def insert_entry(self, chain: str, entry: ctypes.Array[ctypes.c_ubyte], position: int) -> None: ...
 
 
 class LegacyChains:
@@ -117,15 +158,15 @@ class Entry:
 class View:
     """One reading of a filter table. Changes stay in memory until they are committed."""
 
-    def __init__(self, table: Any, rule_class: Any) -> None:
+    def __init__(self, table: _Table, new_rule: Callable[[], _Rule]) -> None:
         self._table = table
-        self._rule_class = rule_class
-        self._templates: dict[str, Any] = {}
+        self._new_rule = new_rule
+        self._templates: dict[str, _Rule] = {}
 
     @property
     def has_dispatcher(self) -> bool:
         """Whether our chain exists."""
-        return bool(self._table.is_chain(CHAIN))
+        return self._table.is_chain(CHAIN)
 
     def entries(self, chain: str) -> list[Entry]:
         """The rules of a chain in their order; none where there is no such chain."""
@@ -173,13 +214,13 @@ class View:
             yield Entry(_comment_of(raw), target.decode() if target else "")
             raw = self._table.next_rule(raw)
 
-    def _encoded(self, rule: str) -> Any:
+    def _encoded(self, rule: str) -> ctypes.Array[ctypes.c_ubyte]:
         """The kernel's form of a rendered rule. Rules that differ in their source alone share one template."""
         source, rest = "", rule
         if rule.startswith("-s "):
             _, source, rest = rule.split(" ", 2)
         if rest not in self._templates:
-            self._templates[rest] = _parsed(self._rule_class(), shlex.split(rest))
+            self._templates[rest] = _parsed(self._new_rule(), shlex.split(rest))
         template = self._templates[rest]
         if source:
             template.src = source
@@ -213,7 +254,7 @@ class FilterTable:
 
         Raises PortChainsUnavailable for whatever libiptc refuses within the block.
         """
-        table = None
+        table: _Table | None = None
         try:
             table = self._open("filter", False)
             table.refresh()
@@ -320,7 +361,7 @@ def _jumped_to_first(view: View) -> bool:
     return view.jumps() == [0]
 
 
-def _comment_of(raw: Any) -> str:
+def _comment_of(raw: ctypes.Structure) -> str:
     """The text of the comment match in a rule as libiptc holds it (struct ipt_entry or ip6t_entry)."""
     data = ctypes.string_at(ctypes.addressof(raw), raw.target_offset)
     offset = ctypes.sizeof(raw)
@@ -337,9 +378,9 @@ def _until_nul(text: bytes) -> bytes:
     return text.partition(b"\0")[0]
 
 
-def _parsed(rule: Any, words: list[str]) -> Any:
+def _parsed(rule: _Rule, words: list[str]) -> _Rule:
     """`rule`, made to what these words of a rendered rule say."""
-    extension = None
+    extension: _Extension | None = None
     while words:
         word = words.pop(0)
         if word == "!" and words[0] == "-i":
@@ -368,7 +409,7 @@ def _values(words: list[str]) -> list[str]:
     return values
 
 
-def _match_interface(rule: Any, interface: str, *, negated: bool) -> None:
+def _match_interface(rule: _Rule, interface: str, *, negated: bool) -> None:
     rule.in_interface = f"!{interface}" if negated else interface
     # All bits of each letter, and of the NUL behind the last one; Rule6 sets only the lowest bit of each.
     rule.get_ip().iniface_mask = b"\xff" * (len(interface) + 1)
@@ -433,11 +474,11 @@ def _stand_in(directory: Path) -> ModuleType:
             os.environ["XTABLES_LIBDIR"] = str(_extensions())
         return found
 
-    module: Any = ModuleType("iptc.util")
-    module.find_library = find_library
-    module.find_libc = lambda: ctypes.CDLL("libc.so.6")
-    module.load_kernel = _load_kernel_module
-    return module  # type: ignore[no-any-return]
+    module = ModuleType("iptc.util")
+    module.__dict__.update(
+        find_library=find_library, find_libc=lambda: ctypes.CDLL("libc.so.6"), load_kernel=_load_kernel_module
+    )
+    return module
 
 
 def _loaded(sonames: list[str]) -> tuple[ctypes.CDLL, int]:

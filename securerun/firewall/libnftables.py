@@ -7,7 +7,8 @@ command closes its socket when it ends, so such a table has to be made in the pr
 What libnftables 1.0.6 leaves to its caller:
 - its socket is not close-on-exec (src/mnl.c: nft_mnl_socket_open), and a program started from here would keep the
   table alive: the descriptor is marked here, and closed in children that are forked without starting a program;
-- when it gets no socket it ends the whole process (src/netlink.c: netlink_init_error): one is opened beforehand.
+- when it gets no socket it ends the whole process (src/netlink.c: netlink_init_error): one is opened beforehand;
+- it waits with select(2), and glibc aborts a process that does so with a descriptor of 1024 or more: refused here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import os
 import re
 import socket
+import stat
 from pathlib import Path
 
 from securerun.firewall import nfnetlink
@@ -24,6 +26,7 @@ from securerun.firewall import nfnetlink
 LIBRARY = "libnftables.so.1"
 _PACKAGES = "libnftables1 (Debian, Ubuntu) or nftables (openEuler, CentOS, Kylin)"
 _NETLINK_NETFILTER = 12
+_SELECTABLE = 1024  # FD_SETSIZE
 # include/nftables/libnftables.h: NFT_CTX_OUTPUT_STATELESS, NUMERIC_PROTO, NUMERIC_PRIO, TERSE
 _OUTPUT = 1 << 2 | 1 << 7 | 1 << 8 | 1 << 11
 
@@ -49,6 +52,9 @@ class Nftables:
         for descriptor in self._descriptors:
             os.set_inheritable(descriptor, False)
         _open.add(self)
+        if max(self._descriptors, default=_SELECTABLE) >= _SELECTABLE:
+            self.close()
+            raise NftablesError(f"{LIBRARY} needs a descriptor below {_SELECTABLE}, and this process has too many open")
         # Nothing may be printed: the guard's standard output is its answer to the launcher.
         self._library.nft_ctx_buffer_output(self._context)
         self._library.nft_ctx_buffer_error(self._context)
@@ -137,8 +143,9 @@ def _netlink_descriptors() -> frozenset[int]:
 
 def _is_netlink(descriptor: int) -> bool:
     try:
-        copy = socket.socket(fileno=os.dup(descriptor))
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return False
     except OSError:
-        return False  # no socket, or the descriptor that listed the directory
-    with copy:
+        return False  # the descriptor that listed the directory
+    with socket.socket(fileno=os.dup(descriptor)) as copy:
         return copy.family == socket.AF_NETLINK and copy.proto == _NETLINK_NETFILTER

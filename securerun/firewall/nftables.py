@@ -33,6 +33,7 @@ CLOSE_PRIORITY = -10
 _INET = 1
 _LOGGED_A_SECOND = 1000
 _OWNER = "flags owner"
+_COMMENTED = 'comment "securerun '
 # Data packets cost this rule in each chain. SYN and ACK alone decide: a sender may set FIN and RST too. What is too
 # short to hold flags matches no rule that asks for them and so counts as an opening packet below.
 _DATA = "tcp flags & (syn | ack) != syn"
@@ -85,12 +86,13 @@ class NftablesChains:
                 "nftables cannot accept past the host's own rules: accept ends only its own base chain; "
                 "leave --accept out or use --firewall iptables"
             )
+        rendered = render(policy, log_group)
         try:
             if self._owner is None:
-                self._owner = self._first(policy, log_group)
+                self._owner = self._first(rendered)
             else:
-                self._owner.run(f"delete table inet {self.name}\n{render(policy, log_group)}")
-                _read_back(self._owner, policy, log_group)
+                self._owner.run(f"delete table inet {self.name}\n{rendered}")
+                _read_back(self._owner, self.name, rendered)
         except NftablesError as error:
             raise PortChainsUnavailable(str(error)) from error
 
@@ -109,11 +111,11 @@ class NftablesChains:
         if remains:
             raise PortChainsUnavailable(f"table inet {self.name} belongs to another process, which has to end first")
 
-    def _first(self, policy: Policy, log_group: int | None) -> Nftables:
+    def _first(self, rendered: str) -> Nftables:
         owner = Nftables()
         try:
-            owner.run(render(policy, log_group))
-            _read_back(owner, policy, log_group)
+            owner.run(rendered)
+            _read_back(owner, self.name, rendered)
         except NftablesError as error:
             reason = _reason(owner, self.name, error)
             owner.close()
@@ -192,22 +194,23 @@ def _shortest(network: Network) -> str:
 
 
 def _comment(run_id: str) -> str:
-    return f'comment "securerun {run_id}"'
+    return f'{_COMMENTED}{run_id}"'
 
 
-def _read_back(owner: Nftables, policy: Policy, log_group: int | None) -> None:
+def _read_back(owner: Nftables, name: str, rendered: str) -> None:
     """Raise NftablesError unless owner flag, base chains and every rule stand in the kernel.
 
-    Not idle: the first text for this table was reported as a success and had made an empty one (see `render`).
+    libnftables did report success for a table that it had made without its chains (see `render`).
     """
-    rendered = render(policy, log_group)
-    listed = owner.run(f"list table inet {table_name(policy.run_id)}")
+    listed = owner.run(f"list table inet {name}")
     hooks = (_hook(priority) for priority in (PASS_PRIORITY, CLOSE_PRIORITY))
     wanted = [_OWNER, *(hook for hook in hooks if hook in rendered)]
     missing = [line for line in wanted if line not in listed]
-    comment = _comment(policy.run_id)
-    if missing or listed.count(comment) != rendered.count(comment):
-        raise NftablesError(f"libnftables reported success, but not all of it is there: {', '.join(missing) or 'rules'}")
+    # The table and each rule carry the comment that names the run.
+    if listed.count(_COMMENTED) != rendered.count(_COMMENTED):
+        missing.append("rules")
+    if missing:
+        raise NftablesError(f"libnftables reported success, but table inet {name} lacks {', '.join(missing)}")
 
 
 def _reason(owner: Nftables, name: str, error: NftablesError) -> str:
