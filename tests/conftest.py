@@ -10,7 +10,6 @@ from types import FrameType
 import pytest
 from hosts import Network, eventually, machine_snapshot, require_root_and_tools
 
-
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
 

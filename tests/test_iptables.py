@@ -11,6 +11,7 @@ from hosts import Host, Network
 from probe import reach
 
 from securerun.firewall import iptables
+from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.iptables import Dispatcher, read_dispatcher, render_install, render_removal
 from securerun.firewall.policy import Network as PeerNetwork
 from securerun.firewall.policy import Policy, PortRange, collapse
@@ -267,5 +268,5 @@ def test_ten_thousand_peers_are_installed_and_removed_whole(node: Host) -> None:
 
 def test_no_iptables_is_one_reason_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(iptables, "_DIRECTORIES", "/nowhere")
-    with pytest.raises(iptables.PortChainsUnavailable, match="no iptables-restore in /nowhere"):
+    with pytest.raises(PortChainsUnavailable, match="no iptables-restore in /nowhere"):
         iptables.families()

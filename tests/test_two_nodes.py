@@ -1,9 +1,10 @@
-"""The main promise, end to end: real training on two hosts behind securerun, and a stranger who reaches no port of it."""
+"""The main promise, end to end: real training on two hosts behind securerun; a stranger reaches no port of it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,10 +82,10 @@ def test_stranger_cannot_reach_any_port_during_training(network: Network, kind: 
         assert len(_ports(probe.tried)) >= 8
     assert jobs.PORT in _ports(at_node0.tried)
     assert {address for address, _ in at_node0.tried} == set(node0.addresses)
-    for node in done:
-        assert "closed to all others by shield" in node.stderr
-        assert "closed to all others by iptables" in node.stderr
-        assert f"blocked {stranger.ipv4} → " in node.stderr
+    for launcher in done:
+        assert "closed to all others by shield" in launcher.stderr
+        assert "closed to all others by iptables" in launcher.stderr
+        assert f"blocked {stranger.ipv4} → " in launcher.stderr
 
 
 def test_torchrun_lets_the_stranger_in_where_securerun_does_not(network: Network) -> None:
@@ -138,7 +139,7 @@ def test_two_jobs_on_one_host_do_not_disturb_each_other(network: Network, tmp_pa
     node0, node1, stranger = network
     first, second = tmp_path / "first", tmp_path / "second"
     with nothing_left_behind(node0):
-        started = []
+        started: list[subprocess.Popen[str]] = []
         for place, peer in ((first, node1), (second, stranger)):
             place.mkdir()
             script, _ = _waiting_job(place)
@@ -168,7 +169,7 @@ def test_what_outlives_a_job_that_ended_well_stays_closed_until_it_ends(network:
         "                 start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
     )
     with nothing_left_behind(node0):
-        done = node0.run([jobs.SECURERUN, "--no-python", jobs.sys.executable, str(leftover)])
+        done = node0.run([jobs.SECURERUN, "--no-python", sys.executable, str(leftover)])
         assert done.returncode == 0, done
         assert reach(stranger, [(node0.ipv4, 7777)]) == {(node0.ipv4, 7777): False}
         assert reach(node0, [(node0.ipv4, 7777)]) == {(node0.ipv4, 7777): True}

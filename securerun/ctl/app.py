@@ -1,4 +1,4 @@
-"""securerunctl: what the people around a job ask for. One module a command; none of them is loaded before it is asked for."""
+"""securerunctl: what the people around a job ask for. One module a command, loaded when it is asked for."""
 
 from __future__ import annotations
 
