@@ -23,6 +23,8 @@ missing_packages() {
     command -v nft > /dev/null || echo nftables
     command -v nsenter > /dev/null && command -v setpriv > /dev/null || echo util-linux
     command -v ps > /dev/null || echo procps
+    # python-iptables, for the legacy backend, is compiled when it is installed.
+    [ "$extra" != test ] || command -v gcc > /dev/null || echo gcc libc6-dev
     # Debian's python3 comes without what makes virtual environments.
     python3 -c 'import ensurepip, venv' 2> /dev/null || echo python3 python3-venv
 }

@@ -25,6 +25,7 @@ Value = Union[str, bool]
 # How many of the tokens after an option are its values; None for a token that is no option but a positional argument.
 Arity = Callable[[str], Optional[int]]
 
+_DAY_SECONDS = 86400
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -99,11 +100,34 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "firewall",
-        "Where the port chains are installed: `auto` takes iptables where the host has it, `iptables` insists on it, "
-        "`off` leaves the host's firewall alone; the shield on the job's processes stays.",
+        "Where the port chains are installed: `auto` takes iptables where the host has it, else nftables; a name "
+        "insists on that backend (`legacy` is for hosts whose rules are in legacy tables); `off` leaves the host's "
+        "firewall alone, and the shield on the job's processes stays.",
         metavar="BACKEND",
-        choices=("auto", "iptables", "off"),
+        choices=("auto", "iptables", "nftables", "legacy", "off"),
         example="--firewall auto",
+    ),
+    Option(
+        "scope",
+        "What is closed: `process` every port of the job's processes, by the shield; `ports` each port as it appears, "
+        "by the port chains, for hosts that permit no shield. `auto` takes the stronger.",
+        metavar="SCOPE",
+        choices=("auto", "process", "ports"),
+        example="--scope auto",
+    ),
+    Option(
+        "loopback",
+        "Who may connect over the loopback: `any` process of this host, or only those of the `job`.",
+        metavar="WHO",
+        choices=("any", "job"),
+        example="--loopback job",
+    ),
+    Option(
+        "grace",
+        "Seconds between SIGTERM and SIGKILL for what a failed or killed job leaves behind (10 by default).",
+        metavar="SECONDS",
+        example="--grace 10",
+        numbers=True,
     ),
     Option(
         "umask",
@@ -140,6 +164,10 @@ class Options:
     ports: str | None = None
     ports_source: str = "--ports"
     firewall: str = "auto"
+    scope: str = "auto"
+    loopback: str = "any"
+    grace: str = "10"
+    grace_source: str = "--grace"
     umask: str = "0027"
     umask_source: str = "--umask"
     accept: bool = False
@@ -202,6 +230,13 @@ def resolve(taken: Mapping[str, Value], environment: Mapping[str, str], config_p
         if f"{option.key}_source" in sourced:
             settings[f"{option.key}_source"] = found.source
     return Options(**settings)
+
+
+def seconds(text: str, source: str) -> float:
+    """The seconds that an option's text stands for. Raises UsageError for what is no number of seconds up to a day."""
+    if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) and float(text) <= _DAY_SECONDS:
+        return float(text)
+    raise UsageError(f"{source}: {text!r} is no number of seconds up to {_DAY_SECONDS}; write 10, or 0.5")
 
 
 def help_text() -> str:

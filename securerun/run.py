@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from securerun.errors import SecurerunError, UsageError
 from securerun.firewall.policy import Policy
 from securerun.guard.client import Guard
-from securerun.guard.protocol import Order
+from securerun.guard.protocol import Notice, Order
 from securerun.host import interfaces, system, umask
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Launch:
     peers: Peers
     policy: Policy
     umask: int
+    grace: float
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -99,8 +100,11 @@ def _understand(arguments: Sequence[str], as_command: bool) -> Launch:
     entered = interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
     planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source)
     found = peers.find_peers(asked, job)
-    policy = Policy(secrets.token_hex(6), planned, found.networks, entered, asked.accept)
-    return Launch(namespace, asked, job, found, policy, mask)
+    policy = Policy(
+        secrets.token_hex(6), planned, found.networks, entered, asked.accept, close_loopback=asked.loopback == "job"
+    )
+    grace = options.seconds(asked.grace, asked.grace_source)
+    return Launch(namespace, asked, job, found, policy, mask, grace)
 
 
 def _parse(parser: argparse.ArgumentParser, rest: Sequence[str]) -> argparse.Namespace:
@@ -120,8 +124,9 @@ def _guarded(guard: Guard, launch: Launch) -> Iterator[None]:
     """Have this process guarded; let the guard go when the job is over, and say who was turned away."""
     from securerun import words
 
-    policy = launch.policy
-    guarding = guard.guard(Order(policy, launch.options.firewall, " ".join(launch.job.command)[:1000]))
+    policy, asked = launch.policy, launch.options
+    command = " ".join(launch.job.command)[:1000]
+    guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _tell)
     os.environ[RUN_ID_VARIABLE] = policy.run_id
     for line in words.start(policy, launch.peers, guarding, launch.umask):
         _say(line)
@@ -149,6 +154,14 @@ def _unprotected() -> Iterator[None]:
         yield
     finally:
         _say(words.unprotected())
+
+
+def _tell(notice: Notice) -> None:
+    """News from the guard, while the job runs."""
+    from securerun import words
+
+    for line in words.news(notice):
+        _say(line)
 
 
 def _say_farewell(guard: Guard, policy: Policy, failed: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from securerun.firewall import iptables, shield
 from securerun.firewall.iptables import Dispatcher
 from securerun.firewall.policy import Denial, Policy
-from securerun.guard.protocol import Guarding
+from securerun.guard.protocol import Guarding, Notice
 from securerun.job.launchers import Job
 from securerun.job.peers import Peers
 
@@ -37,11 +37,17 @@ def end(policy: Policy, denied: Sequence[Denial] | None) -> Iterator[str]:
         yield f"{run}nobody was turned away"
         return
     for denial in denied[:_DENIALS_NAMED]:
-        port = denial.port or "a port that could not be read"
-        yield f"{run}blocked {denial.source} → {port} ({_count(denial.packets, 'attempt')})"
+        yield f"{run}{_blocked(denial)}"
     if len(denied) > _DENIALS_NAMED:
         yield f"{run}blocked {len(denied) - _DENIALS_NAMED} more pairs of source and port"
     yield f"{run}if one of these is a node of this job, add it with --peers"
+
+
+def news(notice: Notice) -> Iterator[str]:
+    """What happens while the job runs."""
+    for denial in notice.denied:
+        yield f"{_blocked(denial)}; if it is a node of this job, add it with --peers"
+    yield from notice.words
 
 
 def plan(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, origin: str) -> str:
@@ -83,6 +89,11 @@ def _summary(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, 
     chains = "none (--firewall off)" if firewall == "off" else f"{firewall}; peers get {_target(policy)}"
     yield _row("port chains", chains)
     yield _row("guard", origin)
+
+
+def _blocked(denial: Denial) -> str:
+    port = denial.port or "a port that could not be read"
+    return f"blocked {denial.source} → {port} ({_count(denial.packets, 'attempt')})"
 
 
 def _row(label: str, text: str) -> str:

@@ -6,11 +6,13 @@ import fcntl
 import importlib.util
 import ipaddress
 import json
+import os
 import subprocess
 import sys
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hosts import Host, Network, eventually
@@ -24,10 +26,8 @@ PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 COMMANDS = ("iptables-legacy", "ip6tables-legacy")
 CLOSED, PLANNED, UNPLANNED = 29500, (29500, 60000, 60015), (29499, 60016)
 LOG_GROUP = 4712
-# A lock file that nobody else takes: how a program that ignores iptables' lock looks to the kernel.
-UNLOCKED = {"XTABLES_LOCKFILE": "/run/securerun-test-unlocked"}
 
-# argv: the package's directory, then what `order` below says. Installs, removes, or holds a log group until told.
+# Carries out an order, one line of input as `order` below writes it; `hold` keeps a log group until the input ends.
 PROGRAM = """
 import ipaddress, json, sys
 sys.path.append(sys.argv[1])
@@ -56,7 +56,9 @@ def main(order):
         print(denial.source, denial.port, denial.packets)
     chains.remove()
 
-def run(order):
+order = json.loads(sys.stdin.readline())
+
+def run():
     try:
         main(order)
     except PortChainsUnavailable as error:
@@ -89,17 +91,26 @@ def order(
     return json.dumps({"action": action, "run": run, "peers": peers, **fields})
 
 
-def as_guard(written: str, *, python: str | Path = sys.executable, before: str = "") -> list[str]:
-    """The command that carries an order out in an interpreter like the guard's; `before` is code to run first."""
-    program = f"{PROGRAM}\n{before}\nrun(json.loads(sys.argv[2]))"
-    return ["env", "-i", str(python), "-I", "-S", "-c", program, str(PACKAGE_PARENT), written]
+def as_guard(before: str = "", *, python: str | Path = sys.executable) -> list[str]:
+    """PROGRAM in an interpreter like the guard's; `before` is code to run first."""
+    program = f"{PROGRAM}\n{before}\nrun()"
+    return ["env", "-i", str(python), "-I", "-S", "-c", program, str(PACKAGE_PARENT)]
 
 
 def carry_out(host: Host, written: str, *, before: str = "") -> str:
     """What an order printed: nothing, or why it was refused."""
-    done = host.run(as_guard(written, before=before))
+    done = host.run(as_guard(before), text_input=written)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def start(host: Host, written: str, command: list[str]) -> tuple[subprocess.Popen[str], IO[str], IO[str]]:
+    """A command that carries an order out, and that waits for the end of its input; with its input and output."""
+    process = host.popen(command, stdin=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{written}\n")
+    process.stdin.flush()
+    return process, process.stdin, process.stdout
 
 
 def install(host: Host, run: str, *peers: str) -> None:
@@ -121,7 +132,9 @@ def saved(host: Host) -> dict[str, list[str]]:
 
 def foreign(host: Host) -> dict[str, list[str]]:
     """`saved` without what is ours."""
-    return {command: [line for line in lines if "securerun" not in line.lower()] for command, lines in saved(host).items()}
+    return {
+        command: [line for line in lines if "securerun" not in line.lower()] for command, lines in saved(host).items()
+    }
 
 
 def listen(host: Host, *ports: int) -> None:
@@ -229,9 +242,7 @@ def test_rules_are_those_that_iptables_legacy_restore_writes(
     peers = ("10.0.0.0/9", "10.128.0.7", "192.0.2.4/30", "fd00::/17", "fd77::2", "2001:db8::/127")
     ports = tuple((1000 + 10 * number, 1000 + 10 * number + number % 3) for number in range(20))
     interfaces = ("eth0", "fifteen.letters", "a")
-    written = order(
-        "install", RUN, *peers, interfaces=interfaces, accept=accept, ports=ports, log_group=log_group
-    )
+    written = order("install", RUN, *peers, interfaces=interfaces, accept=accept, ports=ports, log_group=log_group)
     assert carry_out(node, written) == ""
     policy = Policy(
         RUN,
@@ -292,7 +303,7 @@ def test_removal_of_the_last_run_takes_the_chain_and_the_jump_away(node: Host) -
     remove(node, RUN)
     for lines in saved(node).values():
         assert not any(RUN in line for line in lines)
-        assert [line for line in lines if line.startswith("-A INPUT")][0].endswith("-j SECURERUN")
+        assert next(line for line in lines if line.startswith("-A INPUT")).endswith("-j SECURERUN")
     remove(node, OTHER)
     assert saved(node) == before
 
@@ -346,12 +357,11 @@ def test_no_table_but_filter_is_touched(node: Host) -> None:
 
 def test_who_was_dropped_is_known_by_source_and_port(network: Network) -> None:
     node, _, stranger = network
-    holder = node.popen(as_guard(order("hold", RUN, log_group=LOG_GROUP)), stdin=subprocess.PIPE)
-    assert holder.stdin is not None and holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+    _, orders, answers = start(node, order("hold", RUN, log_group=LOG_GROUP), as_guard())
+    assert answers.readline() == "held\n"
     reach(stranger, [(node.ipv4, 60007), (node.ipv6, CLOSED)])
-    holder.stdin.close()
-    denied = [line.split() for line in holder.stdout.read().splitlines()]
+    orders.close()
+    denied = [line.split() for line in answers.read().splitlines()]
     assert {(source, port) for source, port, _ in denied} == {(stranger.ipv4, "60007"), (stranger.ipv6, str(CLOSED))}
     assert all(int(packets) >= 1 for *_, packets in denied)
 
@@ -366,41 +376,132 @@ def test_ten_thousand_peers_are_installed_and_removed_whole(node: Host) -> None:
 
 
 @pytest.fixture
-def lock(tmp_path: Path) -> Iterator[Path]:
-    """What the orders of `with_lock` find as /run/xtables.lock, held by this process."""
-    path = tmp_path / "xtables.lock"
-    with path.open("w") as held:
+def lock(tmp_path: Path) -> Iterator[IO[str]]:
+    """What the commands of `with_lock` find as /run/xtables.lock, held by this process."""
+    with (tmp_path / "xtables.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        yield path
+        yield held
 
 
-def with_lock(lock: Path, command: list[str]) -> list[str]:
+def with_lock(lock: IO[str], command: list[str]) -> list[str]:
     """`command` with `lock` mounted over /run/xtables.lock: no other test on this machine waits for ours."""
     script = ': >> /run/xtables.lock; mount --bind "$0" /run/xtables.lock; exec "$@"'
-    return ["unshare", "--mount", "--", "sh", "-ec", script, str(lock), *command]
+    return ["unshare", "--mount", "--", "sh", "-ec", script, lock.name, *command]
 
 
-def test_lock_held_by_another_is_waited_for_then_named_and_nothing_is_installed(node: Host, lock: Path) -> None:
+def test_lock_held_by_another_is_named_after_a_while_and_nothing_is_installed(node: Host, lock: IO[str]) -> None:
     before = saved(node)
     shorter = "legacy._LOCK_SECONDS = 1.0"
-    refused = node.run(with_lock(lock, as_guard(order("install", RUN), before=shorter)))
+    refused = node.run(with_lock(lock, as_guard(shorter)), text_input=order("install", RUN))
     assert refused.stdout.startswith("another program has held /run/xtables.lock for 1 s; see which with `fuser -v")
     assert refused.returncode == 0, refused.stderr
     assert saved(node) == before
 
 
-def test_install_goes_on_when_the_lock_is_given_back(node: Host, lock: Path) -> None:
+def test_install_waits_for_the_lock_and_goes_on_when_it_is_given_back(node: Host, lock: IO[str]) -> None:
+    before = saved(node)
     waiting = "print('waiting', flush=True)"
-    installer = node.popen(with_lock(lock, as_guard(order("install", RUN), before=waiting)))
-    assert installer.stdout is not None and installer.stdout.readline() == "waiting\n"
+    installer, _, answers = start(node, order("install", RUN), with_lock(lock, as_guard(waiting)))
+    assert answers.readline() == "waiting\n"
     assert not eventually(lambda: installer.poll() is not None, seconds=0.5)
-    with lock.open() as other_descriptor:
-        assert installer.poll() is None
-        # flock(2): the lock belongs to the open file; the fixture's is replaced, so that it is given back here.
-        fcntl.flock(other_descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB) if False else None
-    lock_holder_ends(lock)
+    assert saved(node) == before
+    fcntl.flock(lock, fcntl.LOCK_UN)
     assert installer.wait(timeout=30) == 0
+    assert any(RUN in line for line in saved(node)["ip6tables-legacy"])
 
 
-def lock_holder_ends(lock: Path) -> None:
-    raise NotImplementedError
+def test_lock_is_the_one_that_the_legacy_commands_take(node: Host) -> None:
+    program = (
+        "import subprocess, sys; sys.path.append(sys.argv[1]); from securerun.firewall import legacy\n"
+        "with legacy.xtables_lock(): print(subprocess.run([sys.argv[2], '-w', '1', '-S'], stderr=1).returncode)"
+    )
+    done = node.run([sys.executable, "-I", "-S", "-c", program, str(PACKAGE_PARENT), "iptables-legacy"])
+    assert "Another app is currently holding the xtables lock" in done.stdout
+    assert done.stdout.split()[-1] == "4"
+
+
+@pytest.fixture
+def unlocked(tmp_path: Path) -> dict[str, str]:
+    """An environment that has iptables take another lock: to the kernel, a program that takes none."""
+    return {"XTABLES_LOCKFILE": str(tmp_path / "another.lock"), "PATH": os.environ["PATH"]}
+
+
+def test_what_somebody_without_the_lock_wrote_in_between_stays_and_so_do_our_rules(
+    node: Host, unlocked: dict[str, str]
+) -> None:
+    # Writes behind our back between the first reading and its commit: the kernel answers the commit with EAGAIN.
+    before = f"""
+import subprocess
+commit = legacy.View.commit
+def commit_after_another(view):
+    legacy.View.commit = commit
+    rule = ["iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP"]
+    subprocess.run(rule, env={unlocked}, check=True)
+    return commit(view)
+legacy.View.commit = commit_after_another
+"""
+    assert carry_out(node, order("install", RUN), before=before) == ""
+    rules = [line for line in saved(node)["iptables-legacy"] if line.startswith("-A")]
+    assert [line.split()[-1] for line in rules] == ["SECURERUN", "DROP", "DROP"]
+    assert "--dport 9" in rules[1]
+
+
+def test_a_table_that_others_write_all_the_time_is_given_up_in_words(node: Host, unlocked: dict[str, str]) -> None:
+    before = f"""
+import subprocess
+commit = legacy.View.commit
+def commit_after_another(view):
+    rule = ["iptables-legacy", "-A", "FORWARD", "-j", "DROP"]
+    if view.has_dispatcher and not removing:
+        subprocess.run(rule, env={unlocked}, check=True)
+    return commit(view)
+legacy.View.commit = commit_after_another
+removing = []
+take_out = legacy._take_out
+legacy._take_out = lambda *words: (removing.append(True), take_out(*words))
+"""
+    words = carry_out(node, order("install", RUN), before=before)
+    assert words == "others keep writing the legacy IPv4 filter table; try again"
+    assert not any("SECURERUN" in line for lines in saved(node).values() for line in lines)
+
+
+def test_without_python_iptables_the_reason_names_the_remedy(node: Host, tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
+    done = node.run(as_guard(python=tmp_path / "bare" / "bin" / "python"), text_input=order("install", RUN))
+    assert done.stdout.startswith(f"no python-iptables for {tmp_path}/bare/bin/python; install it with `pip install ")
+    assert "'securerun[legacy]'" in done.stdout
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("library", ["xtables", "ip4tc", "ip6tc"])
+def test_without_the_libraries_of_iptables_the_reason_names_them_each_time(node: Host, library: str) -> None:
+    before = f"legacy._SONAMES[{library!r}] = ('libnowhere.so.1',)\nrun()"
+    words = carry_out(node, order("install", RUN), before=before).splitlines()
+    assert len(words) == 2 and words[0] == words[1]
+    assert "does not load (no libnowhere.so.1 on this host; its iptables package has them)" in words[0]
+
+
+def test_loading_starts_no_program_and_takes_no_library_from_the_working_directory(node: Host, tmp_path: Path) -> None:
+    for name in ("xtables", "ip4tc", "ip6tc", "xtwrapper", "libxtables.so.12", "libip4tc.so.2"):
+        (tmp_path / name).symlink_to("/nowhere/evil.so")
+    watching = """
+import os
+os.environ.update(IPTABLES_LIBDIR="/nowhere", XTABLES_LIBDIR="/nowhere", PYTHON_IPTABLES_XTABLES_VERSION="9")
+def watch(event, words):
+    if event in ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.system", "os.fork"):
+        print("started", words)
+    if event == "ctypes.dlopen" and words[0] and "/" in words[0]:
+        print("opened", words[0])
+sys.addaudithook(watch)
+"""
+    done = node.run(as_guard(watching), text_input=order("install", RUN), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    opened = done.stdout.splitlines()
+    assert len(opened) == 1
+    assert opened[0].startswith(f"opened {sys.prefix}/") and "/libxtwrapper." in opened[0]
+
+
+def test_nothing_is_left_on_the_path_and_standard_output_is_left_alone(node: Host) -> None:
+    check = "before = list(sys.path), __import__('os').fstat(1)\nrun()\n"
+    check += "print(before == (list(sys.path), __import__('os').fstat(1)))"
+    assert carry_out(node, order("install", RUN), before=check) == "True"

@@ -103,6 +103,7 @@ def order(**changes: object) -> bytes:
         order(policy__interfaces=["../eth0"]),
         order(policy__interfaces=["-j"]),
         order(policy__accept="yes"),
+        order(policy__close_loopback=1),
     ],
     ids=lambda line: line[:60].decode(errors="replace"),
 )

@@ -20,9 +20,16 @@ class PortChains(Protocol):
     """The chain or table to look for in the kernel."""
 
     def install(self, policy: Policy, log_group: int | None) -> None:
-        """Install all rules and read them back; what is dropped is also logged to the netfilter log group.
+        """Install this run's rules, in place of those that it has already, and read them back.
 
-        Raises PortChainsUnavailable, with nothing of this run left.
+        What is dropped is also logged to the netfilter log group. Raises PortChainsUnavailable: with nothing of this
+        run left, or with what it had before.
+        """
+
+    def stand(self) -> bool:
+        """Whether the rules of this run, and the way to them, are still there.
+
+        Raises PortChainsUnavailable when the tables cannot be read.
         """
 
     def remove(self) -> None:

@@ -94,15 +94,19 @@ def read_dispatcher(saved: str) -> Dispatcher:
 def render_install(
     policy: Policy, version: int, found: Dispatcher, made: str = _MADE_NOTHING, log_group: int | None = None
 ) -> str:
-    """The iptables-restore text that adds this run to the dispatcher, and the dispatcher where it is missing."""
+    """The iptables-restore text that puts this run into the dispatcher, in place of the rules that it has there.
+
+    Makes the dispatcher, and INPUT's jump to it, where they are missing.
+    """
     # Declaring a chain that exists empties it, also under --noflush.
     declaration = [] if found.exists else [f":{CHAIN} - [0:0]"]
     jump = [] if found.jumped_to_first else [_deletion(jump) for jump in found.jumps]
     if not found.jumped_to_first:
         jump.append(f'-I INPUT 1 {_JUMP} "{made}" -j {CHAIN}')
+    replaced = [_deletion(rule) for rule in found.rules_of(policy.run_id)]
     passes = [f"-I {CHAIN} 1 {rule}" for rule in _passes(policy, version)]
     drops = [f"-A {CHAIN} {rule}" for rule in _drops(policy, log_group)]
-    return _transaction([*declaration, *jump, *passes, *drops])
+    return _transaction([*declaration, *jump, *replaced, *passes, *drops])
 
 
 def render_removal(run_id: str, found: Dispatcher) -> str:
@@ -124,7 +128,7 @@ def families() -> tuple[Family, ...]:
     Raises PortChainsUnavailable when one of them is missing: a whitelist for one family alone is none.
     """
     found = [_family(4, "iptables")]
-    if socket.has_ipv6 and _kernel_speaks_ipv6():
+    if socket.has_ipv6 and kernel_speaks_ipv6():
         found.append(_family(6, "ip6tables"))
     return tuple(found)
 
@@ -161,6 +165,11 @@ class IptablesChains:
         """
         for family in self._families:
             _remove_from(family, self._run_id)
+
+    def stand(self) -> bool:
+        """Whether INPUT jumps to the dispatcher and this run has rules there, in each family."""
+        found = [_dispatcher(family) for family in self._families]
+        return all(dispatcher.jumps and dispatcher.rules_of(self._run_id) for dispatcher in found)
 
     def _install_in(self, family: Family, policy: Policy, log_group: int | None) -> None:
         found = _dispatcher(family)
@@ -250,7 +259,7 @@ def _find(command: str) -> str:
     return path
 
 
-def _kernel_speaks_ipv6() -> bool:
+def kernel_speaks_ipv6() -> bool:
     """Whether IPv6 sockets can be made here; `ipv6.disable=1` on the kernel's command line forbids it."""
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()

@@ -41,7 +41,7 @@ from types import ModuleType
 from typing import Any, Callable, Protocol
 
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.iptables import CHAIN, Dispatcher, _kernel_speaks_ipv6, render_install
+from securerun.firewall.iptables import CHAIN, Dispatcher, kernel_speaks_ipv6, render_install
 from securerun.firewall.policy import Policy
 
 # iptables/xshared.h: XT_LOCK_NAME
@@ -135,6 +135,14 @@ class LegacyChains:
         """
         with xtables_lock():
             self._remove()
+
+    def stand(self) -> bool:
+        """Whether INPUT jumps to the dispatcher and this run has rules there, in each family."""
+        return all(self._stands_in(table) for table in self._tables)
+
+    def _stands_in(self, table: FilterTable) -> bool:
+        with table.reading() as view:
+            return bool(view.jumps()) and any(entry.run_id == self._run_id for entry in view.entries(CHAIN))
 
     def _remove(self) -> None:
         for table in self._tables:
@@ -287,7 +295,7 @@ def filter_tables() -> tuple[FilterTable, ...]:
     Raises PortChainsUnavailable where python-iptables or the libraries of iptables are missing.
     """
     iptc = _load()
-    versions = (4, 6) if _kernel_speaks_ipv6() else (4,)
+    versions = (4, 6) if kernel_speaks_ipv6() else (4,)
     return tuple(FilterTable(version, iptc) for version in versions)
 
 
@@ -338,10 +346,12 @@ def _put_in(view: View, version: int, policy: Policy, log_group: int | None) -> 
             f"rule {foreign[0]} of chain {CHAIN} in the legacy IPv{version} filter table is not securerun's; "
             "remove it or use --firewall off"
         )
+    entries = view.entries(CHAIN)
+    view.delete(CHAIN, [position for position, entry in enumerate(entries) if entry.run_id == policy.run_id])
     first = _jumped_to_first(view)
     if not first:
         view.delete("INPUT", view.jumps())
-    # Rendering an addition asks for no rules, and of the jumps none is left to be deleted.
+    # Of the run's rules and of the jumps none is left to be deleted.
     found = Dispatcher(exists=view.has_dispatcher, rules=(), jumps=(), jumped_to_first=first)
     for line in render_install(policy, version, found, log_group=log_group).splitlines():
         view.write(line)
@@ -433,6 +443,8 @@ def _load() -> ModuleType:
     if directory is None:
         raise PortChainsUnavailable(f"no python-iptables for {sys.executable}; {_REMEDY}")
     sys.modules["iptc.util"] = _stand_in(directory)
+    # Would have it ask for a file name in place of a library's.
+    os.environ.pop("PYTHON_IPTABLES_XTABLES_VERSION", None)
     # On the path only while it is loaded: nothing else is to be found there. Last: nothing is to be hidden by it.
     sys.path.append(str(directory))
     try:

@@ -108,7 +108,7 @@ def _text(buffer: bytes | None) -> str:
     return (buffer or b"").decode(errors="replace")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(LIBRARY)

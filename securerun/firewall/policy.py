@@ -66,6 +66,7 @@ class Policy:
     peers: the networks that may connect, collapsed, IPv4 before IPv6; empty means no other host.
     interfaces: the network interfaces that peers come in through; empty means any.
     accept: port chains ACCEPT peers past the host's own rules instead of handing them back (RETURN).
+    close_loopback: over the loopback, too, only the job's own processes may connect.
 
     Raises PolicyError for a field that cannot be right.
     """
@@ -75,6 +76,7 @@ class Policy:
     peers: tuple[Network, ...]
     interfaces: tuple[str, ...] = ()
     accept: bool = False
+    close_loopback: bool = False
 
     def __post_init__(self) -> None:
         if not _RUN_ID.fullmatch(self.run_id):

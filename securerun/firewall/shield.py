@@ -4,6 +4,9 @@ It sees every packet for a socket that a process of the job made, and nobody els
 life is the cgroup's: the attachment outlives the process that made it. It is hung beside the programs of
 others (BPF_F_ALLOW_MULTI, Linux 4.15).
 
+Where the policy closes the loopback, a second program on the same cgroup notes which connections the job's own
+processes are opening over it, and the first lets in those alone.
+
 The first half of this module is pure: policy to program. The second half asks the kernel.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import itertools
 import os
 import resource
 import signal
@@ -81,7 +85,7 @@ _SOCKET_STATE = 72
 # drivers/net/loopback.c: the loopback is the first device of every network namespace.
 _LOOPBACK = 1
 # include/net/tcp_states.h
-_LISTEN = 10
+_SYN_SENT, _LISTEN = 2, 10
 
 _DROP, _PASS = 0, 1
 
@@ -94,6 +98,7 @@ _OPTION_HEADERS = (0, 43, 60, 135, 139, 140)
 _MOST_EXTENSION_HEADERS = 8
 
 _IPV4_HEADER, _IPV6_HEADER, _TCP_HEADER = 20, 40, 20
+_IPV4_WITHOUT_OPTIONS = 0x45
 _SYN_AND_ACK, _SYN = 0x12, 0x02
 
 # The two architectures of securerun are little-endian; what is loaded from a packet is in network order.
@@ -113,13 +118,27 @@ _IPV4_KEY = -32
 _FIRST_PACKET = -40
 _HEADER_OFFSET = -44
 _HEADER = -88
+# A flow is source, destination, source port and destination port as they follow each other in an IPv6 packet, where
+# the TCP header's sequence number comes next; the flow of an IPv4 packet is the end of as many bytes, after zeros.
+# No TCP packet comes from the IPv6 address that is all zeros, so neither can be taken for the other.
+_FLOW = -136
+_FLOW_SIZE = 16 + 16 + 2 + 2
+_FLOW_PORTS = _FLOW + 32
+_FLOW_SEQUENCE = _FLOW_PORTS + 4
+_FLOW_FLAGS = _FLOW_PORTS + 13
+_TCP_UNTIL_FLAGS = 14
+_OPENING = -152
 
 _PEERS4, _PEERS6, _DENIED = Symbol("peers4"), Symbol("peers6"), Symbol("denied")
+_OPENINGS = Symbol("openings")
 
 _DENIAL_KEY = struct.Struct("=16sI")
 _PACKETS = struct.Struct("=Q")
 _NO_VALUE = bytes(4)
-_ONLY_IF_NEW = 1  # BPF_NOEXIST
+# What is noted of a flow: the sequence number of its SYN, and when that has arrived what no sequence number is.
+_SEQUENCE = struct.Struct("=Q")
+_ARRIVED = -1
+_NEW_OR_NOT, _ONLY_IF_NEW = 0, 1  # BPF_ANY, BPF_NOEXIST
 
 
 @dataclass(frozen=True)
@@ -128,12 +147,14 @@ class ShieldProgram:
 
     name: what the job's layer is called. kernel_name: what the kernel's lists of programs show.
     needs: the kernel it was made for. build: names of the interfaces that peers come through to statements.
+    closes_loopback: over the loopback it lets in only what noting_program() has noted, else everybody.
     """
 
     name: str
     kernel_name: str
     needs: str
     build: Callable[[Sequence[str]], tuple[Statement, ...]]
+    closes_loopback: bool = False
 
 
 def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
@@ -148,22 +169,66 @@ def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
         load(R2, 4, R6, _CONTEXT_INTERFACE),
         jump_if(R2, "==", _LOOPBACK, "pass"),
         Remark("so does every packet to a socket that does not listen"),
-        load(R7, 8, R6, _CONTEXT_SOCKET),
-        jump_if(R7, "==", 0, "drop"),
-        load(R2, 4, R7, _SOCKET_STATE),
-        jump_if(R2, "!=", _LISTEN, "pass"),
-        Remark("the listener's port and the packet's source, as 16 bytes, to the stack"),
-        load(R2, 4, R7, _SOCKET_PORT),
-        store(4, R10, _PORT, R2),
-        load(R9, 4, R6, _CONTEXT_PROTOCOL),
-        jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6"),
-        jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop"),
-        *_mark_source_as_mapped(),
-        *_load_packet(offset=12, place=_IPV4_SOURCE, size=4, otherwise="drop"),
-        jump("judge"),
-        Label("ipv6"),
-        *_load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop"),
+        *_pass_unless_listening(),
+        *_note_source_and_listener(),
+        Label("judge"),
         *_judge(interfaces),
+    )
+
+
+def closed_loopback_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+    """What socket_program() is, but a packet that came over the loopback passes only if its flow was noted.
+
+    Every packet of a handshake is judged here, not the SYN alone: the ACK that ends it, too, is shown to programs with
+    the listener for its socket (net/ipv4/tcp_ipv4.c, tcp_v4_rcv(): TCP_NEW_SYN_RECV), again and again where the
+    accept queue is full and the kernel forgets it. So a note outlives its SYN: it opens once, for the SYN with its
+    sequence number, and then lets only what is no SYN pass, until newer notes push it out. That does not open
+    anything: without a handshake begun or a SYN cookie it ends in an RST, and it takes a raw socket to send.
+
+    A note of a SYN that no listener of the job ever saw, refused perhaps, is left open. Whoever gets the same port
+    number later starts with a sequence number of the kernel's choice (net/core/secure_seq.c), and has one try.
+    """
+    return (
+        calculate(R6, "=", R1),
+        Remark("every packet to a socket that does not listen passes"),
+        *_pass_unless_listening(),
+        *_note_source_and_listener(),
+        Label("judge"),
+        *_judge_loopback(),
+        *_judge(interfaces),
+    )
+
+
+def noting_program() -> tuple[Statement, ...]:
+    """Sees what the job's processes send, passes all of it, and notes the flow of each SYN that goes to the loopback.
+
+    A socket in state SYN_SENT sends nothing but its SYN, first or again. The addresses are those after NAT, as the
+    listener's side will see them: net/ipv4/ip_output.c, ip_finish_output() comes after all of netfilter's hooks.
+    A SYN behind IPv4 options or IPv6 extension headers is not noted, and so will not pass.
+    """
+    return (
+        calculate(R6, "=", R1),
+        Remark("only a socket that opens a connection sends a SYN"),
+        load(R7, 8, R6, _CONTEXT_SOCKET),
+        jump_if(R7, "==", 0, "pass"),
+        load(R2, 4, R7, _SOCKET_STATE),
+        jump_if(R2, "!=", _SYN_SENT, "pass"),
+        Remark("the job's listeners judge other interfaces by source"),
+        load(R2, 4, R6, _CONTEXT_INTERFACE),
+        jump_if(R2, "!=", _LOOPBACK, "pass"),
+        load(R9, 4, R6, _CONTEXT_PROTOCOL),
+        *_load_flow(otherwise="pass"),
+        Remark("note the flow and the SYN's sequence number"),
+        load(R2, 4, R10, _FLOW_SEQUENCE),
+        store(8, R10, _OPENING, R2),
+        map_reference(R1, _OPENINGS),
+        *_point(R2, _FLOW),
+        *_point(R3, _OPENING),
+        calculate(R4, "=", _NEW_OR_NOT),
+        call(Helper.MAP_UPDATE_ELEM),
+        Label("pass"),
+        calculate(R0, "=", _PASS),
+        leave(),
     )
 
 
@@ -197,27 +262,108 @@ def header_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
 
 
 SOCKET_PROGRAM = ShieldProgram("socket", "securerun_sock", "from Linux 5.1", socket_program)
+CLOSED_LOOPBACK_PROGRAM = ShieldProgram(
+    "socket and loopback", "securerun_own", "from Linux 5.1", closed_loopback_program, closes_loopback=True
+)
 HEADER_PROGRAM = ShieldProgram("header", "securerun_head", "for Linux 4.15 to 5.0", header_program)
-_PROGRAMS = (SOCKET_PROGRAM, HEADER_PROGRAM)
+# Before Linux 5.1 closing the loopback would mean to search every packet of the job for its TCP header, both ways.
+_PROGRAMS = (SOCKET_PROGRAM, CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM)
 
+_NOTING_NAME = "securerun_note"
 _PROBE_NAME = "securerun_probe"
 _FORBID_EVERYTHING = (calculate(R0, "=", _DROP), leave())
 
 
 def describe(policy: Policy) -> str:
-    """The shield that this policy makes, for people: who may connect, and the program. Asks the kernel nothing."""
-    program = SOCKET_PROGRAM.build(policy.interfaces)
+    """The shield that this policy makes, for people: who may connect, and the programs. Asks the kernel nothing."""
     passing = " ".join(str(network) for network in policy.peers) or "no other host"
-    return "\n".join(
-        (
-            "shield: an eBPF program on the job's cgroup, for every TCP port of the job, IPv4 and IPv6",
-            f"may connect: {passing}",
-            f"through: {' '.join(policy.interfaces) or 'any interface'}",
+    lines = [
+        "shield: an eBPF program on the job's cgroup, for every TCP port of the job, IPv4 and IPv6",
+        f"may connect: {passing}",
+        f"through: {' '.join(policy.interfaces) or 'any interface'}",
+    ]
+    if policy.close_loopback:
+        lines += [
+            "over the loopback, and from this host's own addresses: the job's own processes, nobody else",
+            "always passes: connections that the job opens itself, connections that are established",
+            f"program {CLOSED_LOOPBACK_PROGRAM.name!r} ({CLOSED_LOOPBACK_PROGRAM.needs}; there is none for older kernels):",
+            listing(CLOSED_LOOPBACK_PROGRAM.build(policy.interfaces)),
+            "program for what the job sends, which notes the connections that it opens over the loopback:",
+            listing(noting_program()),
+        ]
+    else:
+        lines += [
             "always passes: the loopback, connections that the job opens itself, connections that are established",
             f"program {SOCKET_PROGRAM.name!r} ({SOCKET_PROGRAM.needs}; older kernels get {HEADER_PROGRAM.name!r}):",
-            listing(program),
-        )
-    )
+            listing(SOCKET_PROGRAM.build(policy.interfaces)),
+        ]
+    return "\n".join(lines)
+
+
+def _pass_unless_listening() -> Iterator[Statement]:
+    """Goes on only with packets to a socket that listens, which is then in r7."""
+    yield load(R7, 8, R6, _CONTEXT_SOCKET)
+    yield jump_if(R7, "==", 0, "drop")
+    yield load(R2, 4, R7, _SOCKET_STATE)
+    yield jump_if(R2, "!=", _LISTEN, "pass")
+
+
+def _note_source_and_listener() -> Iterator[Statement]:
+    """Leaves the packet's protocol in r9 and goes to `judge`, or falls through to it."""
+    yield Remark("the listener's port and the packet's source, as 16 bytes, to the stack")
+    yield load(R2, 4, R7, _SOCKET_PORT)
+    yield store(4, R10, _PORT, R2)
+    yield load(R9, 4, R6, _CONTEXT_PROTOCOL)
+    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6")
+    yield jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop")
+    yield from _mark_source_as_mapped()
+    yield from _load_packet(offset=12, place=_IPV4_SOURCE, size=4, otherwise="drop")
+    yield jump("judge")
+    yield Label("ipv6")
+    yield from _load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop")
+
+
+def _judge_loopback() -> Iterator[Statement]:
+    """Decides about what came over the loopback, and lets the rest fall through."""
+    yield load(R2, 4, R6, _CONTEXT_INTERFACE)
+    yield jump_if(R2, "!=", _LOOPBACK, "from outside")
+    yield Remark("over the loopback: did a process of the job open this flow?")
+    yield from _load_flow(otherwise="deny")
+    yield from _look_up(_OPENINGS, _FLOW)
+    yield jump_if(R0, "==", 0, "deny")
+    yield load(R2, 1, R10, _FLOW_FLAGS)
+    yield calculate(R2, "&=", _SYN)
+    yield jump_if(R2, "!=", _SYN, "pass")
+    yield Remark("a note lets one SYN in, the very one that was noted")
+    yield load(R8, 8, R0, 0)
+    yield store(8, R0, 0, _ARRIVED)
+    yield load(R2, 4, R10, _FLOW_SEQUENCE)
+    yield jump_if(R8, "!=", R2, "deny")
+    yield jump("pass")
+    yield Label("from outside")
+
+
+def _load_flow(otherwise: str) -> Iterator[Statement]:
+    """Puts the flow and the beginning of the TCP header to the stack; the packet's protocol is in r9.
+
+    Goes to `otherwise` when the TCP header does not follow the IP header at once.
+    """
+    before4, before6 = _FLOW_PORTS - _IPV4_HEADER, _FLOW_PORTS - _IPV6_HEADER
+    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "flow6")
+    yield jump_if(R9, "!=", _ETHERTYPE_IPV4, otherwise)
+    yield from _load_packet(offset=0, place=before4, size=_IPV4_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
+    yield load(R2, 1, R10, before4)
+    yield jump_if(R2, "!=", _IPV4_WITHOUT_OPTIONS, otherwise)
+    yield load(R2, 1, R10, before4 + 9)
+    yield jump_if(R2, "!=", _TCP, otherwise)
+    for place in range(_FLOW, _FLOW_PORTS - 8, 8):
+        yield store(8, R10, place, 0)
+    yield jump("flow")
+    yield Label("flow6")
+    yield from _load_packet(offset=0, place=before6, size=_IPV6_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
+    yield load(R2, 1, R10, before6 + 6)
+    yield jump_if(R2, "!=", _TCP, otherwise)
+    yield Label("flow")
 
 
 def _find_tcp_in_ipv4() -> Iterator[Statement]:
@@ -288,7 +434,6 @@ def _step_over_extension_header(number: int) -> Iterator[Statement]:
 
 def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
     """Source and port are on the stack, the packet's protocol is in r9, the context in r6: pass or count and drop."""
-    yield Label("judge")
     yield from _pass_through(interfaces)
     yield Remark("is the source one of the peers?")
     yield jump_if(R9, "==", _ETHERTYPE_IPV6, "judge6")
@@ -382,6 +527,11 @@ _MOST_DENIALS = 4096
 # Peers are added before others are removed, and names may come to mean other addresses. A trie takes memory
 # only for what is in it.
 _ROOM_FOR_PEERS = 1024
+# Connections that the job opens over the loopback at once, and a note of which it must not lose. kernel/bpf/
+# bpf_lru_list.h, LOCAL_FREE_TARGET: before Linux 6.16 each processor may sit on 128 free entries of such a map while
+# another one, in want of any, throws away 128 that were just made. Some 100 bytes each.
+_FEWEST_OPENINGS = 8192
+_OPENINGS_PER_PROCESSOR = 256
 
 _LACK_OF_PRIVILEGE = (
     "not permitted; it takes CAP_BPF and CAP_NET_ADMIN (before Linux 5.8 CAP_SYS_ADMIN) "
@@ -392,18 +542,30 @@ _FORBIDDEN_ABOVE = (
     "or CAP_NET_ADMIN is missing"
 )
 _CANNOT_OPEN = "not permitted; it takes CAP_SYS_ADMIN to open a program by its id"
+_CANNOT_CLOSE_LOOPBACK = "--loopback job needs Linux 5.1, whose programs see a packet's socket; use --loopback any here"
 
 
 class Shield:
     """The shield of one job. Made by Shield.attach() or adopt(); close() leaves the attachment in place.
 
-    name: which program judges: "socket" (from Linux 5.1) or "header" (before).
+    name: which program judges: "socket" (from Linux 5.1) or "header" (before), or "socket and loopback" where the
+    policy closes the loopback.
     """
 
-    def __init__(self, cgroup: int, name: str, program: Program, peers4: Map, peers6: Map, denied: Map) -> None:
+    def __init__(
+        self,
+        cgroup: int,
+        name: str,
+        program: Program,
+        peers4: Map,
+        peers6: Map,
+        denied: Map,
+        noting: Program | None = None,
+    ) -> None:
         self.name = name
         self._cgroup = os.dup(cgroup)
         self._program = program
+        self._noting = noting
         self._peers4 = peers4
         self._peers6 = peers6
         self._denied = denied
@@ -449,31 +611,43 @@ class Shield:
         """Takes the shield off the cgroup; nothing happens when it, or the cgroup, is gone already."""
         with _explained("taking the shield off"):
             _detach(self._program, self._cgroup, AttachType.CGROUP_INET_INGRESS)
+            if self._noting is not None:
+                _detach(self._noting, self._cgroup, AttachType.CGROUP_INET_EGRESS)
 
     def close(self) -> None:
         """Closes this process' descriptors. The attachment stays until detach(), or as long as the cgroup."""
         for thing in (self._program, self._peers4, self._peers6, self._denied):
             thing.close()
+        if self._noting is not None:
+            self._noting.close()
         if self._cgroup >= 0:
             os.close(self._cgroup)
             self._cgroup = -1
 
 
 def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Policy) -> Shield:
-    """What Shield.attach() does, with the first of these programs that the kernel accepts."""
+    """What Shield.attach() does, with the first of these programs that suits the policy and that the kernel accepts."""
+    suitable = [program for program in programs if program.closes_loopback == policy.close_loopback]
     symbols = {_interface_symbol(name).name: _interface_index(name) for name in policy.interfaces}
     _raise_memory_limit()
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as loading:
         maps = [undo.enter_context(_create(shape)) for shape in _map_shapes(policy)]
-        symbols.update((each.shape.name, each.fileno()) for each in maps)
-        chosen, program = _load_first_of(programs, policy, symbols)
+        # Nobody but the programs needs the openings.
+        openings = [loading.enter_context(_create(_openings_shape()))] if policy.close_loopback else []
+        symbols.update((each.shape.name, each.fileno()) for each in (*maps, *openings))
+        chosen, program = _load_first_of(suitable, policy, symbols)
         undo.enter_context(program)
-        shield = Shield(cgroup, chosen.name, program, *maps)
+        noting = undo.enter_context(_load_noting_program(symbols)) if chosen.closes_loopback else None
+        shield = Shield(cgroup, chosen.name, program, *maps, noting)
         undo.callback(shield.close)
         with _explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
                 trie.update_many(dict.fromkeys(_keys(policy.peers, version), _NO_VALUE))
         with _explained("hanging the shield on the cgroup", _FORBIDDEN_ABOVE):
+            if noting is not None:
+                # First, so that there is no SYN of the job that is judged and was not noted.
+                noting.attach(cgroup, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
+                undo.callback(_detach, noting, cgroup, AttachType.CGROUP_INET_EGRESS)
             program.attach(cgroup, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
         undo.pop_all()
     return shield
@@ -482,8 +656,8 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
 def adopt(cgroup: int) -> Shield:
     """The shield that a dead guard left on this cgroup, with its peers and counters. Needs CAP_SYS_ADMIN.
 
-    A self-test that the guard died in is taken off: it would forbid the job to send anything. Raises
-    ShieldUnavailable when there is no shield on the cgroup.
+    A self-test that the guard died in is taken off: it would forbid the job to send anything. So is the half of a
+    shield that only notes. Raises ShieldUnavailable when there is no shield on the cgroup.
     """
     with _explained("looking for the shield of an earlier guard", _CANNOT_OPEN):
         for probe in _open_attached(cgroup, AttachType.CGROUP_INET_EGRESS, (_PROBE_NAME,)):
@@ -492,17 +666,20 @@ def adopt(cgroup: int) -> Shield:
         names = {program.kernel_name: program.name for program in _PROGRAMS}
         for program in _open_attached(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(names)):
             return _adopt_program(cgroup, program, names)
+        _find_noting_program(cgroup, ())
     raise ShieldUnavailable("no shield hangs on this cgroup")
 
 
-def refuse_conflicts(ancestors: Sequence[int]) -> None:
+def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) -> None:
     """Raises ShieldUnavailable when a program on one of the ancestor cgroups does not get along with a shield below.
 
-    ancestors: descriptors of the directories of the cgroups above the job's.
+    ancestors: descriptors of the directories of the cgroups above the job's. close_loopback: as in the policy; such
+    a shield also judges what the job sends.
     """
-    for ancestor in ancestors:
+    kinds = [AttachType.CGROUP_INET_INGRESS, *[AttachType.CGROUP_INET_EGRESS] * close_loopback]
+    for ancestor, kind in itertools.product(ancestors, kinds):
         with _explained("asking for the programs on the cgroups above"):
-            found = attached(ancestor, AttachType.CGROUP_INET_INGRESS)
+            found = attached(ancestor, kind)
         if not found.program_ids or found.flags & AttachFlags.ALLOW_MULTI:
             continue
         identifiers = " ".join(str(identifier) for identifier in found.program_ids)
@@ -563,6 +740,11 @@ def _map_shapes(policy: Policy) -> tuple[MapShape, ...]:
     )
 
 
+def _openings_shape() -> MapShape:
+    entries = max(_FEWEST_OPENINGS, _OPENINGS_PER_PROCESSOR * os.sysconf("SC_NPROCESSORS_CONF"))
+    return MapShape(MapType.LRU_HASH, _FLOW_SIZE, _SEQUENCE.size, entries, _OPENINGS.name)
+
+
 def _create(shape: MapShape) -> Map:
     with _explained("creating the shield's maps"):
         return Map.create(shape)
@@ -618,7 +800,15 @@ def _load_first_of(
             if error.errno == errno.EPERM:
                 raise ShieldUnavailable(f"loading the shield: {_LACK_OF_PRIVILEGE}") from error
             refusals.append(f"{program.name}: {error.strerror}")
+    if policy.close_loopback:
+        reason = f" ({'; '.join(refusals)})" if refusals else ""
+        raise ShieldUnavailable(f"{_CANNOT_CLOSE_LOOPBACK}{reason}")
     raise ShieldUnavailable(f"this kernel accepts none of the shield's programs: {'; '.join(refusals)}")
+
+
+def _load_noting_program(symbols: dict[str, int]) -> Program:
+    with _explained("loading the shield's program that notes the job's connections"):
+        return Program.load(_NOTING_NAME, assemble(noting_program(), symbols))
 
 
 def _interface_index(interface: str) -> int:
@@ -648,15 +838,33 @@ def _open_attached(cgroup: int, kind: AttachType, names: Sequence[str]) -> Itera
 
 
 def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shield:
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as others:
         undo.enter_context(program)
         information = program.information()
-        opened = [undo.enter_context(Map.open(identifier)) for identifier in information.map_ids]
-        maps = {each.shape.name: each for each in opened}
-        wanted = [maps[symbol.name] for symbol in (_PEERS4, _PEERS6, _DENIED)]
-        shield = Shield(cgroup, names[information.name], program, *wanted)
+        noting = _find_noting_program(cgroup, information.map_ids)
+        if noting is not None:
+            undo.enter_context(noting)
+        wanted = {symbol.name: None for symbol in (_PEERS4, _PEERS6, _DENIED)}
+        maps = {}
+        for identifier in information.map_ids:
+            opened = Map.open(identifier)
+            (undo if opened.shape.name in wanted else others).enter_context(opened)
+            maps[opened.shape.name] = opened
+        shield = Shield(cgroup, names[information.name], program, *(maps[name] for name in wanted), noting)
         undo.pop_all()
     return shield
+
+
+def _find_noting_program(cgroup: int, map_ids: Sequence[int]) -> Program | None:
+    """The program on the cgroup that notes in one of these maps; takes off those that note for a shield that is gone."""
+    found = None
+    for program in _open_attached(cgroup, AttachType.CGROUP_INET_EGRESS, (_NOTING_NAME,)):
+        if set(program.information().map_ids) & set(map_ids):
+            found = program
+            continue
+        with program:
+            _detach(program, cgroup, AttachType.CGROUP_INET_EGRESS)
+    return found
 
 
 # --- the self-test ----------------------------------------------------------------------------------

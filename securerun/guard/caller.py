@@ -29,10 +29,7 @@ class Caller:
 
     def has_ended(self) -> bool:
         """Whether the process is gone, or is no longer the one that this guard began to serve."""
-        try:
-            return records.start_time(self.pid) != self.start or _is_zombie(self.pid)
-        except OSError:
-            return True
+        return not records.is_running(self.pid, self.start)
 
 
 def find_caller() -> Caller:
@@ -50,8 +47,3 @@ def _pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except OSError:
         return None
-
-
-def _is_zombie(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    return status.rpartition(")")[2].split()[0] in {"Z", "X"}

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,15 +43,11 @@ class JobCgroup:
     descriptor: the cgroup's directory. path: the cgroup, as /proc/PID/cgroup names it.
     """
 
-    def __init__(self, ancestors: tuple[int, ...], parent_path: str, name: str) -> None:
+    def __init__(self, ancestors: tuple[int, ...], path: PurePosixPath) -> None:
         self._ancestors = ancestors
-        self._name = name
-        self.path = str(PurePosixPath(parent_path) / name)
-        try:
-            os.mkdir(name, 0o755, dir_fd=self._parent)
-        except OSError as error:
-            raise CgroupUnavailable(f"no cgroup can be made below {parent_path}: {_why(error)}") from error
-        self.descriptor = os.open(name, _DIRECTORY_FLAGS, dir_fd=self._parent)
+        self._name = path.name
+        self.path = str(path)
+        self.descriptor = os.open(self._name, _DIRECTORY_FLAGS, dir_fd=self._parent)
         self._events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
         self._become_valid()
 
@@ -83,6 +80,23 @@ class JobCgroup:
         text = os.pread(self._events, 4096, 0).decode("ascii")
         return "populated 1" in text
 
+    def processes(self) -> set[int]:
+        """The live processes in the cgroup and below it."""
+        return {pid for directory in self._below() for pid in _members(directory)}
+
+    def ids(self) -> set[int]:
+        """The ids of the cgroup and of those below it, as sockets carry them (INET_DIAG_CGROUP_ID, kernel 5.9)."""
+        return {os.fstat(directory).st_ino for directory in self._below()}
+
+    def kill(self) -> None:
+        """SIGKILL everything in it at once, what is being forked included; before kernel 5.14 one by one."""
+        try:
+            _write(self.descriptor, "cgroup.kill", "1")
+        except FileNotFoundError:
+            for pid in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
     def remove(self) -> None:
         """Remove the cgroup, and the empty ones that the job made below it.
 
@@ -110,6 +124,11 @@ class JobCgroup:
     def _parent(self) -> int:
         return self._ancestors[-1]
 
+    def _below(self) -> Iterator[int]:
+        """The descriptors of this directory and of each below it, each open until the next is asked for."""
+        yield self.descriptor
+        yield from _directories_below(self.descriptor)
+
     def _become_valid(self) -> None:
         """Below a threaded cgroup a new one is invalid until it is threaded too (cgroup-v2.rst, Threads)."""
         if _read(self.descriptor, "cgroup.type") == "domain invalid":
@@ -128,8 +147,26 @@ def make_job_cgroup(launcher: int, run_id: str) -> JobCgroup:
         below = _relative(path, hierarchy.root)
         if below is None:
             continue
-        return JobCgroup(_open_down(hierarchy.place, below), path, f"securerun-{run_id}")
+        ancestors = _open_down(hierarchy.place, below)
+        name = f"securerun-{run_id}"
+        try:
+            os.mkdir(name, 0o755, dir_fd=ancestors[-1])
+        except OSError as error:
+            raise CgroupUnavailable(f"no cgroup can be made below {path}: {_why(error)}") from error
+        return JobCgroup(ancestors, PurePosixPath(path) / name)
     raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
+
+
+def open_job_cgroup(path: str) -> JobCgroup | None:
+    """The cgroup of a run that exists already; None where it does not."""
+    for hierarchy in _hierarchies():
+        below = _relative(path, hierarchy.root)
+        if below is None:
+            continue
+        with contextlib.suppress(OSError):
+            return JobCgroup(_open_down(hierarchy.place, below.parent), PurePosixPath(path))
+        return None
+    return None
 
 
 def cgroup_of(pid: int) -> str:
@@ -209,22 +246,48 @@ def _move(directory: int, pid: int) -> None:
         raise CgroupUnavailable(f"process {pid} may not be moved between cgroups: {_why(error)}") from error
 
 
+def _members(directory: int) -> set[int]:
+    """The processes of one cgroup; a threaded one lists threads only (cgroup-v2.rst), and a signal to one is to all."""
+    with contextlib.suppress(FileNotFoundError, OSError):
+        return {int(line) for line in _read(directory, "cgroup.procs").split()}
+    with contextlib.suppress(FileNotFoundError, OSError):
+        return {int(line) for line in _read(directory, "cgroup.threads").split()}
+    return set()
+
+
+def _directories_below(directory: int) -> Iterator[int]:
+    for name in _children(directory):
+        with contextlib.suppress(FileNotFoundError):
+            child = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+            try:
+                yield child
+                yield from _directories_below(child)
+            finally:
+                os.close(child)
+
+
 def _remove_below(directory: int) -> None:
-    for entry in os.scandir(directory):
-        if not entry.is_dir(follow_symlinks=False):
-            continue
-        child = os.open(entry.name, _DIRECTORY_FLAGS, dir_fd=directory)
+    for name in _children(directory):
+        child = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
         try:
             _remove_below(child)
         finally:
             os.close(child)
-        os.rmdir(entry.name, dir_fd=directory)
+        os.rmdir(name, dir_fd=directory)
+
+
+def _children(directory: int) -> list[str]:
+    with os.scandir(directory) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _read(directory: int, name: str) -> str:
     descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
-        return os.read(descriptor, 4096).decode("ascii").strip()
+        text = b""
+        while chunk := os.read(descriptor, 65536):
+            text += chunk
+        return text.decode("ascii").strip()
     finally:
         os.close(descriptor)
 

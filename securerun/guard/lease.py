@@ -1,7 +1,8 @@
 """The lease: what one job holds on this host, acquired before the job starts and released after it ended.
 
 Acquiring goes from what needs no clean-up to what does: the record, the cgroup, the shield on it, its proof, the
-launcher's move, the port chains. Whatever fails, everything before it is undone, in the opposite order.
+launcher's move, the port chains. Whatever fails, everything before it is undone, in the opposite order. A guard
+that takes over from a dead one goes the same way and keeps what it finds.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 from securerun.errors import PrivilegeError
-from securerun.firewall import shield
+from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.iptables import IptablesChains
-from securerun.firewall.policy import Denial, Policy, merged
+from securerun.firewall.policy import Denial, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import records
+from securerun.guard import reaper, records
 from securerun.guard.caller import Caller
-from securerun.guard.cgroup import CgroupUnavailable, JobCgroup, make_job_cgroup
+from securerun.guard.cgroup import CgroupUnavailable, JobCgroup, cgroup_of, make_job_cgroup, open_job_cgroup
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
 
@@ -30,42 +32,109 @@ _LAST_LOG_GROUP = 65535
 
 
 class Lease:
-    """The layers of one job. Made by `acquire`, undone by `release`."""
+    """The layers of one job and its record. Made by `acquire`, undone by `release`.
 
-    def __init__(self, policy: Policy, cgroup: JobCgroup, held: Shield) -> None:
-        self.policy = policy
-        self.cgroup = cgroup
-        self.shield = held
+    cgroup: None where the job can have none. shield: None in scope `ports`. chains, drops: None without port chains.
+    notes: what a person should know about the layers that are missing.
+    """
+
+    def __init__(self, order: Order, caller: Caller) -> None:
+        self.order = order
+        self.policy: Policy = order.policy
+        self.caller = caller
+        self.cgroup: JobCgroup | None = None
+        self.shield: Shield | None = None
         self.chains: PortChains | None = None
         self.drops: DropLog | None = None
         self.notes: tuple[str, ...] = ()
+        self.record = _record(order, caller)
 
     @property
     def guarding(self) -> Guarding:
         """The layers that stand."""
-        layers = [Layer("shield", f"{self.shield.name} filter on {self.cgroup.path}")]
+        layers = []
+        if self.shield is not None and self.cgroup is not None:
+            layers.append(Layer("shield", f"{self.shield.name} filter on {self.cgroup.path}"))
         if self.chains is not None:
             layers.append(Layer(self.chains.backend, self.chains.name))
         return Guarding(tuple(layers), self.notes)
 
     def denied(self) -> tuple[Denial, ...]:
         """Who was turned away so far, by any layer."""
-        if self.drops is None:
-            return merged(self.shield.denied())
-        self.drops.read()
-        return merged(self.shield.denied(), self.drops.denied())
+        counts = [] if self.shield is None else [self.shield.denied()]
+        if self.drops is not None:
+            self.drops.read()
+            counts.append(self.drops.denied())
+        return merged(*counts)
+
+    def close_ports(self, ports: Iterable[PortRange]) -> None:
+        """Add ports to the port chains while the job runs. Raises PortChainsUnavailable or PrivilegeError."""
+        self.policy = dataclasses.replace(self.policy, ports=(*self.policy.ports, *ports))
+        self.write(policy=self.policy)
+        self.restore_chains()
+
+    def restore_chains(self) -> None:
+        """Put the port chains in place again. Raises PortChainsUnavailable or PrivilegeError."""
+        if self.chains is None:
+            return
+        with records.host_lock():
+            self.chains.install(self.policy, self.drops.group if self.drops else None)
+
+    def write(self, **changes: object) -> None:
+        """Change the run's record. Raises PrivilegeError when it cannot be written."""
+        self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
+        with _recording() as directory:
+            records.write(directory, self.record)
+
+    def is_over(self) -> bool:
+        """Whether the launcher and all that came from it are gone."""
+        if self.cgroup is not None:
+            return not self.cgroup.populated()
+        return self.caller.has_ended() and not self.processes()
+
+    def processes(self) -> set[int]:
+        """What runs of the job: by its cgroup, or by run id and descent where it has none."""
+        if self.cgroup is not None:
+            return self.cgroup.processes()
+        from securerun.guard import processes
+
+        return processes.of_run(self.policy.run_id, self.caller.pid, self.caller.user)
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to a process of the job, if it still is one."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            # Between the look and the open the number may have gone to another process.
+            if pid in self.processes():
+                signal.pidfd_send_signal(pidfd, number)
+        os.close(pidfd)
+
+    def kill(self) -> None:
+        """SIGKILL everything that is left of the job."""
+        if self.cgroup is not None:
+            self.cgroup.kill()
+            return
+        for pid in self.processes():
+            self.signal(pid, signal.SIGKILL)
 
     def release(self) -> None:
         """Remove every layer. The job's last process must have gone.
 
         Raises PrivilegeError, CgroupUnavailable or PortChainsUnavailable for what could not be removed; then the record
-        stays, and says what to look for.
+        stays, and the next run or `securerunctl clean` tries again.
         """
-        self.shield.close()
-        self.cgroup.remove()
-        self.cgroup.close()
-        _remove_chains(self)
-        _remove_record(self.policy.run_id)
+        if self.shield is not None:
+            self.shield.close()
+        if self.cgroup is not None:
+            self.cgroup.remove()
+            self.cgroup.close()
+        with records.host_lock() as directory:
+            if self.chains is not None:
+                self.chains.remove()
+            records.remove(directory, self.policy.run_id)
         if self.drops is not None:
             self.drops.close()
 
@@ -75,59 +144,150 @@ def acquire(order: Order, caller: Caller) -> Lease:
 
     Raises PrivilegeError, with nothing left behind, when the job could not be guarded.
     """
-    record = _record(order, caller)
+    lease = Lease(order, caller)
     with ExitStack() as undo:
+        _begin(lease)
         undo.callback(_remove_record, order.policy.run_id)
-        _write(record)
-        try:
-            lease = _shielded(order.policy, caller, undo)
-        except (CgroupUnavailable, ShieldUnavailable) as error:
-            raise PrivilegeError(
-                f"the job cannot be shielded: {error}. Run as root, or with CAP_BPF, CAP_NET_ADMIN and a writable "
-                "cgroup file system; --unprotected starts it open to everyone"
-            ) from error
+        _add_shield(lease, undo)
         undo.callback(_remove_chains, lease)
-        if order.firewall != "off" and order.policy.ports:
-            _add_chains(lease, order)
-        _write(dataclasses.replace(record, layers=lease.guarding.layers))
+        _add_chains(lease)
+        if lease.shield is None and lease.chains is None:
+            raise PrivilegeError(
+                f"the job cannot be guarded: {'; '.join(lease.notes)}. Run as root, or with CAP_BPF, CAP_NET_ADMIN and a "
+                "writable cgroup file system; --unprotected starts it open to everyone"
+            )
+        lease.write(layers=lease.guarding.layers)
+        if caller.has_ended():
+            raise PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
         undo.pop_all()
     return lease
 
 
-def _shielded(policy: Policy, caller: Caller, undo: ExitStack) -> Lease:
-    cgroup = make_job_cgroup(caller.pid, policy.run_id)
-    undo.callback(cgroup.close)
-    undo.callback(_remove_quietly, cgroup)
+def _begin(lease: Lease) -> None:
+    """Reap dead runs and record this one, under one lock. A record of our run is a dead guard's: it tells its cgroup."""
+    with _recording() as directory:
+        lease.notes += tuple(reaper.reap_all(directory))
+        found = [record for record in records.read_all(directory) if record.run_id == lease.policy.run_id]
+        for record in found:
+            if not lease.order.adopt or record.guard_lives or record.launcher != lease.caller.pid:
+                raise PrivilegeError(f"run {record.run_id} is guarded by process {record.guard} already")
+            lease.record = dataclasses.replace(lease.record, cgroup=record.cgroup, started=record.started)
+        records.write(directory, lease.record)
+
+
+def _add_shield(lease: Lease, undo: ExitStack) -> None:
+    """Give the job its cgroup and the shield on it; in scope `auto` go on without them and say why."""
+    try:
+        _add_cgroup(lease, undo)
+        if lease.order.scope != "ports":
+            _hang_shield(lease, undo)
+        _move_in(lease, undo)
+    except (CgroupUnavailable, ShieldUnavailable) as error:
+        if lease.order.scope == "process":
+            raise PrivilegeError(
+                f"the job cannot be shielded: {error}; mend that, or use --scope auto; nothing was started"
+            ) from error
+        if lease.order.scope == "auto":
+            lease.notes += (f"no shield ({error})",)
+        _forget_shield(lease, undo)
+
+
+def _add_cgroup(lease: Lease, undo: ExitStack) -> None:
+    found = open_job_cgroup(lease.record.cgroup) if lease.record.cgroup else None
+    lease.cgroup = found or make_job_cgroup(lease.caller.pid, lease.policy.run_id)
+    undo.callback(_remove_cgroup, lease)
+    lease.write(cgroup=lease.cgroup.path)
+
+
+def _hang_shield(lease: Lease, undo: ExitStack) -> None:
+    """Take over the shield of a dead guard, or hang and prove one of our own before anything is behind it."""
+    cgroup = lease.cgroup
+    if cgroup is None:
+        return
+    if lease.order.adopt:
+        with contextlib.suppress(ShieldUnavailable):
+            lease.shield = shield.adopt(cgroup.descriptor)
+            undo.callback(lease.shield.close)
+            return
     shield.refuse_conflicts(cgroup.ancestors)
-    held = Shield.attach(cgroup.descriptor, policy)
-    undo.callback(held.close)
-    if not shield.prove(cgroup.descriptor):
+    lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
+    undo.callback(lease.shield.close)
+    # The self-test forbids all sending for its moment, so it comes before anything moves in.
+    if not cgroup.populated() and not shield.prove(cgroup.descriptor):
         raise ShieldUnavailable(
             "filters on a cgroup do not run on this host (before kernel 5.15 an active net_cls or net_prio cgroup, "
             "one container start with cgroup v1, switches them off until the next boot)"
         )
-    undo.callback(cgroup.expel, caller.pid)
-    cgroup.enter(caller.pid)
-    return Lease(policy, cgroup, held)
 
 
-def _add_chains(lease: Lease, order: Order) -> None:
-    """Add the port chains. With `auto` a host without usable iptables keeps the shield alone, and hears why."""
+def _move_in(lease: Lease, undo: ExitStack) -> None:
+    cgroup = lease.cgroup
+    if cgroup is None or cgroup_of(lease.caller.pid) == cgroup.path:
+        return
+    undo.callback(cgroup.expel, lease.caller.pid)
+    cgroup.enter(lease.caller.pid)
+
+
+def _forget_shield(lease: Lease, undo: ExitStack) -> None:
+    """Without a shield the cgroup still tells what belongs to the job, if the launcher could move in."""
+    if lease.shield is not None:
+        lease.shield.detach()
+        lease.shield.close()
+        lease.shield = None
+    try:
+        _move_in(lease, undo)
+    except CgroupUnavailable:
+        _remove_cgroup(lease)
+
+
+def _add_chains(lease: Lease) -> None:
+    """Add the port chains; with `auto` a host that cannot have them keeps the shield alone, and hears why."""
+    order = lease.order
+    if order.firewall == "off" or not order.policy.ports:
+        return
     drops = _open_drop_log(order.policy.run_id)
     try:
-        chains = IptablesChains(order.policy.run_id)
-        with records.host_lock():
+        with records.host_lock() as directory:
+            chains = _choose(order, directory)
+            lease.record = dataclasses.replace(lease.record, layers=(*lease.guarding.layers, _layer(chains)))
+            records.write(directory, lease.record)
+            lease.chains = chains
             _install(chains, order.policy, drops)
+            lease.drops = drops
     except PortChainsUnavailable as error:
+        lease.chains = None
         if drops is not None:
             drops.close()
         if order.firewall != "auto":
             raise PrivilegeError(
                 f"no port chains can be installed: {error}; mend that, or use --firewall auto; nothing was started"
             ) from error
-        lease.notes = (f"no port chains ({error}); the shield closes every port by itself",)
-        return
-    lease.chains, lease.drops = chains, drops
+        alone = "; the shield closes every port by itself" if lease.shield else ""
+        lease.notes += (f"no port chains ({error}){alone}",)
+
+
+def _choose(order: Order, directory: int) -> PortChains:
+    """The backend that the order names, or the best; but one backend a host: one's drop ignores another's pass."""
+    in_use = {
+        layer.backend
+        for record in records.read_all(directory)
+        for layer in record.layers
+        if layer.backend in backends.NAMES and record.network == records.network_namespace()
+    }
+    if order.firewall == "auto":
+        if in_use:
+            return backends.open_chains(sorted(in_use)[0], order.policy.run_id)
+        return backends.open_best_chains(order.policy.run_id)
+    others = in_use - {order.firewall}
+    if others:
+        raise PortChainsUnavailable(
+            f"other runs of this host use {', '.join(sorted(others))}, and the two would collide"
+        )
+    return backends.open_chains(order.firewall, order.policy.run_id)
+
+
+def _layer(chains: PortChains) -> Layer:
+    return Layer(chains.backend, chains.name)
 
 
 def _install(chains: PortChains, policy: Policy, drops: DropLog | None) -> None:
@@ -150,18 +310,18 @@ def _open_drop_log(run_id: str) -> DropLog | None:
 def _remove_chains(lease: Lease) -> None:
     if lease.chains is None:
         return
-    with records.host_lock():
+    with records.host_lock(), contextlib.suppress(PortChainsUnavailable):
         lease.chains.remove()
 
 
-def _write(record: Record) -> None:
-    try:
-        with records.host_lock() as directory:
-            records.write(directory, record)
-    except OSError as error:
-        raise PrivilegeError(
-            f"the run cannot be recorded in {records.DIRECTORY}: {error.strerror}; make room there, then try again"
-        ) from error
+def _remove_cgroup(lease: Lease) -> None:
+    """Undo without hiding the error that made us undo."""
+    if lease.cgroup is None:
+        return
+    with contextlib.suppress(CgroupUnavailable):
+        lease.cgroup.remove()
+    lease.cgroup.close()
+    lease.cgroup = None
 
 
 def _remove_record(run_id: str) -> None:
@@ -169,10 +329,16 @@ def _remove_record(run_id: str) -> None:
         records.remove(directory, run_id)
 
 
-def _remove_quietly(cgroup: JobCgroup) -> None:
-    """Undo without hiding the error that made us undo."""
-    with contextlib.suppress(CgroupUnavailable):
-        cgroup.remove()
+@contextlib.contextmanager
+def _recording() -> Iterator[int]:
+    """The host's lock, with what goes wrong on the disk put into words."""
+    try:
+        with records.host_lock() as directory:
+            yield directory
+    except OSError as error:
+        raise PrivilegeError(
+            f"the run cannot be recorded in {records.DIRECTORY}: {error.strerror}; make room there, then try again"
+        ) from error
 
 
 def _record(order: Order, caller: Caller) -> Record:
@@ -185,6 +351,7 @@ def _record(order: Order, caller: Caller) -> Record:
         guard=guard,
         guard_start=records.start_time(guard),
         boot_id=records.boot_id(),
+        network=records.network_namespace(),
         user=caller.user,
         started=time.time(),
         command=order.command,

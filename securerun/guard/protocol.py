@@ -3,6 +3,7 @@
     launcher → guard   order      the policy and which layers to install; the first line, once
                        release    the job is over, and whether it failed; then end of input
     guard → launcher   guarding   the layers that stand now
+                       notice     while the job runs: who was turned away, and what else a person should know
                        refused    nothing stands; the exit status and one line why
                        released   who was turned away
 
@@ -14,21 +15,24 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Union
 
 from securerun.errors import PolicyError
+from securerun.firewall.backends import NAMES as BACKENDS
 from securerun.firewall.policy import Denial, Network, Policy, PortRange
 
 VERSION = 1
-FIREWALLS = ("auto", "iptables", "off")
+FIREWALLS = ("auto", *BACKENDS, "off")
+SCOPES = ("auto", "process", "ports")
 # 100,000 collapsed IPv6 networks with quotes and commas are 4.6 MB.
 MAXIMUM_BYTES = 8 * 1024 * 1024
 MAXIMUM_PEERS = 100_000
 MAXIMUM_PORT_RANGES = 1024
 MAXIMUM_INTERFACES = 64
 MAXIMUM_TEXT = 4096
+MAXIMUM_GRACE_SECONDS = 24 * 3600
 
 
 class ProtocolError(Exception):
@@ -40,12 +44,18 @@ class Order:
     """What the launcher asks for: guard this job by this policy.
 
     firewall: which port chains; `auto` takes what the host has, `off` none.
+    scope: `process` insists on the shield, `ports` leaves it out, `auto` takes the stronger of what can be had.
+    grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
     command: how the user started the job, for people who ask what a run is.
+    adopt: a guard of this run has died; take over what it left.
     """
 
     policy: Policy
     firewall: str
+    scope: str
+    grace: float
     command: str
+    adopt: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,14 @@ class Guarding:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """News of a run. denied: who was turned away, with the count so far; words: anything else, a line each."""
+
+    denied: tuple[Denial, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Refused:
     """Nothing stands. status: the launcher's exit status; message: one line, what is wrong and what to do."""
 
@@ -86,7 +104,7 @@ class Released:
     denied: tuple[Denial, ...]
 
 
-Message = Union[Order, Release, Guarding, Refused, Released]
+Message = Union[Order, Release, Guarding, Notice, Refused, Released]
 
 
 def encode(message: Message) -> bytes:
@@ -123,18 +141,20 @@ def policy_document(policy: Policy) -> dict[str, Any]:
         "peers": [str(network) for network in policy.peers],
         "interfaces": list(policy.interfaces),
         "accept": policy.accept,
+        "close_loopback": policy.close_loopback,
     }
 
 
 def read_policy(document: Mapping[str, Any]) -> Policy:
     """The policy in a document; the opposite of `policy_document`. Raises ProtocolError or PolicyError."""
-    _exactly(document, "run_id", "ports", "peers", "interfaces", "accept")
+    _exactly(document, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
     return Policy(
         run_id=_text(document, "run_id"),
         ports=tuple(_read_port(port) for port in _list(document, "ports", MAXIMUM_PORT_RANGES)),
         peers=tuple(_read_network(peer) for peer in _list(document, "peers", MAXIMUM_PEERS)),
         interfaces=tuple(_entry(name) for name in _list(document, "interfaces", MAXIMUM_INTERFACES)),
         accept=_flag(document, "accept"),
+        close_loopback=_flag(document, "close_loopback"),
     )
 
 
@@ -143,32 +163,47 @@ def denial_document(denial: Denial) -> dict[str, Any]:
     return {"source": str(denial.source), "port": denial.port, "packets": denial.packets}
 
 
+def layer_document(layer: Layer) -> dict[str, Any]:
+    """One layer as JSON's own types."""
+    return {"backend": layer.backend, "name": layer.name}
+
+
 def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Order):
-        policy = policy_document(message.policy)
-        return {"version": VERSION, "policy": policy, "firewall": message.firewall, "command": message.command}
+        return {
+            "version": VERSION,
+            "policy": policy_document(message.policy),
+            "firewall": message.firewall,
+            "scope": message.scope,
+            "grace": message.grace,
+            "command": message.command,
+            "adopt": message.adopt,
+        }
     if isinstance(message, Release):
         return {"failed": message.failed}
     if isinstance(message, Guarding):
-        layers = [{"backend": layer.backend, "name": layer.name} for layer in message.layers]
-        return {"layers": layers, "notes": list(message.notes)}
+        return {"layers": [layer_document(layer) for layer in message.layers], "notes": list(message.notes)}
+    if isinstance(message, Notice):
+        return {"denied": [denial_document(denial) for denial in message.denied], "words": list(message.words)}
     if isinstance(message, Refused):
         return {"status": message.status, "message": message.message}
     return {"denied": [denial_document(denial) for denial in message.denied]}
 
 
 def _read_order(body: Mapping[str, Any]) -> Order:
-    _exactly(body, "version", "policy", "firewall", "command")
+    _exactly(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt")
     if _number(body, "version") != VERSION:
         raise ProtocolError(
             f"the launcher speaks version {body['version']}, this guard {VERSION}; install one securerun"
         )
-    firewall = _text(body, "firewall")
-    if firewall not in FIREWALLS:
-        raise ProtocolError(f"firewall {firewall[:40]!r} is none of {', '.join(FIREWALLS)}")
-    if not isinstance(body["policy"], dict):
-        raise ProtocolError("policy is not an object")
-    return Order(read_policy(body["policy"]), firewall, _text(body, "command"))
+    return Order(
+        policy=read_policy(_object(body["policy"], "policy")),
+        firewall=_choice(body, "firewall", FIREWALLS),
+        scope=_choice(body, "scope", SCOPES),
+        grace=_seconds(body, "grace"),
+        command=_text(body, "command"),
+        adopt=_flag(body, "adopt"),
+    )
 
 
 def _read_release(body: Mapping[str, Any]) -> Release:
@@ -178,11 +213,18 @@ def _read_release(body: Mapping[str, Any]) -> Release:
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:
     _exactly(body, "layers", "notes")
-    layers = tuple(_read_layer(layer) for layer in _list(body, "layers", MAXIMUM_TEXT))
+    layers = tuple(read_layer(layer) for layer in _list(body, "layers", MAXIMUM_TEXT))
     return Guarding(layers, tuple(_entry(note) for note in _list(body, "notes", MAXIMUM_TEXT)))
 
 
-def _read_layer(document: object) -> Layer:
+def _read_notice(body: Mapping[str, Any]) -> Notice:
+    _exactly(body, "denied", "words")
+    denied = tuple(read_denial(denial) for denial in _list(body, "denied", MAXIMUM_PEERS))
+    return Notice(denied, tuple(_entry(line) for line in _list(body, "words", MAXIMUM_TEXT)))
+
+
+def read_layer(document: object) -> Layer:
+    """The opposite of `layer_document`. Raises ProtocolError."""
     layer = _object(document, "a layer")
     _exactly(layer, "backend", "name")
     return Layer(_text(layer, "backend"), _text(layer, "name"))
@@ -195,10 +237,11 @@ def _read_refused(body: Mapping[str, Any]) -> Refused:
 
 def _read_released(body: Mapping[str, Any]) -> Released:
     _exactly(body, "denied")
-    return Released(tuple(_read_denial(denial) for denial in _list(body, "denied", MAXIMUM_PEERS)))
+    return Released(tuple(read_denial(denial) for denial in _list(body, "denied", MAXIMUM_PEERS)))
 
 
-def _read_denial(document: object) -> Denial:
+def read_denial(document: object) -> Denial:
+    """The opposite of `denial_document`. Raises ProtocolError or ValueError."""
     denial = _object(document, "a denial")
     _exactly(denial, "source", "port", "packets")
     return Denial(ipaddress.ip_address(_text(denial, "source")), _number(denial, "port"), _number(denial, "packets"))
@@ -243,6 +286,20 @@ def _number(document: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _seconds(document: Mapping[str, Any], name: str) -> float:
+    value = document[name]
+    if type(value) not in (int, float) or not 0 <= value <= MAXIMUM_GRACE_SECONDS:
+        raise ProtocolError(f"{name} is not a number of seconds up to {MAXIMUM_GRACE_SECONDS}")
+    return float(value)
+
+
+def _choice(document: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
+    value = _text(document, name)
+    if value not in choices:
+        raise ProtocolError(f"{name} {value[:40]!r} is none of {', '.join(choices)}")
+    return value
+
+
 def _flag(document: Mapping[str, Any], name: str) -> bool:
     value = document[name]
     if not isinstance(value, bool):
@@ -261,6 +318,7 @@ _NAMES = {
     Order: "order",
     Release: "release",
     Guarding: "guarding",
+    Notice: "notice",
     Refused: "refused",
     Released: "released",
 }
@@ -268,6 +326,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Message]] = {
     "order": _read_order,
     "release": _read_release,
     "guarding": _read_guarding,
+    "notice": _read_notice,
     "refused": _read_refused,
     "released": _read_released,
 }

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -18,11 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from securerun.errors import PrivilegeError
-from securerun.firewall.policy import Policy
-from securerun.guard.protocol import Layer, policy_document
+from securerun.errors import PolicyError, PrivilegeError
+from securerun.firewall.policy import Denial, Policy
+from securerun.guard.protocol import (
+    Layer,
+    ProtocolError,
+    denial_document,
+    layer_document,
+    policy_document,
+    read_denial,
+    read_layer,
+    read_policy,
+)
 
 DIRECTORY = Path("/run/securerun")
+_RECORD_NAME = re.compile(r"[0-9a-f]{12}\.json")
+_PARTIAL_NAME = re.compile(r"\.[0-9a-f]{12}\.json\.partial")
+# proc(5): starttime is field 22, and the first after the command is field 3.
+_START_TIME = 22 - 3
 _LOCK_SECONDS = 30.0
 _LOCK_INTERVAL_SECONDS = 0.01
 
@@ -33,7 +47,8 @@ class Record:
 
     launcher, guard: process ids; launcher_start, guard_start: their start times in clock ticks since boot
     (proc(5), stat field 22), since process ids are used again. boot_id: the boot that these belong to.
-    user: the launcher's user id. started: seconds since the epoch.
+    network: the network namespace that the layers are in (its inode). cgroup: the job's, "" where it has none.
+    user: the launcher's user id. started: seconds since the epoch. draining: the job is over, not all of it gone.
     """
 
     policy: Policy
@@ -43,24 +58,58 @@ class Record:
     guard: int
     guard_start: int
     boot_id: str
+    network: int
     user: int
     started: float
     command: str
+    cgroup: str = ""
+    draining: bool = False
+    denied: tuple[Denial, ...] = ()
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.policy.run_id
+
+    @property
+    def guard_lives(self) -> bool:
+        """Whether the guard that wrote this still runs."""
+        return self._lives(self.guard, self.guard_start)
+
+    @property
+    def launcher_lives(self) -> bool:
+        """Whether the launcher still runs."""
+        return self._lives(self.launcher, self.launcher_start)
+
+    def _lives(self, pid: int, start: int) -> bool:
+        if self.boot_id != boot_id():
+            return False
+        return is_running(pid, start)
 
     def document(self) -> dict[str, Any]:
         """The record as JSON's own types."""
         return {
             "policy": policy_document(self.policy),
-            "layers": [{"backend": layer.backend, "name": layer.name} for layer in self.layers],
-            "launcher": self.launcher,
-            "launcher_start": self.launcher_start,
-            "guard": self.guard,
-            "guard_start": self.guard_start,
-            "boot_id": self.boot_id,
-            "user": self.user,
-            "started": self.started,
-            "command": self.command,
+            "layers": [layer_document(layer) for layer in self.layers],
+            "denied": [denial_document(denial) for denial in self.denied],
+            **{name: getattr(self, name) for name in _PLAIN},
         }
+
+
+# The fields that are JSON's own types, with the type that each must have when it is read back.
+_PLAIN: dict[str, type] = {
+    "launcher": int,
+    "launcher_start": int,
+    "guard": int,
+    "guard_start": int,
+    "boot_id": str,
+    "network": int,
+    "user": int,
+    "started": float,
+    "command": str,
+    "cgroup": str,
+    "draining": bool,
+}
 
 
 @contextlib.contextmanager
@@ -97,6 +146,29 @@ def write(directory: int, record: Record) -> None:
     os.fsync(directory)
 
 
+def read_all(directory: int) -> tuple[Record, ...]:
+    """The records of all runs. What is no record of ours (half-written, foreign, of another version) is passed over."""
+    found = []
+    for name in sorted(os.listdir(directory)):
+        if _RECORD_NAME.fullmatch(name):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ProtocolError, PolicyError):
+                found.append(_read(directory, name))
+    return tuple(found)
+
+
+def remove_partial(directory: int) -> None:
+    """Remove what a killed guard was writing. Writers hold the lock, so under the lock nobody is writing now."""
+    for name in os.listdir(directory):
+        if _PARTIAL_NAME.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+
+
+def network_namespace() -> int:
+    """This process' network namespace: its inode (namespaces(7))."""
+    return Path("/proc/self/ns/net").stat().st_ino
+
+
 def remove(directory: int, run_id: str) -> None:
     """Remove a run's record; it may be gone already."""
     with contextlib.suppress(FileNotFoundError):
@@ -110,9 +182,35 @@ def boot_id() -> str:
 
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot (proc(5)). Raises OSError when there is none."""
-    status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    # The command in parentheses may hold anything, parentheses and spaces too.
-    return int(status.rpartition(")")[2].split()[19])
+    return int(_status(pid)[_START_TIME])
+
+
+def _status(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on: the command before it, in parentheses, may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+
+
+def is_running(pid: int, start: int) -> bool:
+    """Whether this process, and not another of the same pid, runs. One that nobody has reaped does not (proc(5): Z, X)."""
+    try:
+        fields = _status(pid)
+    except OSError:
+        return False
+    return int(fields[_START_TIME]) == start and fields[0] not in {"Z", "X"}
+
+
+def _read(directory: int, name: str) -> Record:
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    with os.fdopen(descriptor, encoding="utf-8") as file:
+        document = json.load(file)
+    plain = {field: document[field] for field in _PLAIN}
+    if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
+        raise ValueError(f"{name} has a field of another type")
+    policy = read_policy(document["policy"])
+    if name != f"{policy.run_id}.json":
+        raise ValueError(f"{name} is the record of run {policy.run_id}")
+    layers = tuple(read_layer(layer) for layer in document["layers"])
+    return Record(policy, layers, denied=tuple(read_denial(denial) for denial in document["denied"]), **plain)
 
 
 def _lock(seconds: float) -> int:

@@ -10,33 +10,30 @@ import contextlib
 import ctypes
 import os
 import resource
-import select
 import signal
 import sys
 import syslog
 
 from securerun.errors import PolicyError, SecurerunError
+from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import lease as leases
-from securerun.guard.caller import Caller, find_caller
+from securerun.guard.caller import find_caller
+from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.lease import Lease
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
-    Guarding,
     Message,
     Order,
     ProtocolError,
     Refused,
-    Release,
-    Released,
     decode,
     encode,
 )
+from securerun.guard.watch import Watch
 
 NAME = "securerun-guard"
 _PR_SET_NAME = 15
 _INPUT, _OUTPUT = 0, 1
-# Without a pidfd (before kernel 5.3) the end of the launcher is seen by looking.
-_LOOK_MILLISECONDS = 50
 _DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LIMITS = (
     resource.RLIMIT_CPU,
@@ -61,7 +58,7 @@ def main() -> int:
         return _refuse(Refused(PolicyError.status, f"the guard did not understand its orders: {error}"))
     except SecurerunError as error:
         return _refuse(Refused(error.status, str(error)))
-    return _hold(lease, orders, caller)
+    return _hold(lease, orders)
 
 
 class Orders:
@@ -69,6 +66,7 @@ class Orders:
 
     def __init__(self) -> None:
         self._pending = b""
+        self.descriptor = _INPUT
         self.ended = False
 
     def wait_for_order(self) -> Order | None:
@@ -85,7 +83,10 @@ class Orders:
         return None
 
     def read(self) -> Message | None:
-        """The next message, if what can be read now completes one; `ended` says whether another can follow."""
+        """The next message, if what can be read now completes one; `ended` says whether another can follow.
+
+        Raises ProtocolError for what is no message.
+        """
         chunk = os.read(_INPUT, 65536)
         self.ended = not chunk
         self._pending += chunk
@@ -98,60 +99,22 @@ class Orders:
         return decode(line)
 
 
-def _hold(lease: Lease, orders: Orders, caller: Caller) -> int:
+def _hold(lease: Lease, orders: Orders) -> int:
     """Keep the lease until the job's last process has gone, then release it."""
+    run = f"run {lease.policy.run_id}"
     _send(lease.guarding)
-    policy = lease.policy
-    _log(
-        f"run {policy.run_id} of user {caller.user}, process {caller.pid}: guarding, {len(policy.peers)} peer networks"
-    )
-    _until_over(lease, orders, caller)
-    _until_empty(lease)
+    _log(f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding")
+    Watch(lease, orders, _send, _log).until_over()
     try:
         lease.release()
-    except Exception as error:
-        _log(f"run {policy.run_id}: not all of it could be removed: {error}")
+    except (SecurerunError, CgroupUnavailable, PortChainsUnavailable) as error:
+        _log(f"{run}: not all of it could be removed, the next run tries again: {error}")
         return 1
-    _log(f"run {policy.run_id}: released")
+    _log(f"{run}: released")
     return 0
 
 
-def _until_over(lease: Lease, orders: Orders, caller: Caller) -> None:
-    """Wait until the launcher says that the job is over, closes its end, or is gone."""
-    poller = select.poll()
-    poller.register(_INPUT, select.POLLIN)
-    if caller.pidfd is not None:
-        poller.register(caller.pidfd, select.POLLIN)
-    if lease.drops is not None:
-        poller.register(lease.drops.fileno(), select.POLLIN)
-    while True:
-        ready = {descriptor for descriptor, _ in poller.poll(_LOOK_MILLISECONDS if caller.pidfd is None else None)}
-        if lease.drops is not None and lease.drops.fileno() in ready:
-            lease.drops.read()
-        if _INPUT in ready and _is_release(orders):
-            _send(Released(lease.denied()))
-            return
-        if orders.ended or caller.pidfd in ready or caller.has_ended():
-            return
-
-
-def _is_release(orders: Orders) -> bool:
-    try:
-        return isinstance(orders.read(), Release)
-    except ProtocolError as error:
-        _log(f"a message that is not in the protocol: {error}")
-        return False
-
-
-def _until_empty(lease: Lease) -> None:
-    """Wait for the job's last process; what outlives a job that ended well stays guarded until it ends by itself."""
-    poller = select.poll()
-    poller.register(lease.cgroup.events, select.POLLPRI)
-    while lease.cgroup.populated():
-        poller.poll()
-
-
-def _send(message: Guarding | Refused | Released) -> None:
+def _send(message: Message) -> None:
     """Answer the launcher, which may be gone: then nobody needs the answer."""
     with contextlib.suppress(OSError):
         data = encode(message)

@@ -1,0 +1,35 @@
+"""The backends of the port chains by the names that `--firewall` takes, each loaded only when it is wanted."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Callable, cast
+
+from securerun.firewall.chains import PortChains, PortChainsUnavailable
+
+# In the order in which `auto` tries them. `legacy` is for hosts whose own rules are in legacy tables: only by name.
+_AUTOMATIC = ("iptables", "nftables")
+_CLASSES = {
+    "iptables": ("securerun.firewall.iptables", "IptablesChains"),
+    "nftables": ("securerun.firewall.nftables", "NftablesChains"),
+    "legacy": ("securerun.firewall.legacy", "LegacyChains"),
+}
+NAMES = tuple(_CLASSES)
+
+
+def open_chains(backend: str, run_id: str) -> PortChains:
+    """The port chains of a run in one backend. Raises PortChainsUnavailable where this host has no such thing."""
+    module, name = _CLASSES[backend]
+    make = cast("Callable[[str], PortChains]", getattr(importlib.import_module(module), name))
+    return make(run_id)
+
+
+def open_best_chains(run_id: str) -> PortChains:
+    """The first backend that this host has. Raises PortChainsUnavailable, with all reasons, where it has none."""
+    reasons = []
+    for backend in _AUTOMATIC:
+        try:
+            return open_chains(backend, run_id)
+        except PortChainsUnavailable as error:
+            reasons.append(str(error))
+    raise PortChainsUnavailable("; ".join(reasons))

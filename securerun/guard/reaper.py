@@ -1,0 +1,80 @@
+"""Remove what dead runs left, and only that.
+
+A run is dead when its launcher and its guard are both gone, by pid and start time, or belong to another boot, and no
+process is left in its cgroup. A guard that died alone is replaced by its launcher; a launcher that died alone is
+cleaned up after by its guard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from securerun.firewall.backends import NAMES, open_chains
+from securerun.firewall.chains import PortChainsUnavailable
+from securerun.guard import records
+from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
+from securerun.guard.records import Record
+
+
+def dead_runs(directory: int) -> tuple[Record, ...]:
+    """The records of dead runs whose remains can be removed from here. The caller holds the host's lock."""
+    return tuple(record for record in records.read_all(directory) if _is_dead(record) and _is_within_reach(record))
+
+
+def reap(directory: int, record: Record) -> None:
+    """Remove a dead run's chains, cgroup and record. The caller holds the host's lock.
+
+    Raises PortChainsUnavailable or CgroupUnavailable for what cannot be removed; then the record stays.
+    """
+    if record.network == records.network_namespace() and record.boot_id == records.boot_id():
+        for layer in record.layers:
+            if layer.backend in NAMES:
+                open_chains(layer.backend, record.run_id).remove()
+    cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
+    if cgroup is not None:
+        cgroup.remove()
+        cgroup.close()
+    records.remove(directory, record.run_id)
+
+
+def reap_all(directory: int) -> Iterator[str]:
+    """Reap every dead run and yield a line for each that could not be reaped. The caller holds the host's lock."""
+    records.remove_partial(directory)
+    for record in dead_runs(directory):
+        try:
+            reap(directory, record)
+        except (PortChainsUnavailable, CgroupUnavailable) as error:
+            yield f"what run {record.run_id} left cannot be removed: {error}"
+
+
+def _is_dead(record: Record) -> bool:
+    if record.guard_lives or record.launcher_lives:
+        return False
+    if record.boot_id != records.boot_id() or not record.cgroup:
+        return True
+    cgroup = open_job_cgroup(record.cgroup)
+    if cgroup is None:
+        return True
+    populated = cgroup.populated()
+    cgroup.close()
+    return not populated
+
+
+def _is_within_reach(record: Record) -> bool:
+    """Chains live in a network namespace: reachable from within, or gone with it, or of a boot that is over."""
+    if record.boot_id != records.boot_id() or record.network == records.network_namespace():
+        return True
+    return not any(_is_namespace(place, record.network) for place in _namespaces())
+
+
+def _namespaces() -> Iterator[Path]:
+    yield from Path("/proc").glob("[0-9]*/ns/net")
+    yield from Path("/run/netns").glob("*")
+
+
+def _is_namespace(place: Path, inode: int) -> bool:
+    with contextlib.suppress(OSError):
+        return place.stat().st_ino == inode
+    return False

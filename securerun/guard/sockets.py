@@ -1,0 +1,319 @@
+"""Which TCP listeners there are, who holds them and which cgroup each belongs to, from the kernel and quickly.
+
+Reading /proc/net/tcp walks every connection of the host; a sock_diag dump asks for listeners alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from securerun.firewall import nfnetlink
+from securerun.firewall.policy import Address
+
+# include/uapi/linux/netlink.h, sock_diag.h
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_ERROR_MESSAGE, _DONE = 2, 3
+_REQUEST, _DUMP = 0x1, 0x300
+_DUMP_INTERRUPTED = 0x10
+_HEADER = struct.Struct("=IHH8x")
+_ERROR_NUMBER = struct.Struct("=i")
+# include/uapi/linux/inet_diag.h: struct inet_diag_req_v2 (its socket id all zero), struct inet_diag_msg
+_QUESTION = struct.Struct("=BBBBI48x")
+_STATE = 1
+_PORT = struct.Struct("!2xxxH")
+_SOURCE = 8
+_INODE = struct.Struct("=68xI")
+_DIAGNOSIS_SIZE = 72
+_CGROUP_ID = 21  # INET_DIAG_CGROUP_ID, given unasked since 5.9
+_CGROUP_NUMBER = struct.Struct("=Q")
+_LISTEN = 10  # include/net/tcp_states.h: TCP_LISTEN
+# netlink_dump (net/netlink/af_netlink.c) never builds more than 32 KiB at once.
+_DATAGRAM_BYTES = 65536
+_TIMEOUT_SECONDS = 5
+_ATTEMPTS = 4
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class SocketsUnavailable(Exception):
+    """The kernel does not tell which sockets listen. The message is one line and says why."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A TCP socket in state LISTEN.
+
+    address: what it is bound to; `::` may serve IPv4 as well. inode: the N of "socket:[N]" in /proc/PID/fd.
+    cgroup_id: the cgroup in which it was made, `cgroup_id` says of which directory; None before kernel 5.9.
+    """
+
+    address: Address
+    port: int
+    inode: int
+    cgroup_id: int | None
+
+
+class SocketDiagnosis:
+    """One netlink socket to ask about the network namespace in which it was made, again and again.
+
+    Raises SocketsUnavailable where the kernel has no sock_diag.
+    """
+
+    def __init__(self) -> None:
+        self._channel = _open_channel()
+        self._known: dict[bytes, Listener] = {}
+
+    def listeners(self) -> tuple[Listener, ...]:
+        """All TCP listeners of both families, in the kernel's order, the same one as before if nothing changed.
+
+        MPTCP listeners are among them: the connections of one arrive at a TCP socket, which is what is found here,
+        with the inode of the socket that the process holds (net/mptcp/subflow.c: mptcp_subflow_create_socket); a dump
+        of IPPROTO_MPTCP walks the same table, 40 times as slowly, and finds no more (mptcp_diag_dump_listeners).
+        A listener that others shift in the table, by ending in the middle of a long answer, may be missed once.
+
+        Raises SocketsUnavailable when the kernel refuses or answers what cannot be understood; may be called again.
+        """
+        try:
+            answers = [*self._dump(socket.AF_INET), *self._dump(socket.AF_INET6)]
+        except (SocketsUnavailable, OSError) as error:
+            self._start_over()
+            if isinstance(error, OSError):
+                raise SocketsUnavailable(_why(error)) from error
+            raise
+        # A listener's answer hardly ever changes, so most of them were understood before.
+        known = {answer: self._known.get(answer) or _listener(answer) for answer in answers}
+        self._known = {answer: listener for answer, listener in known.items() if listener is not None}
+        return tuple(self._known.values())
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._channel.close()
+
+    def _dump(self, family: int) -> list[bytes]:
+        for _ in range(_ATTEMPTS):
+            self._channel.send(_question(family))
+            answers, interrupted = read_dump(self._receive)
+            if not interrupted:
+                break
+        return answers
+
+    def _receive(self) -> bytes:
+        data, _, flags, _ = self._channel.recvmsg(_DATAGRAM_BYTES)
+        if flags & socket.MSG_TRUNC:
+            raise SocketsUnavailable("the kernel's list of listening sockets came cut short")
+        return data
+
+    def _start_over(self) -> None:
+        """What is left of an answer that went wrong must not be taken for the next one."""
+        self._channel.close()
+        self._channel = _open_channel()
+
+
+def listeners() -> tuple[Listener, ...]:
+    """All TCP listeners of this network namespace, asked once; see `SocketDiagnosis.listeners`."""
+    with contextlib.closing(SocketDiagnosis()) as diagnosis:
+        return diagnosis.listeners()
+
+
+def read_dump(receive: Callable[[], bytes]) -> tuple[list[bytes], bool]:
+    """The payloads of one netlink dump, and whether the kernel calls it inconsistent (NLM_F_DUMP_INTR).
+
+    Raises SocketsUnavailable for an error that the kernel reports and for messages that are not whole. A protocol
+    or family that is not built in (ENOENT) has no sockets.
+    """
+    answers: list[bytes] = []
+    interrupted = False
+    while True:
+        for kind, flags, payload in _messages(receive()):
+            interrupted = interrupted or bool(flags & _DUMP_INTERRUPTED)
+            if kind in (_ERROR_MESSAGE, _DONE):
+                # inet_diag tells of its own errors in the closing message (netlink_dump: dump_done_errno).
+                _raise_reported(payload)
+                return answers, interrupted
+            if kind == _SOCK_DIAG_BY_FAMILY:
+                answers.append(payload)
+
+
+def sockets_of(pids: Iterable[int]) -> dict[int, int]:
+    """The inodes of the sockets that the processes hold, each with one process that holds it.
+
+    One readlink a descriptor, some ten microseconds for a worker's fifty and milliseconds for thousands: to be
+    called when the set of listeners changed, not at every look. A process that received a listener changes nothing in
+    that set, so look once in a while all the same. Processes that end meanwhile, or that this one may not look into
+    (without CAP_SYS_PTRACE those of other users), are passed over.
+    """
+    holders: dict[int, int] = {}
+    for pid in pids:
+        for inode in _sockets_of_process(pid):
+            holders.setdefault(inode, pid)
+    return holders
+
+
+def cgroup_id(descriptor: int) -> int:
+    """The number by which sockets name the cgroup of this directory.
+
+    INET_DIAG_CGROUP_ID is the kernfs id, which has been the inode number since 5.5 (fs/kernfs: kernfs_ino).
+    """
+    return os.fstat(descriptor).st_ino
+
+
+def cgroup_ids(descriptor: int) -> frozenset[int]:
+    """The numbers of a cgroup and of all below it; to be asked after the listeners were, so that none is too new.
+
+    Sockets outlive the directory of their cgroup, and stay filtered: unite the answer with the earlier ones.
+    """
+    found = {cgroup_id(descriptor)}
+    below = _children(descriptor, ".")
+    while below:
+        path, number = below.pop()
+        found.add(number)
+        # By path from the top, so that neither depth nor breadth, both up to the job, can exhaust descriptors.
+        below += _children(descriptor, path)
+    return frozenset(found)
+
+
+def held(found: Iterable[Listener], holders: Mapping[int, int]) -> tuple[Listener, ...]:
+    """The listeners that the processes of `holders` (from `sockets_of`) hold."""
+    return tuple(listener for listener in found if listener.inode in holders)
+
+
+def outside(found: Iterable[Listener], holders: Mapping[int, int], ids: Collection[int]) -> tuple[Listener, ...]:
+    """The listeners that the processes hold and that no filter on the cgroups `ids` (from `cgroup_ids`) sees.
+
+    A socket belongs for good to the cgroup in which it was made: these were made before joining, received from
+    outside, or fell to the root cgroup since net_cls or net_prio is in use (before 5.15). A kernel that does not
+    tell the cgroup (before 5.9) accuses nobody.
+    """
+    return tuple(
+        listener
+        for listener in held(found, holders)
+        if listener.cgroup_id is not None and listener.cgroup_id not in ids
+    )
+
+
+def _open_channel() -> socket.socket:
+    try:
+        channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
+    except OSError as error:
+        raise SocketsUnavailable(_why(error)) from error
+    # Connected, it takes messages from the kernel alone (net/netlink/af_netlink.c: netlink_getsockbyportid).
+    channel.connect((0, 0))
+    channel.settimeout(_TIMEOUT_SECONDS)
+    return channel
+
+
+def _question(family: int) -> bytes:
+    question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTEN)
+    return nfnetlink.framed(_SOCK_DIAG_BY_FAMILY, question, _REQUEST | _DUMP)
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Type, flags and payload of each message in a datagram.
+
+    `nfnetlink.messages` copies the rest of the datagram for each, which shows with thousands of listeners.
+    """
+    offset = 0
+    while offset < len(data):
+        if offset + _HEADER.size > len(data):
+            raise SocketsUnavailable("a netlink message without its header")
+        length, kind, flags = _HEADER.unpack_from(data, offset)
+        end = offset + length
+        if length < _HEADER.size or end > len(data):
+            raise SocketsUnavailable("a netlink message that is not whole")
+        yield kind, flags, data[offset + _HEADER.size : end]
+        offset = (end + 3) & ~3
+
+
+def _raise_reported(payload: bytes) -> None:
+    if len(payload) < _ERROR_NUMBER.size:
+        return
+    (negative,) = _ERROR_NUMBER.unpack_from(payload)
+    if negative and -negative != errno.ENOENT:
+        raise SocketsUnavailable(_why(OSError(-negative, os.strerror(-negative))))
+
+
+def _listener(answer: bytes) -> Listener | None:
+    """What one answer says; None for a socket that does not listen."""
+    if len(answer) < _DIAGNOSIS_SIZE:
+        raise SocketsUnavailable("an answer about a socket that is not whole")
+    if answer[_STATE] != _LISTEN:
+        return None
+    size = 4 if answer[0] == socket.AF_INET else 16
+    (port,) = _PORT.unpack_from(answer)
+    (inode,) = _INODE.unpack_from(answer)
+    cgroup = nfnetlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
+    number = _CGROUP_NUMBER.unpack(cgroup)[0] if len(cgroup) == _CGROUP_NUMBER.size else None
+    return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, inode, number)
+
+
+@functools.lru_cache(maxsize=256)
+def _address(packed: bytes) -> Address:
+    return ipaddress.ip_address(packed)
+
+
+def _sockets_of_process(pid: int) -> list[int]:
+    found = _sockets_in(f"/proc/{pid}/fd")
+    if found is not None:
+        return found
+    # A process whose first thread has exited shows its descriptors through its other threads only.
+    inodes: set[int] = set()
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            inodes.update(_sockets_in(f"/proc/{pid}/task/{thread}/fd") or ())
+    return list(inodes)
+
+
+def _sockets_in(place: str) -> list[int] | None:
+    """The inodes of the sockets among a process' descriptors; None when no descriptor is seen at all."""
+    try:
+        directory = os.open(place, _DIRECTORY_FLAGS)
+    except OSError:
+        return None
+    try:
+        names = os.listdir(directory)
+        return [inode for name in names if (inode := _socket_at(directory, name))] if names else None
+    except OSError:
+        return None
+    finally:
+        os.close(directory)
+
+
+def _socket_at(directory: int, name: str) -> int | None:
+    """The inode behind a link "socket:[N]" (proc(5)); None for any other, or when it was closed meanwhile."""
+    with contextlib.suppress(OSError, ValueError):
+        target = os.readlink(name, dir_fd=directory)
+        if target.startswith("socket:["):
+            return int(target[8:-1])
+    return None
+
+
+def _children(top: int, path: str) -> list[tuple[str, int]]:
+    """The cgroups right below `path`, itself below `top`: path and number of each. Gone meanwhile: none."""
+    try:
+        directory = os.open(path, _DIRECTORY_FLAGS, dir_fd=top)
+    except OSError:
+        return []
+    try:
+        with os.scandir(directory) as entries:
+            return [(f"{path}/{entry.name}", entry.inode()) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    finally:
+        os.close(directory)
+
+
+def _why(error: OSError) -> str:
+    reasons = {
+        errno.EPROTONOSUPPORT: "this kernel has no sock_diag (CONFIG_INET_DIAG; `modprobe tcp_diag` on the host)",
+        errno.EPERM: "not permitted to ask for listening sockets; run as root",
+        errno.EACCES: "not permitted to ask for listening sockets (SELinux?)",
+    }
+    return reasons.get(error.errno or 0, f"listening sockets cannot be listed: {error.strerror or error}")

@@ -1,0 +1,177 @@
+"""What the guard does from the moment that a job is guarded until its last process has gone.
+
+One loop, woken by what happens (an order, the launcher's end, the cgroup getting empty, a logged drop) and by the
+chores that have to look from time to time.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import time
+from dataclasses import dataclass
+from typing import Callable, Protocol
+
+from securerun.firewall.policy import Address, Denial
+from securerun.guard.lease import Lease
+from securerun.guard.protocol import Message, Notice, ProtocolError, Release, Released
+
+# At most one line a source in this time, or a port scanner fills the job's log.
+_QUIET_SECONDS = 60.0
+_NOTICE_SECONDS = 1.0
+# What a failed job leaves behind often ends by itself within this; torch_shm_manager then removes its files.
+_PATIENCE_SECONDS = 0.25
+_ENDING_SECONDS = 0.05
+# Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
+_LOOK_SECONDS = 0.05
+
+Send = Callable[[Message], None]
+Log = Callable[[str], None]
+
+
+class Orders(Protocol):
+    """The launcher's messages."""
+
+    descriptor: int
+    """Readable when there is something to read."""
+    ended: bool
+    """Whether the launcher has closed its end."""
+
+    def read(self) -> Message | None:
+        """The next message, if it is complete. Raises ProtocolError for what is none."""
+
+
+@dataclass
+class Chore:
+    """Something to look after every `seconds`; `due` is when next, on the monotonic clock."""
+
+    seconds: float
+    do: Callable[[], None]
+    due: float = 0.0
+
+
+class Watch:
+    """Looks after one lease: hears the launcher, does the chores, ends what a failed job leaves behind."""
+
+    def __init__(self, lease: Lease, orders: Orders, send: Send, log: Log) -> None:
+        self._lease = lease
+        self._orders = orders
+        self._send = send
+        self._log = log
+        self._notices = Notices(lease, send)
+        self._ending: Ending | None = None
+        self._released = False
+        self._poller = select.poll()
+        self._listen_to()
+        self._chores = [Chore(_NOTICE_SECONDS, self._notices.look)]
+        if lease.caller.pidfd is None or lease.cgroup is None:
+            self._chores.append(Chore(_LOOK_SECONDS, lambda: None))
+
+    def until_over(self) -> None:
+        """Return when the job's last process has gone."""
+        while not (self._released and self._lease.is_over()):
+            ready = {descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_wait())}
+            self._do_chores()
+            if self._lease.drops is not None and self._lease.drops.fileno() in ready:
+                self._lease.drops.read()
+            if not self._released:
+                self._hear(ready)
+            if self._ending is not None:
+                self._ending.go_on()
+
+    def _listen_to(self) -> None:
+        lease = self._lease
+        self._poller.register(self._orders.descriptor, select.POLLIN)
+        if lease.caller.pidfd is not None:
+            self._poller.register(lease.caller.pidfd, select.POLLIN)
+        if lease.cgroup is not None:
+            self._poller.register(lease.cgroup.events, select.POLLPRI)
+        if lease.drops is not None:
+            self._poller.register(lease.drops.fileno(), select.POLLIN)
+
+    def _hear(self, ready: set[int]) -> None:
+        """Notice when the launcher lets the job go, closes its end, or is gone."""
+        message = self._read_order() if self._orders.descriptor in ready else None
+        if isinstance(message, Release):
+            self._send(Released(self._lease.denied()))
+            self._release(message.failed)
+        elif self._orders.ended or self._lease.caller.pidfd in ready or self._lease.caller.has_ended():
+            self._release(failed=True)
+
+    def _read_order(self) -> Message | None:
+        try:
+            return self._orders.read()
+        except ProtocolError as error:
+            self._log(f"run {self._lease.policy.run_id}: a message that is not in the protocol: {error}")
+            return None
+
+    def _release(self, failed: bool) -> None:
+        self._released = True
+        self._poller.unregister(self._orders.descriptor)
+        if self._lease.caller.pidfd is not None:
+            self._poller.unregister(self._lease.caller.pidfd)
+        self._notices.quiet = True
+        if failed:
+            self._ending = Ending(self._lease)
+            self._chores.append(Chore(_ENDING_SECONDS, lambda: None))
+        self._lease.write(draining=True)
+
+    def _milliseconds_to_wait(self) -> float:
+        return max(0.0, min(chore.due for chore in self._chores) - time.monotonic()) * 1000
+
+    def _do_chores(self) -> None:
+        for chore in self._chores:
+            if chore.due <= time.monotonic():
+                chore.do()
+                chore.due = time.monotonic() + chore.seconds
+
+
+class Notices:
+    """Tells the launcher, and the record, who is being turned away while the job runs."""
+
+    def __init__(self, lease: Lease, send: Send) -> None:
+        self.quiet = False
+        self._lease = lease
+        self._send = send
+        self._known: tuple[Denial, ...] = ()
+        self._told: dict[Address, float] = {}
+
+    def look(self) -> None:
+        """Tell what is new, at most once a minute a source."""
+        denied = self._lease.denied()
+        if denied == self._known:
+            return
+        news = [denial for denial in denied if denial not in self._known and self._is_due(denial.source)]
+        self._known = denied
+        self._lease.write(denied=denied)
+        if news and not self.quiet:
+            self._told.update(dict.fromkeys((denial.source for denial in news), time.monotonic()))
+            self._send(Notice(tuple(news)))
+
+    def _is_due(self, source: Address) -> bool:
+        return time.monotonic() - self._told.get(source, -_QUIET_SECONDS) >= _QUIET_SECONDS
+
+
+class Ending:
+    """Ends what a failed job leaves behind: SIGTERM to each process, a grace period, then SIGKILL to all at once."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._asked: set[int] = set()
+        self._since: float | None = None
+
+    def go_on(self) -> None:
+        """The next step, as far as its time has come."""
+        # A failed launcher still writes its traceback; it is a part of the job, and not to be ended in the middle.
+        if not self._lease.caller.has_ended():
+            return
+        now = time.monotonic()
+        self._since = self._since or now
+        if now - self._since < _PATIENCE_SECONDS:
+            return
+        if now - self._since >= _PATIENCE_SECONDS + self._lease.order.grace:
+            self._lease.kill()
+            return
+        for pid in self._lease.processes() - self._asked:
+            self._lease.signal(pid, signal.SIGTERM)
+            self._asked.add(pid)
