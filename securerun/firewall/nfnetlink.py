@@ -27,6 +27,10 @@ _REQUEST, _ACKNOWLEDGE, _NOT_RECURSIVE = 0x1, 0x4, 0x100
 _ERROR_MESSAGE = 2
 _POLICY_ACCEPT = 1
 _TIMEOUT_SECONDS = 5
+# include/linux/socket.h: SOL_NETLINK; include/uapi/linux/netlink.h; nfnetlink.h: NFNLGRP_NFTABLES
+_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES = 270, 1, 7
+# NFT_MSG_DELTABLE, NFT_MSG_DELCHAIN, NFT_MSG_DELRULE
+_DELETIONS = {_SUBSYSTEM_NFTABLES << 8 | deletion for deletion in (2, 5, 8)}
 
 IPV4 = socket.AF_INET
 IPV6 = socket.AF_INET6
@@ -153,3 +157,45 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 def _number(value: bytes | None) -> int:
     return int.from_bytes(value, "big") if value else 0
+
+
+class Deletions:
+    """Hears when rules, chains or tables are deleted in this network namespace.
+
+    Raises OSError where the kernel has no nf_tables or permits no listening.
+    """
+
+    def __init__(self) -> None:
+        self._channel = open_channel()
+        try:
+            self._channel.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
+        except OSError:
+            self._channel.close()
+            raise
+        self._channel.setblocking(False)
+
+    def fileno(self) -> int:
+        """The descriptor to poll for reading."""
+        return self._channel.fileno()
+
+    def heard_in(self, table: str) -> bool:
+        """Take in all that happened since; whether something was deleted in the tables of this name."""
+        heard = False
+        while True:
+            try:
+                data = self._channel.recv(65536)
+            except BlockingIOError:
+                return heard
+            except OSError:
+                return True  # ENOBUFS: more happened than was kept for us
+            heard |= any(_deletes_in(table, kind, payload) for kind, payload in messages(data))
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._channel.close()
+
+
+def _deletes_in(table: str, kind: int, payload: bytes) -> bool:
+    # The first attribute of each of these messages is the name of the table (enum nft_rule_attributes and its like).
+    named = attributes(payload[4:]).get(1, b"").rstrip(b"\0")
+    return kind in _DELETIONS and named == table.encode()

@@ -171,7 +171,6 @@ def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
         Remark("so does every packet to a socket that does not listen"),
         *_pass_unless_listening(),
         *_note_source_and_listener(),
-        Label("judge"),
         *_judge(interfaces),
     )
 
@@ -193,7 +192,6 @@ def closed_loopback_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
         Remark("every packet to a socket that does not listen passes"),
         *_pass_unless_listening(),
         *_note_source_and_listener(),
-        Label("judge"),
         *_judge_loopback(),
         *_judge(interfaces),
     )
@@ -286,7 +284,7 @@ def describe(policy: Policy) -> str:
         lines += [
             "over the loopback, and from this host's own addresses: the job's own processes, nobody else",
             "always passes: connections that the job opens itself, connections that are established",
-            f"program {CLOSED_LOOPBACK_PROGRAM.name!r} ({CLOSED_LOOPBACK_PROGRAM.needs}; there is none for older kernels):",
+            f"program {CLOSED_LOOPBACK_PROGRAM.name!r} ({CLOSED_LOOPBACK_PROGRAM.needs}; older kernels have none):",
             listing(CLOSED_LOOPBACK_PROGRAM.build(policy.interfaces)),
             "program for what the job sends, which notes the connections that it opens over the loopback:",
             listing(noting_program()),
@@ -309,7 +307,7 @@ def _pass_unless_listening() -> Iterator[Statement]:
 
 
 def _note_source_and_listener() -> Iterator[Statement]:
-    """Leaves the packet's protocol in r9 and goes to `judge`, or falls through to it."""
+    """Leaves the packet's protocol in r9."""
     yield Remark("the listener's port and the packet's source, as 16 bytes, to the stack")
     yield load(R2, 4, R7, _SOCKET_PORT)
     yield store(4, R10, _PORT, R2)
@@ -321,6 +319,7 @@ def _note_source_and_listener() -> Iterator[Statement]:
     yield jump("judge")
     yield Label("ipv6")
     yield from _load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop")
+    yield Label("judge")
 
 
 def _judge_loopback() -> Iterator[Statement]:
@@ -560,6 +559,7 @@ class Shield:
         peers4: Map,
         peers6: Map,
         denied: Map,
+        *,
         noting: Program | None = None,
     ) -> None:
         self.name = name
@@ -638,7 +638,7 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
         chosen, program = _load_first_of(suitable, policy, symbols)
         undo.enter_context(program)
         noting = undo.enter_context(_load_noting_program(symbols)) if chosen.closes_loopback else None
-        shield = Shield(cgroup, chosen.name, program, *maps, noting)
+        shield = Shield(cgroup, chosen.name, program, *maps, noting=noting)
         undo.callback(shield.close)
         with _explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
@@ -844,19 +844,19 @@ def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shie
         noting = _find_noting_program(cgroup, information.map_ids)
         if noting is not None:
             undo.enter_context(noting)
-        wanted = {symbol.name: None for symbol in (_PEERS4, _PEERS6, _DENIED)}
+        wanted = tuple(symbol.name for symbol in (_PEERS4, _PEERS6, _DENIED))
         maps = {}
         for identifier in information.map_ids:
             opened = Map.open(identifier)
             (undo if opened.shape.name in wanted else others).enter_context(opened)
             maps[opened.shape.name] = opened
-        shield = Shield(cgroup, names[information.name], program, *(maps[name] for name in wanted), noting)
+        shield = Shield(cgroup, names[information.name], program, *(maps[name] for name in wanted), noting=noting)
         undo.pop_all()
     return shield
 
 
 def _find_noting_program(cgroup: int, map_ids: Sequence[int]) -> Program | None:
-    """The program on the cgroup that notes in one of these maps; takes off those that note for a shield that is gone."""
+    """The program on the cgroup that notes in one of these maps; takes off those whose shield is gone."""
     found = None
     for program in _open_attached(cgroup, AttachType.CGROUP_INET_EGRESS, (_NOTING_NAME,)):
         if set(program.information().map_ids) & set(map_ids):

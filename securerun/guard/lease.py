@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -21,9 +20,10 @@ from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import Denial, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import reaper, records
+from securerun.guard import processes, reaper, records
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import CgroupUnavailable, JobCgroup, cgroup_of, make_job_cgroup, open_job_cgroup
+from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
 
@@ -48,6 +48,7 @@ class Lease:
         self.drops: DropLog | None = None
         self.notes: tuple[str, ...] = ()
         self.record = _record(order, caller)
+        self._job = JobProcesses(order.policy.run_id, caller.user, [Process(caller.pid, caller.start)])
 
     @property
     def guarding(self) -> Guarding:
@@ -80,6 +81,13 @@ class Lease:
         with records.host_lock():
             self.chains.install(self.policy, self.drops.group if self.drops else None)
 
+    def chains_stand(self) -> bool:
+        """Whether what was installed of port chains is still there. Raises PortChainsUnavailable or PrivilegeError."""
+        if self.chains is None:
+            return True
+        with records.host_lock():
+            return self.chains.stand()
+
     def write(self, **changes: object) -> None:
         """Change the run's record. Raises PrivilegeError when it cannot be written."""
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
@@ -90,35 +98,24 @@ class Lease:
         """Whether the launcher and all that came from it are gone."""
         if self.cgroup is not None:
             return not self.cgroup.populated()
-        return self.caller.has_ended() and not self.processes()
+        return self.caller.has_ended() and not self._job.find()
 
-    def processes(self) -> set[int]:
+    def processes(self) -> frozenset[Process]:
         """What runs of the job: by its cgroup, or by run id and descent where it has none."""
-        if self.cgroup is not None:
-            return self.cgroup.processes()
-        from securerun.guard import processes
-
-        return processes.of_run(self.policy.run_id, self.caller.pid, self.caller.user)
-
-    def signal(self, pid: int, number: signal.Signals) -> None:
-        """Send a signal to a process of the job, if it still is one."""
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            # Between the look and the open the number may have gone to another process.
-            if pid in self.processes():
-                signal.pidfd_send_signal(pidfd, number)
-        os.close(pidfd)
+        if self.cgroup is None:
+            return self._job.find()
+        found = set()
+        for pid in self.cgroup.processes():
+            with contextlib.suppress(OSError):
+                found.add(Process.of(pid))
+        return frozenset(found)
 
     def kill(self) -> None:
         """SIGKILL everything that is left of the job."""
         if self.cgroup is not None:
             self.cgroup.kill()
-            return
-        for pid in self.processes():
-            self.signal(pid, signal.SIGKILL)
+        else:
+            processes.end_all(self._job.find, 0.0)
 
     def release(self) -> None:
         """Remove every layer. The job's last process must have gone.
@@ -153,8 +150,8 @@ def acquire(order: Order, caller: Caller) -> Lease:
         _add_chains(lease)
         if lease.shield is None and lease.chains is None:
             raise PrivilegeError(
-                f"the job cannot be guarded: {'; '.join(lease.notes)}. Run as root, or with CAP_BPF, CAP_NET_ADMIN and a "
-                "writable cgroup file system; --unprotected starts it open to everyone"
+                f"the job cannot be guarded: {'; '.join(lease.notes)}. Run as root, or with CAP_BPF, CAP_NET_ADMIN and "
+                "a writable cgroup file system; --unprotected starts it open to everyone"
             )
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended():
@@ -164,7 +161,7 @@ def acquire(order: Order, caller: Caller) -> Lease:
 
 
 def _begin(lease: Lease) -> None:
-    """Reap dead runs and record this one, under one lock. A record of our run is a dead guard's: it tells its cgroup."""
+    """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
     with _recording() as directory:
         lease.notes += tuple(reaper.reap_all(directory))
         found = [record for record in records.read_all(directory) if record.run_id == lease.policy.run_id]

@@ -191,7 +191,7 @@ def _status(pid: int) -> list[str]:
 
 
 def is_running(pid: int, start: int) -> bool:
-    """Whether this process, and not another of the same pid, runs. One that nobody has reaped does not (proc(5): Z, X)."""
+    """Whether this process, and not another of the same pid, runs; one that waits to be reaped does not (proc(5))."""
     try:
         fields = _status(pid)
     except OSError:

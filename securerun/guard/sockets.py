@@ -29,7 +29,7 @@ _ERROR_NUMBER = struct.Struct("=i")
 # include/uapi/linux/inet_diag.h: struct inet_diag_req_v2 (its socket id all zero), struct inet_diag_msg
 _QUESTION = struct.Struct("=BBBBI48x")
 _STATE = 1
-_PORT = struct.Struct("!2xxxH")
+_PORT = struct.Struct("!4xH")
 _SOURCE = 8
 _INODE = struct.Struct("=68xI")
 _DIAGNOSIS_SIZE = 72
@@ -82,15 +82,13 @@ class SocketDiagnosis:
         Raises SocketsUnavailable when the kernel refuses or answers what cannot be understood; may be called again.
         """
         try:
-            answers = [*self._dump(socket.AF_INET), *self._dump(socket.AF_INET6)]
-        except (SocketsUnavailable, OSError) as error:
+            self._known = self._understood([*self._dump(socket.AF_INET), *self._dump_if_built_in(socket.AF_INET6)])
+        except OSError as error:
             self._start_over()
-            if isinstance(error, OSError):
-                raise SocketsUnavailable(_why(error)) from error
+            raise SocketsUnavailable(_why(error)) from error
+        except SocketsUnavailable:
+            self._start_over()
             raise
-        # A listener's answer hardly ever changes, so most of them were understood before.
-        known = {answer: self._known.get(answer) or _listener(answer) for answer in answers}
-        self._known = {answer: listener for answer, listener in known.items() if listener is not None}
         return tuple(self._known.values())
 
     def close(self) -> None:
@@ -104,6 +102,17 @@ class SocketDiagnosis:
             if not interrupted:
                 break
         return answers
+
+    def _dump_if_built_in(self, family: int) -> list[bytes]:
+        try:
+            return self._dump(family)
+        except FileNotFoundError:
+            return []
+
+    def _understood(self, answers: Iterable[bytes]) -> dict[bytes, Listener]:
+        """What the answers say; one that is as before, as most are, was understood before."""
+        understood = ((answer, self._known.get(answer) or _listener(answer)) for answer in answers)
+        return {answer: listener for answer, listener in understood if listener is not None}
 
     def _receive(self) -> bytes:
         data, _, flags, _ = self._channel.recvmsg(_DATAGRAM_BYTES)
@@ -126,8 +135,8 @@ def listeners() -> tuple[Listener, ...]:
 def read_dump(receive: Callable[[], bytes]) -> tuple[list[bytes], bool]:
     """The payloads of one netlink dump, and whether the kernel calls it inconsistent (NLM_F_DUMP_INTR).
 
-    Raises SocketsUnavailable for an error that the kernel reports and for messages that are not whole. A protocol
-    or family that is not built in (ENOENT) has no sockets.
+    Raises OSError for what the kernel reports, ENOENT for a protocol that is not built in, and SocketsUnavailable for
+    messages that are not whole.
     """
     answers: list[bytes] = []
     interrupted = False
@@ -204,9 +213,12 @@ def _open_channel() -> socket.socket:
         channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
     except OSError as error:
         raise SocketsUnavailable(_why(error)) from error
-    # Connected, it takes messages from the kernel alone (net/netlink/af_netlink.c: netlink_getsockbyportid).
-    channel.connect((0, 0))
-    channel.settimeout(_TIMEOUT_SECONDS)
+    with contextlib.ExitStack() as undo:
+        undo.callback(channel.close)
+        # Connected, it takes messages from the kernel alone (net/netlink/af_netlink.c: netlink_getsockbyportid).
+        channel.connect((0, 0))
+        channel.settimeout(_TIMEOUT_SECONDS)
+        undo.pop_all()
     return channel
 
 
@@ -234,10 +246,10 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 def _raise_reported(payload: bytes) -> None:
     if len(payload) < _ERROR_NUMBER.size:
-        return
+        raise SocketsUnavailable("a closing netlink message that is not whole")
     (negative,) = _ERROR_NUMBER.unpack_from(payload)
-    if negative and -negative != errno.ENOENT:
-        raise SocketsUnavailable(_why(OSError(-negative, os.strerror(-negative))))
+    if negative:
+        raise OSError(-negative, os.strerror(-negative))
 
 
 def _listener(answer: bytes) -> Listener | None:
@@ -266,8 +278,8 @@ def _sockets_of_process(pid: int) -> list[int]:
     # A process whose first thread has exited shows its descriptors through its other threads only.
     inodes: set[int] = set()
     with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            inodes.update(_sockets_in(f"/proc/{pid}/task/{thread}/fd") or ())
+        for thread in os.scandir(f"/proc/{pid}/task"):
+            inodes.update(_sockets_in(f"{thread.path}/fd") or ())
     return list(inodes)
 
 
@@ -278,7 +290,7 @@ def _sockets_in(place: str) -> list[int] | None:
     except OSError:
         return None
     try:
-        names = os.listdir(directory)
+        names = [entry.name for entry in os.scandir(directory)]
         return [inode for name in names if (inode := _socket_at(directory, name))] if names else None
     except OSError:
         return None
@@ -311,8 +323,10 @@ def _children(top: int, path: str) -> list[tuple[str, int]]:
 
 
 def _why(error: OSError) -> str:
+    missing = "this kernel cannot list listening sockets; run `modprobe tcp_diag` on the host"
     reasons = {
-        errno.EPROTONOSUPPORT: "this kernel has no sock_diag (CONFIG_INET_DIAG; `modprobe tcp_diag` on the host)",
+        errno.EPROTONOSUPPORT: missing,
+        errno.ENOENT: missing,
         errno.EPERM: "not permitted to ask for listening sockets; run as root",
         errno.EACCES: "not permitted to ask for listening sockets (SELinux?)",
     }

@@ -12,16 +12,30 @@ import time
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
+from securerun.errors import PrivilegeError
+from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.nfnetlink import Deletions
 from securerun.firewall.policy import Address, Denial
+from securerun.guard import processes
+from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
+from securerun.guard.processes import Process
 from securerun.guard.protocol import Message, Notice, ProtocolError, Release, Released
+from securerun.guard.sockets import SocketsUnavailable
 
 # At most one line a source in this time, or a port scanner fills the job's log.
 _QUIET_SECONDS = 60.0
 _NOTICE_SECONDS = 1.0
+# Deleted rules are heard of at once where the tables are nf_tables; this is for those that are not.
+_REPAIR_SECONDS = 5.0
+# A flush is many deletions, and another firewall's reload fills what it flushed.
+_SETTLE_SECONDS = 0.05
 # What a failed job leaves behind often ends by itself within this; torch_shm_manager then removes its files.
 _PATIENCE_SECONDS = 0.25
 _ENDING_SECONDS = 0.05
+# Behind a shield an uncovered listener is an exception; in scope `ports` each is open until it is seen.
+_EXPOSURE_SECONDS = 1.0
+_SOON_SECONDS = 0.05
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
 _LOOK_SECONDS = 0.05
 
@@ -63,7 +77,11 @@ class Watch:
         self._released = False
         self._poller = select.poll()
         self._listen_to()
-        self._chores = [Chore(_NOTICE_SECONDS, self._notices.look)]
+        self._repair = Chore(_REPAIR_SECONDS, self._repair_chains, time.monotonic() + _REPAIR_SECONDS)
+        self._chores = [Chore(_NOTICE_SECONDS, self._notices.look), self._repair]
+        self._exposure = open_exposure(lease)
+        if self._exposure is not None:
+            self._chores.append(Chore(_EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS, self._close_exposed))
         if lease.caller.pidfd is None or lease.cgroup is None:
             self._chores.append(Chore(_LOOK_SECONDS, lambda: None))
 
@@ -72,8 +90,7 @@ class Watch:
         while not (self._released and self._lease.is_over()):
             ready = {descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_wait())}
             self._do_chores()
-            if self._lease.drops is not None and self._lease.drops.fileno() in ready:
-                self._lease.drops.read()
+            self._take_in(ready)
             if not self._released:
                 self._hear(ready)
             if self._ending is not None:
@@ -88,6 +105,43 @@ class Watch:
             self._poller.register(lease.cgroup.events, select.POLLPRI)
         if lease.drops is not None:
             self._poller.register(lease.drops.fileno(), select.POLLIN)
+        self._deletions = _listen_for_deletions(lease)
+        if self._deletions is not None:
+            self._poller.register(self._deletions.fileno(), select.POLLIN)
+
+    def _take_in(self, ready: set[int]) -> None:
+        """Read what netfilter has to say: who was dropped, and whether rules were deleted."""
+        drops, deletions = self._lease.drops, self._deletions
+        if drops is not None and drops.fileno() in ready:
+            drops.read()
+        if deletions is not None and deletions.fileno() in ready and deletions.heard_in("filter"):
+            self._repair.due = min(self._repair.due, time.monotonic() + _SETTLE_SECONDS)
+
+    def _close_exposed(self) -> None:
+        """Close, by the port chains, listeners of the job that no layer covers."""
+        if self._exposure is None:
+            return
+        try:
+            words = self._exposure.close()
+        except (SocketsUnavailable, PortChainsUnavailable, PrivilegeError) as error:
+            words = (f"a port of the job may be open: {error}",)
+        for line in words:
+            self._log(f"run {self._lease.policy.run_id}: {line}")
+        if words:
+            self._send(Notice(words=words))
+
+    def _repair_chains(self) -> None:
+        """Put the port chains back if somebody flushed them away."""
+        run = f"run {self._lease.policy.run_id}"
+        try:
+            if self._lease.chains_stand():
+                return
+            self._lease.restore_chains()
+        except (PortChainsUnavailable, PrivilegeError) as error:
+            self._log(f"{run}: the port chains cannot be looked after: {error}")
+            return
+        self._log(f"{run}: the port chains were flushed away and are back")
+        self._send(Notice(words=("somebody flushed the port chains away; they are back",)))
 
     def _hear(self, ready: set[int]) -> None:
         """Notice when the launcher lets the job go, closes its end, or is gone."""
@@ -126,6 +180,16 @@ class Watch:
                 chore.due = time.monotonic() + chore.seconds
 
 
+def _listen_for_deletions(lease: Lease) -> Deletions | None:
+    """Only the rules of iptables-nft tell of their deletion; legacy tables do not, and an owned table is safe."""
+    if lease.chains is None or lease.chains.backend != "iptables":
+        return None
+    try:
+        return Deletions()
+    except OSError:
+        return None
+
+
 class Notices:
     """Tells the launcher, and the record, who is being turned away while the job runs."""
 
@@ -157,7 +221,7 @@ class Ending:
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
-        self._asked: set[int] = set()
+        self._asked: set[Process] = set()
         self._since: float | None = None
 
     def go_on(self) -> None:
@@ -172,6 +236,8 @@ class Ending:
         if now - self._since >= _PATIENCE_SECONDS + self._lease.order.grace:
             self._lease.kill()
             return
-        for pid in self._lease.processes() - self._asked:
-            self._lease.signal(pid, signal.SIGTERM)
-            self._asked.add(pid)
+        new = self._lease.processes() - self._asked
+        processes.end(new, signal.SIGTERM)
+        # A stopped process would keep the request until it is continued.
+        processes.end(new, signal.SIGCONT)
+        self._asked |= new

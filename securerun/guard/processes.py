@@ -1,0 +1,283 @@
+"""The job's processes where no cgroup holds them together, and how they are ended without hitting another.
+
+A process of the job is known by SECURERUN_RUN_ID in the environment it was started with, by descent from such a
+process, or because it was known before. The environment is the process' own memory: it can write there what it likes,
+so it is a claim, not a proof. What that gets a hostile process:
+
+- To claim a run that it does not belong to: it is ended with that run, and its listeners are closed with that run's.
+  Only processes of the job's own user are asked, and whoever may set the variable there may end them anyway.
+- To deny the run it belongs to: it outlives the run, as it would under torchrun. Against that only a cgroup helps.
+
+So nobody is ended on behalf of a user who could not end him himself (kill(2): the real user ids are equal, or root).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal as signals
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from securerun.guard import records
+
+RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
+_INIT = 1
+_ROOT = 0
+_KERNEL_THREAD = 0x00200000  # include/linux/sched.h: PF_KTHREAD
+_READ_BYTES = 65536
+_LOOK_SECONDS = 0.02
+_STOPPING_ROUNDS = 50
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process for good: a pid is used again, a pid and its start time (clock ticks since boot, proc(5)) are not."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """The process that has this pid now. Raises OSError when there is none."""
+        return cls(pid, records.start_time(pid))
+
+
+Find = Callable[[], Collection[Process]]
+
+
+class JobProcesses:
+    """The processes of one run, remembered from look to look.
+
+    Memory finds those that no longer show it: a process that was forked, not executed, by the launcher (whose own
+    variable was set too late to be seen), one that wrote its title over its environment (setproctitle), one whose
+    parent has ended. So look now and then while the job runs, not only at its end.
+
+    user: the job's real user id. known: processes to begin with, such as the launcher. spare: pids never to be found.
+    """
+
+    def __init__(
+        self, run_id: str, user: int, known: Iterable[Process] = (), spare: Collection[int] = frozenset()
+    ) -> None:
+        self._run_id = run_id
+        self._user = user
+        self._known = frozenset(known)
+        self._spare = spare
+
+    def find(self) -> frozenset[Process]:
+        """The processes that live now, as `by_run_id` finds them."""
+        self._known = by_run_id(self._run_id, self._user, known=self._known, spare=self._spare)
+        return self._known
+
+
+def by_run_id(
+    run_id: str, user: int, *, known: Collection[Process] = (), spare: Collection[int] = frozenset()
+) -> frozenset[Process]:
+    """The living processes of a run: those that carry its id, those of `known` that still live, and their descendants.
+
+    Only processes with this real user id. A job of root may have descendants of any user, since descent is the
+    kernel's word; but not processes of others that merely carry the id. Never this process, pid 1, a kernel thread or
+    a pid in `spare`, nor what descends from the job through these alone.
+    """
+    living = _living()
+    excepted = {os.getpid(), _INIT, *spare}
+    roots = {process.pid for process in known if living.get(process.pid, _NOBODY).start == process.start}
+    roots |= {pid for pid in living if pid not in excepted and _carries(pid, run_id, user)}
+    found = _with_descendants(roots - excepted, living, excepted)
+    return frozenset(Process(pid, living[pid].start) for pid in found if user == _ROOT or _real_user(pid) == user)
+
+
+def signal(process: Process, number: int) -> bool:
+    """Send a signal to this very process; False when it has ended or may not be signalled."""
+    if process.pid <= _INIT:
+        return False
+    try:
+        return _signal_held(process, number)
+    except ProcessLookupError:
+        return False
+    except (AttributeError, OSError):
+        # No pidfd: a kernel before 5.3, a Python built on one, or a container whose seccomp filter forbids it.
+        return _signal_by_pid(process, number)
+
+
+def end(processes: Iterable[Process], number: int = signals.SIGKILL) -> int:
+    """Signal each of the processes; returns how many there were to be signalled."""
+    return sum(signal(process, number) for process in processes)
+
+
+def end_all(find: Find, grace_seconds: float, kill_seconds: float = 5.0) -> frozenset[Process]:
+    """End what `find` finds: SIGTERM, a grace period, then SIGKILL until it finds none; returns what is left.
+
+    Takes at most the two periods and a look. What is left then is stuck in the kernel (a device that does not answer)
+    or forks and ends faster than one can look, which only a cgroup catches.
+    """
+    if _ask_to_end(find, time.monotonic() + grace_seconds):
+        return frozenset()
+    return _kill(find, time.monotonic() + kill_seconds)
+
+
+@dataclass(frozen=True)
+class _Status:
+    """What one look saw of a process."""
+
+    parent: int
+    start: int
+
+
+_NOBODY = _Status(0, -1)
+
+
+def _living() -> dict[int, _Status]:
+    """Every process but kernel threads and those that only wait to be reaped, by pid; one pass over /proc."""
+    living = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            status = _status(entry.path)
+            if status is not None:
+                living[int(entry.name)] = status
+    return living
+
+
+def _status(directory: str) -> _Status | None:
+    text = _read(f"{directory}/stat")
+    # The command in parentheses may hold anything; the fields are numbered from 3 after it (proc(5)).
+    fields = text.rpartition(b")")[2].split()
+    if len(fields) < 20 or int(fields[6]) & _KERNEL_THREAD:
+        return None
+    # A first thread that has exited shows as a zombie while the others run on.
+    if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:
+        return None
+    return _Status(parent=int(fields[1]), start=int(fields[19]))
+
+
+def _carries(pid: int, run_id: str, user: int) -> bool:
+    """Whether a process of this user was started with this run's id. Nobody else's environment is looked at."""
+    return _real_user(pid) == user and f"{RUN_ID_VARIABLE}={run_id}".encode() in _environment(pid).split(b"\0")
+
+
+def _environment(pid: int) -> bytes:
+    """The environment that a process was started with, or what it wrote there since.
+
+    A process cannot keep its reader waiting with memory that is a file of its own (since 4.17, CVE-2018-1120).
+    """
+    environment = _read(f"/proc/{pid}/environ")
+    if environment:
+        return environment
+    # A process whose first thread has exited shows its memory through its other threads only.
+    with contextlib.suppress(OSError):
+        for thread in os.scandir(f"/proc/{pid}/task"):
+            environment = environment or _read(f"{thread.path}/environ")
+    return environment
+
+
+def _real_user(pid: int) -> int | None:
+    """The real user id; None when the process has ended. (The owner of /proc/PID is the effective one.)"""
+    for line in _read(f"/proc/{pid}/status").splitlines():
+        if line.startswith(b"Uid:"):
+            return int(line.split()[1])
+    return None
+
+
+def _with_descendants(roots: Iterable[int], living: Mapping[int, _Status], excepted: Collection[int]) -> set[int]:
+    children = defaultdict(list)
+    for pid, status in living.items():
+        if pid not in excepted:
+            children[status.parent].append(pid)
+    found = set(roots)
+    pending = list(found)
+    while pending:
+        new = set(children[pending.pop()]) - found
+        found |= new
+        pending += new
+    return found
+
+
+def _signal_held(process: Process, number: int) -> bool:
+    """Through a pidfd, which never means a later process of that number."""
+    held = os.pidfd_open(process.pid)
+    try:
+        # Looked at after it is held: if the pid still has the old start time, it is the one that is held.
+        if not _is_current(process):
+            return False
+        signals.pidfd_send_signal(held, number)
+    finally:
+        os.close(held)
+    return True
+
+
+def _signal_by_pid(process: Process, number: int) -> bool:
+    try:
+        if not _is_current(process):
+            return False
+        os.kill(process.pid, number)
+    except OSError:
+        return False
+    return True
+
+
+def _is_current(process: Process) -> bool:
+    try:
+        return Process.of(process.pid) == process
+    except OSError:
+        return False
+
+
+def _ask_to_end(find: Find, deadline: float) -> bool:
+    """SIGTERM to each process once, also to those that appear meanwhile; whether none was left at the deadline."""
+    asked: set[Process] = set()
+    while True:
+        found = set(find())
+        if not found and _none_left(find):
+            return True
+        new = found - asked
+        end(new, signals.SIGTERM)
+        # A stopped process would keep the request until it is continued.
+        end(new, signals.SIGCONT)
+        asked |= new
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            return False
+        time.sleep(min(_LOOK_SECONDS, remaining))
+
+
+def _kill(find: Find, deadline: float) -> frozenset[Process]:
+    while True:
+        _stop(find, deadline)
+        end(find(), signals.SIGKILL)
+        if _none_left(find):
+            return frozenset()
+        if time.monotonic() > deadline:
+            return frozenset(find())
+        time.sleep(_LOOK_SECONDS)
+
+
+def _stop(find: Find, deadline: float) -> None:
+    """Stop all before any is killed: what stands still forks no more, and its children keep it as their parent."""
+    stopped: set[Process] = set()
+    for _ in range(_STOPPING_ROUNDS):
+        new = set(find()) - stopped
+        if not new or time.monotonic() > deadline:
+            return
+        end(new, signals.SIGSTOP)
+        stopped |= new
+
+
+def _none_left(find: Find) -> bool:
+    """Whether two looks found none: a look is no snapshot, and a child may get a pid that it has passed already."""
+    return not find() and not find()
+
+
+def _read(path: str) -> bytes:
+    """What a file of /proc says; nothing when its process has ended or may not be looked into."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return b"".join(iter(lambda: os.read(descriptor, _READ_BYTES), b""))
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
