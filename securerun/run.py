@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., None]], Callable[..., Any]]
 
-RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
 _NEED_NO_GUARD = {"-h", "--help", "--dry-run", "--dry_run", "--unprotected"}
 _HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
@@ -127,7 +126,6 @@ def _guarded(guard: Guard, launch: Launch) -> Iterator[None]:
     policy, asked = launch.policy, launch.options
     command = " ".join(launch.job.command)[:1000]
     guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _tell)
-    os.environ[RUN_ID_VARIABLE] = policy.run_id
     for line in words.start(policy, launch.peers, guarding, launch.umask):
         _say(line)
     failed = True

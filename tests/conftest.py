@@ -46,4 +46,4 @@ def _nothing_of_securerun_is_left() -> Iterator[None]:
 
 def _is_clean() -> bool:
     state = machine_snapshot()
-    return state.records is None and not any("securerun-" in cgroup for cgroup in state.cgroups or ())
+    return state.records is None and not state.cgroups

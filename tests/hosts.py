@@ -244,7 +244,7 @@ class Host:
 class MachineState:
     """What a job may have left on the machine, outside of any network namespace.
 
-    cgroups: the directories below the cgroup2 mount; None where none is mounted.
+    cgroups: securerun's directories below the cgroup2 mount, and those in them; None where none is mounted.
     records: the names in /run/securerun; None where there is no such directory.
     """
 
@@ -423,7 +423,9 @@ def _without_counters(rules: str) -> str:
 def _directories_below(root: Path) -> Iterator[str]:
     for directory, names, _ in os.walk(root):
         for name in names:
-            yield str((Path(directory) / name).relative_to(root))
+            path = str((Path(directory) / name).relative_to(root))
+            if "securerun-" in path:
+                yield path
 
 
 def _text(captured: str | bytes | None) -> str:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from typing import NoReturn
+
 import typer
+
+from securerun.errors import PrivilegeError, SecurerunError
 
 app = typer.Typer(
     name="securerunctl",
@@ -15,12 +21,11 @@ app = typer.Typer(
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-@app.callback()
-def _securerunctl() -> None:
-    """With one command only, Typer would make it the program itself."""
-
-
-@app.command(context_settings=_PASS_ON)
+@app.command(
+    context_settings=_PASS_ON,
+    short_help="Print the plan of a launch and start nothing.",
+    options_metavar="-- [OPTIONS] SCRIPT [ARGUMENTS]",
+)
 def plan(context: typer.Context) -> None:
     """Print the plan of a launch and start nothing: securerunctl plan -- [OPTIONS] SCRIPT [ARGUMENTS]."""
     from securerun.ctl.plan import print_plan
@@ -28,6 +33,48 @@ def plan(context: typer.Context) -> None:
     print_plan(context.args)
 
 
+@app.command(short_help="Show the runs of this host: guarding, draining or stale.")
+def status(
+    as_json: bool = typer.Option(False, "--json", help="Print JSON for programs; with --watch, a line each time."),
+    watch: bool = typer.Option(False, "--watch", help="Print again every second, until Ctrl-C."),
+) -> None:
+    """Show the runs of this host, the layers that guard them, and who was turned away.
+
+    A run is guarding while its job runs, draining while something of it is left, and stale when its guard is gone.
+    """
+    from securerun.ctl.status import show
+
+    show(as_json=as_json, watch=watch)
+
+
+@app.command(short_help="Remove what dead runs left on this host.")
+def clean(
+    dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be removed, and change nothing."),
+) -> None:
+    """Remove what runs left whose launcher and guard were both killed: rules, empty cgroups, records.
+
+    What lives is never touched. Status 1 when something could not be removed.
+    """
+    from securerun.ctl.clean import clean_host
+
+    raise typer.Exit(clean_host(dry_run=dry_run))
+
+
 def main() -> None:
     """The command securerunctl."""
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no name or command is lost to a terminal's ASCII
+    try:
+        app()
+    except SecurerunError as error:
+        _give_up(str(error), error.status)
+    except PermissionError as error:
+        _give_up(f"{error}; run as root", PrivilegeError.status)
+    except OSError as error:
+        _give_up(str(error), SecurerunError.status)
+
+
+def _give_up(message: str, status: int) -> NoReturn:
+    typer.echo(f"securerunctl: {message}", err=True)
+    sys.exit(status)

@@ -70,6 +70,17 @@ class JobCgroup:
         if cgroup_of(pid) != self.path:
             raise CgroupUnavailable(f"process {pid} is in {cgroup_of(pid)} and could not be moved to {self.path}")
 
+    def leave(self) -> None:
+        """Move this process out, to the cgroup above: a guard that replaces another is started within the job.
+
+        Raises CgroupUnavailable when it stays.
+        """
+        if _relative(cgroup_of(os.getpid()), self.path) is None:
+            return
+        _move(self._parent, os.getpid())
+        if _relative(cgroup_of(os.getpid()), self.path) is not None:
+            raise CgroupUnavailable(f"the guard cannot leave {self.path}, the cgroup of the job that it is to guard")
+
     def expel(self, pid: int) -> None:
         """Move a process back to where it came from; it may be gone."""
         with contextlib.suppress(CgroupUnavailable):

@@ -17,6 +17,7 @@ from typing import Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
+from securerun.guard.processes import RUN_ID_VARIABLE
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
     Guarding,
@@ -144,6 +145,7 @@ class Guard:
     def guard(self, order: Order, tell: Tell) -> Guarding:
         """Have this process guarded, with everything that it will start; `tell` gets the news while it runs.
 
+        From then on the environment names the run (SECURERUN_RUN_ID), for guards that have no cgroup to go by.
         Raises Refusal with the guard's reason, or PrivilegeError when no guard can be spoken to.
         """
         self._order, self._tell = order, tell
@@ -154,6 +156,7 @@ class Guard:
             answer = self._replace()
             if answer is None:
                 raise PrivilegeError(f"the guard ended without an answer: {reason}")
+        os.environ[RUN_ID_VARIABLE] = order.policy.run_id
         self._listen()
         return answer
 

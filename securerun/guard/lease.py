@@ -193,6 +193,7 @@ def _add_cgroup(lease: Lease, undo: ExitStack) -> None:
     found = open_job_cgroup(lease.record.cgroup) if lease.record.cgroup else None
     lease.cgroup = found or make_job_cgroup(lease.caller.pid, lease.policy.run_id)
     undo.callback(_remove_cgroup, lease)
+    lease.cgroup.leave()
     lease.write(cgroup=lease.cgroup.path)
 
 
@@ -269,7 +270,7 @@ def _choose(order: Order, directory: int) -> PortChains:
         layer.backend
         for record in records.read_all(directory)
         for layer in record.layers
-        if layer.backend in backends.NAMES and record.network == records.network_namespace()
+        if layer.backend in backends.NAMES and record.network == records.namespace("net")
     }
     if order.firewall == "auto":
         if in_use:
@@ -348,7 +349,8 @@ def _record(order: Order, caller: Caller) -> Record:
         guard=guard,
         guard_start=records.start_time(guard),
         boot_id=records.boot_id(),
-        network=records.network_namespace(),
+        network=records.namespace("net"),
+        processes=records.namespace("pid"),
         user=caller.user,
         started=time.time(),
         command=order.command,

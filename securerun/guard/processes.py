@@ -78,11 +78,12 @@ def by_run_id(
     """The living processes of a run: those that carry its id, those of `known` that still live, and their descendants.
 
     Only processes with this real user id. A job of root may have descendants of any user, since descent is the
-    kernel's word; but not processes of others that merely carry the id. Never this process, pid 1, a kernel thread or
-    a pid in `spare`, nor what descends from the job through these alone.
+    kernel's word; but not processes of others that merely carry the id. Never this process, a kernel thread or a pid
+    in `spare`, nor what descends from the job through these alone; and pid 1 only where it is the launcher itself, as
+    in a container whose command is securerun.
     """
     living = _living()
-    excepted = {os.getpid(), _INIT, *spare}
+    excepted = {os.getpid(), *spare, *({_INIT} - {process.pid for process in known})}
     roots = {process.pid for process in known if living.get(process.pid, _NOBODY).start == process.start}
     roots |= {pid for pid in living if pid not in excepted and _carries(pid, run_id, user)}
     found = _with_descendants(roots - excepted, living, excepted)

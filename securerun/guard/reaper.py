@@ -7,9 +7,7 @@ cleaned up after by its guard.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from securerun.firewall.backends import NAMES, open_chains
 from securerun.firewall.chains import PortChainsUnavailable
@@ -28,7 +26,7 @@ def reap(directory: int, record: Record) -> None:
 
     Raises PortChainsUnavailable or CgroupUnavailable for what cannot be removed; then the record stays.
     """
-    if record.network == records.network_namespace() and record.boot_id == records.boot_id():
+    if record.network == records.namespace("net") and record.boot_id == records.boot_id():
         for layer in record.layers:
             if layer.backend in NAMES:
                 open_chains(layer.backend, record.run_id).remove()
@@ -64,17 +62,6 @@ def _is_dead(record: Record) -> bool:
 
 def _is_within_reach(record: Record) -> bool:
     """Chains live in a network namespace: reachable from within, or gone with it, or of a boot that is over."""
-    if record.boot_id != records.boot_id() or record.network == records.network_namespace():
+    if record.boot_id != records.boot_id() or record.network == records.namespace("net"):
         return True
-    return not any(_is_namespace(place, record.network) for place in _namespaces())
-
-
-def _namespaces() -> Iterator[Path]:
-    yield from Path("/proc").glob("[0-9]*/ns/net")
-    yield from Path("/run/netns").glob("*")
-
-
-def _is_namespace(place: Path, inode: int) -> bool:
-    with contextlib.suppress(OSError):
-        return place.stat().st_ino == inode
-    return False
+    return not records.namespace_exists("net", record.network)

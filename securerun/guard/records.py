@@ -16,12 +16,13 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Denial, Policy
 from securerun.guard.protocol import (
+    MAXIMUM_BYTES,
     Layer,
     ProtocolError,
     denial_document,
@@ -47,7 +48,8 @@ class Record:
 
     launcher, guard: process ids; launcher_start, guard_start: their start times in clock ticks since boot
     (proc(5), stat field 22), since process ids are used again. boot_id: the boot that these belong to.
-    network: the network namespace that the layers are in (its inode). cgroup: the job's, "" where it has none.
+    network, processes: the network namespace that the layers are in and the pid namespace in which the pids count
+    (inodes, namespaces(7)). cgroup: the job's, "" where it has none.
     user: the launcher's user id. started: seconds since the epoch. draining: the job is over, not all of it gone.
     """
 
@@ -59,6 +61,7 @@ class Record:
     guard_start: int
     boot_id: str
     network: int
+    processes: int
     user: int
     started: float
     command: str
@@ -84,6 +87,9 @@ class Record:
     def _lives(self, pid: int, start: int) -> bool:
         if self.boot_id != boot_id():
             return False
+        if self.processes != namespace("pid"):
+            # The pids of a container mean nothing out here; while anything runs there, all of it may.
+            return namespace_exists("pid", self.processes)
         return is_running(pid, start)
 
     def document(self) -> dict[str, Any]:
@@ -104,6 +110,7 @@ _PLAIN: dict[str, type] = {
     "guard_start": int,
     "boot_id": str,
     "network": int,
+    "processes": int,
     "user": int,
     "started": float,
     "command": str,
@@ -151,22 +158,34 @@ def read_all(directory: int) -> tuple[Record, ...]:
     found = []
     for name in sorted(os.listdir(directory)):
         if _RECORD_NAME.fullmatch(name):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ProtocolError, PolicyError):
+            with contextlib.suppress(
+                OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ProtocolError, PolicyError
+            ):
                 found.append(_read(directory, name))
     return tuple(found)
 
 
 def remove_partial(directory: int) -> None:
     """Remove what a killed guard was writing. Writers hold the lock, so under the lock nobody is writing now."""
-    for name in os.listdir(directory):
-        if _PARTIAL_NAME.fullmatch(name):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=directory)
+    for name in partial(directory):
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=directory)
 
 
-def network_namespace() -> int:
-    """This process' network namespace: its inode (namespaces(7))."""
-    return Path("/proc/self/ns/net").stat().st_ino
+def partial(directory: int) -> tuple[str, ...]:
+    """The names of records that were being written when their guard was killed."""
+    return tuple(name for name in sorted(os.listdir(directory)) if _PARTIAL_NAME.fullmatch(name))
+
+
+def namespace(kind: str) -> int:
+    """This process' namespace of a kind (`net`, `pid`): its inode (namespaces(7))."""
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino
+
+
+def namespace_exists(kind: str, inode: int) -> bool:
+    """Whether a process is seen in this namespace or, for a network, `ip netns` has a name for it."""
+    places = [Path("/proc").glob(f"[0-9]*/ns/{kind}"), Path("/run/netns").glob("*") if kind == "net" else ()]
+    return any(_has_inode(place, inode) for found in places for place in found)
 
 
 def remove(directory: int, run_id: str) -> None:
@@ -200,17 +219,41 @@ def is_running(pid: int, start: int) -> bool:
 
 
 def _read(directory: int, name: str) -> Record:
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    with os.fdopen(descriptor, encoding="utf-8") as file:
-        document = json.load(file)
+    document = json.loads(_content(directory, name))
     plain = {field: document[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError(f"{name} has a field of another type")
     policy = read_policy(document["policy"])
     if name != f"{policy.run_id}.json":
         raise ValueError(f"{name} is the record of run {policy.run_id}")
+    cgroup = PurePosixPath(plain["cgroup"])
+    # Reaping removes this cgroup and what is below it, so it has to be one that a guard made for this run.
+    if plain["cgroup"] and (
+        cgroup.name != f"securerun-{policy.run_id}" or {"..", "\0"} & {*cgroup.parts, *str(cgroup)}
+    ):
+        raise ValueError(f"{name} names a cgroup that is not of its run")
     layers = tuple(read_layer(layer) for layer in document["layers"])
     return Record(policy, layers, denied=tuple(read_denial(denial) for denial in document["denied"]), **plain)
+
+
+def _content(directory: int, name: str) -> bytes:
+    """A record's bytes: of a regular file of reasonable size, read without waiting for whatever else has its name."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=directory)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAXIMUM_BYTES:
+            raise ValueError(f"{name} is no record")
+        return os.read(descriptor, MAXIMUM_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _has_inode(place: Path, inode: int) -> bool:
+    try:
+        return place.stat().st_ino == inode
+    except OSError:
+        return False
 
 
 def _lock(seconds: float) -> int:

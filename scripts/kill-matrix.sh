@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# As root: sets up, then kills every part of a job at every moment by every signal under every backend, and looks
+# whether a stranger gets in or anything is left. Arguments go to tests/kill_matrix.py:
+#   scripts/kill-matrix.sh                                         all cells
+#   scripts/kill-matrix.sh --repeat 3 --seed 7                     all cells three times
+#   scripts/kill-matrix.sh --only 'guard/training/KILL/iptables'   one cell; * and ? match more
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:/usr/sbin:/sbin"
+if [ "$(id -u)" != 0 ]; then
+    echo "kill-matrix: hosts made of network namespaces need root; run this as root" >&2
+    exit 1
+fi
+scripts/setup.sh test
+exec "${SECURERUN_VENV:-.venv}/bin/python" tests/kill_matrix.py "$@" < /dev/null

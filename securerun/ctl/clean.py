@@ -1,0 +1,137 @@
+"""securerunctl clean: remove what dead runs left, and only that."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from securerun.ctl.status import open_records, printable, user_name
+from securerun.firewall.chains import PortChainsUnavailable
+from securerun.guard import reaper, records
+from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
+from securerun.guard.records import Record
+
+# Tables of nftables go with the guard that owns them.
+_OUTLIVING = ("iptables", "legacy")
+_PIDS_NAMED = 8
+# What records.remove_partial removes.
+_PARTIAL = re.compile(r"\.[0-9a-f]{12}\.json\.partial")
+
+
+@dataclass
+class Outcome:
+    """What there is to tell. done: what was or would be removed; failures: what of dead runs stays; notes: the rest."""
+
+    done: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def clean_host(*, dry_run: bool) -> int:
+    """Remove what dead runs left, with a line for each. Returns the exit status: 1 when something of them stays.
+
+    Raises PrivilegeError for whoever may not do that.
+    """
+    outcome = Outcome()
+    if _may_hold_something(dry_run):
+        with records.host_lock() as directory:
+            _clean(directory, outcome, dry_run)
+    # Only now: a reader of this output that takes its time must not keep the host's lock.
+    for line in outcome.done or ["nothing to remove"]:
+        print(printable(line))
+    for line in (*outcome.failures, *outcome.notes):
+        print(f"securerunctl: {printable(line)}", file=sys.stderr)
+    return 1 if outcome.failures else 0
+
+
+def _may_hold_something(dry_run: bool) -> bool:
+    """Whether to look at all: `host_lock` makes the directory of records, and removes an empty one."""
+    directory = open_records()
+    if directory is None:
+        return False
+    os.close(directory)
+    return not dry_run or any(records.DIRECTORY.iterdir())
+
+
+def _clean(directory: int, outcome: Outcome, dry_run: bool) -> None:
+    _clean_partial(directory, outcome, dry_run)
+    readable = records.read_all(directory)
+    dead = reaper.dead_runs(directory)
+    for record in dead:
+        _clean_run(directory, record, outcome, dry_run)
+    gone = {record.run_id for record in dead}
+    outcome.failures += [_obstacle(record) for record in readable if _is_stale(record) and record.run_id not in gone]
+    ours = {f"{record.run_id}.json" for record in readable}
+    for name in sorted(os.listdir(directory)):
+        if name not in ours and not _PARTIAL.fullmatch(name):
+            outcome.notes.append(f"left alone: {records.DIRECTORY / name} is no record that this securerun can read")
+
+
+def _clean_partial(directory: int, outcome: Outcome, dry_run: bool) -> None:
+    partial = [name for name in sorted(os.listdir(directory)) if _PARTIAL.fullmatch(name)]
+    if not dry_run:
+        try:
+            records.remove_partial(directory)
+        except OSError as error:
+            outcome.failures.append(
+                f"what a killed guard was writing in {records.DIRECTORY} cannot be removed: {error}"
+            )
+            return
+    verb = "would remove" if dry_run else "removed"
+    outcome.done += [f"{verb} {records.DIRECTORY / name}, which a killed guard was writing" for name in partial]
+
+
+def _clean_run(directory: int, record: Record, outcome: Outcome, dry_run: bool) -> None:
+    remains = ", ".join(_remains(record))
+    if dry_run:
+        outcome.done.append(f"would remove what is left of {_named(record)}: {remains}")
+        return
+    try:
+        reaper.reap(directory, record)
+    except (PortChainsUnavailable, CgroupUnavailable, OSError) as error:
+        outcome.failures.append(f"what is left of {_named(record)} cannot be removed: {error}")
+        return
+    outcome.done.append(f"removed what was left of {_named(record)}: {remains}")
+
+
+def _named(record: Record) -> str:
+    command = f" ({record.command})" if record.command else ""
+    return f"run {record.run_id} of {user_name(record.user)}{command}"
+
+
+def _remains(record: Record) -> Iterator[str]:
+    if record.boot_id == records.boot_id() and record.network == records.network_namespace():
+        yield from (f"rules in {layer.backend}" for layer in record.layers if layer.backend in _OUTLIVING)
+    if record.cgroup and _processes(record) is not None:
+        yield f"cgroup {record.cgroup}"
+    yield "its record"
+
+
+def _is_stale(record: Record) -> bool:
+    return not record.guard_lives and not record.launcher_lives
+
+
+def _obstacle(record: Record) -> str:
+    """Why a run whose launcher and guard are gone cannot be cleaned up after from here."""
+    processes = sorted(_processes(record) or ())
+    if processes:
+        pids = " ".join(map(str, processes[:_PIDS_NAMED])) + (" ..." if len(processes) > _PIDS_NAMED else "")
+        return f"{_named(record)} has no guard, but processes of it still run ({pids}); end them, then clean again"
+    return (
+        f"{_named(record)} has rules in another network namespace, {record.network} (`lsns -t net` lists them); "
+        "run securerunctl clean in there"
+    )
+
+
+def _processes(record: Record) -> set[int] | None:
+    """What runs in the run's cgroup; None where it has none any more."""
+    cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
+    if cgroup is None:
+        return None
+    try:
+        return cgroup.processes()
+    finally:
+        cgroup.close()

@@ -1,0 +1,209 @@
+"""securerunctl status: the runs of this host, as the records in /run/securerun tell. Reads, and changes nothing.
+
+The guard writes the counters into its run's record once a second; asking the shield itself instead would take off
+a self-test under way (`shield.adopt`), so the record is what is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from functools import cache
+from typing import Any, Callable
+
+from securerun.errors import PrivilegeError, SecurerunError
+from securerun.firewall.policy import Policy
+from securerun.guard import records
+from securerun.guard.protocol import denial_document, layer_document, policy_document
+from securerun.guard.records import Record
+
+_NO_RUNS = "no runs on this host"
+_HEADINGS = ("RUN", "STATE", "USER", "PID", "STARTED", "COMMAND")
+_INDENT = " " * 14  # below STATE
+_NAMED = 8
+_WATCH_SECONDS = 1.0
+# Reading takes long where runs have 100,000 peers; a watch then looks less often than once a second.
+_MOST_CPU = 0.2
+
+
+def show(*, as_json: bool, watch: bool) -> None:
+    """Print the runs of this host, once or every second until Ctrl-C.
+
+    Raises PrivilegeError for whoever may not read the records.
+    """
+    if not watch:
+        _print(_json_lines(indent=2) if as_json else _table_lines())
+    elif sys.stdout.isatty() and not as_json:
+        _watch_on_terminal()
+    else:
+        _repeat(lambda: _print(_json_lines() if as_json else [*_table_lines(), ""]))
+
+
+def read_runs() -> tuple[Record, ...]:
+    """The records of this host's runs; none where no run has ever made the directory.
+
+    Raises PrivilegeError for whoever may not read them.
+    """
+    directory = open_records()
+    if directory is None:
+        return ()
+    try:
+        return records.read_all(directory)
+    finally:
+        os.close(directory)
+
+
+def open_records() -> int | None:
+    """A descriptor of the record directory; None where there is none. Raises PrivilegeError or SecurerunError."""
+    try:
+        return os.open(records.DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise PrivilegeError(f"the records in {records.DIRECTORY} may not be read; run as root") from error
+    except OSError as error:
+        raise SecurerunError(f"{records.DIRECTORY} is no directory of records: {error.strerror}; remove it") from error
+
+
+def document(record: Record) -> dict[str, Any]:
+    """One run as `status --json` prints it."""
+    policy = policy_document(record.policy)
+    return {
+        "run_id": record.run_id,
+        "pid": record.launcher,
+        "guard_pid": record.guard,
+        "user": user_name(record.user),
+        "started": _started(record).isoformat(timespec="seconds"),
+        "command": record.command,
+        "state": state(record),
+        "layers": [layer_document(layer) for layer in record.layers],
+        "ports": policy["ports"],
+        "peers": policy["peers"],
+        "interface": ",".join(record.policy.interfaces) or None,
+        "denied": [denial_document(denial) for denial in record.denied],
+    }
+
+
+def state(record: Record) -> str:
+    """stale: the guard is gone; draining: the job is over, not all of it has ended; else guarding."""
+    if not record.guard_lives:
+        return "stale"
+    return "draining" if record.draining else "guarding"
+
+
+@cache
+def user_name(user: int) -> str:
+    """The name of a user id, or the number where it has none."""
+    try:
+        return pwd.getpwuid(user).pw_name
+    except (KeyError, OverflowError):
+        return str(user)
+
+
+def printable(text: str) -> str:
+    """Text that somebody else wrote, without what would steer the reader's terminal."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def _json_lines(indent: int | None = None) -> Iterator[str]:
+    yield json.dumps({"runs": [document(record) for record in read_runs()]}, indent=indent)
+
+
+def _table_lines() -> Iterator[str]:
+    """A table with one row a run; its details are in the lines below the row."""
+    runs = read_runs()
+    if not runs:
+        yield _NO_RUNS
+        return
+    rows = [_row(record) for record in runs]
+    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows)]
+    yield _aligned(_HEADINGS, widths)
+    for record, row in zip(runs, rows):
+        yield _aligned(row, widths)
+        for label, text in _details(record):
+            yield f"{_INDENT}{label:<10}{printable(text)}"
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    started = _started(record).strftime("%Y-%m-%d %H:%M:%S")
+    pid = str(record.launcher)
+    return (record.run_id, state(record), user_name(record.user), pid, started, printable(record.command))
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+
+
+def _details(record: Record) -> Iterator[tuple[str, str]]:
+    if state(record) == "stale":
+        yield "guard", f"process {record.guard} is gone; `securerunctl clean` removes what a dead run left"
+    yield "closed by", "; ".join(f"{layer.backend} ({layer.name})" for layer in record.layers) or "nothing yet"
+    if record.policy.ports:
+        yield "ports", _some([f"{port} {port.purpose}" for port in record.policy.ports], "; ")
+    yield "open to", _open_to(record.policy)
+    for denial in record.denied[:_NAMED]:
+        port = denial.port or "a port that could not be read"
+        yield "blocked", f"{denial.source} → {port}, packets: {denial.packets}"
+    if len(record.denied) > _NAMED:
+        yield "blocked", f"and {len(record.denied) - _NAMED} more pairs of source and port"
+
+
+def _open_to(policy: Policy) -> str:
+    through = f" through {', '.join(policy.interfaces)}" if policy.interfaces else ""
+    return _some([str(peer) for peer in policy.peers], ", ") + through if policy.peers else "no other host"
+
+
+def _some(parts: Sequence[str], separator: str) -> str:
+    """The first few, and how many more there are."""
+    more = [f"and {len(parts) - _NAMED} more"] if len(parts) > _NAMED else []
+    return separator.join([*parts[:_NAMED], *more])
+
+
+def _started(record: Record) -> datetime:
+    """When the run started, in local time. A record may hold a number that is no time."""
+    try:
+        return datetime.fromtimestamp(record.started).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0).astimezone()
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Print lines: cut to its width on a terminal, whole into anything else."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(highlight=False)
+        for line in lines:
+            console.print(Text(line), no_wrap=True, overflow="ellipsis")
+        return
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
+
+
+def _watch_on_terminal() -> None:
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False, screen=True) as live:
+        _repeat(
+            lambda: live.update(Text("\n".join(_table_lines()), no_wrap=True, overflow="ellipsis"), refresh=True),
+        )
+
+
+def _repeat(look: Callable[[], None]) -> None:
+    """Look every second until Ctrl-C, or less often where that would take too much of a processor."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            before = time.process_time()
+            look()
+            time.sleep(max(_WATCH_SECONDS, (time.process_time() - before) / _MOST_CPU))

@@ -1,0 +1,87 @@
+"""Hold a lease and one listener, until the end of input; what is printed is one JSON object a line.
+
+    holder.py [--peers A,B] [--ports FIRST-LAST] [--listen PORT] [--firewall B] [--scope S] [--loopback job]
+              [--listen-elsewhere]
+
+{"guarding": [BACKEND, ...], "notes": [...]} once the lease stands and the port listens, {"news": TEXT} for what the
+guard says later. `--listen-elsewhere` makes the listening socket in another cgroup than the job's, as a host does on
+which net_cls is in use: the shield does not see it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+
+from hosts import cgroup2_mount
+
+from securerun import guarded
+from securerun.errors import SecurerunError
+from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.guard.protocol import Notice
+
+
+def main() -> None:
+    options = parse()
+    first, _, last = options.ports.partition("-")
+    policy = Policy(
+        secrets.token_hex(6),
+        (PortRange(int(first), int(last or first), "planned"),),
+        collapse(ipaddress.ip_network(peer) for peer in options.peers.split(",") if peer),
+        close_loopback=options.loopback == "job",
+    )
+    try:
+        with guarded(policy, firewall=options.firewall, scope=options.scope, grace=0.5, tell=tell) as guarding:
+            listener = listen_elsewhere(options.listen) if options.listen_elsewhere else listen(options.listen)
+            say(guarding=[layer.backend for layer in guarding.layers], notes=guarding.notes, run_id=policy.run_id)
+            sys.stdin.read()
+            listener.close()
+    except SecurerunError as error:
+        say(refused=str(error))
+        sys.exit(error.status)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peers", default="")
+    parser.add_argument("--ports", default="60000-60015")
+    parser.add_argument("--listen", type=int, default=60000)
+    parser.add_argument("--firewall", default="auto")
+    parser.add_argument("--scope", default="auto")
+    parser.add_argument("--loopback", default="any")
+    parser.add_argument("--listen-elsewhere", action="store_true")
+    return parser.parse_args()
+
+
+def listen(port: int) -> socket.socket:
+    return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+
+
+def listen_elsewhere(port: int) -> socket.socket:
+    mount = cgroup2_mount()
+    assert mount is not None
+    here = Path("/proc/self/cgroup").read_text().split("0::")[1].splitlines()[0].lstrip("/")
+    (mount / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        return listen(port)
+    finally:
+        (mount / here / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def tell(notice: Notice) -> None:
+    for words in (*notice.words, *(str(denial) for denial in notice.denied)):
+        say(news=words)
+
+
+def say(**fields: object) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,433 @@
+"""Which listeners there are, who holds them and which cgroup they belong to, against real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ipaddress
+import os
+import platform
+import resource
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
+from hosts import Network, cgroup2_mount
+
+from securerun.guard import sockets
+from securerun.guard.sockets import Listener, SocketDiagnosis, SocketsUnavailable
+
+IPPROTO_MPTCP = 262
+IPPROTO_SCTP = 132
+MANY = 10_000
+DUMP = 0x301
+NOT_WHOLE = "not whole|without its header"
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Cgroup]:
+    with new_cgroup() as made:
+        yield made
+
+
+@pytest.fixture
+def diagnosis() -> Iterator[SocketDiagnosis]:
+    with contextlib.closing(SocketDiagnosis()) as made:
+        yield made
+
+
+def listener(family: int = socket.AF_INET, address: str = "127.0.0.1", protocol: int = 0) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM, protocol)
+    made.bind((address, 0))
+    made.listen()
+    return made
+
+
+def found_of(*listening: socket.socket) -> list[Listener]:
+    """What is found of these listeners, in their order; raises KeyError if one is not found."""
+    found = {one.inode: one for one in sockets.listeners()}
+    return [found[inode_of(one)] for one in listening]
+
+
+def inode_of(made: socket.socket) -> int:
+    return os.fstat(made.fileno()).st_ino
+
+
+def port_of(made: socket.socket) -> int:
+    return int(made.getsockname()[1])
+
+
+def outside_of(cgroup: Cgroup, pid: int) -> set[int]:
+    """The ports of the process that the job's cgroup does not cover."""
+    found = sockets.listeners()
+    ids = sockets.cgroup_ids(cgroup.descriptor)
+    return {one.port for one in sockets.outside(found, sockets.sockets_of([pid]), ids)}
+
+
+# What listens
+
+
+@pytest.mark.parametrize(
+    ("family", "address"),
+    [
+        (socket.AF_INET, "127.0.0.1"),
+        (socket.AF_INET, "0.0.0.0"),  # noqa: S104 - what torch's stores do
+        (socket.AF_INET6, "::1"),
+        (socket.AF_INET6, "::"),
+        (socket.AF_INET6, "::ffff:127.0.0.1"),
+    ],
+)
+def test_a_listener_is_found_with_address_port_and_inode(family: int, address: str) -> None:
+    with listener(family, address) as made:
+        (found,) = found_of(made)
+        assert (found.address, found.port) == (ipaddress.ip_address(address), port_of(made))
+
+
+def test_an_mptcp_listener_is_found_once_with_the_inode_that_the_process_holds() -> None:
+    try:
+        made = listener(protocol=IPPROTO_MPTCP)
+    except OSError:
+        pytest.skip("this kernel has no MPTCP")
+    with made:
+        assert [one.inode for one in sockets.listeners() if one.port == port_of(made)] == [inode_of(made)]
+
+
+def test_connections_and_sockets_that_do_not_listen_are_not_found() -> None:
+    with listener() as made, socket.create_connection(made.getsockname()) as near, socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        far, _ = made.accept()
+        with far:
+            inodes = {one.inode for one in sockets.listeners()}
+            assert inode_of(made) in inodes
+            assert not inodes & {inode_of(near), inode_of(far), inode_of(bound)}
+
+
+def test_a_listener_comes_and_goes_between_looks(diagnosis: SocketDiagnosis) -> None:
+    before = diagnosis.listeners()
+    with listener() as made:
+        inode, port = inode_of(made), port_of(made)
+        assert [one.port for one in set(diagnosis.listeners()) - set(before) if one.inode == inode] == [port]
+    assert inode not in {one.inode for one in diagnosis.listeners()}
+
+
+def test_a_waiting_connection_makes_no_other_listener(diagnosis: SocketDiagnosis) -> None:
+    with listener() as made:
+        before = [one for one in diagnosis.listeners() if one.inode == inode_of(made)]
+        with socket.create_connection(made.getsockname()):
+            assert [one for one in diagnosis.listeners() if one.inode == inode_of(made)] == before
+
+
+def test_the_network_namespace_is_the_one_in_which_the_diagnosis_was_made(network: Network) -> None:
+    node0, node1, _ = network
+    with inside(node0):
+        made = listener(address=node0.ipv4)
+        here = SocketDiagnosis()
+    with inside(node1):
+        there = SocketDiagnosis()
+    with made, contextlib.closing(here), contextlib.closing(there):
+        assert [(one.address, one.port) for one in here.listeners()] == [
+            (ipaddress.ip_address(node0.ipv4), port_of(made))
+        ]
+        assert there.listeners() == ()
+
+
+def test_ten_thousand_listeners_are_all_found() -> None:
+    def work() -> tuple[set[int], set[int], bool, float]:
+        leave_for_a_new_network()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MANY + 100, MANY + 100))
+        made = [listener(address="0.0.0.0") for _ in range(MANY)]  # noqa: S104
+        with contextlib.closing(SocketDiagnosis()) as diagnosis:
+            first = diagnosis.listeners()
+            began = time.monotonic()
+            second = diagnosis.listeners()
+            took = time.monotonic() - began
+        return {one.port for one in first}, {port_of(one) for one in made}, first == second, took
+
+    if os.geteuid() != 0:
+        pytest.skip("more open files and a network namespace need root")
+    found, made, same, took = in_child(work)
+    assert found == made
+    assert same
+    assert took < 1
+
+
+# What the kernel may answer
+
+
+def message(kind: int, payload: bytes, flags: int = 0) -> bytes:
+    return struct.pack("=IHHII", 16 + len(payload), kind, flags, 0, 0) + payload
+
+
+def done(number: int = 0, flags: int = 0) -> bytes:
+    return message(3, struct.pack("=i", -number), flags)
+
+
+def test_answers_of_several_datagrams_are_one_answer() -> None:
+    parts = iter([message(20, b"a" * 72) + message(20, b"b" * 75) + b"\0", message(20, b"c" * 72), done()])
+    answers, interrupted = sockets.read_dump(lambda: next(parts))
+    assert [answer[:1] for answer in answers] == [b"a", b"b", b"c"]
+    assert not interrupted
+
+
+@pytest.mark.parametrize("marked", [0, 1])
+def test_an_inconsistent_answer_is_noticed(marked: int) -> None:
+    flags = [0x10 if part == marked else 0 for part in range(2)]
+    parts = iter([message(20, b"a" * 72, flags[0]), done(flags=flags[1])])
+    assert sockets.read_dump(lambda: next(parts))[1]
+
+
+def test_an_inconsistent_answer_is_asked_for_again(diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sockets.read_dump
+    verdicts = iter([True, True, False, False])
+    monkeypatch.setattr(sockets, "read_dump", lambda receive: (real(receive)[0], next(verdicts)))
+    with listener() as made:
+        assert inode_of(made) in {one.inode for one in diagnosis.listeners()}
+    assert list(verdicts) == []
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 87])
+def test_a_message_that_is_cut_short_is_refused(length: int) -> None:
+    data = message(20, b"a" * 72)[:length]
+    with pytest.raises(SocketsUnavailable, match=NOT_WHOLE):
+        sockets.read_dump(lambda: data)
+
+
+@pytest.mark.parametrize("data", [struct.pack("=IHHII", 0, 20, 0, 0, 0), message(3, b""), message(2, b"\0\0")])
+def test_a_message_that_cannot_be_is_refused(data: bytes) -> None:
+    with pytest.raises(SocketsUnavailable, match=NOT_WHOLE):
+        sockets.read_dump(lambda: data)
+
+
+@pytest.mark.parametrize("kind", [2, 3])
+def test_an_error_is_raised_whichever_message_carries_it(kind: int) -> None:
+    with pytest.raises(PermissionError):
+        sockets.read_dump(lambda: message(kind, struct.pack("=i", -1)))
+
+
+def test_a_protocol_that_is_not_built_in_is_said_to_be_so(
+    diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr(socket, "IPPROTO_TCP", IPPROTO_SCTP)
+        if in_child(_no_sctp):
+            with pytest.raises(SocketsUnavailable, match="modprobe tcp_diag"):
+                diagnosis.listeners()
+    with listener() as made:  # and the same object serves on
+        assert inode_of(made) in {one.inode for one in diagnosis.listeners()}
+
+
+def _no_sctp() -> bool:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as channel:
+        question = struct.pack("=BBBBI48x", socket.AF_INET, IPPROTO_SCTP, 0, 0, 1 << 10)
+        channel.send(struct.pack("=IHHII", 16 + len(question), 20, DUMP, 0, 0) + question)
+        return bool(struct.unpack_from("=i", channel.recv(65536), 16)[0])
+
+
+def test_an_answer_about_a_socket_that_is_cut_short_is_refused_and_the_next_is_right(
+    diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr(sockets, "read_dump", lambda _: ([b"\2\n" + b"\0" * 69], False))
+        with pytest.raises(SocketsUnavailable, match="not whole"):
+            diagnosis.listeners()
+    with listener() as made:
+        assert inode_of(made) in {one.inode for one in diagnosis.listeners()}
+
+
+def test_a_kernel_that_does_not_tell_the_cgroup_accuses_nobody(
+    diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = struct.pack("=BBBB", socket.AF_INET, 10, 0, 0) + struct.pack("!H", 6000) + b"\0" * 62
+    answers = iter([[answer + struct.pack("=I", 77)], []])
+    monkeypatch.setattr(sockets, "read_dump", lambda _: (next(answers), False))
+    found = diagnosis.listeners()
+    assert found == (Listener(ipaddress.ip_address("0.0.0.0"), 6000, 77, None),)  # noqa: S104
+    assert sockets.held(found, {77: 1}) == found
+    assert sockets.outside(found, {77: 1}, {5}) == ()
+
+
+def test_a_diagnosis_leaves_no_descriptor_behind() -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        sockets.listeners()
+    assert os.listdir("/proc/self/fd") == before
+
+
+# Who holds it
+
+
+def test_the_sockets_of_a_process_are_found_by_inode() -> None:
+    with listener() as made, socket.socketpair()[0] as other:
+        holders = sockets.sockets_of([os.getpid()])
+        assert holders[inode_of(made)] == os.getpid()
+        assert inode_of(other) in holders
+        assert [one.port for one in sockets.held(found_of(made), holders)] == [port_of(made)]
+        assert sockets.held(found_of(made), sockets.sockets_of([1])) == ()
+
+
+def test_a_process_that_is_gone_holds_nothing_and_hides_no_other() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with listener() as made:
+        assert inode_of(made) in sockets.sockets_of([gone.pid, os.getpid()])
+        assert sockets.sockets_of([gone.pid]) == {}
+
+
+def test_a_process_that_waits_to_be_reaped_holds_nothing() -> None:
+    ended = subprocess.Popen(["true"])
+    try:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert sockets.sockets_of([ended.pid]) == {}
+    finally:
+        ended.wait()
+
+
+def test_descriptors_are_found_after_the_first_thread_has_exited() -> None:
+    with listener() as made:
+        made.set_inheritable(True)
+        child = subprocess.Popen([sys.executable, "-c", HEADLESS], pass_fds=[made.fileno()], stdout=subprocess.PIPE)
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            assert inode_of(made) in sockets.sockets_of([child.pid])
+        finally:
+            child.kill()
+            child.communicate()
+
+
+# exit(2) ends the calling thread alone; exit_group(2), which is what exit(3) calls, ends all.
+HEADLESS = f"""
+import ctypes, threading, time
+def stay():
+    while "(zombie)" not in open("/proc/self/status").read():
+        time.sleep(0.001)
+    print("ready", flush=True)
+    time.sleep(60)
+threading.Thread(target=stay).start()
+ctypes.CDLL(None).syscall({60 if platform.machine() == "x86_64" else 93}, 0)
+"""
+
+
+# Which cgroup it belongs to
+
+
+def test_a_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")):
+        with socket_made_in(cgroup, lambda family=family, address=address: listener(family, address)) as made:  # type: ignore[misc]
+            assert found_of(made)[0].cgroup_id == sockets.cgroup_id(cgroup.descriptor)
+
+
+def test_an_mptcp_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
+    try:
+        made = socket_made_in(cgroup, lambda: listener(protocol=IPPROTO_MPTCP))
+    except AssertionError:
+        pytest.skip("this kernel has no MPTCP")
+    with made:
+        assert found_of(made)[0].cgroup_id == sockets.cgroup_id(cgroup.descriptor)
+
+
+def test_the_number_is_the_one_that_the_kernel_opens_the_directory_by(cgroup: Cgroup) -> None:
+    """name_to_handle_at gives the kernfs id itself, all 64 bits of it (fs/kernfs/mount.c: kernfs_encode_fh)."""
+    handle = ctypes.create_string_buffer(struct.pack("=Ii8x", 8, 0), 16)
+    mount = ctypes.c_int()
+    library = ctypes.CDLL(None, use_errno=True)
+    empty_path = 0x1000
+    assert library.name_to_handle_at(cgroup.descriptor, b"", handle, ctypes.byref(mount), empty_path) == 0
+    assert struct.unpack_from("=Q", handle, 8)[0] == sockets.cgroup_id(cgroup.descriptor)
+
+
+def test_cgroups_below_count_as_the_jobs(cgroup: Cgroup) -> None:
+    with new_cgroup(cgroup) as below, new_cgroup(below) as deepest, new_cgroup() as foreign:
+        ids = sockets.cgroup_ids(cgroup.descriptor)
+        assert ids == {sockets.cgroup_id(one.descriptor) for one in (cgroup, below, deepest)}
+        with socket_made_in(deepest, listener) as inner, socket_made_in(foreign, listener) as other:
+            holders = sockets.sockets_of([os.getpid()])
+            assert sockets.outside(found_of(inner, other), holders, ids) == tuple(found_of(other))
+
+
+def test_a_socket_outlives_the_directory_of_its_cgroup_and_keeps_its_number(cgroup: Cgroup) -> None:
+    with new_cgroup(cgroup) as below:
+        ids = sockets.cgroup_ids(cgroup.descriptor)
+        made = socket_made_in(below, listener)
+    with made:
+        assert found_of(made)[0].cgroup_id in ids
+        assert found_of(made)[0].cgroup_id not in sockets.cgroup_ids(cgroup.descriptor)
+
+
+def test_cgroups_nested_deeper_than_a_path_can_name_do_no_harm(cgroup: Cgroup) -> None:
+    name, depth = "d" * 100, 60
+    descriptors = [os.open(cgroup.path, os.O_RDONLY)]
+    try:
+        for _ in range(depth):
+            os.mkdir(name, dir_fd=descriptors[-1])
+            descriptors.append(os.open(name, os.O_RDONLY, dir_fd=descriptors[-1]))
+        found = sockets.cgroup_ids(cgroup.descriptor)
+        assert {sockets.cgroup_id(descriptor) for descriptor in descriptors[:30]} <= found
+    finally:
+        while len(descriptors) > 1:
+            os.close(descriptors.pop())
+            os.rmdir(name, dir_fd=descriptors[-1])
+        os.close(descriptors.pop())
+
+
+def test_made_inside_then_moved_out_is_covered(cgroup: Cgroup) -> None:
+    mount = cgroup2_mount()
+    assert mount is not None
+    with socket_made_in(cgroup, listener, leave_to=mount) as made:
+        assert found_of(made)[0].inode in sockets.sockets_of([os.getpid()])
+        assert port_of(made) not in outside_of(cgroup, os.getpid())
+
+
+def test_made_before_joining_is_outside(cgroup: Cgroup) -> None:
+    def work() -> tuple[set[int], int, int]:
+        with listener() as before:
+            cgroup.enter()
+            with listener() as after:
+                return outside_of(cgroup, os.getpid()), port_of(before), port_of(after)
+
+    reported, before, after = in_child(work)
+    assert before in reported
+    assert after not in reported
+
+
+def test_received_from_outside_is_outside(cgroup: Cgroup) -> None:
+    near, far = socket.socketpair()
+
+    def work() -> set[int]:
+        near.close()
+        cgroup.enter()
+        assert select.select([far], [], [], 10)[0]
+        _, (received,), _, _ = socket.recv_fds(far, 1, 1)
+        with socket.socket(fileno=received):
+            return outside_of(cgroup, os.getpid())
+
+    with near, far:
+        made = listener()
+        port = port_of(made)
+        socket.send_fds(near, [b"!"], [made.fileno()])
+        made.close()  # from here on only the message, then only the job's process, holds it
+        assert in_child(work) == {port}
+
+
+def test_nobody_elses_listener_is_outside(cgroup: Cgroup) -> None:
+    def work() -> set[int]:
+        cgroup.enter()
+        with listener():
+            return outside_of(cgroup, os.getpid())
+
+    with listener() as foreign:
+        foreign_port = port_of(foreign)
+        process = subprocess.Popen(["sleep", "60"], pass_fds=[foreign.fileno()])
+        foreign.close()
+        try:
+            assert foreign_port in {one.port for one in sockets.listeners()}
+            assert in_child(work) == set()
+        finally:
+            process.kill()
+            process.wait()
