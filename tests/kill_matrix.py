@@ -209,7 +209,7 @@ class LightJob:
         with contextlib.suppress(BrokenPipeError):
             self._orders.close()
         with contextlib.suppress(ProcessLookupError):
-            self.send(self.launcher.pid, signal.SIGKILL)
+            send(self.node, self.launcher.pid, signal.SIGKILL)
         self.launcher.wait()
         self._listener.join(timeout=PATIENCE_SECONDS)
         self._errors.close()
@@ -277,16 +277,6 @@ class LightJob:
         self._errors.seek(0)
         return f"{self._errors.read().strip() or 'no word'} (status {self.launcher.poll()}, news {self.news})"
 
-    def send(self, pid: int, number: signal.Signals) -> None:
-        """Send a signal to `pid` if it is in this job's host. Raises ProcessLookupError if it is gone."""
-        pidfd = os.pidfd_open(pid)
-        try:
-            # Pinned first: between the look and the signal the number may have gone to another process.
-            if _is_in(self.node, pid):
-                signal.pidfd_send_signal(pidfd, number)
-        finally:
-            os.close(pidfd)
-
     def _listen(self) -> None:
         for line in self._output:
             said = json.loads(line)
@@ -321,10 +311,8 @@ def run_cell(ground: Ground, cell: Cell, chance: random.Random, figures: Figures
         finally:
             figures.attempts += _attempts(probe)
             figures.connections += sum(results["connected"] for results in probe.results.values())
-            # Before all else: what else was wrong may follow from it.
-            if probe.reached:
-                raise Violation(f"a stranger got in: {sorted(probe.reached)}; {job.errors()}; layers {job.layers}")
-        _require(not probe.reached, f"a stranger got in: {sorted(probe.reached)}")
+            # Whatever else was wrong, this comes first.
+            _require(not probe.reached, f"a stranger got in: {sorted(probe.reached)}; {job.errors()}")
         _require(
             eventually(lambda: not ground.node.processes(), seconds=CLEAN_SECONDS),
             f"still running on the host: {ground.node.processes()}",
@@ -380,7 +368,7 @@ def strike(job: LightJob, ground: Ground, cell: Cell, chance: random.Random, pro
         else:
             for pid in _victims(job, cell, chance):
                 with contextlib.suppress(ProcessLookupError):
-                    job.send(pid, number)
+                    send(job.node, pid, number)
         if number is signal.SIGSTOP:
             _let_the_stranger_try(probe, chance)
     if cell.victim == "cgroup" and cell.signal in ("KILL", "STOPKILL"):
@@ -417,27 +405,33 @@ def _require_guarded(job: LightJob, ground: Ground, cell: Cell) -> None:
     """Its guard was meant: the job lives on, and behind as much as before."""
     _require(not job.has_ended(), f"the launcher ended with its guard: {job.errors()}")
     if cell.moment in ("before", "layers"):
-        return  # there was no job yet; `_end_well` sees it go on
-    met = job.guards.copy()
-
-    def another_has_taken_over() -> bool:
-        guard = job.recorded_guard()
-        return guard is not None and is_alive(guard) and (guard not in met) == cell.ends_a_guard
-
-    _require(eventually(another_has_taken_over), f"guard {job.recorded_guard()} after {met}: {job.errors()}")
-    if cell.ends_a_guard:
-        _require(
-            eventually(lambda: any("another has taken over" in line for line in job.news)),
-            f"nothing was said of the guard's death: {job.news}",
-        )
+        if cell.moment == "before":
+            job.tell("go")
+        job.wait_for("guarded")
+    else:
+        _require_takeover(job, cell)
     record = job.record()
     layers = {layer["backend"] for layer in record["layers"]} if record else set()
-    _require(layers == {"shield", cell.backend} - {"off"}, f"layers that stand: {layers}")
+    _require(layers == {"shield", cell.backend} - {"off"}, f"layers that stand: {layers}; {job.errors()}")
     _require((ground.look() != ground.before) == (cell.backend != "off"), "the port chains are gone")
     if cell.moment == "training":
         targets = ground.node.targets()
         _require(len(targets) >= CHILDREN, f"listeners: {targets}")
         _require(all(reach(ground.peer, targets).values()), f"a peer is kept out: {reach(ground.peer, targets)}")
+
+
+def _require_takeover(job: LightJob, cell: Cell) -> None:
+    """A guard that died is replaced, and the job is told; one that was only asked to go stays."""
+    met = job.guards.copy()
+
+    def is_guarded() -> bool:
+        guard = job.recorded_guard()
+        return guard is not None and is_alive(guard) and (guard not in met) == cell.ends_a_guard
+
+    _require(eventually(is_guarded), f"guard {job.recorded_guard()} after {met}: {job.errors()}")
+    if cell.ends_a_guard:
+        told = eventually(lambda: any("another has taken over" in line for line in job.news))
+        _require(told, f"nothing was said of the guard's death: {job.news}")
 
 
 def _go_on(job: LightJob) -> None:
@@ -471,9 +465,12 @@ def _see_it_end(
         seconds = GRACE_SECONDS + ENDING_SECONDS
         _require(eventually(job.is_over, seconds=seconds), f"not ended after a failure: {job.living()}")
     ended = time.monotonic()
-    if cell.may_leave_something and eventually(lambda: not ground.guards(), seconds=CLEAN_SECONDS):
-        if _reap_what_was_left(job, ground, cell, chance, figures):
-            ended = time.monotonic()
+    if (
+        cell.may_leave_something
+        and eventually(lambda: not ground.guards(), seconds=CLEAN_SECONDS)
+        and _reap_what_was_left(job, ground, cell, chance, figures)
+    ):
+        ended = time.monotonic()
     _require_clean(job, ground, ended, figures)
     figures.slowest = time.monotonic() - ended
 
@@ -670,6 +667,17 @@ def _unwind(_number: int, _frame: FrameType | None) -> None:
 def _require(condition: bool, words: str) -> None:
     if not condition:
         raise Violation(words)
+
+
+def send(host: Host, pid: int, number: signal.Signals) -> None:
+    """Send a signal to `pid` if it runs in `host`. Raises ProcessLookupError if it is gone."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        # Pinned first: between the look and the signal the number may have gone to another process.
+        if _is_in(host, pid):
+            signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
 
 
 def _is_in(host: Host, pid: int) -> bool:

@@ -12,7 +12,7 @@ object a line:
     {"mark": "restart"}             the children are being replaced
     {"mark": "release"}             the job is over, the lease is being given back
     {"child": ROLE, "pid": N, "port": N}
-    {"news": TEXT}                  what the guard said while the job ran
+    {"news": TEXT}                  what the guard said, at the start and while the job ran
 
 At each of the first four it waits for a line on its standard input: `go`; in training `restart`, `end` or `fail`. A
 child that ends unasked makes the job fail, and so does the end of the launcher's input. A child ends when it is told
@@ -143,7 +143,9 @@ def main() -> None:
     _mark_moments(launcher)
     with securerun.guarded(
         _policy(options), firewall=options.firewall, scope=options.scope, grace=options.grace, tell=_tell
-    ):
+    ) as guarding:
+        for note in guarding.notes:
+            _say(news=note)
         launcher.run()
 
 

@@ -111,7 +111,7 @@ class Job:
         """The good end: end of input."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        assert self.process.wait(timeout=10) == 0
+        assert self.process.wait(timeout=30) == 0
 
     def kill_with_guard(self, guard: int) -> None:
         """SIGKILL launcher and guard; held still first, the launcher cannot start another guard in between."""
@@ -124,7 +124,7 @@ class Job:
 
 def ctl(*arguments: str, host: Host | None = None) -> subprocess.CompletedProcess[str]:
     """securerunctl, run to its end; never a traceback."""
-    done = finish(start(*arguments), timeout=20) if host is None else host.run([SECURERUNCTL, *arguments])
+    done = finish(start(*arguments), timeout=60) if host is None else host.run([SECURERUNCTL, *arguments])
     assert "Traceback" not in done.stderr, done
     return done
 
@@ -204,7 +204,8 @@ def record(run_id: str = RUN, **changes: Any) -> Record:  # noqa: ANN401 - whate
         guard=mine,
         guard_start=start,
         boot_id=records.boot_id(),
-        network=records.network_namespace(),
+        network=records.namespace("net"),
+        processes=records.namespace("pid"),
         user=0,
         started=time.time(),
         command=COMMAND,
@@ -320,7 +321,7 @@ def test_processes_without_a_guard_keep_their_shield(network: Network) -> None:
     stands, stands_on_machine = node.snapshot(), machine_snapshot()
     for arguments in (["clean", "--dry-run"], ["clean"]):
         done = ctl(*arguments, host=node)
-        assert (done.returncode, done.stdout) == (1, "nothing to remove\n"), done
+        assert (done.returncode, done.stdout) == (1, ""), done
         assert RUN in done.stderr
         assert str(left) in done.stderr
         assert len(done.stderr.splitlines()) == 1
@@ -339,7 +340,7 @@ def test_rules_of_another_network_namespace_are_named_and_kept(network: Network)
     job.kill_with_guard(the_run()["guard_pid"])
     stands = node.snapshot(), machine_snapshot()
     done = ctl("clean")
-    assert (done.returncode, done.stdout) == (1, "nothing to remove\n"), done
+    assert (done.returncode, done.stdout) == (1, ""), done
     assert "network namespace" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert (node.snapshot(), machine_snapshot()) == stands
@@ -354,7 +355,7 @@ def test_what_cannot_be_removed_is_said_and_stays(network: Network) -> None:
     stands = node.snapshot(), machine_snapshot()
     without_privilege = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
     done = node.run([*without_privilege, SECURERUNCTL, "clean"])
-    assert (done.returncode, done.stdout) == (1, "nothing to remove\n"), done
+    assert (done.returncode, done.stdout) == (1, ""), done
     assert done.stderr.startswith(f"securerunctl: what is left of run {RUN} ")
     assert len(done.stderr.splitlines()) == 1
     assert (node.snapshot(), machine_snapshot()) == stands
@@ -398,7 +399,7 @@ def test_foreign_files_are_named_and_left(planted: int, tmp_path: Path) -> None:
     assert elsewhere.exists()
 
 
-STRANGE = {
+STRANGE: dict[str, dict[str, Any]] = {
     "no policy": {"policy": None},
     "a list for a policy": {"policy": []},
     "no list of layers": {"layers": 1},
@@ -409,37 +410,31 @@ STRANGE = {
     "no time": {"started": None},
     "a field too few": {"user": ...},
 }
-KNOWN = ("no policy", "a list for a policy", "a cgroup with a NUL", "a cgroup of somebody else")
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        pytest.param(what, marks=pytest.mark.xfail(reason="guard/records.py reads it") if what in KNOWN else ())
-        for what in STRANGE
-    ],
-)
+@pytest.mark.parametrize("what", STRANGE)
 def test_strange_records_are_left_and_said(planted: int, what: str) -> None:
     document = {**dead().document(), **STRANGE[what]}
     text = json.dumps({name: value for name, value in document.items() if value is not ...})
     check_left_alone(f"{RUN}.json", lambda path: path.write_text(text))
 
 
-@pytest.mark.xfail(reason="guard/records.py reads it")
 def test_a_record_nested_too_deep_is_left_and_said(planted: int) -> None:
     check_left_alone(f"{RUN}.json", lambda path: path.write_text(100_000 * "["))
 
 
-@pytest.mark.xfail(reason="guard/records.py waits for a writer")
 def test_a_fifo_in_a_records_place_is_left_and_said(planted: int) -> None:
     check_left_alone(f"{RUN}.json", lambda path: os.mkfifo(path))
 
 
-@pytest.mark.xfail(reason="guard/records.py takes it for a file")
 def test_a_directory_named_as_a_partial_record_harms_nobody(planted: int) -> None:
     (RECORDS / f".{RUN}.json.partial").mkdir()
     records.write(planted, dead("aaaaaaaaaaaa"))
-    assert ctl("clean").returncode == 0
+    for arguments in (["clean", "--dry-run"], ["clean"]):
+        done = ctl(*arguments)
+        assert done.returncode == 0
+        assert len(done.stdout.splitlines()) == 1
+        assert f".{RUN}.json.partial is no record" in done.stderr
     assert [path.name for path in RECORDS.iterdir()] == [f".{RUN}.json.partial"]
 
 
@@ -487,6 +482,21 @@ def test_records_of_the_dead_go_and_of_the_living_stay(planted: int) -> None:
     assert {run["run_id"][0] for run in runs()} == {"a", "b", "c"}
 
 
+def test_a_containers_pids_mean_nothing_out_here(planted: int) -> None:
+    inside = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "sleep", "60"])
+    children = Path(f"/proc/{inside.pid}/task/{inside.pid}/children")
+    assert eventually(lambda: children.read_text().strip() != "")
+    namespace = Path(f"/proc/{children.read_text().strip()}/ns/pid").stat().st_ino
+    records.write(planted, dead(processes=namespace))
+    assert the_run()["state"] == "guarding"
+    assert ctl("clean").stdout == "nothing to remove\n"
+    inside.kill()
+    inside.wait()
+    assert eventually(lambda: the_run()["state"] == "stale")
+    assert RUN in ctl("clean").stdout
+    assert not RECORDS.exists()
+
+
 def test_what_a_user_wrote_cannot_steer_the_terminal(planted: int) -> None:
     command = "\x1b]0;gotcha\x07 \u202e\r\n" + os.fsdecode(b"\xff") + " ü [red]"
     records.write(planted, record("aaaaaaaaaaaa", command=command, user=4_000_000_000, started=1e300))
@@ -523,7 +533,7 @@ def test_the_table_fits_the_terminal(planted: int) -> None:
     records.write(planted, record(command="train.py " + 50 * "漢字 "))
     for columns in (40, 80, 132):
         with on_terminal(columns, "status") as (process, read):
-            assert process.wait(timeout=10) == 0
+            assert process.wait(timeout=30) == 0
             lines = read().splitlines()
         assert lines[0].startswith("RUN ")
         assert all(len(line) + sum(character >= "⺀" for character in line) <= columns for line in lines)
@@ -539,7 +549,7 @@ def test_watching_a_terminal_ends_well_with_ctrl_c(planted: int) -> None:
         records.remove(planted, RUN)
         assert eventually(lambda: "no runs on this host" in read())
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=30) == 0
         assert "Traceback" not in read()
 
 
@@ -557,9 +567,9 @@ def test_watching_into_a_pipe_prints_every_second(planted: int, as_json: bool) -
         if RUN in line:
             times.append(time.monotonic())
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
-    assert 2.5 < times[-1] - times[0] < 6
+    assert 2.5 < times[-1] - times[0] < 15
 
 
 def test_watching_takes_little_of_a_processor(planted: int) -> None:
@@ -572,7 +582,7 @@ def test_watching_takes_little_of_a_processor(planted: int) -> None:
     time.sleep(5)
     assert (cpu_seconds(process.pid) - before) / (time.monotonic() - began) < 0.35
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 0
 
 
@@ -582,7 +592,7 @@ def test_a_reader_that_has_enough_is_no_error(planted: int) -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    process.wait(timeout=10)
+    process.wait(timeout=30)
     assert process.stderr.read() == ""
     process.stderr.close()
 

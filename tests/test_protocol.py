@@ -16,6 +16,7 @@ from securerun.guard.protocol import (
     Guarding,
     Layer,
     Message,
+    Notice,
     Order,
     ProtocolError,
     Refused,
@@ -31,7 +32,7 @@ POLICY = Policy(
     collapse(ipaddress.ip_network(peer) for peer in ("10.0.0.1", "fd00::/64")),
     ("eth0",),
 )
-ORDER = Order(POLICY, "auto", "train.py --epochs 3")
+ORDER = Order(POLICY, "auto", "auto", 10.0, "train.py --epochs 3")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,7 @@ ORDER = Order(POLICY, "auto", "train.py --epochs 3")
         ORDER,
         Release(failed=True),
         Guarding((Layer("shield", "socket"),), ("a note",)),
+        Notice((Denial(ipaddress.ip_address("10.0.0.3"), 1, 2),), ("a word",)),
         Refused(77, "why"),
         Released((Denial(ipaddress.ip_address("fd00::3"), 29500, 12),)),
     ],
@@ -81,6 +83,11 @@ def order(**changes: object) -> bytes:
         order(version=True),
         order(firewall="ufw"),
         order(firewall=["auto"]),
+        order(scope="none"),
+        order(grace=-1),
+        order(grace=True),
+        order(grace=1e9),
+        order(adopt="no"),
         order(command=3),
         order(command="x" * 5000),
         order(more=1),

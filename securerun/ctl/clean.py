@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +17,6 @@ from securerun.guard.records import Record
 # Tables of nftables go with the guard that owns them.
 _OUTLIVING = ("iptables", "legacy")
 _PIDS_NAMED = 8
-# What records.remove_partial removes.
-_PARTIAL = re.compile(r"\.[0-9a-f]{12}\.json\.partial")
 
 
 @dataclass
@@ -40,7 +38,9 @@ def clean_host(*, dry_run: bool) -> int:
         with records.host_lock() as directory:
             _clean(directory, outcome, dry_run)
     # Only now: a reader of this output that takes its time must not keep the host's lock.
-    for line in outcome.done or ["nothing to remove"]:
+    if not outcome.done and not outcome.failures:
+        print("nothing to remove")
+    for line in outcome.done:
         print(printable(line))
     for line in (*outcome.failures, *outcome.notes):
         print(f"securerunctl: {printable(line)}", file=sys.stderr)
@@ -64,24 +64,23 @@ def _clean(directory: int, outcome: Outcome, dry_run: bool) -> None:
         _clean_run(directory, record, outcome, dry_run)
     gone = {record.run_id for record in dead}
     outcome.failures += [_obstacle(record) for record in readable if _is_stale(record) and record.run_id not in gone]
-    ours = {f"{record.run_id}.json" for record in readable}
-    for name in sorted(os.listdir(directory)):
-        if name not in ours and not _PARTIAL.fullmatch(name):
-            outcome.notes.append(f"left alone: {records.DIRECTORY / name} is no record that this securerun can read")
+    ours = {f"{record.run_id}.json" for record in readable} | set(_partial(directory))
+    for name in sorted(set(os.listdir(directory)) - ours):
+        outcome.notes.append(f"left alone: {records.DIRECTORY / name} is no record that this securerun can read")
 
 
 def _clean_partial(directory: int, outcome: Outcome, dry_run: bool) -> None:
-    partial = [name for name in sorted(os.listdir(directory)) if _PARTIAL.fullmatch(name)]
+    partial = _partial(directory)
     if not dry_run:
-        try:
-            records.remove_partial(directory)
-        except OSError as error:
-            outcome.failures.append(
-                f"what a killed guard was writing in {records.DIRECTORY} cannot be removed: {error}"
-            )
-            return
+        records.remove_partial(directory)
     verb = "would remove" if dry_run else "removed"
     outcome.done += [f"{verb} {records.DIRECTORY / name}, which a killed guard was writing" for name in partial]
+
+
+def _partial(directory: int) -> list[str]:
+    """What a killed guard was writing. A directory of such a name is not its work, and stays."""
+    names = records.partial(directory)
+    return [name for name in names if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode)]
 
 
 def _clean_run(directory: int, record: Record, outcome: Outcome, dry_run: bool) -> None:
@@ -103,7 +102,7 @@ def _named(record: Record) -> str:
 
 
 def _remains(record: Record) -> Iterator[str]:
-    if record.boot_id == records.boot_id() and record.network == records.network_namespace():
+    if record.boot_id == records.boot_id() and record.network == records.namespace("net"):
         yield from (f"rules in {layer.backend}" for layer in record.layers if layer.backend in _OUTLIVING)
     if record.cgroup and _processes(record) is not None:
         yield f"cgroup {record.cgroup}"

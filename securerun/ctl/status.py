@@ -144,8 +144,9 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _details(record: Record) -> Iterator[tuple[str, str]]:
     if state(record) == "stale":
-        yield "guard", f"process {record.guard} is gone; `securerunctl clean` removes what a dead run left"
-    yield "closed by", "; ".join(f"{layer.backend} ({layer.name})" for layer in record.layers) or "nothing yet"
+        yield "guard", f"process {record.guard} is gone; try `securerunctl clean`"
+    for layer in record.layers:
+        yield "closed by", f"{layer.backend} ({layer.name})"
     if record.policy.ports:
         yield "ports", _some([f"{port} {port.purpose}" for port in record.policy.ports], "; ")
     yield "open to", _open_to(record.policy)

@@ -27,10 +27,9 @@ _REQUEST, _ACKNOWLEDGE, _NOT_RECURSIVE = 0x1, 0x4, 0x100
 _ERROR_MESSAGE = 2
 _POLICY_ACCEPT = 1
 _TIMEOUT_SECONDS = 5
-# include/linux/socket.h: SOL_NETLINK; include/uapi/linux/netlink.h; nfnetlink.h: NFNLGRP_NFTABLES
-_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES = 270, 1, 7
+_GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
 # NFT_MSG_DELTABLE, NFT_MSG_DELCHAIN, NFT_MSG_DELRULE
-_DELETIONS = {_SUBSYSTEM_NFTABLES << 8 | deletion for deletion in (2, 5, 8)}
+_TABLE_DELETED, _CHAIN_DELETED, _RULE_DELETED = (_SUBSYSTEM_NFTABLES << 8 | deletion for deletion in (2, 5, 8))
 
 IPV4 = socket.AF_INET
 IPV6 = socket.AF_INET6
@@ -160,15 +159,17 @@ def _number(value: bytes | None) -> int:
 
 
 class Deletions:
-    """Hears when rules, chains or tables are deleted in this network namespace.
+    """Hears when a table of a name, one of its chains, or one of its rules that interest us is deleted.
 
+    chain: all rules of this chain interest us. word: so do rules in which this text stands, as in a comment.
     Raises OSError where the kernel has no nf_tables or permits no listening.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, table: str, chain: str, word: str) -> None:
+        self._table, self._chain, self._word = table.encode(), chain.encode(), word.encode()
         self._channel = open_channel()
         try:
-            self._channel.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
+            self._channel.bind((0, 1 << (_GROUP_NFTABLES - 1)))
         except OSError:
             self._channel.close()
             raise
@@ -178,8 +179,8 @@ class Deletions:
         """The descriptor to poll for reading."""
         return self._channel.fileno()
 
-    def heard_in(self, table: str) -> bool:
-        """Take in all that happened since; whether something was deleted in the tables of this name."""
+    def heard(self) -> bool:
+        """Take in all that happened since; whether any of it was such a deletion."""
         heard = False
         while True:
             try:
@@ -188,14 +189,17 @@ class Deletions:
                 return heard
             except OSError:
                 return True  # ENOBUFS: more happened than was kept for us
-            heard |= any(_deletes_in(table, kind, payload) for kind, payload in messages(data))
+            heard |= any(self._concerns(kind, payload) for kind, payload in messages(data))
 
     def close(self) -> None:
         """Stop listening."""
         self._channel.close()
 
-
-def _deletes_in(table: str, kind: int, payload: bytes) -> bool:
-    # The first attribute of each of these messages is the name of the table (enum nft_rule_attributes and its like).
-    named = attributes(payload[4:]).get(1, b"").rstrip(b"\0")
-    return kind in _DELETIONS and named == table.encode()
+    def _concerns(self, kind: int, payload: bytes) -> bool:
+        if kind not in (_TABLE_DELETED, _CHAIN_DELETED, _RULE_DELETED):
+            return False
+        # The table's name is the first attribute of all three, the chain's the second of a rule (nf_tables.h).
+        named = attributes(payload[4:])
+        if named.get(1, b"").rstrip(b"\0") != self._table:
+            return False
+        return kind != _RULE_DELETED or named.get(2, b"").rstrip(b"\0") == self._chain or self._word in payload

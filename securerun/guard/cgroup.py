@@ -146,25 +146,30 @@ class JobCgroup:
             _write(self.descriptor, "cgroup.type", "threaded")
 
 
-def make_job_cgroup(launcher: int, run_id: str) -> JobCgroup:
-    """Make a cgroup for this run below the launcher's own.
-
-    Raises CgroupUnavailable when there is no cgroup v2 or nothing may be made in it.
-    """
+def path_of_job_cgroup(launcher: int, run_id: str) -> str:
+    """Where a run's cgroup is to be: below the launcher's own. Raises CgroupUnavailable where it cannot be."""
     path = cgroup_of(launcher)
     if ".." in PurePosixPath(path).parts:
         raise CgroupUnavailable(f"the launcher's cgroup {path} lies outside of what this cgroup namespace shows")
+    return str(PurePosixPath(path) / f"securerun-{run_id}")
+
+
+def make_job_cgroup(path: str) -> JobCgroup:
+    """Make a run's cgroup, at a path from `path_of_job_cgroup`.
+
+    Raises CgroupUnavailable when there is no cgroup v2 or nothing may be made in it.
+    """
+    place = PurePosixPath(path)
     for hierarchy in _hierarchies():
         below = _relative(path, hierarchy.root)
         if below is None:
             continue
-        ancestors = _open_down(hierarchy.place, below)
-        name = f"securerun-{run_id}"
+        ancestors = _open_down(hierarchy.place, below.parent)
         try:
-            os.mkdir(name, 0o755, dir_fd=ancestors[-1])
+            os.mkdir(place.name, 0o755, dir_fd=ancestors[-1])
         except OSError as error:
-            raise CgroupUnavailable(f"no cgroup can be made below {path}: {_why(error)}") from error
-        return JobCgroup(ancestors, PurePosixPath(path) / name)
+            raise CgroupUnavailable(f"no cgroup can be made below {place.parent}: {_why(error)}") from error
+        return JobCgroup(ancestors, place)
     raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
 
 

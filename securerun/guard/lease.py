@@ -22,7 +22,14 @@ from securerun.firewall.policy import Denial, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
 from securerun.guard import processes, reaper, records
 from securerun.guard.caller import Caller
-from securerun.guard.cgroup import CgroupUnavailable, JobCgroup, cgroup_of, make_job_cgroup, open_job_cgroup
+from securerun.guard.cgroup import (
+    CgroupUnavailable,
+    JobCgroup,
+    cgroup_of,
+    make_job_cgroup,
+    open_job_cgroup,
+    path_of_job_cgroup,
+)
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
@@ -82,11 +89,8 @@ class Lease:
             self.chains.install(self.policy, self.drops.group if self.drops else None)
 
     def chains_stand(self) -> bool:
-        """Whether what was installed of port chains is still there. Raises PortChainsUnavailable or PrivilegeError."""
-        if self.chains is None:
-            return True
-        with records.host_lock():
-            return self.chains.stand()
+        """Whether what was installed of port chains is still there. Raises PortChainsUnavailable."""
+        return self.chains is None or self.chains.stand()
 
     def write(self, **changes: object) -> None:
         """Change the run's record. Raises PrivilegeError when it cannot be written."""
@@ -173,7 +177,10 @@ def _begin(lease: Lease) -> None:
 
 
 def _add_shield(lease: Lease, undo: ExitStack) -> None:
-    """Give the job its cgroup and the shield on it; in scope `auto` go on without them and say why."""
+    """Give the job its cgroup and the shield on it; in scope `auto` go on without them and say why.
+
+    Raises PrivilegeError where the shield is insisted on, or is the only layer that can do what the policy asks.
+    """
     try:
         _add_cgroup(lease, undo)
         if lease.order.scope != "ports":
@@ -187,14 +194,18 @@ def _add_shield(lease: Lease, undo: ExitStack) -> None:
         if lease.order.scope == "auto":
             lease.notes += (f"no shield ({error})",)
         _forget_shield(lease, undo)
+    if lease.shield is None and lease.policy.close_loopback:
+        reason = "; ".join(lease.notes) or "--scope ports leaves it out"
+        raise PrivilegeError(f"only the shield can close the loopback, and there is none: {reason}; use --loopback any")
 
 
 def _add_cgroup(lease: Lease, undo: ExitStack) -> None:
-    found = open_job_cgroup(lease.record.cgroup) if lease.record.cgroup else None
-    lease.cgroup = found or make_job_cgroup(lease.caller.pid, lease.policy.run_id)
+    """Make the job's cgroup, or open what a dead guard made. Recorded first: a reaper finds no other way to it."""
+    path = lease.record.cgroup or path_of_job_cgroup(lease.caller.pid, lease.policy.run_id)
+    lease.write(cgroup=path)
+    lease.cgroup = (open_job_cgroup(path) if lease.order.adopt else None) or make_job_cgroup(path)
     undo.callback(_remove_cgroup, lease)
     lease.cgroup.leave()
-    lease.write(cgroup=lease.cgroup.path)
 
 
 def _hang_shield(lease: Lease, undo: ExitStack) -> None:
@@ -207,7 +218,7 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
             lease.shield = shield.adopt(cgroup.descriptor)
             undo.callback(lease.shield.close)
             return
-    shield.refuse_conflicts(cgroup.ancestors)
+    shield.refuse_conflicts(cgroup.ancestors, close_loopback=lease.policy.close_loopback)
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.

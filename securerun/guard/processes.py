@@ -230,7 +230,8 @@ def _ask_to_end(find: Find, deadline: float) -> bool:
     asked: set[Process] = set()
     while True:
         found = set(find())
-        if not found and _none_left(find):
+        # Two looks: one is no snapshot, and a child may get a pid that it has passed already.
+        if not found and not find():
             return True
         new = found - asked
         end(new, signals.SIGTERM)
@@ -247,7 +248,7 @@ def _kill(find: Find, deadline: float) -> frozenset[Process]:
     while True:
         _stop(find, deadline)
         end(find(), signals.SIGKILL)
-        if _none_left(find):
+        if not find() and not find():
             return frozenset()
         if time.monotonic() > deadline:
             return frozenset(find())
@@ -263,11 +264,6 @@ def _stop(find: Find, deadline: float) -> None:
             return
         end(new, signals.SIGSTOP)
         stopped |= new
-
-
-def _none_left(find: Find) -> bool:
-    """Whether two looks found none: a look is no snapshot, and a child may get a pid that it has passed already."""
-    return not find() and not find()
 
 
 def _read(path: str) -> bytes:

@@ -12,11 +12,12 @@ import fcntl
 import json
 import os
 import re
+import signal
 import stat
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import FrameType
 from typing import Any
 
 from securerun.errors import PolicyError, PrivilegeError
@@ -39,7 +40,6 @@ _PARTIAL_NAME = re.compile(r"\.[0-9a-f]{12}\.json\.partial")
 # proc(5): starttime is field 22, and the first after the command is field 3.
 _START_TIME = 22 - 3
 _LOCK_SECONDS = 30.0
-_LOCK_INTERVAL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -256,28 +256,52 @@ def _has_inode(place: Path, inode: int) -> bool:
         return False
 
 
+class _TimeUp(Exception):
+    """The lock was not to be had in time."""
+
+
 def _lock(seconds: float) -> int:
-    deadline = time.monotonic() + seconds
-    while True:
-        directory = _open_directory()
-        if directory is not None and _locked(directory):
-            return directory
-        if time.monotonic() > deadline:
-            raise PrivilegeError(
-                f"another guard has held the lock on {DIRECTORY} for {seconds:.0f} s; "
-                f"find it with `fuser -v {DIRECTORY}`, then try again"
-            )
-        time.sleep(_LOCK_INTERVAL_SECONDS)
+    """The record directory, locked. Waits in the kernel's queue, so that none of many guards starves."""
+    try:
+        with _alarm(seconds):
+            while True:
+                directory = _open_directory()
+                if directory is not None and _locked(directory):
+                    return directory
+    except _TimeUp as error:
+        raise PrivilegeError(
+            f"another guard has held the lock on {DIRECTORY} for {seconds:.0f} s; "
+            f"find it with `fuser -v {DIRECTORY}`, then try again"
+        ) from error
 
 
 def _locked(directory: int) -> bool:
-    """Lock the directory without waiting; closes it where that fails."""
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Lock the directory; False, and closed, where its last user has removed it meanwhile."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
         if _is_current(directory):
             return True
+    except _TimeUp:
+        os.close(directory)
+        raise
     os.close(directory)
     return False
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise _TimeUp in the block after some time. Only the main thread can: guards and securerunctl have no other."""
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _open_directory() -> int | None:

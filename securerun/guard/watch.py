@@ -26,8 +26,9 @@ from securerun.guard.sockets import SocketsUnavailable
 # At most one line a source in this time, or a port scanner fills the job's log.
 _QUIET_SECONDS = 60.0
 _NOTICE_SECONDS = 1.0
-# Deleted rules are heard of at once where the tables are nf_tables; this is for those that are not.
-_REPAIR_SECONDS = 5.0
+# Rules that are deleted from nf_tables are heard of at once; from legacy tables they are not.
+_LOOK_FOR_CHAINS_SECONDS = 5.0
+_HEARD_CHAINS_SECONDS = 60.0
 # A flush is many deletions, and another firewall's reload fills what it flushed.
 _SETTLE_SECONDS = 0.05
 # What a failed job leaves behind often ends by itself within this; torch_shm_manager then removes its files.
@@ -77,7 +78,8 @@ class Watch:
         self._released = False
         self._poller = select.poll()
         self._listen_to()
-        self._repair = Chore(_REPAIR_SECONDS, self._repair_chains, time.monotonic() + _REPAIR_SECONDS)
+        seconds = _LOOK_FOR_CHAINS_SECONDS if self._deletions is None else _HEARD_CHAINS_SECONDS
+        self._repair = Chore(seconds, self._repair_chains, time.monotonic() + seconds)
         self._chores = [Chore(_NOTICE_SECONDS, self._notices.look), self._repair]
         self._exposure = open_exposure(lease)
         if self._exposure is not None:
@@ -114,7 +116,7 @@ class Watch:
         drops, deletions = self._lease.drops, self._deletions
         if drops is not None and drops.fileno() in ready:
             drops.read()
-        if deletions is not None and deletions.fileno() in ready and deletions.heard_in("filter"):
+        if deletions is not None and deletions.fileno() in ready and deletions.heard():
             self._repair.due = min(self._repair.due, time.monotonic() + _SETTLE_SECONDS)
 
     def _close_exposed(self) -> None:
@@ -185,7 +187,7 @@ def _listen_for_deletions(lease: Lease) -> Deletions | None:
     if lease.chains is None or lease.chains.backend != "iptables":
         return None
     try:
-        return Deletions()
+        return Deletions("filter", "INPUT", lease.policy.run_id)
     except OSError:
         return None
 
