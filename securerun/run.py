@@ -174,7 +174,7 @@ def _print_plan(launch: Launch) -> None:
     from securerun import words
 
     origin = "started by this process" if os.geteuid() == 0 else "needs root: run this as root"
-    print(words.plan(launch.job, launch.policy, launch.peers, launch.umask, launch.options.firewall, origin), end="")
+    print(words.plan(launch.job, launch.policy, launch.peers, launch.options, launch.umask, origin), end="")
 
 
 def _import_torch() -> Decorator:

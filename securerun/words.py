@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from securerun.firewall import iptables, shield
+from securerun.firewall import iptables, nftables, shield
 from securerun.firewall.iptables import Dispatcher
 from securerun.firewall.policy import Denial, Policy
 from securerun.guard.protocol import Guarding, Notice
 from securerun.job.launchers import Job
 from securerun.job.peers import Peers
+from securerun.options import Options
 
 _NETWORKS_NAMED = 4
 _DENIALS_NAMED = 10
+_SCOPES = {
+    "auto": "the shield on every socket of the job; where it cannot be had, each port as it appears",
+    "process": "the shield on every socket of the job, whatever its port",
+    "ports": "no shield; each port of the job as it appears, by the port chains",
+}
 _NOTHING_INSTALLED = Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
 
 
@@ -23,6 +29,8 @@ def start(policy: Policy, peers: Peers, guarding: Guarding, umask: int) -> Itera
     for layer in guarding.layers:
         what = "every TCP port of this job" if layer.backend == "shield" else f"TCP ports {_ports(policy)}"
         yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
+    if not any(layer.backend == "shield" for layer in guarding.layers):
+        yield f"{run}scope ports: every other port of this job is closed within 0.2 s of its appearing"
     for note in guarding.notes:
         yield f"{run}{note}"
 
@@ -50,14 +58,17 @@ def news(notice: Notice) -> Iterator[str]:
     yield from notice.words
 
 
-def plan(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, origin: str) -> str:
+def plan(job: Job, policy: Policy, peers: Peers, options: Options, umask: int, origin: str) -> str:
     """The whole plan of a launch for a person: what would listen, who may connect, and the text of each layer."""
-    sections = [*_summary(job, policy, peers, umask, firewall, origin)]
-    if firewall != "off":
+    sections = [*_summary(job, policy, peers, options, umask, origin)]
+    if options.firewall == "nftables":
+        sections += ["", "# nft -f", nftables.render(policy, None).rstrip()]
+    elif options.firewall != "off":
         for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore")):
             text = iptables.render_install(policy, version, _NOTHING_INSTALLED)
             sections += ["", f"# {command} --noflush   (the first run on a host)", text.rstrip()]
-    sections += ["", "# shield", shield.describe(policy).rstrip()]
+    if options.scope != "ports":
+        sections += ["", "# shield", shield.describe(policy).rstrip()]
     return "\n".join(sections) + "\n"
 
 
@@ -66,7 +77,7 @@ def unprotected() -> str:
     return "--unprotected: every TCP port of this job is open to every host; the umask is all that was set"
 
 
-def _summary(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, origin: str) -> Iterator[str]:
+def _summary(job: Job, policy: Policy, peers: Peers, options: Options, umask: int, origin: str) -> Iterator[str]:
     nodes = f"{job.min_nodes}" if job.min_nodes == job.max_nodes else f"{job.min_nodes} to {job.max_nodes}"
     meeting = f"{job.backend} at {job.endpoint}" if job.endpoint else job.backend
     yield _row("rendezvous", f"{meeting}; nodes: {nodes}; this is node {job.node_rank}")
@@ -75,7 +86,8 @@ def _summary(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, 
     for port in policy.ports:
         yield _row(label, f"{port!s:<12} {port.purpose}")
         label = ""
-    yield _row(label, f"{'any other':<12} chosen at random by gloo, NCCL or torch: closed by the shield")
+    closed = "closed when they appear" if options.scope == "ports" else "closed by the shield"
+    yield _row(label, f"{'any other':<12} chosen at random by gloo, NCCL or torch: {closed}")
     label = "peers"
     for network in policy.peers:
         yield _row(label, str(network))
@@ -85,8 +97,11 @@ def _summary(job: Job, policy: Policy, peers: Peers, umask: int, firewall: str, 
     yield _row("", f"named by {peers.source}")
     yield _row("interfaces", ", ".join(policy.interfaces) or "any")
     yield _row("umask", f"{umask:04o}")
-    yield _row("scope", "process: the shield is on every socket of the job, whatever its port")
-    chains = "none (--firewall off)" if firewall == "off" else f"{firewall}; peers get {_target(policy)}"
+    yield _row("scope", f"{options.scope}: {_SCOPES[options.scope]}")
+    yield _row("loopback", "only the job's own processes" if policy.close_loopback else "any process of this host")
+    chains = (
+        "none (--firewall off)" if options.firewall == "off" else f"{options.firewall}; peers get {_target(policy)}"
+    )
     yield _row("port chains", chains)
     yield _row("guard", origin)
 

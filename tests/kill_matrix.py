@@ -147,6 +147,7 @@ class Ground:
         self.node, self.peer, self.stranger = network
         self.network = network
         self.legacy = legacy
+        self.cgroups: set[Path] = set()
         if legacy:
             # A look at the legacy tables registers them, and that is not to count as left behind.
             for command in ("iptables-legacy", "ip6tables-legacy"):
@@ -199,6 +200,7 @@ class LightJob:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         self.cgroup = _cgroup_of_tester() / f"securerun-{self.run_id}"
+        ground.cgroups.add(self.cgroup)
 
     def __enter__(self) -> LightJob:
         return self
@@ -598,6 +600,9 @@ class Matrix:
             eventually(lambda: not ground.guards(), seconds=CLEAN_SECONDS)
             ground.reap()
         ground.network.close()
+        for cgroup in ground.cgroups:
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

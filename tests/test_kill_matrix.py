@@ -34,6 +34,8 @@ from kill_matrix import (
 )
 from probe import Probe, reach
 
+from securerun.guard import records
+
 SEED = 0
 # torch's own start, on a machine that does something else as well.
 LAUNCH_SECONDS = 60.0
@@ -98,6 +100,7 @@ class RealJob:
         assert met and not self._has_ended(), finish(self.launcher, timeout=0)
         self.guards = ground.guards()
         assert len(self.guards) == 1
+        (self.run_id,) = self._runs()
 
     def of_the_job(self) -> dict[int, str]:
         """What runs on the node but guards and the stranger's probe, by pid, with the command."""
@@ -110,6 +113,12 @@ class RealJob:
             self.launcher.pid
         }
 
+    def remains(self) -> list[str]:
+        """The guards, the record and the cgroup, as far as they are there."""
+        cgroups = machine_snapshot().cgroups or ()
+        left = [name for name in cgroups if name.endswith(f"securerun-{self.run_id}")]
+        return [*left, *(f"guard {pid}" for pid in self.ground.guards()), *(f"record {run}" for run in self._runs())]
+
     def kill(self, *pids: int) -> None:
         for pid in pids:
             send(self.node, pid, signal.SIGKILL)
@@ -117,6 +126,12 @@ class RealJob:
     def end(self) -> subprocess.CompletedProcess[str]:
         (self.place / "go on").touch()
         return finish(self.launcher)
+
+    def _runs(self) -> list[str]:
+        """The runs of this launcher that have a record."""
+        with records.host_lock() as directory:
+            found = records.read_all(directory)
+        return [record.run_id for record in found if record.launcher == self.launcher.pid]
 
     def _has_ended(self) -> bool:
         return self.launcher.poll() is not None
@@ -129,17 +144,9 @@ def ground(network: Network) -> Ground:
 
 def _require_gone_and_clean(job: RealJob, *, within: float) -> None:
     assert eventually(lambda: not job.of_the_job(), seconds=within), job.of_the_job()
-    assert eventually(lambda: not job.ground.guards() and _is_clean(job.ground), seconds=CLEAN_SECONDS), (
-        job.ground.guards(),
-        machine_snapshot(),
-        job.ground.look(),
-    )
-
-
-def _is_clean(ground: Ground) -> bool:
-    state = machine_snapshot()
-    is_free = not state.records and not any("securerun-" in cgroup for cgroup in state.cgroups or ())
-    return is_free and ground.look() == ground.before
+    if not eventually(lambda: not job.remains() and job.ground.look() == job.ground.before, seconds=CLEAN_SECONDS):
+        assert not job.remains()
+        assert job.ground.look() == job.ground.before
 
 
 def test_a_killed_launcher_leaves_no_worker_behind(ground: Ground, tmp_path: Path) -> None:

@@ -178,8 +178,8 @@ def test_variables_that_are_not_options_are_nothing_to_us() -> None:
     ("taken", "environment", "words"),
     [
         ({}, {"SECURERUN_ACCEPT": "maybe"}, ["SECURERUN_ACCEPT=maybe", "write 1, true"]),
-        ({}, {"SECURERUN_FIREWALL": "nft"}, ["SECURERUN_FIREWALL", "'nft'", "auto, iptables, off"]),
-        ({"firewall": "legacy"}, {}, ["--firewall", "'legacy'", "auto, iptables, off"]),
+        ({}, {"SECURERUN_FIREWALL": "nft"}, ["SECURERUN_FIREWALL", "'nft'", "auto, iptables, nftables, legacy, off"]),
+        ({"firewall": "ufw"}, {}, ["--firewall", "'ufw'", "auto, iptables, nftables, legacy, off"]),
     ],
 )
 def test_a_value_that_no_option_takes_is_named(
@@ -210,7 +210,7 @@ def test_a_value_that_no_option_takes_is_named(
         ('peers = ""\n', ["line 1", "peers"]),
         ("ports = [true]\n", ["line 1", "ports"]),
         ("ports = 7.5\n", ["line 1", "ports"]),
-        ('firewall = "nft"\n', ["line 1", "'nft'", "auto, iptables, off"]),
+        ('firewall = "nft"\n', ["line 1", "'nft'", "auto, iptables, nftables, legacy, off"]),
         ('firewall = ["off"]\n', ["line 1", "firewall"]),
     ],
 )
