@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
-from hosts import Network, eventually, machine_snapshot, require_root_and_tools
+from hosts import MachineState, Network, eventually, machine_snapshot, require_root_and_tools
 
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
@@ -36,14 +36,21 @@ def network() -> Iterator[Network]:
         yield hosts
 
 
+@pytest.fixture(scope="session")
+def machine_at_start() -> MachineState:
+    """What securerun had on this machine before the tests: runs of others, or remains of a session that was killed."""
+    return machine_snapshot()
+
+
 @pytest.fixture(autouse=True)
-def _nothing_of_securerun_is_left() -> Iterator[None]:
-    """No test begins before the guards of the one before are done, and none leaves a cgroup or a record."""
-    eventually(_is_clean, seconds=_GUARD_SECONDS)
+def _nothing_of_securerun_is_left(machine_at_start: MachineState) -> Iterator[None]:
+    """No test leaves a cgroup or a record; the next one begins when the guards of the one before are done."""
     yield
-    assert eventually(_is_clean, seconds=_GUARD_SECONDS), machine_snapshot()
+    assert eventually(lambda: _is_clean(machine_at_start), seconds=_GUARD_SECONDS), machine_snapshot()
 
 
-def _is_clean() -> bool:
-    state = machine_snapshot()
-    return state.records is None and not state.cgroups
+def _is_clean(before: MachineState) -> bool:
+    now = machine_snapshot()
+    return (now.cgroups or frozenset()) <= (before.cgroups or frozenset()) and (
+        now.records is None or (before.records is not None and now.records <= before.records)
+    )

@@ -102,7 +102,8 @@ class Lease:
         """Whether the launcher and all that came from it are gone."""
         if self.cgroup is not None:
             return not self.cgroup.populated()
-        return self.caller.has_ended() and not self._job.find()
+        # A look is no snapshot: a child may get a pid that the look has passed already, so look twice.
+        return self.caller.has_ended() and not self._job.find() and not self._job.find()
 
     def processes(self) -> frozenset[Process]:
         """What runs of the job: by its cgroup, or by run id and descent where it has none."""
