@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from securerun.firewall import nfnetlink
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.policy import Network, Policy, PortRange
+from securerun.firewall.policy import Policy
 
 CHAIN = "SECURERUN"
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -188,28 +188,28 @@ class IptablesChains:
 def _passes(policy: Policy, version: int) -> Iterator[str]:
     """The pass rules of one family, in an order that stays when each is inserted at position 1."""
     target = "ACCEPT" if policy.accept else "RETURN"
-    sources = [f"-s {network} " for network in reversed(_of_version(policy.peers, version))]
+    sources = [f"-s {network} " for network in reversed(policy.peers_of(version))]
     entries = [f"-i {interface} " for interface in reversed(policy.interfaces)] or [""]
     for source in sources:
         for entry in entries:
-            for ports in _port_matches(policy.ports):
+            for ports in _port_matches(policy):
                 yield f"{source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
 
 
 def _drops(policy: Policy, log_group: int | None) -> Iterator[str]:
     comment = _comment(policy.run_id)
-    for ports in _port_matches(policy.ports):
+    for ports in _port_matches(policy):
         if log_group is not None:
             limit = f"-m limit --limit {_LOGGED_A_SECOND}/sec --limit-burst {_LOGGED_A_SECOND}"
             yield f"{ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
         yield f"{ports} {comment} -j DROP"
 
 
-def _port_matches(ports: tuple[PortRange, ...]) -> Iterator[str]:
+def _port_matches(policy: Policy) -> Iterator[str]:
     """multiport matches for the union of the ranges, each within the slots that xt_multiport has."""
     match: list[str] = []
     slots = 0
-    for first, last in _union(ports):
+    for first, last in policy.joined_ports():
         needed = 1 if first == last else 2
         if slots + needed > _MULTIPORT_SLOTS:
             yield f"-p tcp -m multiport --dports {','.join(match)}"
@@ -218,20 +218,6 @@ def _port_matches(ports: tuple[PortRange, ...]) -> Iterator[str]:
         slots += needed
     if match:
         yield f"-p tcp -m multiport --dports {','.join(match)}"
-
-
-def _union(ports: Iterable[PortRange]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for first, last in sorted((port.first, port.last) for port in ports):
-        if joined and first <= joined[-1][1] + 1:
-            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
-        else:
-            joined.append((first, last))
-    return joined
-
-
-def _of_version(peers: tuple[Network, ...], version: int) -> list[Network]:
-    return [network for network in peers if network.version == version]
 
 
 def _comment(run_id: str) -> str:

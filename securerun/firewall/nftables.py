@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from securerun.firewall import nfnetlink
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.libnftables import Nftables, NftablesError
-from securerun.firewall.policy import Network, Policy, PortRange
+from securerun.firewall.policy import Network, Policy
 
 # "SRN!" as the two halves of a traffic class: no one sets it by chance.
 TOKEN = "5352:4e21"
@@ -149,9 +149,9 @@ class NftablesChains:
 
 
 def _sets(policy: Policy) -> Iterator[list[str]]:
-    yield _set("ports", "inet_service", (_range(first, last) for first, last in _union(policy.ports)))
+    yield _set("ports", "inet_service", (_range(first, last) for first, last in policy.joined_ports()))
     for version in (4, 6):
-        peers = _of_version(policy.peers, version)
+        peers = policy.peers_of(version)
         if peers:
             yield _set(f"peers{version}", f"ipv{version}_addr", (_shortest(peer) for peer in peers))
 
@@ -182,7 +182,7 @@ def _passes(policy: Policy) -> Iterator[str]:
     names = ", ".join(f'"{interface}"' for interface in policy.interfaces)
     entry = f"iifname {{ {names} }} " if names else ""
     for version, family in ((4, "ip"), (6, "ip6")):
-        if _of_version(policy.peers, version):
+        if policy.peers_of(version):
             yield f"{entry}tcp dport @ports {family} saddr @peers{version} meta priority set {TOKEN} accept"
 
 
@@ -195,23 +195,8 @@ def _drops(log_group: int | None) -> Iterator[str]:
     yield "tcp dport @ports counter drop"
 
 
-def _union(ports: Iterable[PortRange]) -> list[tuple[int, int]]:
-    """The ranges joined where they overlap: a set refuses two intervals that do."""
-    joined: list[tuple[int, int]] = []
-    for first, last in sorted((port.first, port.last) for port in ports):
-        if joined and first <= joined[-1][1] + 1:
-            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
-        else:
-            joined.append((first, last))
-    return joined
-
-
 def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _of_version(peers: tuple[Network, ...], version: int) -> list[Network]:
-    return [network for network in peers if network.version == version]
 
 
 def _shortest(network: Network) -> str:

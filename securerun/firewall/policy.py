@@ -87,6 +87,20 @@ class Policy:
         if self.peers != collapse(self.peers):
             raise PolicyError("the peers overlap or are not in order; collapse them first")
 
+    def peers_of(self, version: int) -> list[Network]:
+        """The peers of one IP version, 4 or 6."""
+        return [network for network in self.peers if network.version == version]
+
+    def joined_ports(self) -> list[tuple[int, int]]:
+        """The port plan as first and last ports, ascending, joined where ranges overlap or touch."""
+        joined: list[tuple[int, int]] = []
+        for first, last in sorted((port.first, port.last) for port in self.ports):
+            if joined and first <= joined[-1][1] + 1:
+                joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+            else:
+                joined.append((first, last))
+        return joined
+
 
 def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
     """The fewest networks that hold the same addresses, IPv4 before IPv6, each in ascending order.

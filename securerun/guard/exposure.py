@@ -70,15 +70,10 @@ class Exposure:
 
 
 def open_exposure(lease: Lease) -> Exposure | None:
-    """The look-out of a lease; None, for a lease that has a shield, where the kernel has no sock_diag.
-
-    Raises SocketsUnavailable in scope `ports`, which is nothing without it.
-    """
+    """The look-out of a lease; None where the kernel has no sock_diag, and scope `ports` is refused from the start."""
     try:
         return Exposure(lease)
     except SocketsUnavailable:
-        if lease.shield is None:
-            raise
         return None
 
 

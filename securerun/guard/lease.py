@@ -33,6 +33,7 @@ from securerun.guard.cgroup import (
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
+from securerun.guard.sockets import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8
 _LAST_LOG_GROUP = 65535
@@ -158,11 +159,23 @@ def acquire(order: Order, caller: Caller) -> Lease:
                 f"the job cannot be guarded: {'; '.join(lease.notes)}. Run as root, or with CAP_BPF, CAP_NET_ADMIN and "
                 "a writable cgroup file system; --unprotected starts it open to everyone"
             )
+        if lease.shield is None:
+            _require_sight_of_listeners()
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended():
             raise PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
         undo.pop_all()
     return lease
+
+
+def _require_sight_of_listeners() -> None:
+    """Scope `ports` closes what it sees; where the kernel does not tell who listens, it would close nothing."""
+    try:
+        SocketDiagnosis().close()
+    except SocketsUnavailable as error:
+        raise PrivilegeError(
+            f"the job cannot be guarded: no shield, and no sight of its ports ({error}); `modprobe tcp_diag inet_diag`"
+        ) from error
 
 
 def _begin(lease: Lease) -> None:

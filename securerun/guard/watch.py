@@ -6,17 +6,20 @@ chores that have to look from time to time.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import signal
 import time
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
-from securerun.errors import PrivilegeError
+from securerun.errors import SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.nfnetlink import Deletions
 from securerun.firewall.policy import Address, Denial
+from securerun.firewall.shield import ShieldUnavailable
 from securerun.guard import processes
+from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.processes import Process
@@ -39,6 +42,8 @@ _EXPOSURE_SECONDS = 1.0
 _SOON_SECONDS = 0.05
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
 _LOOK_SECONDS = 0.05
+
+_EXPECTED = (SecurerunError, PortChainsUnavailable, ShieldUnavailable, SocketsUnavailable, CgroupUnavailable, OSError)
 
 Send = Callable[[Message], None]
 Log = Callable[[str], None]
@@ -76,6 +81,7 @@ class Watch:
         self._notices = Notices(lease, send)
         self._ending: Ending | None = None
         self._released = False
+        self._complaints: set[str] = set()
         self._poller = select.poll()
         self._listen_to()
         seconds = _LOOK_FOR_CHAINS_SECONDS if self._deletions is None else _HEARD_CHAINS_SECONDS
@@ -96,7 +102,7 @@ class Watch:
             if not self._released:
                 self._hear(ready)
             if self._ending is not None:
-                self._ending.go_on()
+                self._attempt(self._ending.go_on)
 
     def _listen_to(self) -> None:
         lease = self._lease
@@ -123,10 +129,7 @@ class Watch:
         """Close, by the port chains, listeners of the job that no layer covers."""
         if self._exposure is None:
             return
-        try:
-            words = self._exposure.close()
-        except (SocketsUnavailable, PortChainsUnavailable, PrivilegeError) as error:
-            words = (f"a port of the job may be open: {error}",)
+        words = self._exposure.close()
         for line in words:
             self._log(f"run {self._lease.policy.run_id}: {line}")
         if words:
@@ -135,13 +138,9 @@ class Watch:
     def _repair_chains(self) -> None:
         """Put the port chains back if somebody flushed them away."""
         run = f"run {self._lease.policy.run_id}"
-        try:
-            if self._lease.chains_stand():
-                return
-            self._lease.restore_chains()
-        except (PortChainsUnavailable, PrivilegeError) as error:
-            self._log(f"{run}: the port chains cannot be looked after: {error}")
+        if self._lease.chains_stand():
             return
+        self._lease.restore_chains()
         self._log(f"{run}: the port chains were flushed away and are back")
         self._send(Notice(words=("somebody flushed the port chains away; they are back",)))
 
@@ -149,7 +148,7 @@ class Watch:
         """Notice when the launcher lets the job go, closes its end, or is gone."""
         message = self._read_order() if self._orders.descriptor in ready else None
         if isinstance(message, Release):
-            self._send(Released(self._lease.denied()))
+            self._send(Released(self._notices.denied()))
             self._release(message.failed)
         elif self._orders.ended or self._lease.caller.pidfd in ready or self._lease.caller.has_ended():
             self._release(failed=True)
@@ -170,7 +169,7 @@ class Watch:
         if failed:
             self._ending = Ending(self._lease)
             self._chores.append(Chore(_ENDING_SECONDS, lambda: None))
-        self._lease.write(draining=True)
+        self._attempt(lambda: self._lease.write(draining=True))
 
     def _milliseconds_to_wait(self) -> float:
         return max(0.0, min(chore.due for chore in self._chores) - time.monotonic()) * 1000
@@ -178,8 +177,19 @@ class Watch:
     def _do_chores(self) -> None:
         for chore in self._chores:
             if chore.due <= time.monotonic():
-                chore.do()
+                self._attempt(chore.do)
                 chore.due = time.monotonic() + chore.seconds
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """A full disk or a table that cannot be read must not take the guard, and the clean-up, away."""
+        try:
+            work()
+        except _EXPECTED as error:
+            words = f"a part of the guard's work fails: {error}"
+            if words not in self._complaints:
+                self._complaints.add(words)
+                self._log(f"run {self._lease.policy.run_id}: {words}")
+                self._send(Notice(words=(words,)))
 
 
 def _listen_for_deletions(lease: Lease) -> Deletions | None:
@@ -201,6 +211,12 @@ class Notices:
         self._send = send
         self._known: tuple[Denial, ...] = ()
         self._told: dict[Address, float] = {}
+
+    def denied(self) -> tuple[Denial, ...]:
+        """Who was turned away, as far as can be read; else what was known last."""
+        with contextlib.suppress(*_EXPECTED):
+            return self._lease.denied()
+        return self._known
 
     def look(self) -> None:
         """Tell what is new, at most once a minute a source."""
