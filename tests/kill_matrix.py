@@ -261,6 +261,12 @@ class LightJob:
             return document
         return None
 
+    def layers(self) -> set[str]:
+        """The layers that the record names, while the guard that it names lives."""
+        record = self.record()
+        is_held = record is not None and is_alive(record["guard"])
+        return {layer["backend"] for layer in record["layers"]} if record and is_held else set()
+
     def recorded_guard(self) -> int | None:
         """The guard that the record names."""
         record = self.record()
@@ -412,10 +418,12 @@ def _require_guarded(job: LightJob, ground: Ground, cell: Cell) -> None:
         job.wait_for("guarded")
     else:
         _require_takeover(job, cell)
-    record = job.record()
-    layers = {layer["backend"] for layer in record["layers"]} if record else set()
-    _require(layers == {"shield", cell.backend} - {"off"}, f"layers that stand: {layers}; {job.errors()}")
-    _require((ground.look() != ground.before) == (cell.backend != "off"), "the port chains are gone")
+    wanted = {"shield", cell.backend} - {"off"}
+    # Where the blow landed late, the guard had answered already and another is still at it.
+    _require(
+        eventually(lambda: job.layers() == wanted and (ground.look() != ground.before) == (cell.backend != "off")),
+        f"layers that stand: {job.layers()}, port chains: {[*_differences(ground.before, ground.look())]}; {job.errors()}",
+    )
     if cell.moment == "training":
         targets = ground.node.targets()
         _require(len(targets) >= CHILDREN, f"listeners: {targets}")

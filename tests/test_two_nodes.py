@@ -56,13 +56,13 @@ def _ports(endpoints: set[tuple[str, int]]) -> set[int]:
     return {port for _, port in endpoints}
 
 
-@pytest.fixture(params=["static", "c10d"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def test_stranger_cannot_reach_any_port_during_training(network: Network, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [("static", "iptables"), ("c10d", "iptables"), ("static", "nftables"), ("c10d", "legacy")],
+)
+def test_stranger_cannot_reach_any_port_during_training(network: Network, kind: str, backend: str) -> None:
     node0, node1, stranger = network
+    launcher = [jobs.SECURERUN, "--firewall", backend, *_peers(node0, node1)]
     for node in (node0, node1):
         for rule in _FOREIGN_RULES:
             node.run(rule, check=True)
@@ -71,7 +71,7 @@ def test_stranger_cannot_reach_any_port_during_training(network: Network, kind: 
         Probe(stranger, node0) as at_node0,
         Probe(stranger, node1) as at_node1,
     ):
-        started = jobs.start_on_both((node0, node1), kind, launcher=[jobs.SECURERUN, *_peers(node0, node1)])
+        started = jobs.start_on_both((node0, node1), kind, launcher=launcher)
         done = finish_all(started, timeout=120)
     assert [node.returncode for node in done] == [0, 0], done
     assert jobs.last_loss(done[0].stdout) < 0.35
@@ -82,10 +82,10 @@ def test_stranger_cannot_reach_any_port_during_training(network: Network, kind: 
         assert len(_ports(probe.tried)) >= 8
     assert jobs.PORT in _ports(at_node0.tried)
     assert {address for address, _ in at_node0.tried} == set(node0.addresses)
-    for launcher in done:
-        assert "closed to all others by shield" in launcher.stderr
-        assert "closed to all others by iptables" in launcher.stderr
-        assert f"blocked {stranger.ipv4} → " in launcher.stderr
+    for node_done in done:
+        assert "closed to all others by shield" in node_done.stderr
+        assert f"closed to all others by {backend}" in node_done.stderr
+        assert f"blocked {stranger.ipv4} → " in node_done.stderr
 
 
 def test_torchrun_lets_the_stranger_in_where_securerun_does_not(network: Network) -> None:
