@@ -162,11 +162,11 @@ def test_a_snapshot_shows_a_rule_and_no_counters(network: Network) -> None:
     assert node1.snapshot() == before
 
 
-def test_a_snapshot_of_the_machine_shows_a_control_group(network: Network) -> None:
+def test_a_snapshot_of_the_machine_shows_a_control_group_of_securerun(network: Network) -> None:
     mount = cgroup2_mount()
     if mount is None:
         pytest.skip("no cgroup2 is mounted")
-    group = mount / network.namespaces[0]  # a name that nobody else has
+    group = mount / f"securerun-{network.namespaces[0]}"  # a name that nobody else has
     group.mkdir()
     try:
         assert group.name in (machine_snapshot().cgroups or ())

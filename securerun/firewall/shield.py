@@ -881,9 +881,11 @@ def _send_from_within(cgroup: int) -> int:
         if not child:
             near.close()
             _answer_and_exit(cgroup, far)
+        # Held here too, it would hide the child's death: a batch system kills all of a cgroup, this child included.
+        far.close()
         answer = _answer_of(child, near)
     if len(answer) != _ANSWER.size:
-        raise ShieldUnavailable(f"the self-test gave no answer within {_LONGEST_SEND_SECONDS:g} s")
+        raise ShieldUnavailable(f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s")
     not_entered, not_sent = _ANSWER.unpack(answer)
     if not_entered:
         raise ShieldUnavailable(f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}")
