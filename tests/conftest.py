@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
-from hosts import MachineState, Network, eventually, machine_snapshot, require_root_and_tools
+from hosts import MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
 
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
 
 
 def pytest_configure() -> None:
+    hear_signals()
     signal.signal(signal.SIGTERM, _stop)
 
 

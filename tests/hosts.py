@@ -51,6 +51,13 @@ _FOREIGN_VARIABLE = re.compile(
 _numbers = itertools.count()
 
 
+def hear_signals() -> None:
+    """Take back what the tester's own launch ignores (nohup, a script's `&`): the jobs of the tests inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Network:
     """Hosts on one bridge; a context manager, and an iterator over its hosts in the order they were named."""
 

@@ -43,7 +43,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from hosts import NAMESPACES, RECORDS, Host, Network, cgroup2_mount, eventually, is_alive
+from hosts import NAMESPACES, RECORDS, Host, Network, cgroup2_mount, eventually, hear_signals, is_alive
 from probe import Probe, reach
 
 VICTIMS = ("launcher", "guard", "both", "worker", "group", "cgroup")
@@ -617,6 +617,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cells:
         print(f"no cell matches {options.only!r}; --list shows them all", file=sys.stderr)
         return 2
+    hear_signals()
     signal.signal(signal.SIGTERM, _unwind)
     sys.setswitchinterval(0.0005)  # blows are to land when they are struck
     begun = time.monotonic()
