@@ -136,6 +136,21 @@ OPTIONS: tuple[Option, ...] = (
         example="--umask 0027",
     ),
     Option(
+        "run-as",
+        "For root: become this user, with his groups and no privilege, before torch is imported; the guard stays "
+        "root's.",
+        metavar="USER",
+        example="--run-as USER",
+    ),
+    Option(
+        "launcher",
+        "Which command of torch's this stands in for: `torchrun`, or `torch_npu_run` for Ascend NPUs; `auto` is "
+        "torch_npu_run where its rendezvous backend `parallel` or --enable_tiered_parallel_tcpstore is asked for.",
+        metavar="COMMAND",
+        choices=("auto", "torchrun", "torch_npu_run"),
+        example="--launcher auto",
+    ),
+    Option(
         "accept",
         "Let peers past the rest of the host's firewall (ACCEPT), instead of handing them on to its own rules.",
     ),
@@ -170,6 +185,9 @@ class Options:
     grace_source: str = "--grace"
     umask: str = "0027"
     umask_source: str = "--umask"
+    run_as: str | None = None
+    run_as_source: str = "--run-as"
+    launcher: str = "auto"
     accept: bool = False
     unprotected: bool = False
     dry_run: bool = False
@@ -212,6 +230,22 @@ def take(arguments: Sequence[str], values_of: Arity) -> tuple[dict[str, Value], 
             raise UsageError(f"{option.flag} needs a value: write {option.example}")
         taken[option.key] = attached
     return taken, [*rest, *arguments[position:]]
+
+
+def take_early(arguments: Sequence[str], key: str) -> dict[str, Value]:
+    """One option's value, as far as can be told without torch's parser: `take` has the last word on it.
+
+    Where it stands may be a matter of torch's options, so this looks as far as the script can be, which is `--`.
+    """
+    option = next(option for option in OPTIONS if option.key == key)
+    before = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for position, argument in enumerate(before):
+        spelling, equals, attached = argument.partition("=")
+        if spelling in option.spellings:
+            following = before[position + 1] if position + 1 < len(before) else ""
+            value = attached if equals else following
+            return {key: value} if value and not value.startswith("-") else {}
+    return {}
 
 
 def resolve(taken: Mapping[str, Value], environment: Mapping[str, str], config_path: Path = SITE_CONFIG) -> Options:

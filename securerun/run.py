@@ -6,7 +6,6 @@ first socket opens until its last process has gone.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import secrets
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Callable
 from securerun.errors import SecurerunError, UsageError
 from securerun.firewall.policy import Policy
 from securerun.guard.client import Guard
-from securerun.guard.protocol import Notice, Order
+from securerun.guard.protocol import Notice, Order, printable
 from securerun.host import interfaces, system, umask
 
 if TYPE_CHECKING:
-    from securerun.job.launchers import Job
+    from securerun.job.launchers import Command, Job, Launcher
     from securerun.job.peers import Peers
     from securerun.options import Options
 
@@ -39,7 +38,7 @@ _HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 class Launch:
     """One launch, understood: what torch will run, what the user asked of securerun, and the policy of both."""
 
-    namespace: argparse.Namespace
+    command: Command
     options: Options
     job: Job
     peers: Peers
@@ -60,42 +59,58 @@ def main(args: Sequence[str] | None = None) -> None:
         system.require_supported()
         umask.tighten(f"{umask.LEAST:04o}")
         guard = None if _NEED_NO_GUARD.intersection(arguments) else Guard()
+        user = _become_user(arguments)
         record = _import_torch()
-    record(_launch)(arguments, guard, as_command)
+    record(_launch)(arguments, guard, as_command, user)
     if as_command:
         _exit_quickly()
 
 
-def _launch(arguments: Sequence[str], guard: Guard | None, as_command: bool) -> None:
+def _launch(arguments: Sequence[str], guard: Guard | None, as_command: bool, user: str | None) -> None:
     """All that torchrun does inside its one `@record`, so that errors leave the same error files."""
-    from torch.distributed import run as torchrun
-
     with _spoken_errors():
         launch = _understand(arguments, as_command)
+        if launch.options.run_as != user:
+            raise UsageError(f"--run-as {user}: is it securerun's option or the script's? Write `--` before the script")
         if launch.options.dry_run:
             _print_plan(launch)
             return
-        for warning in launch.peers.warnings:
+        for warning in (*launch.peers.warnings, *_warnings_of_root()):
             _say(warning)
         with _unprotected() if launch.options.unprotected else _guarded(guard or Guard(), launch):
-            torchrun.run(launch.namespace)
+            launch.command.run()
+
+
+def _become_user(arguments: Sequence[str]) -> str | None:
+    """Be the user that --run-as names, before torch, which is not root's business, is imported."""
+    from securerun import options
+    from securerun.host import account
+
+    asked = options.resolve(options.take_early(arguments, "run_as"), os.environ)
+    if asked.run_as is not None:
+        account.become(account.find_account(asked.run_as, asked.run_as_source))
+    return asked.run_as
+
+
+def _warnings_of_root() -> Iterator[str]:
+    if os.geteuid() == 0:
+        yield "running as root, and so are the workers; --run-as USER has them run as an ordinary user"
 
 
 def _understand(arguments: Sequence[str], as_command: bool) -> Launch:
     """Arguments → job → policy. Any doubt is an error here, before anything was started."""
-    from torch.distributed.run import get_args_parser
-
     from securerun import options
     from securerun.job import launchers, peers, ports
 
-    parser = get_args_parser()
+    parser = launchers.parser_of_all()
     taken, rest = options.take(arguments, launchers.values_of(parser))
-    if as_command:
-        sys.argv[1:] = rest
-    namespace = _parse(parser, rest)
     asked = options.resolve(taken, os.environ)
+    with _without_collecting():  # of torch_npu
+        command = _parse(launchers.choose(asked.launcher, parser, rest), rest)
+    if as_command:
+        sys.argv[1:] = command.arguments
     mask = umask.tighten(asked.umask, asked.umask_source)
-    job = launchers.describe_job(namespace)
+    job = launchers.describe_job(command.namespace)
     entered = interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
     planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source)
     found = peers.find_peers(asked, job)
@@ -103,15 +118,15 @@ def _understand(arguments: Sequence[str], as_command: bool) -> Launch:
         secrets.token_hex(6), planned, found.networks, entered, asked.accept, close_loopback=asked.loopback == "job"
     )
     grace = options.seconds(asked.grace, asked.grace_source)
-    return Launch(namespace, asked, job, found, policy, mask, grace)
+    return Launch(command, asked, job, found, policy, mask, grace)
 
 
-def _parse(parser: argparse.ArgumentParser, rest: Sequence[str]) -> argparse.Namespace:
-    """torch's own parser on torch's own part; its help is followed by ours."""
+def _parse(launcher: Launcher, rest: Sequence[str]) -> Command:
+    """The launcher's own parser on its own part; its help is followed by ours."""
     from securerun import options
 
     try:
-        return parser.parse_args(rest)
+        return launcher.parse(rest)
     except SystemExit as done:
         if not done.code:
             print("\n" + options.help_text(), end="")
@@ -124,9 +139,9 @@ def _guarded(guard: Guard, launch: Launch) -> Iterator[None]:
     from securerun import words
 
     policy, asked = launch.policy, launch.options
-    command = " ".join(launch.job.command)[:1000]
+    command = printable(" ".join(launch.job.command)[:1000])
     guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _tell)
-    for line in words.start(policy, launch.peers, guarding, launch.umask):
+    for line in words.start(policy, launch.peers, guarding, launch.umask, guard.way):
         _say(line)
     failed = True
     try:
@@ -172,30 +187,45 @@ def _say_farewell(guard: Guard, policy: Policy, failed: bool) -> None:
 
 def _print_plan(launch: Launch) -> None:
     from securerun import words
+    from securerun.guard import cgroup, ways
 
-    origin = "started by this process" if os.geteuid() == 0 else "needs root: run this as root"
+    obstacles = {way.name: way.obstacle for way in ways.ways()}
+    origin = words.origin(obstacles, may_leave=cgroup.may_leave_shared_cgroups())
     print(words.plan(launch.job, launch.policy, launch.peers, launch.options, launch.umask, origin), end="")
 
 
 def _import_torch() -> Decorator:
-    """Import torch's launcher; returns its `record`.
-
-    Importing makes hundreds of thousands of objects that stay. To look for garbage among them, now or at the exit,
-    costs time and finds nothing.
-    """
-    gc.disable()
+    """Import torch's launcher; returns its `record`."""
     try:
-        import torch.distributed.run  # noqa: F401
-        from torch.distributed.elastic.multiprocessing.errors import record
+        with _without_collecting():
+            import torch.distributed.run  # noqa: F401
+            from torch.distributed.elastic.multiprocessing.errors import record
     except ModuleNotFoundError as error:
         raise UsageError(
             f"{sys.executable} has no module {error.name}; install torch there: pip install torch"
         ) from error
+    except RuntimeError as error:
+        # torch loads what is installed for a device (torch/__init__.py, _import_device_backends): torch_npu needs CANN.
+        raise UsageError(
+            f"torch cannot be imported: {error} ({error.__cause__}); if it is torch_npu, run `source set_env.sh` in "
+            "the directory where CANN is installed, then this again"
+        ) from error
+    decorator: Decorator = record
+    return decorator
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """For imports: they make hundreds of thousands of objects that stay.
+
+    To look for garbage among them, now or at the exit, costs time and finds nothing.
+    """
+    gc.disable()
+    try:
+        yield
     finally:
         gc.enable()
     gc.freeze()
-    decorator: Decorator = record
-    return decorator
 
 
 def _exit_quickly() -> None:
@@ -222,4 +252,5 @@ def _spoken_errors() -> Iterator[None]:
 
 
 def _say(words: str) -> None:
-    print(f"securerun: {words}", file=sys.stderr, flush=True)
+    for line in words.splitlines():
+        print(f"securerun: {line}", file=sys.stderr, flush=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from securerun.firewall import iptables, nftables, shield
 from securerun.firewall.iptables import Dispatcher
 from securerun.firewall.policy import Denial, Policy
 from securerun.guard.protocol import Guarding, Notice
+from securerun.guard.ways import DIRECTLY
 from securerun.job.launchers import Job
 from securerun.job.peers import Peers
 from securerun.options import Options
@@ -22,10 +23,10 @@ _SCOPES = {
 _NOTHING_INSTALLED = Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
 
 
-def start(policy: Policy, peers: Peers, guarding: Guarding, umask: int) -> Iterator[str]:
+def start(policy: Policy, peers: Peers, guarding: Guarding, umask: int, way: str) -> Iterator[str]:
     """What is closed, by what, and to whom it is open."""
     run = f"run {policy.run_id}: "
-    yield f"{run}open to {_open_to(policy, peers)}; umask {umask:04o}"
+    yield f"{run}open to {_open_to(policy, peers)}; umask {umask:04o}; guard started {way}"
     for layer in guarding.layers:
         what = "every TCP port of this job" if layer.backend == "shield" else f"TCP ports {_ports(policy)}"
         yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
@@ -70,6 +71,15 @@ def plan(job: Job, policy: Policy, peers: Peers, options: Options, umask: int, o
     if options.scope != "ports":
         sections += ["", "# shield", shield.describe(policy).rstrip()]
     return "\n".join(sections) + "\n"
+
+
+def origin(obstacles: Mapping[str, str], *, may_leave: bool) -> str:
+    """Where the guard of a launch comes from. obstacles: why each way cannot be tried, "" if it can."""
+    way = next((way for way, obstacle in obstacles.items() if not obstacle), None)
+    if way is None:
+        return f"none to be had: {'; '.join(obstacles.values())}"
+    stays = way == DIRECTLY and not may_leave
+    return f"started {way}" + ("; it cannot leave this cgroup, and is ended with it by a batch system" if stays else "")
 
 
 def unprotected() -> str:

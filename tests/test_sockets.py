@@ -249,7 +249,7 @@ def test_a_kernel_that_does_not_tell_the_cgroup_accuses_nobody(
     answers = iter([[answer + struct.pack("=I", 77)], []])
     monkeypatch.setattr(sockets, "read_dump", lambda _: (next(answers), False))
     found = diagnosis.listeners()
-    assert found == (Listener(ipaddress.ip_address("0.0.0.0"), 6000, 77, None),)  # noqa: S104
+    assert found == (Listener(ipaddress.ip_address("0.0.0.0"), 6000, 0, 77, None),)  # noqa: S104
     assert sockets.held(found, {77: 1}) == found
     assert sockets.outside(found, {77: 1}, {5}) == ()
 

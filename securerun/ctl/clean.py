@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from securerun.ctl.status import open_records, printable, user_name
+from securerun.ctl.status import open_records, user_name
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import reaper, records
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
+from securerun.guard.protocol import printable
 from securerun.guard.records import Record
 
 # Tables of nftables go with the guard that owns them.

@@ -20,7 +20,7 @@ from typing import Any, Callable
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
 from securerun.guard import records
-from securerun.guard.protocol import denial_document, layer_document, policy_document
+from securerun.guard.protocol import denial_document, layer_document, policy_document, printable
 from securerun.guard.records import Record
 
 _NO_RUNS = "no runs on this host"
@@ -104,13 +104,6 @@ def user_name(user: int) -> str:
         return pwd.getpwuid(user).pw_name
     except (KeyError, OverflowError):
         return str(user)
-
-
-def printable(text: str) -> str:
-    """Text that somebody else wrote, without what would steer the reader's terminal."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
 
 
 def _json_lines(indent: int | None = None) -> Iterator[str]:

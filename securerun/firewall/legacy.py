@@ -40,6 +40,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Protocol
 
+from securerun import packages
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.iptables import CHAIN, Dispatcher, kernel_speaks_ipv6, render_install
 from securerun.firewall.policy import Policy
@@ -439,7 +440,7 @@ def _load() -> ModuleType:
     """
     if "iptc" in sys.modules:
         return sys.modules["iptc"]
-    directory = next((path for path in _package_directories() if (path / "iptc" / "__init__.py").is_file()), None)
+    directory = next((path for path in packages.directories() if (path / "iptc" / "__init__.py").is_file()), None)
     if directory is None:
         raise PortChainsUnavailable(f"no python-iptables for {sys.executable}; {_REMEDY}")
     sys.modules["iptc.util"] = _stand_in(directory)
@@ -461,18 +462,6 @@ def _forget() -> None:
     """A half-loaded python-iptables must not look like a loaded one."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "iptc"]:
         del sys.modules[name]
-
-
-def _package_directories() -> Iterator[Path]:
-    # Before Python 3.14 it takes `site` to make sys.prefix the virtual environment's.
-    environment = Path(sys.executable).parent.parent
-    if (environment / "pyvenv.cfg").is_file():
-        yield Path(sysconfig.get_path("platlib", "posix_prefix", {"platbase": str(environment)}))
-        return
-    yield Path(sysconfig.get_path("platlib"))
-    # Debian's own package python3-iptables.
-    if "deb_system" in sysconfig.get_scheme_names():
-        yield Path(sysconfig.get_path("platlib", "deb_system"))
 
 
 def _stand_in(directory: Path) -> ModuleType:

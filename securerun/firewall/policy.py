@@ -106,6 +106,7 @@ def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
     """The fewest networks that hold the same addresses, IPv4 before IPv6, each in ascending order.
 
     IPv4 addresses written as IPv6 (::ffff:a.b.c.d, RFC 4291 2.5.5.2) become IPv4: that is what is on the wire.
+    Raises PolicyError for a network with a scope id: Python takes any text for one, and no firewall knows them.
     """
     v4: list[ipaddress.IPv4Network] = []
     v6: list[ipaddress.IPv6Network] = []
@@ -113,6 +114,8 @@ def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
         if isinstance(network, ipaddress.IPv4Network):
             v4.append(network)
             continue
+        if network.network_address.scope_id is not None:
+            raise PolicyError(f"{str(network)!r} has a scope id, which no firewall knows; write it without")
         mapped = network.network_address.ipv4_mapped
         if mapped is not None and network.prefixlen >= 96:
             v4.append(ipaddress.IPv4Network((mapped, network.prefixlen - 96)))

@@ -1,29 +1,43 @@
-"""Whoever started this guard: found by ancestry, held by pidfd, never named by the orders."""
+"""Whoever this guard serves: proven by ancestry or by the kernel's word on a socket, never named by the orders.
+
+A process id alone proves nothing, since it is used again. So the process is first held by pidfd; only then is it
+asked who it is, and whether it is still where it was found.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from pathlib import Path
+from typing import Callable
 
 from securerun.errors import PrivilegeError
 from securerun.guard import records
+
+ROOT = 0
+SUDO_USER_VARIABLE = "SUDO_UID"  # set by sudo itself, sudo(8)
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
+_SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h, kernel 6.5
+_SUDO = "sudo"
 
 
 class Caller:
     """The process that the guard serves.
 
-    pid, start: which process (proc(5): start time in clock ticks since boot). user: its real user id.
-    pidfd: readable once it has ended; None before kernel 5.3, where its start time tells.
+    pid, start: which process (proc(5): start time in clock ticks since boot). user: its user id, real, effective
+    and saved. groups: the ids of its groups. pidfd: readable once it has ended; None before kernel 5.3, where its
+    start time tells.
 
-    Raises PrivilegeError when the process ended before it could be held.
+    Raises PrivilegeError when the process ended before it could be held, or is of two users at once.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, pidfd: int | None = None) -> None:
         self.pid = pid
-        self.pidfd = _pidfd(pid)
+        self.pidfd = _pidfd(pid) if pidfd is None else pidfd
         try:
             self.start = records.start_time(pid)
-            self.user = Path(f"/proc/{pid}").stat().st_uid
+            self.user, self.groups = _identity(pid)
         except OSError as error:
             raise PrivilegeError(f"process {pid}, which started the guard, has ended") from error
 
@@ -31,13 +45,128 @@ class Caller:
         """Whether the process is gone, or is no longer the one that this guard began to serve."""
         return not records.is_running(self.pid, self.start)
 
+    def identify_again(self) -> None:
+        """Take note of root having become an ordinary user meanwhile (`--run-as`). There is no other change.
 
-def find_caller() -> Caller:
-    """The parent of this process. Raises PrivilegeError when it ended meanwhile."""
-    caller = Caller(os.getppid())
-    if os.getppid() != caller.pid:
-        raise PrivilegeError(f"process {caller.pid}, which started the guard, has ended")
+        Raises PrivilegeError for one: who began as an ordinary user must not order as another, by starting a
+        set-user-id program in the same process.
+        """
+        before = self.user
+        try:
+            self.user, self.groups = _identity(self.pid)
+        except OSError as error:
+            raise PrivilegeError(f"process {self.pid}, which started the guard, has ended") from error
+        if self.has_ended():
+            raise PrivilegeError(f"process {self.pid}, which started the guard, has ended")
+        if before not in (ROOT, self.user):
+            raise PrivilegeError(f"process {self.pid} began as user {before} and is user {self.user} now")
+
+    def require_same_network(self) -> None:
+        """Raises PrivilegeError when the process is in another network namespace: rules made here would miss it."""
+        try:
+            theirs = Path(f"/proc/{self.pid}/ns/net").stat().st_ino
+        except OSError as error:
+            raise PrivilegeError(f"the network namespace of process {self.pid} cannot be seen: {error}") from error
+        if theirs != records.namespace("net"):
+            raise PrivilegeError(
+                f"process {self.pid} is in another network namespace than its guard, which cannot close its ports from "
+                "there; start the guard in the job's own (as root in the container, or through sudo)"
+            )
+
+
+def find_ancestor() -> Caller:
+    """Whoever started this guard: its parent or, started by sudo, the parent of sudo.
+
+    Raises PrivilegeError when that is not the user that sudo names, or it ended meanwhile.
+    """
+    user = _sudo_user()
+    find = os.getppid if user is None else _parent_of_sudo
+    caller = _held(find)
+    if user is not None and caller.user != user:
+        raise PrivilegeError(
+            f"sudo was started by user {user}, and process {caller.pid} above it is user {caller.user}'s"
+        )
     return caller
+
+
+def find_peer(connection: int) -> Caller:
+    """Whoever connected to this socket, as the kernel noted at that moment (unix(7), SO_PEERCRED).
+
+    Raises PrivilegeError when that process has ended, or its id belongs to another user by now; and when the guard
+    was started by sudo, whose caller could hand it a socket to which somebody else connected.
+    """
+    if SUDO_USER_VARIABLE in os.environ:
+        raise PrivilegeError("a guard that sudo starts takes no socket; start securerun-guard without arguments")
+    try:
+        with socket.socket(fileno=os.dup(connection)) as end:
+            if end.family != socket.AF_UNIX:
+                raise PrivilegeError("the guard's standard input is a socket of a network; only AF_UNIX names its peer")
+            pid, user, _ = _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+            pidfd = _peer_pidfd(end)
+    except OSError as error:
+        raise PrivilegeError(f"the guard's standard input is no socket: {error.strerror}") from error
+    if pid <= 0:
+        raise PrivilegeError("whoever connected is in another pid namespace and cannot be guarded from here")
+    caller = Caller(pid, pidfd)
+    if caller.user != user:
+        raise PrivilegeError(f"user {user} connected, and process {pid} is of user {caller.user} now")
+    return caller
+
+
+def _held(find: Callable[[], int]) -> Caller:
+    """The process that `find` tells, held before it was asked who it is, and found again afterwards."""
+    pid = find()
+    caller = Caller(pid)
+    if find() != pid or caller.has_ended():
+        raise PrivilegeError(f"process {pid}, which started the guard, has ended")
+    return caller
+
+
+def _sudo_user() -> int | None:
+    text = os.environ.get(SUDO_USER_VARIABLE)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise PrivilegeError(f"{SUDO_USER_VARIABLE} is {text[:20]!r}, which is no user id")
+    return int(text)
+
+
+def _parent_of_sudo() -> int:
+    """The nearest ancestor that is not sudo itself: sudo may stay as one process or two, or not at all (sudo(8))."""
+    pid = os.getppid()
+    while pid > 0 and _is_sudo(pid):
+        pid = _parent(pid)
+    return pid
+
+
+def _is_sudo(pid: int) -> bool:
+    """Only root can have made a process of root by that name."""
+    try:
+        program = Path(f"/proc/{pid}/exe").readlink()
+        user, _ = _identity(pid)
+    except (OSError, PrivilegeError):
+        return False
+    return user == ROOT and program.name.removesuffix(" (deleted)") == _SUDO
+
+
+def _parent(pid: int) -> int:
+    return int(_status(pid)["PPid"][0])
+
+
+def _identity(pid: int) -> tuple[int, frozenset[int]]:
+    """The one user id of a process and the ids of its groups. Raises OSError when there is no such process."""
+    status = _status(pid)
+    users = {int(user) for user in status["Uid"]}
+    if len(users) != 1:
+        raise PrivilegeError(f"process {pid} is of several users at once ({', '.join(map(str, sorted(users)))})")
+    return users.pop(), frozenset(int(group) for group in (*status["Gid"], *status["Groups"]))
+
+
+def _status(pid: int) -> dict[str, list[str]]:
+    """The fields of /proc/PID/status (proc(5)); a name in it cannot hold a newline, the kernel escapes it."""
+    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    lines = (line.partition(":") for line in text.splitlines())
+    return {name: values.split() for name, _, values in lines}
 
 
 def _pidfd(pid: int) -> int | None:
@@ -45,5 +174,13 @@ def _pidfd(pid: int) -> int | None:
         return None
     try:
         return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def _peer_pidfd(end: socket.socket) -> int | None:
+    """The kernel's own hold on whoever connected; None where it has none to give."""
+    try:
+        return end.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
         return None

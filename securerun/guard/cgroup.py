@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +22,8 @@ _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_REC_PRIVATE = 16384 | 1 << 18
 # rmdir of a cgroup answers EBUSY for a moment after its last process has gone (cgroup_destroy_locked, cgroup.c).
 _REMOVAL_SECONDS = 2.0
+# This process' view of what is mounted, then init's: `ip netns exec` hides cgroups from what it runs.
+_VIEWS = (("/proc/self/mountinfo", ""), ("/proc/1/mountinfo", "/proc/1/root"))
 _REMOVAL_INTERVAL_SECONDS = 0.005
 
 
@@ -71,13 +73,15 @@ class JobCgroup:
             raise CgroupUnavailable(f"process {pid} is in {cgroup_of(pid)} and could not be moved to {self.path}")
 
     def leave(self) -> None:
-        """Move this process out, to the cgroup above: a guard that replaces another is started within the job.
+        """Move this process out: a guard that replaces another is started within the job.
 
         Raises CgroupUnavailable when it stays.
         """
         if _relative(cgroup_of(os.getpid()), self.path) is None:
             return
-        _move(self._parent, os.getpid())
+        leave_shared_cgroups()
+        if _relative(cgroup_of(os.getpid()), self.path) is not None:
+            _move(self._parent, os.getpid())
         if _relative(cgroup_of(os.getpid()), self.path) is not None:
             raise CgroupUnavailable(f"the guard cannot leave {self.path}, the cgroup of the job that it is to guard")
 
@@ -169,7 +173,12 @@ def make_job_cgroup(path: str) -> JobCgroup:
             os.mkdir(place.name, 0o755, dir_fd=ancestors[-1])
         except OSError as error:
             raise CgroupUnavailable(f"no cgroup can be made below {place.parent}: {_why(error)}") from error
-        return JobCgroup(ancestors, place)
+        cgroup = JobCgroup(ancestors, place)
+        # Whoever the parent is delegated to could have put a directory of his own in the place of the one just made.
+        if os.fstat(cgroup.descriptor).st_uid != os.geteuid():
+            cgroup.close()
+            raise CgroupUnavailable(f"{path} was replaced by another user's cgroup")
+        return cgroup
     raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
 
 
@@ -183,6 +192,27 @@ def open_job_cgroup(path: str) -> JobCgroup | None:
             return JobCgroup(_open_down(hierarchy.place, below.parent), PurePosixPath(path))
         return None
     return None
+
+
+def leave_shared_cgroups() -> None:
+    """Move this process to the top of every cgroup hierarchy that it sees, as far as that is permitted.
+
+    Batch systems end a job by its cgroup, with whatever the job started; and whom a cgroup is delegated to can freeze
+    and kill what is in it, also a process of root's. The top belongs to nobody else and cannot be killed.
+    """
+    for place in _tops():
+        with contextlib.suppress(OSError):
+            directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _write(directory, "cgroup.procs", str(os.getpid()))
+            finally:
+                os.close(directory)
+
+
+def may_leave_shared_cgroups() -> bool:
+    """Whether a guard that this process starts could leave the cgroups of the batch system; False if in doubt."""
+    tops = list(_tops())
+    return bool(tops) and all(os.access(Path(place, "cgroup.procs"), os.W_OK) for place in tops)
 
 
 def cgroup_of(pid: int) -> str:
@@ -203,22 +233,41 @@ def _hierarchies() -> Iterator[Hierarchy]:
     `ip netns exec` hides /sys/fs/cgroup from what it runs; init's view of it is still there. Where nobody has
     mounted one, a private mount namespace keeps ours unseen.
     """
-    yield from _mounted("/proc/self/mountinfo", "")
-    yield from _mounted("/proc/1/mountinfo", "/proc/1/root")
+    for mountinfo, prefix in _VIEWS:
+        yield from _mounted(mountinfo, prefix)
     private = _mount_privately()
     if private is not None:
         yield private
 
 
-def _mounted(mountinfo: str, prefix: str) -> Iterator[Hierarchy]:
-    """The cgroup2 mounts of a mountinfo file (proc(5)); `prefix` leads to the root that its paths start from."""
+def _tops() -> Iterator[str]:
+    """The top directory of every hierarchy by which processes are ended, in the first view that has any."""
+    for mountinfo, prefix in _VIEWS:
+        tops = [hierarchy.place for hierarchy in _mounted(mountinfo, prefix, _ends_processes)]
+        if tops:
+            yield from tops
+            return
+
+
+def _is_v2(kind: str, options: str) -> bool:
+    return kind == "cgroup2"
+
+
+def _ends_processes(kind: str, options: str) -> bool:
+    """Version 2 and, of version 1, where systemd and batch systems track what they end; not where memory is counted."""
+    return kind == "cgroup2" or (kind == "cgroup" and ("freezer" in options.split(",") or "name=" in options))
+
+
+def _mounted(mountinfo: str, prefix: str, wanted: Callable[[str, str], bool] = _is_v2) -> Iterator[Hierarchy]:
+    """The cgroup mounts of a mountinfo file (proc(5)); `prefix` leads to the root that its paths start from."""
     try:
         lines = Path(mountinfo).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return
     for line in lines:
         mount, _, source = line.partition(" - ")
-        if source.split()[0] != "cgroup2":
+        kind, _, options = source.split()[:3]
+        if not wanted(kind, options):
             continue
         root, place = mount.split()[3:5]
         place = prefix + _unescaped(place)

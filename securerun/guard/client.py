@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import getpass
 import os
-import select
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
 from securerun.guard.processes import RUN_ID_VARIABLE
 from securerun.guard.protocol import (
-    MAXIMUM_BYTES,
     Guarding,
     Message,
     Notice,
     Order,
     ProtocolError,
+    Ready,
     Refused,
     Release,
     Released,
-    decode,
-    encode,
 )
+from securerun.guard.ways import Connection, Way, ways
 
-_PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
-# -I: a `socket.py` in the working directory, PYTHONPATH and the user's site-packages are not for the guard.
-# -S: it needs the standard library alone, and site-packages' start-up files take longer than all of its own.
-# The package's directory comes last on the path, so that nothing beside it can stand in for the standard library.
-_START = "import sys; sys.path.append(sys.argv[1]); from securerun.guard.server import main; sys.exit(main())"
+_READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0
 _FAREWELL_SECONDS = 5.0
 # Guards that die again and again are being killed by somebody; that has to be said, not fought.
@@ -54,84 +45,17 @@ class Refusal(SecurerunError):
         self.status = refused.status
 
 
-class GuardProcess:
-    """One guard process of our own, and the pipes to it."""
-
-    def __init__(self) -> None:
-        orders, self._orders = os.pipe()
-        self._answers, answers = os.pipe()
-        # Not the launcher's standard error: a guard that held it would keep `2>&1 | tee` waiting.
-        self._words, words = os.pipe()
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and package
-            [sys.executable, "-I", "-S", "-c", _START, _PACKAGE_PARENT],
-            stdin=orders,
-            stdout=answers,
-            stderr=words,
-            start_new_session=True,
-        )
-        for theirs in (orders, answers, words):
-            os.close(theirs)
-        self._pending = b""
-
-    @property
-    def pid(self) -> int:
-        """The guard's process id."""
-        return self._process.pid
-
-    def send(self, message: Message) -> bool:
-        """Write a message; False when nobody is there to read it."""
-        data = encode(message)
-        try:
-            while data:
-                data = data[os.write(self._orders, data) :]
-        except OSError:
-            return False
-        return True
-
-    def receive(self, seconds: float | None) -> Message | None:
-        """The guard's next message; None when it has ended, or says nothing within the time.
-
-        Raises PrivilegeError for what this version of securerun does not understand.
-        """
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while b"\n" not in self._pending:
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._answers], [], [], remaining)[0]:
-                return None
-            chunk = os.read(self._answers, 65536)
-            if not chunk or len(self._pending) > MAXIMUM_BYTES:
-                return None
-            self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
-        try:
-            return decode(line)
-        except ProtocolError as error:
-            raise PrivilegeError(f"the guard is not of this securerun: {error}; install one version") from error
-
-    def last_words(self) -> str:
-        """The last line of a dead guard's standard error."""
-        try:
-            status = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return "it does not answer"
-        lines = os.read(self._words, 65536).decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"it ended with status {status}"
-
-    def close(self) -> None:
-        """Close the pipes; a guard that holds a lease takes the end of its input for the launcher's."""
-        for descriptor in (self._orders, self._answers, self._words):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-
 class Guard:
     """The guard of one job, whichever process it is at the time.
 
-    Made early: the process comes up while torch is being imported, and installs nothing before it has its order.
+    Made early: it comes up while torch is being imported, and installs nothing before it has its order.
     """
 
     def __init__(self) -> None:
-        self._process = GuardProcess()
+        self._untried: list[Way] = []
+        self._obstacles: list[str] = []
+        self._connection: Connection | None = None
+        self._way = ""
         self._order: Order | None = None
         self._tell: Tell = lambda _: None
         self._replaced = 0
@@ -139,8 +63,14 @@ class Guard:
         self._farewell = threading.Event()
         self._released: Released | None = None
         self._releasing: Release | None = None
+        self._start_over()
         # A worker that is forked, not spawned, must not keep the guard's input open after the launcher's end.
-        os.register_at_fork(after_in_child=lambda: self._process.close())
+        os.register_at_fork(after_in_child=self._hang_up)
+
+    @property
+    def way(self) -> str:
+        """How the guard came by its privilege, in words; right once the job is guarded."""
+        return self._way
 
     def guard(self, order: Order, tell: Tell) -> Guarding:
         """Have this process guarded, with everything that it will start; `tell` gets the news while it runs.
@@ -152,7 +82,7 @@ class Guard:
         answer = self._ordered(order)
         if answer is None:
             # It was killed in the middle of installing; another finds what it left and goes on from there.
-            reason = self._process.last_words()
+            reason = self._connection.last_words() if self._connection else "nothing was started"
             answer = self._replace()
             if answer is None:
                 raise PrivilegeError(f"the guard ended without an answer: {reason}")
@@ -164,18 +94,62 @@ class Guard:
         """Say that the job is over; who was turned away, or None when no guard answers any more."""
         with self._change:
             self._releasing = Release(failed)
-            self._process.send(self._releasing)
+            if self._connection is not None:
+                self._connection.send(self._releasing)
         self._farewell.wait(_FAREWELL_SECONDS)
         return self._released
 
+    def _start_over(self) -> None:
+        """Begin with the first way that can be tried."""
+        self._untried, self._obstacles = list(ways()), []
+        self._try_next_way()
+
+    def _try_next_way(self) -> None:
+        """Open the next way that has no obstacle; without any, there is no connection."""
+        self._hang_up()
+        self._connection = None
+        while self._untried and self._connection is None:
+            way = self._untried.pop(0)
+            self._way = way.name
+            if way.obstacle:
+                self._obstacles.append(way.obstacle)
+                continue
+            try:
+                self._connection = way.open()
+            except OSError as error:
+                self._obstacles.append(f"{way.name}: {error.strerror or error}")
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def _ready(self) -> Connection:
+        """A guard that waits for its order, by the first way that leads to one. Raises PrivilegeError, Refusal."""
+        while self._connection is not None:
+            answer = self._received(self._connection, _READY_SECONDS)
+            if isinstance(answer, Refused):
+                raise Refusal(answer)
+            if isinstance(answer, Ready):
+                return self._connection
+            self._obstacles.append(f"{self._way}: {self._connection.last_words()}")
+            self._try_next_way()
+        raise PrivilegeError(_no_way(self._obstacles))
+
     def _ordered(self, order: Order) -> Guarding | None:
-        """Give an order; what stands, or None when the guard died over it. Raises Refusal."""
-        if not self._process.send(order):
+        """Give an order; what stands, or None when the guard died over it. Raises Refusal or PrivilegeError."""
+        connection = self._ready()
+        if not connection.send(order):
             return None
-        answer = self._process.receive(_ANSWER_SECONDS)
+        answer = self._received(connection, _ANSWER_SECONDS)
         if isinstance(answer, Refused):
             raise Refusal(answer)
         return answer if isinstance(answer, Guarding) else None
+
+    def _received(self, connection: Connection, seconds: float | None) -> Message | None:
+        try:
+            return connection.receive(seconds)
+        except ProtocolError as error:
+            raise PrivilegeError(f"the guard is not of this securerun: {error}; install one version") from error
 
     def _replace(self) -> Guarding | None:
         """Start another guard over what a dead one left; None when that has failed too often. Raises Refusal."""
@@ -183,8 +157,7 @@ class Guard:
             return None
         while self._replaced < _REPLACEMENTS:
             self._replaced += 1
-            self._process.close()
-            self._process = GuardProcess()
+            self._start_over()
             answer = self._ordered(dataclasses.replace(self._order, adopt=True))
             if answer is not None:
                 return answer
@@ -199,7 +172,7 @@ class Guard:
     def _hear(self) -> None:
         while True:
             with contextlib.suppress(PrivilegeError):
-                message = self._process.receive(None)
+                message = self._received(self._connection, None) if self._connection else None
                 if isinstance(message, Notice):
                     self._tell(message)
                     continue
@@ -222,10 +195,23 @@ class Guard:
             if answer is None:
                 self._tell(Notice(words=("guards die again and again; what stands stays, but nobody looks after it",)))
                 return False
-            if self._releasing is not None:
-                self._process.send(self._releasing)
+            if self._releasing is not None and self._connection is not None:
+                self._connection.send(self._releasing)
         self._tell(Notice(words=("the guard died; another has taken over", *answer.notes)))
         return True
+
+
+def _no_way(obstacles: list[str]) -> str:
+    """Several lines, since there are several ways, and each takes another person."""
+    return "\n".join(
+        [
+            f"no guard is to be had as user {getpass.getuser()}, so nothing was started. One of these gives one:",
+            "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
+            "  an administrator permits the guard by sudo: securerunctl setup sudoers",
+            "  an administrator has systemd start it: securerunctl setup systemd",
+            f"Tried: {'; '.join(obstacles)}",
+        ]
+    )
 
 
 @contextlib.contextmanager

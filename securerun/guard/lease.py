@@ -14,18 +14,19 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
-from securerun.errors import PrivilegeError
+from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import Denial, Policy, PortRange, merged
+from securerun.firewall.policy import Denial, Network, Policy, PortRange, collapse, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import processes, reaper, records
-from securerun.guard.caller import Caller
+from securerun.guard import processes, reaper, records, sockets
+from securerun.guard.caller import ROOT, Caller
 from securerun.guard.cgroup import (
     CgroupUnavailable,
     JobCgroup,
     cgroup_of,
+    leave_shared_cgroups,
     make_job_cgroup,
     open_job_cgroup,
     path_of_job_cgroup,
@@ -33,6 +34,7 @@ from securerun.guard.cgroup import (
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
+from securerun.guard.site import SitePolicy, require_unused
 from securerun.guard.sockets import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8
@@ -142,15 +144,17 @@ class Lease:
             self.drops.close()
 
 
-def acquire(order: Order, caller: Caller) -> Lease:
+def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
     """Install every layer that the order asks for around the caller, proven.
 
-    Raises PrivilegeError, with nothing left behind, when the job could not be guarded.
+    Raises PrivilegeError or PolicyError, with nothing left behind, when the job could not be guarded or may not be.
     """
     lease = Lease(order, caller)
     with ExitStack() as undo:
-        _begin(lease)
+        _begin(lease, site)
         undo.callback(_remove_record, order.policy.run_id)
+        # Not before the order is found good: until then this process counts towards the limits of whoever started it.
+        leave_shared_cgroups()
         _add_shield(lease, undo)
         undo.callback(_remove_chains, lease)
         _add_chains(lease)
@@ -161,6 +165,7 @@ def acquire(order: Order, caller: Caller) -> Lease:
             )
         if lease.shield is None:
             _require_sight_of_listeners()
+            _require_unweakened(lease)
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended():
             raise PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
@@ -178,16 +183,99 @@ def _require_sight_of_listeners() -> None:
         ) from error
 
 
-def _begin(lease: Lease) -> None:
+def _begin(lease: Lease, site: SitePolicy) -> None:
     """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
     with _recording() as directory:
         lease.notes += tuple(reaper.reap_all(directory))
-        found = [record for record in records.read_all(directory) if record.run_id == lease.policy.run_id]
-        for record in found:
-            if not lease.order.adopt or record.guard_lives or record.launcher != lease.caller.pid:
-                raise PrivilegeError(f"run {record.run_id} is guarded by process {record.guard} already")
-            lease.record = dataclasses.replace(lease.record, cgroup=record.cgroup, started=record.started)
+        known = records.read_all(directory)
+        own = next((record for record in known if record.run_id == lease.policy.run_id), None)
+        if own is not None:
+            _take_over(lease, own)
+        elif records.exists(directory, lease.policy.run_id):
+            raise PrivilegeError(
+                f"{records.DIRECTORY} has something in the place of the record of run {lease.policy.run_id}; remove it"
+            )
+        _require_room(lease, known, site)
+        _require_harmless(lease, known)
         records.write(directory, lease.record)
+
+
+def _take_over(lease: Lease, found: Record) -> None:
+    """Go on from the record of a dead guard of this very job."""
+    same_job = (found.launcher, found.launcher_start, found.user) == (
+        lease.caller.pid,
+        lease.caller.start,
+        lease.caller.user,
+    )
+    if not lease.order.adopt or found.guard_lives or not same_job:
+        raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
+    lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started)
+
+
+def _require_room(lease: Lease, known: Iterable[Record], site: SitePolicy) -> None:
+    """Raises PrivilegeError when an ordinary user has as many runs as the site allows."""
+    if lease.caller.user == ROOT:
+        return
+    others = {record.run_id for record in known if record.user == lease.caller.user and record.guard_lives}
+    if len(others - {lease.policy.run_id}) >= site.runs_per_user:
+        raise PrivilegeError(
+            f"user {lease.caller.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; "
+            "wait for one to end"
+        )
+
+
+def _require_harmless(lease: Lease, known: Iterable[Record]) -> None:
+    """Raises PolicyError for port chains by which an ordinary user would take another's service or protection away.
+
+    A port on which somebody else listens would be closed to its clients, unless it is a guarded job's as well: the
+    pass rules of all runs come first. These in turn let our peers to the port of a job that has no shield.
+    """
+    if lease.caller.user == ROOT or lease.order.firewall == "off":
+        return
+    neighbours = _neighbours(lease, known)
+    for record in neighbours:
+        bare = record.layers and not any(layer.backend == "shield" for layer in record.layers)
+        if bare and not _are_within(lease.policy.peers, record.policy.peers):
+            raise PolicyError(
+                f"run {record.run_id} of user {record.user} has ports of this plan and no shield, so this job's peers "
+                "could reach it; choose other ports"
+            )
+    guarded = [port for record in neighbours for port in record.policy.ports]
+    with contextlib.suppress(SocketsUnavailable):
+        others = (found for found in sockets.listeners() if not any(found.port in port for port in guarded))
+        require_unused(lease.policy.ports, others, lease.caller.user)
+
+
+def _require_unweakened(lease: Lease) -> None:
+    """Without a shield, port chains of another user's run would let its peers in. Raises PolicyError."""
+    with _recording() as directory:
+        known = records.read_all(directory)
+    for record in _neighbours(lease, known):
+        if record.user != ROOT and not _are_within(record.policy.peers, lease.policy.peers):
+            raise PolicyError(
+                f"this job has no shield, and run {record.run_id} of user {record.user} lets its own peers to ports of "
+                "this plan; choose other ports"
+            )
+
+
+def _neighbours(lease: Lease, known: Iterable[Record]) -> list[Record]:
+    """The live runs of other users in this network that have ports of ours in their plans."""
+    return [
+        record
+        for record in known
+        if record.user != lease.caller.user
+        and record.guard_lives
+        and record.network == lease.record.network
+        and any(
+            ours.first <= theirs.last and theirs.first <= ours.last
+            for ours in lease.policy.ports
+            for theirs in record.policy.ports
+        )
+    ]
+
+
+def _are_within(networks: tuple[Network, ...], others: tuple[Network, ...]) -> bool:
+    return collapse((*others, *networks)) == others
 
 
 def _add_shield(lease: Lease, undo: ExitStack) -> None:
@@ -271,7 +359,7 @@ def _add_chains(lease: Lease) -> None:
     drops = _open_drop_log(order.policy.run_id)
     try:
         with records.host_lock() as directory:
-            chains = _choose(order, directory)
+            chains = _choose(order, lease.caller, directory)
             lease.record = dataclasses.replace(lease.record, layers=(*lease.guarding.layers, _layer(chains)))
             records.write(directory, lease.record)
             lease.chains = chains
@@ -289,7 +377,7 @@ def _add_chains(lease: Lease) -> None:
         lease.notes += (f"no port chains ({error}){alone}",)
 
 
-def _choose(order: Order, directory: int) -> PortChains:
+def _choose(order: Order, caller: Caller, directory: int) -> PortChains:
     """The backend that the order names, or the best; but one backend a host: one's drop ignores another's pass."""
     in_use = {
         layer.backend
@@ -301,6 +389,8 @@ def _choose(order: Order, directory: int) -> PortChains:
         if in_use:
             return backends.open_chains(sorted(in_use)[0], order.policy.run_id)
         return backends.open_best_chains(order.policy.run_id)
+    if caller.user != ROOT and not in_use and order.firewall != backends.open_best_chains(order.policy.run_id).backend:
+        raise PortChainsUnavailable("which backend a host uses first is for root to say")
     others = in_use - {order.firewall}
     if others:
         raise PortChainsUnavailable(

@@ -2,7 +2,8 @@
 
     launcher → guard   order      the policy and which layers to install; the first line, once
                        release    the job is over, and whether it failed; then end of input
-    guard → launcher   guarding   the layers that stand now
+    guard → launcher   ready      the guard is up and takes its order
+                       guarding   the layers that stand now
                        notice     while the job runs: who was turned away, and what else a person should know
                        refused    nothing stands; the exit status and one line why
                        released   who was turned away
@@ -66,6 +67,13 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A guard is up, has found whom it serves, and waits for the order. pid: the guard's process id."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
 class Layer:
     """One thing that stands in the kernel: backend `shield` or `iptables`, and the name to look for there."""
 
@@ -104,7 +112,7 @@ class Released:
     denied: tuple[Denial, ...]
 
 
-Message = Union[Order, Release, Guarding, Notice, Refused, Released]
+Message = Union[Order, Release, Ready, Guarding, Notice, Refused, Released]
 
 
 def encode(message: Message) -> bytes:
@@ -117,7 +125,7 @@ def decode(line: bytes) -> Message:
     if len(line) > MAXIMUM_BYTES:
         raise ProtocolError(f"a message of more than {MAXIMUM_BYTES} bytes")
     try:
-        document = json.loads(line)
+        document = json.loads(line.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a message that is not JSON") from error
     if not isinstance(document, dict) or len(document) != 1:
@@ -131,6 +139,14 @@ def decode(line: bytes) -> Message:
         return _READERS[name](body)
     except (PolicyError, ValueError) as error:
         raise ProtocolError(f"{name}: {error}") from error
+
+
+def printable(text: str) -> str:
+    """Text of a user's, without what would steer a terminal or break a line of a log."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )
 
 
 def policy_document(policy: Policy) -> dict[str, Any]:
@@ -181,6 +197,8 @@ def _body(message: Message) -> dict[str, Any]:
         }
     if isinstance(message, Release):
         return {"failed": message.failed}
+    if isinstance(message, Ready):
+        return {"version": VERSION, "pid": message.pid}
     if isinstance(message, Guarding):
         return {"layers": [layer_document(layer) for layer in message.layers], "notes": list(message.notes)}
     if isinstance(message, Notice):
@@ -192,16 +210,13 @@ def _body(message: Message) -> dict[str, Any]:
 
 def _read_order(body: Mapping[str, Any]) -> Order:
     _exactly(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt")
-    if _number(body, "version") != VERSION:
-        raise ProtocolError(
-            f"the launcher speaks version {body['version']}, this guard {VERSION}; install one securerun"
-        )
+    _require_version(body, "the launcher")
     return Order(
         policy=read_policy(_object(body["policy"], "policy")),
         firewall=_choice(body, "firewall", FIREWALLS),
         scope=_choice(body, "scope", SCOPES),
         grace=_seconds(body, "grace"),
-        command=_text(body, "command"),
+        command=_printable(body, "command"),
         adopt=_flag(body, "adopt"),
     )
 
@@ -209,6 +224,12 @@ def _read_order(body: Mapping[str, Any]) -> Order:
 def _read_release(body: Mapping[str, Any]) -> Release:
     _exactly(body, "failed")
     return Release(_flag(body, "failed"))
+
+
+def _read_ready(body: Mapping[str, Any]) -> Ready:
+    _exactly(body, "version", "pid")
+    _require_version(body, "the guard")
+    return Ready(_number(body, "pid"))
 
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:
@@ -257,6 +278,23 @@ def _read_network(document: object) -> Network:
     return ipaddress.ip_network(_entry(document))
 
 
+def _require_version(body: Mapping[str, Any], other: str) -> None:
+    if _number(body, "version") != VERSION:
+        raise ProtocolError(f"{other} speaks version {body['version']}, this side {VERSION}; install one securerun")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A name that stands twice means one thing to one reader and another to the next (RFC 8259, 4)."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a name that stands twice")
+    return document
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _exactly(document: Mapping[str, Any], *names: str) -> None:
     if document.keys() != set(names):
         raise ProtocolError(f"fields other than {', '.join(names)}")
@@ -275,6 +313,14 @@ def _text(document: Mapping[str, Any], name: str) -> str:
 def _entry(value: object) -> str:
     if not isinstance(value, str) or len(value) > MAXIMUM_TEXT:
         raise ProtocolError("a value that is not a text of reasonable length")
+    return value
+
+
+def _printable(document: Mapping[str, Any], name: str) -> str:
+    """A text that goes to logs and terminals: nothing in it that would steer them, and no half of a surrogate pair."""
+    value = _text(document, name)
+    if not value.isprintable():
+        raise ProtocolError(f"{name} is not printable")
     return value
 
 
@@ -317,6 +363,7 @@ def _list(document: Mapping[str, Any], name: str, most: int) -> list[Any]:
 _NAMES = {
     Order: "order",
     Release: "release",
+    Ready: "ready",
     Guarding: "guarding",
     Notice: "notice",
     Refused: "refused",
@@ -325,6 +372,7 @@ _NAMES = {
 _READERS: dict[str, Callable[[Mapping[str, Any]], Message]] = {
     "order": _read_order,
     "release": _read_release,
+    "ready": _read_ready,
     "guarding": _read_guarding,
     "notice": _read_notice,
     "refused": _read_refused,

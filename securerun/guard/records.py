@@ -165,6 +165,15 @@ def read_all(directory: int) -> tuple[Record, ...]:
     return tuple(found)
 
 
+def exists(directory: int, run_id: str) -> bool:
+    """Whether anything at all, a record or not, has the name of a run's record."""
+    try:
+        os.lstat(f"{run_id}.json", dir_fd=directory)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def remove_partial(directory: int) -> None:
     """Remove what a killed guard was writing. Writers hold the lock, so under the lock nobody is writing now."""
     for name in partial(directory):

@@ -1,23 +1,22 @@
 """The guard: a small process that holds one job's lease, from an order on its standard input to the job's last process.
 
-It answers to nothing but its standard input and the end of whoever started it. Terminal signals do not reach it
-(its own session), a `pkill python` does not mean it (its own name), and what it inherited of limits does not bind it.
+It answers to nothing but its standard input and the end of whoever started it, believes neither, and has no more
+privilege than its work takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import resource
-import signal
-import sys
-import syslog
+import select
+import time
+from collections.abc import Sequence
 
-from securerun.errors import PolicyError, SecurerunError
+from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
+from securerun.guard import capabilities, inherited, log, site
 from securerun.guard import lease as leases
-from securerun.guard.caller import find_caller
+from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer
 from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.lease import Lease
 from securerun.guard.protocol import (
@@ -25,40 +24,55 @@ from securerun.guard.protocol import (
     Message,
     Order,
     ProtocolError,
+    Ready,
     Refused,
     decode,
     encode,
 )
+from securerun.guard.start import SOCKET_ARGUMENT
 from securerun.guard.watch import Watch
 
 NAME = "securerun-guard"
-_PR_SET_NAME = 15
 _INPUT, _OUTPUT = 0, 1
-_DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_LIMITS = (
-    resource.RLIMIT_CPU,
-    resource.RLIMIT_FSIZE,
-    resource.RLIMIT_AS,
-    resource.RLIMIT_DATA,
-    resource.RLIMIT_MEMLOCK,
+# The launcher imports torch before it orders; from a slow network file system that takes minutes.
+_PATIENCE_SECONDS = 900.0
+# An order once begun is there at once: 100,000 peers are five megabytes.
+_ORDER_SECONDS = 30.0
+_ANSWER_SECONDS = 2.0
+# What the layers take, and what it takes to see, move and end processes of others (capabilities(7)). SYS_ADMIN: bpf(2)
+# before kernel 5.8, programs by id and mounting cgroup2; DAC_OVERRIDE: cgroups delegated to users; NET_RAW: libiptc.
+_NEEDED = frozenset(
+    {
+        capabilities.BPF,
+        capabilities.DAC_OVERRIDE,
+        capabilities.KILL,
+        capabilities.NET_ADMIN,
+        capabilities.NET_RAW,
+        capabilities.SYS_ADMIN,
+        capabilities.SYS_PTRACE,
+        capabilities.SYS_RESOURCE,
+    }
 )
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Serve one launcher. Returns the exit status: 0 when the lease was released, else the refusal's."""
-    _stand_alone()
-    orders = Orders()
+    inherited.discard(NAME)
+    answers = Answers()
     try:
-        caller = find_caller()
+        caller = find_peer(_INPUT) if SOCKET_ARGUMENT in arguments else find_ancestor()
+        _drop_privilege(caller)
+        answers.send(Ready(os.getpid()))
+        orders = Orders()
         order = orders.wait_for_order()
         if order is None:
             return 0
-        lease = leases.acquire(order, caller)
+        lease = _acquire(order, caller)
     except ProtocolError as error:
-        return _refuse(Refused(PolicyError.status, f"the guard did not understand its orders: {error}"))
+        return _refuse(Refused(PolicyError.status, f"the guard did not understand its orders: {error}"), answers)
     except SecurerunError as error:
-        return _refuse(Refused(error.status, str(error)))
-    return _hold(lease, orders)
+        return _refuse(Refused(error.status, str(error)), answers)
+    return _hold(lease, orders, answers)
 
 
 class Orders:
@@ -72,14 +86,19 @@ class Orders:
     def wait_for_order(self) -> Order | None:
         """The first message; None when the launcher thought better of it and closed its end.
 
-        Raises ProtocolError for anything but an order.
+        Raises ProtocolError for anything but an order, and PrivilegeError for a launcher that keeps the guard waiting.
         """
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self.ended:
+            _wait_until(deadline)
+            began = bool(self._pending)
             message = self.read()
             if isinstance(message, Order):
                 return message
             if message is not None:
                 raise ProtocolError("the first message is not an order")
+            if not began:
+                deadline = time.monotonic() + _ORDER_SECONDS
         return None
 
     def read(self) -> Message | None:
@@ -99,12 +118,37 @@ class Orders:
         return decode(line)
 
 
-def _hold(lease: Lease, orders: Orders) -> int:
+def _wait_until(deadline: float) -> None:
+    if not select.select([_INPUT], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
+
+
+def _drop_privilege(caller: Caller) -> None:
+    """A guard of root's own also loads the modules of legacy iptables; nobody else gets modules loaded by name."""
+    also = {capabilities.SYS_MODULE} if caller.user == ROOT else set()
+    try:
+        capabilities.keep_only(_NEEDED | also)
+    except OSError as error:
+        raise PrivilegeError(f"the guard cannot give up privilege that it does not need: {error.strerror}") from error
+
+
+def _acquire(order: Order, caller: Caller) -> Lease:
+    """Validate first, act after."""
+    caller.identify_again()
+    permitted, ignored = site.read_site_policy()
+    if ignored:
+        _log(ignored)
+    site.require_permitted(permitted, order, caller)
+    caller.require_same_network()
+    return leases.acquire(order, caller, permitted)
+
+
+def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     """Keep the lease until the job's last process has gone, then release it."""
     run = f"run {lease.policy.run_id}"
-    _send(lease.guarding)
+    answers.send(lease.guarding)
     _log(f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding")
-    Watch(lease, orders, _send, _log).until_over()
+    Watch(lease, orders, answers.send, _log).until_over()
     try:
         lease.release()
     except (SecurerunError, CgroupUnavailable, PortChainsUnavailable) as error:
@@ -114,39 +158,32 @@ def _hold(lease: Lease, orders: Orders) -> int:
     return 0
 
 
-def _send(message: Message) -> None:
-    """Answer the launcher, which may be gone: then nobody needs the answer."""
-    with contextlib.suppress(OSError):
-        data = encode(message)
-        while data:
-            data = data[os.write(_OUTPUT, data) :]
+class Answers:
+    """What the guard says to its launcher, which may be gone, or stopped, or a trick: nobody waits for it long."""
+
+    def __init__(self) -> None:
+        self._unsent = b""
+
+    def send(self, message: Message) -> None:
+        """Say it, whole or not at all; while an earlier message is stuck, this one is dropped."""
+        self._write(0.0 if self._unsent else _ANSWER_SECONDS)
+        if not self._unsent:
+            self._unsent = encode(message)
+            self._write(_ANSWER_SECONDS)
+
+    def _write(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            os.set_blocking(_OUTPUT, False)
+            while self._unsent and select.select([], [_OUTPUT], [], max(0.0, deadline - time.monotonic()))[1]:
+                self._unsent = self._unsent[os.write(_OUTPUT, self._unsent) :]
 
 
-def _refuse(refusal: Refused) -> int:
+def _refuse(refusal: Refused, answers: Answers) -> int:
     _log(f"refused: {refusal.message}")
-    _send(refusal)
+    answers.send(refusal)
     return refusal.status
 
 
 def _log(words: str) -> None:
-    syslog.syslog(syslog.LOG_NOTICE, words)
-
-
-def _stand_alone() -> None:
-    """Cut what ties this process to whoever started it: name, session, signals, limits, umask, directory."""
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
-    with contextlib.suppress(PermissionError):
-        os.setsid()  # refused to a process group leader, which has its own session already or is run by hand
-    for ignored in _DEAF_TO:
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for limit in _LIMITS:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    os.umask(0o077)
-    os.chdir("/")
-    syslog.openlog(NAME, syslog.LOG_PID, syslog.LOG_AUTHPRIV)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    log.note(NAME, words)

@@ -31,7 +31,7 @@ _QUESTION = struct.Struct("=BBBBI48x")
 _STATE = 1
 _PORT = struct.Struct("!4xH")
 _SOURCE = 8
-_INODE = struct.Struct("=68xI")
+_USER_AND_INODE = struct.Struct("=64xII")
 _DIAGNOSIS_SIZE = 72
 _CGROUP_ID = 21  # INET_DIAG_CGROUP_ID, given unasked since 5.9
 _CGROUP_NUMBER = struct.Struct("=Q")
@@ -51,12 +51,14 @@ class SocketsUnavailable(Exception):
 class Listener:
     """A TCP socket in state LISTEN.
 
-    address: what it is bound to; `::` may serve IPv4 as well. inode: the N of "socket:[N]" in /proc/PID/fd.
+    address: what it is bound to; `::` may serve IPv4 as well. user: the user id of whoever made it.
+    inode: the N of "socket:[N]" in /proc/PID/fd.
     cgroup_id: the cgroup in which it was made, `cgroup_id` says of which directory; None before kernel 5.9.
     """
 
     address: Address
     port: int
+    user: int
     inode: int
     cgroup_id: int | None
 
@@ -260,10 +262,10 @@ def _listener(answer: bytes) -> Listener | None:
         return None
     size = 4 if answer[0] == socket.AF_INET else 16
     (port,) = _PORT.unpack_from(answer)
-    (inode,) = _INODE.unpack_from(answer)
+    user, inode = _USER_AND_INODE.unpack_from(answer)
     cgroup = nfnetlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
     number = _CGROUP_NUMBER.unpack(cgroup)[0] if len(cgroup) == _CGROUP_NUMBER.size else None
-    return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, inode, number)
+    return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, user, inode, number)
 
 
 @functools.lru_cache(maxsize=256)

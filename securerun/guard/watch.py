@@ -154,10 +154,15 @@ class Watch:
             self._release(failed=True)
 
     def _read_order(self) -> Message | None:
+        """What the launcher says. After anything out of place nothing that comes from there is believed any more."""
         try:
-            return self._orders.read()
+            message = self._orders.read()
+            if message is None or isinstance(message, Release):
+                return message
+            raise ProtocolError("it is not the time for such a message")
         except ProtocolError as error:
-            self._log(f"run {self._lease.policy.run_id}: a message that is not in the protocol: {error}")
+            self._log(f"run {self._lease.policy.run_id}: ended, since its launcher sent what it must not: {error}")
+            self._orders.ended = True
             return None
 
     def _release(self, failed: bool) -> None:

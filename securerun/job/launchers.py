@@ -1,7 +1,8 @@
-"""What is being launched: torchrun's command line, read by torch's own parser, described as data.
+"""What is being launched, and by which of torch's launchers: its command line, read by its own parser, as data.
 
 The rules are those of `torch.distributed.run` from 2.1 to 2.13: `run`, `config_from_args` and
-`get_rdzv_endpoint`, and of the rendezvous handlers under `torch/distributed/elastic/rendezvous`.
+`get_rdzv_endpoint`, and of the rendezvous handlers under `torch/distributed/elastic/rendezvous`; for torch_npu_run,
+those of `torch_npu.distributed.run` and `torch_npu.distributed.rendezvous`.
 Everything comes from the parsed command line (PET_* variables included, the parser reads them); WORLD_SIZE and RANK
 of the environment mean other things under other schedulers and are never looked at.
 """
@@ -9,10 +10,16 @@ of the environment mean other things under other schedulers and are never looked
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import io
 import ipaddress
+import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Callable
 
 from securerun.errors import UsageError
 from securerun.options import Arity
@@ -23,6 +30,13 @@ C10D_PORT = 29400
 ETCD_PORT = 2379
 # torch/distributed/run.py, run(): the port of static rendezvous where the parser has no default for it (2.12)
 STATIC_PORT = 29500
+# torch/distributed/run.py, get_args_parser(): where the store is if nothing says so.
+_MASTER_ADDR = "127.0.0.1"
+
+# The rendezvous that torch_npu brings, and the option that torch_npu_run has beside torchrun's: torch_npu 2.1 to 2.13,
+# torch_npu/distributed/rendezvous.py and torch_npu/distributed/run.py.
+PARALLEL = "parallel"
+_TIERED = "enable_tiered_parallel_tcpstore"
 
 _NO_PORT = -1
 # argparse.ArgumentParser._negative_number_matcher: such a token is a positional argument, not an option.
@@ -58,7 +72,7 @@ class Endpoint:
 class Job:
     """One launch on this node.
 
-    backend: the rendezvous: static, c10d, etcd, etcd-v2, or one that a plug-in brings.
+    backend: the rendezvous: static, c10d, etcd, etcd-v2, parallel (torch_npu's), or one that a plug-in brings.
     endpoint: where the agents meet; None where that is no address, as with a file store.
     command: the script, or module, and its arguments.
     """
@@ -74,6 +88,60 @@ class Job:
     def meeting_point(self) -> Endpoint | None:
         """The endpoint, if it is a port of the job's own: an etcd server is somebody else's."""
         return None if self.backend in {"etcd", "etcd-v2"} else self.endpoint
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A command that securerun stands in for.
+
+    complete: the namespace of its command line, as its own parser reads it, and the options that it would fail
+        without. Raises SystemExit as argparse does, and UsageError where the launcher is not installed.
+    reads_argv: whether it reads its command line once more, from sys.argv, while the job runs.
+    """
+
+    name: str
+    complete: Callable[[Sequence[str]], tuple[argparse.Namespace, Sequence[str]]]
+    reads_argv: bool = False
+
+    def parse(self, arguments: Sequence[str]) -> Command:
+        """Read a command line without securerun's own options, as the launcher would."""
+        namespace, missing = self.complete(arguments)
+        return Command(self, namespace, (*missing, *arguments))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A launcher's command line, read and complete. arguments: what it must find in sys.argv after the first word."""
+
+    launcher: Launcher
+    namespace: argparse.Namespace
+    arguments: tuple[str, ...]
+
+    def run(self) -> None:
+        """Run the job to its end, in this process; raises what torch raises."""
+        from torch.distributed.run import run
+
+        with _command_line(self.arguments) if self.launcher.reads_argv else contextlib.nullcontext():
+            run(self.namespace)
+
+
+def choose(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Launcher:
+    """The launcher of that name; for `auto`, the one that has what the command line asks for.
+
+    parser: `parser_of_all()`.
+    """
+    if name == "auto":
+        name = "torch_npu_run" if _asks_for_torch_npu(parser, arguments) else "torchrun"
+    return LAUNCHERS[name]
+
+
+def parser_of_all() -> argparse.ArgumentParser:
+    """A parser that knows every launcher's options, to tell which launcher a command line is for."""
+    from torch.distributed.run import get_args_parser
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.add_argument(f"--{_TIERED}")
+    return parser
 
 
 def values_of(parser: argparse.ArgumentParser) -> Arity:
@@ -174,6 +242,9 @@ def _rendezvous(namespace: argparse.Namespace, max_nodes: int) -> tuple[str, End
         return backend, None if _has_file_store(namespace.rdzv_conf) else _parse(text, C10D_PORT)
     if backend in {"etcd", "etcd-v2"}:
         return backend, _parse(text, ETCD_PORT)
+    if backend == PARALLEL and namespace.master_port is not None:
+        # _create_parallel_handler: the store listens there, whatever the endpoint says.
+        return backend, _parse(f"{namespace.master_addr}:{namespace.master_port}", _NO_PORT)
     return backend, _parse_of_plugin(text)
 
 
@@ -225,3 +296,90 @@ def _settings(rdzv_conf: str, name: str) -> Iterable[str]:
         key, _, value = setting.partition("=")
         if key.strip() == name:
             yield value.strip().lower()
+
+
+def _torchrun(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
+    """torch.distributed.run.main, up to its `run`."""
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser().parse_args(arguments), ()
+
+
+def _torch_npu_run(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
+    """torch_npu.distributed.run._main, up to its `run`, and made to work without --master-port."""
+    namespace: argparse.Namespace = _import_torch_npu().parse_args(arguments)
+    namespace.rdzv_backend = PARALLEL
+    if namespace.standalone:  # torch's run() turns to c10d on a random port
+        return namespace, ()
+    missing = _missing_of_torch_npu(namespace)
+    if not namespace.rdzv_endpoint:
+        namespace.rdzv_endpoint = f"{namespace.master_addr}:{namespace.master_port}"
+    return namespace, missing
+
+
+def _missing_of_torch_npu(namespace: argparse.Namespace) -> Sequence[str]:
+    """What torch_npu_run needs beside torch 2.12 and newer, whose parser has no default for --master-port.
+
+    It listens at --master-addr and --master-port even if an endpoint is given, and tells its workers the endpoint;
+    without a port it would try to listen at `127.0.0.1:None`. So an endpoint stands for what is not given.
+    """
+    if namespace.master_port is not None:
+        return ()
+    if not namespace.rdzv_endpoint:
+        namespace.master_port = STATIC_PORT
+        return ("--master-port", str(STATIC_PORT))
+    endpoint = _parse(namespace.rdzv_endpoint, STATIC_PORT)
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    if namespace.master_addr == _MASTER_ADDR:
+        namespace.master_addr = host
+    namespace.master_port = endpoint.port
+    namespace.rdzv_endpoint = f"{host}:{endpoint.port}"
+    return ("--master-addr", namespace.master_addr, "--master-port", str(endpoint.port))
+
+
+def _import_torch_npu() -> Any:  # noqa: ANN401 - a module
+    """torch_npu's launcher; importing it also makes the `parallel` rendezvous known to torch."""
+    import torch
+
+    try:
+        return importlib.import_module("torch_npu.distributed.run")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+            version = torch.__version__.partition("+")[0]
+            raise UsageError(
+                f"torch_npu_run is asked for and {sys.executable} has no module torch_npu; install it there: "
+                f"pip install 'torch-npu=={version}.*'"
+            ) from error
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"torch_npu_run is asked for and torch_npu cannot be imported ({reason}); run `source set_env.sh` in the "
+            "directory where CANN is installed, then this again"
+        ) from error
+
+
+def _asks_for_torch_npu(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> bool:
+    """Whether the rendezvous is torch_npu's own, or an option is that torchrun does not have."""
+    if os.environ.get(f"PET_{_TIERED.upper()}", "").lower() == "true":
+        return True
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            namespace = parser.parse_args(arguments)
+    except SystemExit:  # --help, or what no parser can read: torchrun answers it
+        return False
+    return namespace.rdzv_backend == PARALLEL or getattr(namespace, _TIERED) is not None
+
+
+@contextlib.contextmanager
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = [*before[:1], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+LAUNCHERS = {
+    launcher.name: launcher
+    for launcher in (Launcher("torchrun", _torchrun), Launcher("torch_npu_run", _torch_npu_run, reads_argv=True))
+}

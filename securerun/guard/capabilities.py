@@ -1,0 +1,102 @@
+"""Linux capabilities: what this process has, and how it gives up what it does not need (capabilities(7))."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# include/uapi/linux/capability.h
+DAC_OVERRIDE = 1
+KILL = 5
+SETUID = 7
+SETPCAP = 8
+NET_ADMIN = 12
+NET_RAW = 13
+SYS_MODULE = 16
+SYS_PTRACE = 19
+SYS_ADMIN = 21
+SYS_RESOURCE = 24
+BPF = 39  # since kernel 5.8; before, SYS_ADMIN stands for it
+
+_VERSION_3 = 0x20080522
+_HEADER = struct.Struct("=Ii")
+_SETS = struct.Struct("=IIIIII")  # effective, permitted, inheritable: the low 32 of each, then the high 32
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_AMBIENT_RAISE, _AMBIENT_CLEAR = 2, 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def effective() -> frozenset[int]:
+    """The capabilities that this process can use now."""
+    return _named_set("CapEff")
+
+
+def keep_only(capabilities: Collection[int]) -> None:
+    """Give up every other capability for good, for this process and whatever it starts.
+
+    What this process does not have is not gained. Raises OSError when the kernel refuses.
+    """
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
+    if SETPCAP in effective():
+        for capability in set(range(last + 1)) - set(capabilities):
+            _check(_libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
+    kept = _named_set("CapPrm") & frozenset(capabilities)
+    _set(effective=kept, inheritable=_named_set("CapInh") & kept)
+    forbid_new_privileges()
+
+
+def forbid_new_privileges() -> None:
+    """From now on no program started from here gains by set-id bits or file capabilities (no_new_privs)."""
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+@contextmanager
+def handed_on(capabilities: Collection[int]) -> Iterator[None]:
+    """Within the block, programs that are started have these of our capabilities; root's have them anyway."""
+    if os.geteuid() == 0:
+        yield
+        return
+    inheritable, permitted = _named_set("CapInh"), _named_set("CapPrm")
+    lent = permitted & frozenset(capabilities)
+    ambient = _named_set("CapAmb")
+    _set(effective=effective(), inheritable=inheritable | lent, permitted=permitted)
+    for capability in lent:
+        _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability, 0, 0))
+    try:
+        yield
+    finally:
+        _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR, 0, 0, 0))
+        for capability in ambient:
+            _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability, 0, 0))
+        _set(effective=effective(), inheritable=inheritable, permitted=permitted)
+
+
+def _named_set(name: str) -> frozenset[int]:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            bits = int(line.split()[1], 16)
+            return frozenset(number for number in range(64) if bits >> number & 1)
+    return frozenset()
+
+
+def _set(*, effective: Collection[int], inheritable: Collection[int], permitted: Collection[int] | None = None) -> None:
+    sets = [_bits(kind) for kind in (effective, effective if permitted is None else permitted, inheritable)]
+    low, high = [bits & 0xFFFFFFFF for bits in sets], [bits >> 32 for bits in sets]
+    _check(_libc.capset(_HEADER.pack(_VERSION_3, 0), _SETS.pack(*low, *high)))
+
+
+def _bits(capabilities: Collection[int]) -> int:
+    return sum(1 << number for number in set(capabilities))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

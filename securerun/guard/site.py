@@ -1,0 +1,215 @@
+"""What ordinary users may ask of a guard on this host: /etc/securerun/guard.toml, and limits where it is silent.
+
+Root is not limited. Everybody else must not get from the guard what harms another user or the host: its port chains
+close ports for the whole host, and pass a run's peers for all runs.
+"""
+
+from __future__ import annotations
+
+import grp
+import importlib
+import ipaddress
+import pwd
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+from securerun import packages, trust
+from securerun.errors import PolicyError, PrivilegeError
+from securerun.firewall.policy import LAST_PORT, Network, Policy, PortRange
+from securerun.guard.caller import ROOT, Caller
+from securerun.guard.protocol import Order
+from securerun.guard.sockets import Listener
+
+FILE = Path("/etc/securerun/guard.toml")
+# A network wider than these is half the world rather than the nodes of a job.
+_WIDEST = {4: 8, 6: 16}
+
+
+@dataclass(frozen=True)
+class SitePolicy:
+    """What ordinary users may ask for.
+
+    users: ids of those who may have a guard; groups: ids whose members may. Both None: whoever the way to the guard
+    lets through (sudoers, the socket's mode). ports: first and last TCP ports that may be named; ports_per_run: how
+    many of them. peers: the networks that named peers must lie in; None: any, but none wider than /8 or /16 (IPv6).
+    accept: whether peers may be let past the host's own rules. runs_per_user: how many runs at once.
+    """
+
+    users: frozenset[int] | None = None
+    groups: frozenset[int] | None = None
+    ports: tuple[tuple[int, int], ...] = ((1024, LAST_PORT),)
+    ports_per_run: int = 256
+    peers: tuple[Network, ...] | None = None
+    accept: bool = False
+    runs_per_user: int = 32
+
+
+def read_site_policy(path: Path = FILE) -> tuple[SitePolicy, str]:
+    """The site's policy, and why its file was ignored or "": one that others than root can change is no policy.
+
+    Raises PrivilegeError for a file of root's that cannot be understood: then nobody but root is served.
+    """
+    try:
+        weakness = trust.weak_point(path)
+        if weakness is not None:
+            return SitePolicy(), f"{path} is ignored: {weakness}"
+        text = path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return SitePolicy(), ""
+    except (OSError, ValueError) as error:
+        raise PrivilegeError(_unreadable(path, str(error))) from error
+    try:
+        return _understood(_toml(text)), ""
+    except (ValueError, PolicyError) as error:
+        raise PrivilegeError(_unreadable(path, str(error))) from error
+
+
+def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
+    """Raises PrivilegeError or PolicyError for what this caller may not ask for."""
+    if caller.user == ROOT:
+        return
+    _require_user(site, caller)
+    policy = order.policy
+    for port in policy.ports:
+        if not any(first <= port.first and port.last <= last for first, last in site.ports):
+            allowed = ", ".join(f"{first}-{last}" for first, last in site.ports)
+            raise PolicyError(
+                f"port {port} may not be named by user {caller.user}; this host allows {allowed} ({FILE})"
+            )
+    count = sum(last - first + 1 for first, last in policy.joined_ports())
+    if count > site.ports_per_run:
+        raise PolicyError(f"{count} ports are more than the {site.ports_per_run} that a run may name here ({FILE})")
+    require_permitted_peers(site, policy)
+    if policy.accept and not site.accept:
+        raise PolicyError(f"--accept is root's, or the site's (accept = true in {FILE}); leave it out")
+
+
+def require_permitted_peers(site: SitePolicy, policy: Policy) -> None:
+    """Raises PolicyError for a network that the site does not let be named a peer."""
+    for network in policy.peers:
+        if site.peers is None:
+            if network.prefixlen < _WIDEST[network.version]:
+                raise PolicyError(
+                    f"{network} is wider than /{_WIDEST[network.version]}; name the job's nodes, or ask your "
+                    f"administrator to allow it (peers in {FILE})"
+                )
+        elif not _is_within(network, site.peers):
+            allowed = ", ".join(map(str, site.peers))
+            raise PolicyError(f"{network} may not be named a peer; this host allows {allowed} ({FILE})")
+
+
+def require_unused(ports: Iterable[PortRange], listeners: Iterable[Listener], user: int) -> None:
+    """Raises PolicyError for a port on which another user listens: closing it would take his service away."""
+    if user == ROOT:
+        return
+    planned = tuple(ports)
+    for listener in listeners:
+        if listener.user != user and not listener.address.is_loopback and any(listener.port in p for p in planned):
+            raise PolicyError(f"port {listener.port} is in use by user {listener.user}; choose another for this job")
+
+
+def _require_user(site: SitePolicy, caller: Caller) -> None:
+    if site.users is None and site.groups is None:
+        return
+    if caller.user in (site.users or ()) or caller.groups & (site.groups or frozenset()):
+        return
+    raise PrivilegeError(f"user {caller.user} may not have a job guarded on this host ({FILE}); ask its administrator")
+
+
+def _is_within(network: Network, allowed: Iterable[Network]) -> bool:
+    return any(
+        network.version == site.version and network.subnet_of(site)  # type: ignore[arg-type]
+        for site in allowed
+    )
+
+
+def _unreadable(path: Path, why: str) -> str:
+    return f"this host's limits for users cannot be read, so only root is served: {path}: {why}; tell its administrator"
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib.loads(text)
+    # The guard's interpreter is started without `site`, so packages are not on its path; last, they hide nothing.
+    sys.path += map(str, packages.directories())
+    document: dict[str, Any] = importlib.import_module("tomli").loads(text)
+    return document
+
+
+def _understood(document: Mapping[str, Any]) -> SitePolicy:
+    unknown = document.keys() - _READERS.keys()
+    if unknown:
+        raise ValueError(f"there is no key {min(unknown)!r}; the keys are {', '.join(_READERS)}")
+    return SitePolicy(**{key: _READERS[key](key, value) for key, value in document.items()})
+
+
+def _words(key: str, value: object) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, (str, int)) for item in items):
+        raise ValueError(f'{key} is no list of texts; write {key} = ["..."]')
+    return [str(item) for item in items]
+
+
+def _users(key: str, value: object) -> frozenset[int]:
+    return frozenset(int(word) if word.isdecimal() else _user_id(word) for word in _words(key, value))
+
+
+def _groups(key: str, value: object) -> frozenset[int]:
+    return frozenset(int(word) if word.isdecimal() else _group_id(word) for word in _words(key, value))
+
+
+def _user_id(name: str) -> int:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError as error:
+        raise ValueError(f"users: there is no user {name!r}") from error
+
+
+def _group_id(name: str) -> int:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise ValueError(f"groups: there is no group {name!r}") from error
+
+
+def _ports(key: str, value: object) -> tuple[tuple[int, int], ...]:
+    ranges = []
+    for word in _words(key, value):
+        first, _, last = word.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise ValueError(f'{key}: {word!r} is no port or range; write {key} = ["1024-65535"]')
+        port = PortRange(int(first), int(last or first), "site policy")
+        ranges.append((port.first, port.last))
+    return tuple(ranges)
+
+
+def _networks(key: str, value: object) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(word) for word in _words(key, value))
+
+
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} is neither true nor false")
+    return value
+
+
+def _count(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} is no whole number")
+    return value
+
+
+_READERS: dict[str, Callable[[str, object], Any]] = {
+    "users": _users,
+    "groups": _groups,
+    "ports": _ports,
+    "ports_per_run": _count,
+    "peers": _networks,
+    "accept": _flag,
+    "runs_per_user": _count,
+}

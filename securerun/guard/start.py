@@ -1,0 +1,45 @@
+"""How the guard's program is started: with an interpreter that nothing but root's own files has a say in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from securerun.errors import UsageError
+
+SOCKET_ARGUMENT = "--socket"
+_PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
+# -I: a `socket.py` in the working directory, PYTHONPATH and the user's site-packages are not for the guard.
+# -S: it needs the standard library alone, and site-packages' start-up files take longer than all of its own.
+# The package's directory comes last on the path, so that nothing beside it can stand in for the standard library.
+_PROGRAM = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from securerun.guard.server import main; sys.exit(main(sys.argv[1:]))"
+)
+# sudo says in it who called; nothing else of the environment is for the guard.
+_KEPT = ("SUDO_UID",)
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a guard with this interpreter and this package."""
+    return [sys.executable, "-I", "-S", "-c", _PROGRAM, _PACKAGE_PARENT, *arguments]
+
+
+def main() -> NoReturn:
+    """The command securerun-guard: the same guard, begun anew without what the caller's environment may have loaded.
+
+    Exits with 2 for wrong usage.
+    """
+    arguments = sys.argv[1:]
+    if not _is_right(arguments):
+        print("securerun-guard: securerun starts this, by sudo or systemd; see securerunctl setup", file=sys.stderr)
+        sys.exit(UsageError.status)
+    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    os.execve(sys.executable, command(*arguments), environment)  # noqa: S606 - that is the point: no shell
+
+
+def _is_right(arguments: Sequence[str]) -> bool:
+    return list(arguments) in ([], [SOCKET_ARGUMENT]) and not (sys.stdin is None or sys.stdin.isatty())

@@ -1,0 +1,203 @@
+"""The ways from a launcher to a guard with privilege: its own privilege, sudo, or systemd's socket. One protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from securerun.guard import capabilities, start
+from securerun.guard.protocol import MAXIMUM_BYTES, Message, decode, encode
+
+DIRECTLY = "directly"
+SOCKET = Path("/run/securerun.sock")
+_PROGRAM = "securerun-guard"
+_SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")))
+# sudo's messages are looked at, so they are to be in one language; nothing else is for it.
+_SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": "C"}
+_PEER = struct.Struct("=iII")  # struct ucred (unix(7))
+_LAST_WORDS_SECONDS = 1.0
+
+
+class Connection:
+    """A guard at the other end: orders go to one descriptor, answers come from another.
+
+    process: the child that is, or leads to, the guard; None where systemd starts it. words: its standard error.
+    Raises nothing by itself: a guard that cannot be had does not answer, and `last_words` tells why.
+    """
+
+    def __init__(self, orders: int, answers: int, process: subprocess.Popen[bytes] | None, words: int | None) -> None:
+        self._orders = orders
+        self._answers = answers
+        self._process = process
+        self._words = words
+        self._pending = b""
+
+    def send(self, message: Message) -> bool:
+        """Write a message; False when nobody is there to read it."""
+        data = encode(message)
+        try:
+            while data:
+                data = data[os.write(self._orders, data) :]
+        except OSError:
+            return False
+        return True
+
+    def receive(self, seconds: float | None) -> Message | None:
+        """The guard's next message; None when it has ended, or says nothing within the time.
+
+        Raises ProtocolError for what this version of securerun does not understand.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while b"\n" not in self._pending:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._answers], [], [], remaining)[0]:
+                return None
+            try:
+                chunk = os.read(self._answers, 65536)
+            except ConnectionError:
+                return None
+            if not chunk or len(self._pending) > MAXIMUM_BYTES:
+                return None
+            self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        return decode(line)
+
+    def last_words(self) -> str:
+        """Why there is no answer: the last line of standard error, or the exit status."""
+        if self._process is None or self._words is None:
+            return "it closed the connection"
+        try:
+            status = self._process.wait(_LAST_WORDS_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it does not answer"
+        lines = os.read(self._words, 65536).decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"it ended with status {status}"
+
+    def close(self) -> None:
+        """Close this end; a guard that holds a lease takes the end of its input for the launcher's."""
+        for descriptor in {self._orders, self._answers, self._words} - {None}:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)  # type: ignore[arg-type]
+        if self._process is not None:
+            self._process.poll()  # a child that has ended is not to stay as a zombie
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way. name: how the guard is started, in words. obstacle: why it cannot even be tried, "" if it can."""
+
+    name: str
+    obstacle: str
+    open: Callable[[], Connection]
+
+
+def ways() -> tuple[Way, ...]:
+    """The three ways, in the order in which they are tried. Looks, and starts nothing."""
+    return (
+        Way(DIRECTLY, _obstacle_to_direct(), _open_directly),
+        Way("by sudo", _obstacle_to_sudo(), _open_by_sudo),
+        Way("by systemd", _obstacle_to_socket(), _open_socket),
+    )
+
+
+def guard_program() -> Path | None:
+    """The program that sudo is asked for: this installation's if it belongs to root, else the system's.
+
+    None where there is neither. Whether the caller may run it is for sudo to say.
+    """
+    places = (Path(sys.executable).parent, *_SYSTEM_DIRECTORIES)
+    return next((place / _PROGRAM for place in places if _is_of_root(place / _PROGRAM)), None)
+
+
+def sudo_program() -> Path | None:
+    """sudo, where distributions put it; PATH has no say in it."""
+    return next((place / "sudo" for place in _SYSTEM_DIRECTORIES if _is_of_root(place / "sudo")), None)
+
+
+def _is_of_root(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == 0
+    except OSError:
+        return False
+
+
+def _obstacle_to_direct() -> str:
+    if os.geteuid() == 0:
+        return ""
+    held = capabilities.effective()
+    if capabilities.NET_ADMIN in held and held & {capabilities.BPF, capabilities.SYS_ADMIN}:
+        return ""
+    return "this process is not root and has no CAP_NET_ADMIN and CAP_BPF"
+
+
+def _obstacle_to_sudo() -> str:
+    if sudo_program() is None:
+        return "sudo is not installed"
+    if guard_program() is None:
+        return f"no {_PROGRAM} of root's beside {sys.executable} or in {_SYSTEM_DIRECTORIES[0]}"
+    return ""
+
+
+def _obstacle_to_socket() -> str:
+    return "" if SOCKET.is_socket() else f"there is no {SOCKET}"
+
+
+def _open_directly() -> Connection:
+    with capabilities.handed_on(
+        {
+            capabilities.NET_ADMIN,
+            capabilities.NET_RAW,
+            capabilities.BPF,
+            capabilities.SYS_ADMIN,
+            capabilities.SYS_RESOURCE,
+            capabilities.DAC_OVERRIDE,
+            capabilities.KILL,
+            capabilities.SYS_PTRACE,
+        }
+    ):
+        # SUDO_UID of the shell that this root came from would mean another way.
+        return _start(start.command(), {name: value for name, value in os.environ.items() if name != "SUDO_UID"})
+
+
+def _open_by_sudo() -> Connection:
+    return _start([str(sudo_program()), "-n", "--", str(guard_program())], _SUDO_ENVIRONMENT)
+
+
+def _start(command: list[str], environment: dict[str, str]) -> Connection:
+    orders_read, orders = os.pipe()
+    answers, answers_write = os.pipe()
+    # Not the launcher's standard error: a guard that held it would keep `2>&1 | tee` waiting.
+    words, words_write = os.pipe()
+    try:
+        process = subprocess.Popen(  # noqa: S603 - an absolute path, and an environment of our own
+            command,
+            stdin=orders_read,
+            stdout=answers_write,
+            stderr=words_write,
+            env=environment,
+            start_new_session=True,
+        )
+    finally:
+        for theirs in (orders_read, answers_write, words_write):
+            os.close(theirs)
+    return Connection(orders, answers, process, words)
+
+
+def _open_socket() -> Connection:
+    """Raises OSError when nobody, or nobody of root's, listens there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
+        end.connect(str(SOCKET))
+        _, user, _ = _PEER.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if user != 0:
+            raise PermissionError(f"{SOCKET} is served by user {user}, not by root")
+        descriptor = end.detach()
+    return Connection(descriptor, descriptor, None, None)

@@ -1,0 +1,21 @@
+"""Where pip puts packages for this interpreter, also where `site` has not run (`python -S`, as the guard)."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def directories() -> Iterator[Path]:
+    """The directories of installed packages, the nearest first; they may not exist."""
+    # Before Python 3.14 it takes `site` to make sys.prefix the virtual environment's.
+    environment = Path(sys.executable).parent.parent
+    if (environment / "pyvenv.cfg").is_file():
+        yield Path(sysconfig.get_path("platlib", "posix_prefix", {"platbase": str(environment)}))
+        return
+    yield Path(sysconfig.get_path("platlib"))
+    # Debian's own packages.
+    if "deb_system" in sysconfig.get_scheme_names():
+        yield Path(sysconfig.get_path("platlib", "deb_system"))

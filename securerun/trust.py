@@ -1,0 +1,49 @@
+"""Whether a file can be believed by root: nobody else could have written it, or put another in its place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_MOST_LINKS = 40  # include/linux/namei.h: MAXSYMLINKS
+
+
+def weak_point(path: Path) -> str | None:
+    """Why a file or directory cannot be believed, in words; None when only root can change it.
+
+    Looks at every directory above it, and at those above each link on the way. Raises OSError where there is none.
+    """
+    for place in _way_to(path):
+        status = os.lstat(place)
+        if status.st_uid != 0:
+            return f"{place} belongs to user {status.st_uid}, not to root"
+        if stat.S_ISLNK(status.st_mode) or not status.st_mode & _OTHERS_WRITE:
+            continue
+        # In a sticky directory only the owner of a file, here root, can put another in its place.
+        if not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
+            return f"{place} can be written by others than root (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
+
+
+def _way_to(path: Path) -> Iterator[Path]:
+    """Every name that decides what is found at a path, links followed one part at a time as the kernel does."""
+    current = Path("/")
+    yield current
+    pending = [*reversed(path.absolute().parts[1:])]
+    links = 0
+    while pending:
+        part = pending.pop()
+        current = current.parent if part == ".." else current / part
+        yield current
+        if not current.is_symlink():
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        target = current.readlink()
+        pending += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+        current = Path("/") if target.is_absolute() else current.parent
