@@ -75,9 +75,10 @@ def _launch(arguments: Sequence[str], guard: Guard | None, as_command: bool, use
         if launch.options.dry_run:
             _print_plan(launch)
             return
-        for warning in (*launch.peers.warnings, *_warnings_of_root()):
+        for warning in launch.peers.warnings:
             _say(warning)
         with _unprotected() if launch.options.unprotected else _guarded(guard or Guard(), launch):
+            _warn_of_root()
             launch.command.run()
 
 
@@ -92,9 +93,9 @@ def _become_user(arguments: Sequence[str]) -> str | None:
     return asked.run_as
 
 
-def _warnings_of_root() -> Iterator[str]:
+def _warn_of_root() -> None:
     if os.geteuid() == 0:
-        yield "running as root, and so are the workers; --run-as USER has them run as an ordinary user"
+        _say("running as root, and so are the workers; --run-as USER has them run as an ordinary user")
 
 
 def _understand(arguments: Sequence[str], as_command: bool) -> Launch:

@@ -18,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+setup = typer.Typer(help="Print what lets ordinary users have their jobs guarded.", no_args_is_help=True)
+app.add_typer(setup, name="setup")
+
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -58,6 +61,25 @@ def clean(
     from securerun.ctl.clean import clean_host
 
     raise typer.Exit(clean_host(dry_run=dry_run))
+
+
+@setup.command(short_help="Print the sudoers rule.")
+def sudoers(
+    group: str = typer.Option("securerun", help="The group whose members may have guards."),
+    user: str = typer.Option("", help="One user instead of a group."),
+) -> None:
+    """Print the rule for /etc/sudoers.d/securerun, checked by visudo: members of a group may have guards by sudo."""
+    from securerun.ctl.setup import print_sudoers
+
+    print_sudoers(group, user or None)
+
+
+@setup.command(short_help="Print the systemd units.")
+def systemd(group: str = typer.Option("securerun", help="The group whose members may connect.")) -> None:
+    """Print a socket unit and a service unit: systemd starts a guard for each member of a group who connects."""
+    from securerun.ctl.setup import print_systemd
+
+    print_systemd(group)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 from pathlib import Path
 from typing import Callable
@@ -140,13 +141,15 @@ def _parent_of_sudo() -> int:
 
 
 def _is_sudo(pid: int) -> bool:
-    """Only root can have made a process of root by that name."""
+    """Whether a process runs root's set-user-id program of that name; of its user ids the effective one is root's."""
+    program = Path(f"/proc/{pid}/exe")
     try:
-        program = Path(f"/proc/{pid}/exe").readlink()
-        user, _ = _identity(pid)
-    except (OSError, PrivilegeError):
+        status, name = program.stat(), program.readlink().name
+        effective = int(_status(pid)["Uid"][1])
+    except OSError:
         return False
-    return user == ROOT and program.name.removesuffix(" (deleted)") == _SUDO
+    is_roots = status.st_uid == ROOT and status.st_mode & stat.S_ISUID
+    return bool(is_roots) and effective == ROOT and name.removesuffix(" (deleted)") == _SUDO
 
 
 def _parent(pid: int) -> int:

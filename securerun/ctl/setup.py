@@ -1,0 +1,142 @@
+"""securerunctl setup: what an administrator installs once, so that ordinary users have their jobs guarded.
+
+Prints, and installs nothing: these files are for somebody's eyes first. A guard that others than root could change
+would make root of whoever changes it, so for such a one there is nothing to print.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import securerun
+from securerun import trust
+from securerun.errors import PolicyError, PrivilegeError, UsageError
+from securerun.guard.start import SOCKET_ARGUMENT
+from securerun.guard.ways import SOCKET
+
+DEFAULT_GROUP = "securerun"
+_PROGRAM = "securerun-guard"
+_ADMINISTRATORS_PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
+# useradd(8)'s own rule, without its closing dollar sign.
+_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+
+_SUDOERS = """\
+# /etc/sudoers.d/securerun, mode 0440. Made by `securerunctl setup sudoers`.
+{who} ALL=(root) NOPASSWD:NOSETENV: {program} ""
+"""
+
+_SOCKET_UNIT = """\
+# /etc/systemd/system/securerun.socket. Made by `securerunctl setup systemd`.
+# Then: systemctl daemon-reload && systemctl enable --now securerun.socket
+[Unit]
+Description=securerun: guards for the jobs of ordinary users
+
+[Socket]
+ListenStream={socket}
+Accept=yes
+SocketUser=root
+SocketGroup={group}
+SocketMode=0660
+MaxConnections=256
+
+[Install]
+WantedBy=sockets.target
+"""
+
+_SERVICE_UNIT = """\
+# /etc/systemd/system/securerun@.service. Made by `securerunctl setup systemd`.
+[Unit]
+Description=securerun: the guard of one job
+CollectMode=inactive-or-failed
+
+[Service]
+ExecStart={program} {argument}
+StandardInput=socket
+StandardOutput=socket
+StandardError=journal
+# The guard ends when its job has ended; it does so also while the host shuts down.
+KillMode=process
+TimeoutStopSec=20
+UMask=0077
+NoNewPrivileges=yes
+CapabilityBoundingSet={capabilities}
+ProtectSystem=full
+ProtectHome=read-only
+PrivateTmp=yes
+RestrictRealtime=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+"""
+
+_CAPABILITIES = (
+    "CAP_BPF CAP_DAC_OVERRIDE CAP_KILL CAP_NET_ADMIN CAP_NET_RAW CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_RESOURCE "
+    "CAP_SETPCAP"
+)
+
+
+def print_sudoers(group: str, user: str | None) -> None:
+    """Print the rule that lets a group, or one user, have guards by sudo; checked by visudo.
+
+    Raises UsageError for a name that is none, PrivilegeError for a guard that others than root could change, and
+    PolicyError when visudo does not take the rule.
+    """
+    who = _required_name(user, "--user") if user else f"%{_required_name(group, '--group')}"
+    text = _SUDOERS.format(who=who, program=trusted_program())
+    _check_sudoers(text)
+    print(text, end="")
+
+
+def print_systemd(group: str) -> None:
+    """Print the socket unit and the service unit that start a guard for each member of a group who connects.
+
+    Raises UsageError for a name that is none, and PrivilegeError for a guard that others than root could change.
+    """
+    program = trusted_program()
+    print(_SOCKET_UNIT.format(socket=SOCKET, group=_required_name(group, "--group")))
+    print(_SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, capabilities=_CAPABILITIES), end="")
+
+
+def trusted_program() -> Path:
+    """This installation's securerun-guard. Raises PrivilegeError when others than root could change what it runs."""
+    program = Path(sys.executable).parent / _PROGRAM
+    package = Path(securerun.__file__).parent
+    try:
+        for part in (program, Path(sys.executable), package, *package.rglob("*.py")):
+            weakness = trust.weak_point(part)
+            if weakness is not None:
+                raise PrivilegeError(
+                    f"{program} would run as root, but {weakness}; install securerun as root where only root writes, "
+                    "such as a virtual environment below /opt"
+                )
+    except FileNotFoundError as error:
+        raise PrivilegeError(f"{error.filename} is missing; install securerun with pip, then try again") from error
+    if re.search(r"[^\w/.+-]", str(program)):
+        raise PolicyError(f"{program} has characters that sudo or systemd read in their own way; install it elsewhere")
+    return program
+
+
+def _required_name(name: str, source: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{source}: {name!r} is no name of a user or group; write {source} {DEFAULT_GROUP}")
+    return name
+
+
+def _check_sudoers(text: str) -> None:
+    """Have visudo read the rule, where there is sudo: a sudoers file with an error locks everybody out."""
+    visudo = shutil.which("visudo", path=_ADMINISTRATORS_PATH)
+    if visudo is None:
+        print("securerunctl: sudo is not installed here, so visudo has not checked this rule", file=sys.stderr)
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".sudoers") as file:
+        file.write(text)
+        file.flush()
+        done = subprocess.run(  # noqa: S603 - an absolute path, and a file of our own
+            [visudo, "-c", "-f", file.name], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    if done.returncode != 0:
+        raise PolicyError(f"visudo does not take the rule: {(done.stderr or done.stdout).strip().splitlines()[0]}")
