@@ -20,7 +20,7 @@ ROOT = 0
 SUDO_USER_VARIABLE = "SUDO_UID"  # set by sudo itself, sudo(8)
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
 _SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h, kernel 6.5
-_SUDO = "sudo"
+_SUDO = ("sudo", "sudo-rs", "sudo.ws")  # the last two: Ubuntu 25.10 and newer, which has both
 
 
 class Caller:
@@ -149,7 +149,7 @@ def _is_sudo(pid: int) -> bool:
     except OSError:
         return False
     is_roots = status.st_uid == ROOT and status.st_mode & stat.S_ISUID
-    return bool(is_roots) and effective == ROOT and name.removesuffix(" (deleted)") == _SUDO
+    return bool(is_roots) and effective == ROOT and name.removesuffix(" (deleted)") in _SUDO
 
 
 def _parent(pid: int) -> int:

@@ -13,6 +13,8 @@ import resource
 import signal
 from pathlib import Path
 
+from securerun.errors import PrivilegeError
+
 _PR_SET_NAME = 15
 _DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _UNLIMITED = (
@@ -26,6 +28,13 @@ _UNLIMITED = (
     resource.RLIMIT_SIGPENDING,
     resource.RLIMIT_MSGQUEUE,
 )
+# What makes the kernel end the guard, or fail its writes and its memory, with the option of the shell's ulimit.
+_FATAL = {
+    resource.RLIMIT_CPU: "-t",
+    resource.RLIMIT_FSIZE: "-f",
+    resource.RLIMIT_AS: "-v",
+    resource.RLIMIT_DATA: "-d",
+}
 _OPEN_FILES = 4096
 _STACK_BYTES = 8 * 1024 * 1024
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
@@ -48,6 +57,17 @@ def discard(name: str) -> None:
     _discard_scheduling()
     os.umask(0o077)
     os.chdir("/")
+
+
+def require_unlimited() -> None:
+    """Raises PrivilegeError for a limit that could not be lifted and would end the guard before its work is done."""
+    for limit, option in _FATAL.items():
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            raise PrivilegeError(
+                f"a hard limit of {soft} (ulimit {option}) lies on the guard too, and it may not lift it here; start "
+                "the job without that limit, or give the container CAP_SYS_RESOURCE"
+            )
 
 
 def _discard_signals() -> None:

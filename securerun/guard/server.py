@@ -18,6 +18,7 @@ from securerun.guard import capabilities, inherited, log, site
 from securerun.guard import lease as leases
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer
 from securerun.guard.cgroup import CgroupUnavailable
+from securerun.guard.channel import Channel
 from securerun.guard.lease import Lease
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
@@ -58,29 +59,36 @@ _NEEDED = frozenset(
 def main(arguments: Sequence[str]) -> int:
     """Serve one launcher. Returns the exit status: 0 when the lease was released, else the refusal's."""
     inherited.discard(NAME)
-    answers = Answers()
+    try:
+        orders, answers = Orders(Channel(_INPUT, os.O_RDONLY)), Answers(Channel(_OUTPUT, os.O_WRONLY))
+    except PrivilegeError as error:
+        _log(f"refused: {error}")
+        return error.status
+    caller = None
     try:
         caller = find_peer(_INPUT) if SOCKET_ARGUMENT in arguments else find_ancestor()
+        inherited.require_unlimited()
         _drop_privilege(caller)
         answers.send(Ready(os.getpid()))
-        orders = Orders()
         order = orders.wait_for_order()
         if order is None:
             return 0
         lease = _acquire(order, caller)
     except ProtocolError as error:
-        return _refuse(Refused(PolicyError.status, f"the guard did not understand its orders: {error}"), answers)
+        not_understood = PolicyError(f"the guard did not understand its orders: {error}")
+        return _refuse(not_understood, caller, answers)
     except SecurerunError as error:
-        return _refuse(Refused(error.status, str(error)), answers)
+        return _refuse(error, caller, answers)
     return _hold(lease, orders, answers)
 
 
 class Orders:
     """The launcher's messages, read as they come and never waited for behind the back of `poll`."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._pending = b""
-        self.descriptor = _INPUT
+        self.descriptor = channel.descriptor
         self.ended = False
 
     def wait_for_order(self) -> Order | None:
@@ -90,14 +98,14 @@ class Orders:
         """
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self.ended:
-            _wait_until(deadline)
+            self._wait_until(deadline)
             began = bool(self._pending)
             message = self.read()
             if isinstance(message, Order):
                 return message
             if message is not None:
                 raise ProtocolError("the first message is not an order")
-            if not began:
+            if self._pending and not began:
                 deadline = time.monotonic() + _ORDER_SECONDS
         return None
 
@@ -106,7 +114,9 @@ class Orders:
 
         Raises ProtocolError for what is no message.
         """
-        chunk = os.read(_INPUT, 65536)
+        chunk = self._channel.read()
+        if chunk is None:
+            return None
         self.ended = not chunk
         self._pending += chunk
         line, newline, following = self._pending.partition(b"\n")
@@ -117,10 +127,9 @@ class Orders:
         self._pending = following
         return decode(line)
 
-
-def _wait_until(deadline: float) -> None:
-    if not select.select([_INPUT], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
+    def _wait_until(self, deadline: float) -> None:
+        if not select.select([self.descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
 
 
 def _drop_privilege(caller: Caller) -> None:
@@ -147,7 +156,12 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     """Keep the lease until the job's last process has gone, then release it."""
     run = f"run {lease.policy.run_id}"
     answers.send(lease.guarding)
-    _log(f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding")
+    layers = ", ".join(layer.backend for layer in lease.guarding.layers)
+    ports = ", ".join(map(str, lease.policy.ports)) or "none"
+    _log(
+        f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding by {layers}; ports {ports}; "
+        f"{len(lease.policy.peers)} peer networks"
+    )
     Watch(lease, orders, answers.send, _log).until_over()
     try:
         lease.release()
@@ -161,7 +175,8 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
 class Answers:
     """What the guard says to its launcher, which may be gone, or stopped, or a trick: nobody waits for it long."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._unsent = b""
 
     def send(self, message: Message) -> None:
@@ -174,15 +189,18 @@ class Answers:
     def _write(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError):
-            os.set_blocking(_OUTPUT, False)
-            while self._unsent and select.select([], [_OUTPUT], [], max(0.0, deadline - time.monotonic()))[1]:
-                self._unsent = self._unsent[os.write(_OUTPUT, self._unsent) :]
+            while self._unsent and self._has_room(deadline):
+                self._unsent = self._unsent[self._channel.write(self._unsent) :]
+
+    def _has_room(self, deadline: float) -> bool:
+        return bool(select.select([], [self._channel.descriptor], [], max(0.0, deadline - time.monotonic()))[1])
 
 
-def _refuse(refusal: Refused, answers: Answers) -> int:
-    _log(f"refused: {refusal.message}")
-    answers.send(refusal)
-    return refusal.status
+def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers) -> int:
+    whom = "somebody" if caller is None else f"user {caller.user}, process {caller.pid}"
+    _log(f"refused to {whom}: {reason}")
+    answers.send(Refused(reason.status, str(reason)))
+    return reason.status
 
 
 def _log(words: str) -> None:

@@ -1,0 +1,57 @@
+"""One end of a pipe or socket, from which nothing is ever waited for, whoever else holds the other end or this one.
+
+A pipe's flags belong to all who hold that end, and so does what is in it: between poll(2) and read(2) somebody else
+may take it, or the O_NONBLOCK away. So a pipe is opened once more, for a description of our own (open(2)), and a
+socket is asked each time not to wait.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+
+from securerun.errors import PrivilegeError
+
+_READ_BYTES = 65536
+
+
+class Channel:
+    """A standard stream of this process, by `access` os.O_RDONLY or os.O_WRONLY.
+
+    Raises PrivilegeError for what is neither pipe nor socket, and for one whose other end is closed already.
+    """
+
+    def __init__(self, descriptor: int, access: int) -> None:
+        self._socket: socket.socket | None = None
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISSOCK(mode):
+                self._socket = socket.socket(fileno=os.dup(descriptor))
+                self.descriptor = self._socket.fileno()
+                return
+            if not stat.S_ISFIFO(mode):
+                raise PrivilegeError("a guard takes its orders from a pipe or a socket; it is securerun that starts it")
+            self.descriptor = os.open(f"/proc/self/fd/{descriptor}", access | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise PrivilegeError(f"the launcher has closed its end: {error.strerror}") from error
+
+    def read(self) -> bytes | None:
+        """What is there; b"" when the other end is closed, None when there is nothing now. Raises OSError."""
+        try:
+            if self._socket is not None:
+                return self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+            return os.read(self.descriptor, _READ_BYTES)
+        except BlockingIOError:
+            return None
+        except ConnectionError:
+            return b""
+
+    def write(self, data: bytes) -> int:
+        """How many bytes there was room for, 0 when there is none now. Raises OSError when nobody is there to read."""
+        try:
+            if self._socket is not None:
+                return self._socket.send(data, socket.MSG_DONTWAIT)
+            return os.write(self.descriptor, data)
+        except BlockingIOError:
+            return 0
