@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pwd
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
 from securerun.guard import records
 from securerun.guard.protocol import denial_document, layer_document, policy_document, printable
 from securerun.guard.records import Record
+
+if TYPE_CHECKING:
+    from securerun.guard.client import Guard
 
 _NO_RUNS = "no runs on this host"
 _HEADINGS = ("RUN", "STATE", "USER", "PID", "STARTED", "COMMAND")
@@ -46,29 +48,53 @@ def show(*, as_json: bool, watch: bool) -> None:
 
 
 def read_runs() -> tuple[Record, ...]:
-    """The records of this host's runs; none where no run has ever made the directory.
+    """The records of this host's runs, for an ordinary user of his own; none where no run has made the directory.
 
-    Raises PrivilegeError for whoever may not read them.
+    Raises PrivilegeError for whoever may not read them and has no guard who does.
     """
-    directory = open_records()
-    if directory is None:
-        return ()
     try:
-        return records.read_all(directory)
-    finally:
-        os.close(directory)
+        return records.read_host()
+    except PermissionError:
+        return _read_own_runs()
+    except OSError as error:
+        raise SecurerunError(_no_directory(error)) from error
+
+
+@cache
+def _guard() -> Guard:
+    """One guard for all the looks of a watch; root needs none, nor what it takes to speak to one."""
+    from securerun.guard.client import Guard
+
+    return Guard()
+
+
+def _read_own_runs() -> tuple[Record, ...]:
+    from securerun.guard.client import Refusal
+
+    try:
+        return tuple(records.understood(document) for document in _guard().report())
+    except Refusal:
+        raise
+    except PrivilegeError as error:
+        raise PrivilegeError(_not_readable()) from error
 
 
 def open_records() -> int | None:
     """A descriptor of the record directory; None where there is none. Raises PrivilegeError or SecurerunError."""
     try:
-        return os.open(records.DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
+        return records.open_to_read()
     except PermissionError as error:
-        raise PrivilegeError(f"the records in {records.DIRECTORY} may not be read; run as root") from error
+        raise PrivilegeError(_not_readable()) from error
     except OSError as error:
-        raise SecurerunError(f"{records.DIRECTORY} is no directory of records: {error.strerror}; remove it") from error
+        raise SecurerunError(_no_directory(error)) from error
+
+
+def _not_readable() -> str:
+    return f"the records in {records.DIRECTORY} may not be read; run as root"
+
+
+def _no_directory(error: OSError) -> str:
+    return f"{records.DIRECTORY} is no directory of records: {error.strerror}; remove it"
 
 
 def document(record: Record) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import getpass
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Callable
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
@@ -24,6 +24,9 @@ from securerun.guard.protocol import (
     Refused,
     Release,
     Released,
+    Report,
+    Run,
+    Runs,
 )
 from securerun.guard.ways import Connection, Way, ways
 
@@ -61,6 +64,7 @@ class Guard:
         self._replaced = 0
         self._change = threading.Lock()
         self._farewell = threading.Event()
+        self._asked = False
         self._released: Released | None = None
         self._releasing: Release | None = None
         self._start_over()
@@ -89,6 +93,21 @@ class Guard:
         os.environ[RUN_ID_VARIABLE] = order.policy.run_id
         self._listen()
         return answer
+
+    def report(self) -> tuple[Mapping[str, Any], ...]:
+        """The records of this user's runs, which only root may read by himself. May be asked again and again.
+
+        Raises Refusal with the guard's reason, or PrivilegeError when no guard can be spoken to.
+        """
+        connection = self._connection if self._asked else self._ready()
+        if connection is None or not connection.send(Report()):
+            raise PrivilegeError("the guard ended without an answer")
+        self._asked = True
+        runs = self._received(connection, _ANSWER_SECONDS)
+        if not isinstance(runs, Runs):
+            raise PrivilegeError("the guard ended without an answer")
+        found = [self._received(connection, _ANSWER_SECONDS) for _ in range(runs.count)]
+        return tuple(message.record for message in found if isinstance(message, Run))
 
     def release(self, failed: bool) -> Released | None:
         """Say that the job is over; who was turned away, or None when no guard answers any more."""

@@ -2,7 +2,9 @@
 
     launcher → guard   order      the policy and which layers to install; the first line, once
                        release    the job is over, and whether it failed; then end of input
+                       report     instead of an order, any number of times: which runs has this user?
     guard → launcher   ready      the guard is up and takes its order
+                       runs       how many `run` messages follow, each with one record of /run/securerun
                        guarding   the layers that stand now
                        notice     while the job runs: who was turned away, and what else a person should know
                        refused    nothing stands; the exit status and one line why
@@ -67,6 +69,25 @@ class Release:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Asks for the records of the caller's own runs, which only root can read in /run/securerun."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How many messages of one run each follow."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's record, as `securerun.guard.records` writes it."""
+
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Ready:
     """A guard is up, has found whom it serves, and waits for the order. pid: the guard's process id."""
 
@@ -112,7 +133,7 @@ class Released:
     denied: tuple[Denial, ...]
 
 
-Message = Union[Order, Release, Ready, Guarding, Notice, Refused, Released]
+Message = Union[Order, Release, Report, Ready, Runs, Run, Guarding, Notice, Refused, Released]
 
 
 def encode(message: Message) -> bytes:
@@ -197,6 +218,12 @@ def _body(message: Message) -> dict[str, Any]:
         }
     if isinstance(message, Release):
         return {"failed": message.failed}
+    if isinstance(message, Report):
+        return {}
+    if isinstance(message, Runs):
+        return {"count": message.count}
+    if isinstance(message, Run):
+        return {"record": message.record}
     if isinstance(message, Ready):
         return {"version": VERSION, "pid": message.pid}
     if isinstance(message, Guarding):
@@ -224,6 +251,21 @@ def _read_order(body: Mapping[str, Any]) -> Order:
 def _read_release(body: Mapping[str, Any]) -> Release:
     _exactly(body, "failed")
     return Release(_flag(body, "failed"))
+
+
+def _read_report(body: Mapping[str, Any]) -> Report:
+    _exactly(body)
+    return Report()
+
+
+def _read_runs(body: Mapping[str, Any]) -> Runs:
+    _exactly(body, "count")
+    return Runs(_number(body, "count"))
+
+
+def _read_run(body: Mapping[str, Any]) -> Run:
+    _exactly(body, "record")
+    return Run(_object(body["record"], "a record"))
 
 
 def _read_ready(body: Mapping[str, Any]) -> Ready:
@@ -363,7 +405,10 @@ def _list(document: Mapping[str, Any], name: str, most: int) -> list[Any]:
 _NAMES = {
     Order: "order",
     Release: "release",
+    Report: "report",
     Ready: "ready",
+    Runs: "runs",
+    Run: "run",
     Guarding: "guarding",
     Notice: "notice",
     Refused: "refused",
@@ -372,7 +417,10 @@ _NAMES = {
 _READERS: dict[str, Callable[[Mapping[str, Any]], Message]] = {
     "order": _read_order,
     "release": _read_release,
+    "report": _read_report,
     "ready": _read_ready,
+    "runs": _read_runs,
+    "run": _read_run,
     "guarding": _read_guarding,
     "notice": _read_notice,
     "refused": _read_refused,

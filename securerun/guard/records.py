@@ -14,7 +14,7 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import FrameType
@@ -165,6 +165,28 @@ def read_all(directory: int) -> tuple[Record, ...]:
     return tuple(found)
 
 
+def open_to_read() -> int | None:
+    """A descriptor of the record directory; None where there is none. Raises OSError."""
+    try:
+        return os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+def read_host() -> tuple[Record, ...]:
+    """The records of this host's runs as they are now, without the lock; none where no run made the directory.
+
+    Raises OSError for whoever may not read them, and for something else in the directory's place.
+    """
+    directory = open_to_read()
+    if directory is None:
+        return ()
+    try:
+        return read_all(directory)
+    finally:
+        os.close(directory)
+
+
 def exists(directory: int, run_id: str) -> bool:
     """Whether anything at all, a record or not, has the name of a run's record."""
     try:
@@ -228,19 +250,27 @@ def is_running(pid: int, start: int) -> bool:
 
 
 def _read(directory: int, name: str) -> Record:
-    document = json.loads(_content(directory, name))
+    record = understood(json.loads(_content(directory, name)))
+    if name != f"{record.run_id}.json":
+        raise ValueError(f"{name} is the record of run {record.run_id}")
+    return record
+
+
+def understood(document: Mapping[str, Any]) -> Record:
+    """The record in a document; the opposite of `Record.document`.
+
+    Raises ValueError, LookupError, TypeError, AttributeError, ProtocolError or PolicyError for what is none.
+    """
     plain = {field: document[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
-        raise ValueError(f"{name} has a field of another type")
+        raise ValueError("a record has a field of another type")
     policy = read_policy(document["policy"])
-    if name != f"{policy.run_id}.json":
-        raise ValueError(f"{name} is the record of run {policy.run_id}")
     cgroup = PurePosixPath(plain["cgroup"])
     # Reaping removes this cgroup and what is below it, so it has to be one that a guard made for this run.
     if plain["cgroup"] and (
         cgroup.name != f"securerun-{policy.run_id}" or {"..", "\0"} & {*cgroup.parts, *str(cgroup)}
     ):
-        raise ValueError(f"{name} names a cgroup that is not of its run")
+        raise ValueError(f"the record of run {policy.run_id} names a cgroup that is not of its run")
     layers = tuple(read_layer(layer) for layer in document["layers"])
     return Record(policy, layers, denied=tuple(read_denial(denial) for denial in document["denied"]), **plain)
 

@@ -10,11 +10,11 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import capabilities, inherited, log, site
+from securerun.guard import capabilities, inherited, log, records, site
 from securerun.guard import lease as leases
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer
 from securerun.guard.cgroup import CgroupUnavailable
@@ -27,6 +27,9 @@ from securerun.guard.protocol import (
     ProtocolError,
     Ready,
     Refused,
+    Report,
+    Run,
+    Runs,
     decode,
     encode,
 )
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
         inherited.require_unlimited()
         _drop_privilege(caller)
         answers.send(Ready(os.getpid()))
-        order = orders.wait_for_order()
+        order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
             return 0
         lease = _acquire(order, caller)
@@ -91,10 +94,10 @@ class Orders:
         self.descriptor = channel.descriptor
         self.ended = False
 
-    def wait_for_order(self) -> Order | None:
-        """The first message; None when the launcher thought better of it and closed its end.
+    def wait_for_order(self, report: Callable[[], None]) -> Order | None:
+        """The order; None when the launcher thought better of it and closed its end. `report` does what it asks before.
 
-        Raises ProtocolError for anything but an order, and PrivilegeError for a launcher that keeps the guard waiting.
+        Raises ProtocolError for anything else, and PrivilegeError for a launcher that keeps the guard waiting.
         """
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self.ended:
@@ -103,7 +106,10 @@ class Orders:
             message = self.read()
             if isinstance(message, Order):
                 return message
-            if message is not None:
+            if isinstance(message, Report):
+                report()
+                deadline = time.monotonic() + _PATIENCE_SECONDS
+            elif message is not None:
                 raise ProtocolError("the first message is not an order")
             if self._pending and not began:
                 deadline = time.monotonic() + _ORDER_SECONDS
@@ -139,6 +145,15 @@ def _drop_privilege(caller: Caller) -> None:
         capabilities.keep_only(_NEEDED | also)
     except OSError as error:
         raise PrivilegeError(f"the guard cannot give up privilege that it does not need: {error.strerror}") from error
+
+
+def _report(caller: Caller, answers: Answers) -> None:
+    """Tell the caller of his own runs, and of nobody else's. Reads, and takes no lock that others wait for."""
+    caller.identify_again()
+    found = [record for record in records.read_host() if record.user == caller.user]
+    answers.send(Runs(len(found)))
+    for record in found:
+        answers.send(Run(record.document()))
 
 
 def _acquire(order: Order, caller: Caller) -> Lease:
