@@ -34,7 +34,7 @@ from securerun.guard.cgroup import (
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
-from securerun.guard.site import SitePolicy, require_unused
+from securerun.guard.site import SitePolicy, require_permitted_peers, require_unused
 from securerun.guard.sockets import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8
@@ -48,8 +48,9 @@ class Lease:
     notes: what a person should know about the layers that are missing.
     """
 
-    def __init__(self, order: Order, caller: Caller) -> None:
+    def __init__(self, order: Order, caller: Caller, site: SitePolicy) -> None:
         self.order = order
+        self.site = site
         self.policy: Policy = order.policy
         self.caller = caller
         self.cgroup: JobCgroup | None = None
@@ -82,6 +83,20 @@ class Lease:
         """Add ports to the port chains while the job runs. Raises PortChainsUnavailable or PrivilegeError."""
         self.policy = dataclasses.replace(self.policy, ports=(*self.policy.ports, *ports))
         self.write(policy=self.policy)
+        self.restore_chains()
+
+    def change_peers(self, networks: tuple[Network, ...]) -> None:
+        """Let these networks in from now on and no others; established connections stay.
+
+        Raises PolicyError for networks that this caller may not name, ShieldUnavailable or PortChainsUnavailable when
+        a layer cannot take them, and PrivilegeError when they cannot be recorded.
+        """
+        policy = dataclasses.replace(self.policy, peers=networks)
+        require_permitted_peers(self.site, policy, self.caller)
+        if self.shield is not None:
+            self.shield.replace_peers(networks)
+        self.policy = policy
+        self.write(policy=policy)
         self.restore_chains()
 
     def restore_chains(self) -> None:
@@ -149,9 +164,9 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
 
     Raises PrivilegeError or PolicyError, with nothing left behind, when the job could not be guarded or may not be.
     """
-    lease = Lease(order, caller)
+    lease = Lease(order, caller, site)
     with ExitStack() as undo:
-        _begin(lease, site)
+        _begin(lease)
         undo.callback(_remove_record, order.policy.run_id)
         # Not before the order is found good: until then this process counts towards the limits of whoever started it.
         leave_shared_cgroups()
@@ -183,7 +198,7 @@ def _require_sight_of_listeners() -> None:
         ) from error
 
 
-def _begin(lease: Lease, site: SitePolicy) -> None:
+def _begin(lease: Lease) -> None:
     """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
     with _recording() as directory:
         lease.notes += tuple(reaper.reap_all(directory))
@@ -195,7 +210,7 @@ def _begin(lease: Lease, site: SitePolicy) -> None:
             raise PrivilegeError(
                 f"{records.DIRECTORY} has something in the place of the record of run {lease.policy.run_id}; remove it"
             )
-        _require_room(lease, known, site)
+        _require_room(lease, known)
         _require_harmless(lease, known)
         records.write(directory, lease.record)
 
@@ -212,14 +227,14 @@ def _take_over(lease: Lease, found: Record) -> None:
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started)
 
 
-def _require_room(lease: Lease, known: Iterable[Record], site: SitePolicy) -> None:
+def _require_room(lease: Lease, known: Iterable[Record]) -> None:
     """Raises PrivilegeError when an ordinary user has as many runs as the site allows."""
     if lease.caller.user == ROOT:
         return
     others = {record.run_id for record in known if record.user == lease.caller.user and record.guard_lives}
-    if len(others - {lease.policy.run_id}) >= site.runs_per_user:
+    if len(others - {lease.policy.run_id}) >= lease.site.runs_per_user:
         raise PrivilegeError(
-            f"user {lease.caller.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; "
+            f"user {lease.caller.user} has {len(others)} runs on this host, which allows {lease.site.runs_per_user}; "
             "wait for one to end"
         )
 

@@ -1,6 +1,7 @@
 """What launcher and guard say to each other: one JSON object a line, each with exactly one key that names it.
 
     launcher → guard   order      the policy and which layers to install; the first line, once
+                       peers      while the job runs: who may connect from now on
                        release    the job is over, and whether it failed; then end of input
                        report     instead of an order, any number of times: which runs has this user?
     guard → launcher   ready      the guard is up and takes its order
@@ -59,6 +60,13 @@ class Order:
     grace: float
     command: str
     adopt: bool = False
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Who may connect from now on, in place of the order's peers: names may come to stand for other addresses."""
+
+    networks: tuple[Network, ...]
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Released:
     denied: tuple[Denial, ...]
 
 
-Message = Union[Order, Release, Report, Ready, Runs, Run, Guarding, Notice, Refused, Released]
+Message = Union[Order, Peers, Release, Report, Ready, Runs, Run, Guarding, Notice, Refused, Released]
 
 
 def encode(message: Message) -> bytes:
@@ -216,6 +224,8 @@ def _body(message: Message) -> dict[str, Any]:
             "command": message.command,
             "adopt": message.adopt,
         }
+    if isinstance(message, Peers):
+        return {"networks": [str(network) for network in message.networks]}
     if isinstance(message, Release):
         return {"failed": message.failed}
     if isinstance(message, Report):
@@ -246,6 +256,11 @@ def _read_order(body: Mapping[str, Any]) -> Order:
         command=_printable(body, "command"),
         adopt=_flag(body, "adopt"),
     )
+
+
+def _read_peers(body: Mapping[str, Any]) -> Peers:
+    _exactly(body, "networks")
+    return Peers(tuple(_read_network(peer) for peer in _list(body, "networks", MAXIMUM_PEERS)))
 
 
 def _read_release(body: Mapping[str, Any]) -> Release:
@@ -404,6 +419,7 @@ def _list(document: Mapping[str, Any], name: str, most: int) -> list[Any]:
 
 _NAMES = {
     Order: "order",
+    Peers: "peers",
     Release: "release",
     Report: "report",
     Ready: "ready",
@@ -416,6 +432,7 @@ _NAMES = {
 }
 _READERS: dict[str, Callable[[Mapping[str, Any]], Message]] = {
     "order": _read_order,
+    "peers": _read_peers,
     "release": _read_release,
     "report": _read_report,
     "ready": _read_ready,

@@ -116,15 +116,14 @@ class Orders:
         return None
 
     def read(self) -> Message | None:
-        """The next message, if what can be read now completes one; `ended` says whether another can follow.
+        """The next message, if what is there completes one; `ended` says that no other can follow.
 
         Raises ProtocolError for what is no message.
         """
-        chunk = self._channel.read()
-        if chunk is None:
-            return None
-        self.ended = not chunk
-        self._pending += chunk
+        if b"\n" not in self._pending:
+            chunk = self._channel.read()
+            self.ended = chunk == b""
+            self._pending += chunk or b""
         line, newline, following = self._pending.partition(b"\n")
         if len(line) > MAXIMUM_BYTES:
             raise ProtocolError(f"a message of more than {MAXIMUM_BYTES} bytes")

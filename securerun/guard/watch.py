@@ -23,7 +23,7 @@ from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.processes import Process
-from securerun.guard.protocol import Message, Notice, ProtocolError, Release, Released
+from securerun.guard.protocol import Message, Notice, Peers, ProtocolError, Release, Released
 from securerun.guard.sockets import SocketsUnavailable
 
 # At most one line a source in this time, or a port scanner fills the job's log.
@@ -53,12 +53,12 @@ class Orders(Protocol):
     """The launcher's messages."""
 
     descriptor: int
-    """Readable when there is something to read."""
+    """To be polled; whether there is something to read, `read` says."""
     ended: bool
     """Whether the launcher has closed its end."""
 
     def read(self) -> Message | None:
-        """The next message, if it is complete. Raises ProtocolError for what is none."""
+        """The next message; None when none is complete now. Raises ProtocolError for what is no message."""
 
 
 @dataclass
@@ -145,8 +145,11 @@ class Watch:
         self._send(Notice(words=("somebody flushed the port chains away; they are back",)))
 
     def _hear(self, ready: set[int]) -> None:
-        """Notice when the launcher lets the job go, closes its end, or is gone."""
-        message = self._read_order() if self._orders.descriptor in ready else None
+        """Do what the launcher says; notice when it lets the job go, closes its end, or is gone."""
+        message = self._read_order()
+        while isinstance(message, Peers):
+            self._change_peers(message)
+            message = self._read_order()
         if isinstance(message, Release):
             self._send(Released(self._notices.denied()))
             self._release(message.failed)
@@ -157,13 +160,21 @@ class Watch:
         """What the launcher says. After anything out of place nothing that comes from there is believed any more."""
         try:
             message = self._orders.read()
-            if message is None or isinstance(message, Release):
+            if message is None or isinstance(message, (Peers, Release)):
                 return message
             raise ProtocolError("it is not the time for such a message")
         except ProtocolError as error:
             self._log(f"run {self._lease.policy.run_id}: ended, since its launcher sent what it must not: {error}")
             self._orders.ended = True
             return None
+
+    def _change_peers(self, message: Peers) -> None:
+        """Let other networks in from now on; whatever is wrong with them, the old ones stay."""
+        count = len(message.networks)
+        self._attempt(lambda: self._lease.change_peers(message.networks))
+        self._log(
+            f"run {self._lease.policy.run_id}: told of {count} peer networks, {len(self._lease.policy.peers)} stand"
+        )
 
     def _release(self, failed: bool) -> None:
         self._released = True
