@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import Network, Policy
 from securerun.guard.processes import RUN_ID_VARIABLE
 from securerun.guard.protocol import (
     Guarding,
     Message,
     Notice,
     Order,
+    Peers,
     ProtocolError,
     Ready,
     Refused,
@@ -93,6 +94,16 @@ class Guard:
         os.environ[RUN_ID_VARIABLE] = order.policy.run_id
         self._listen()
         return answer
+
+    def change_peers(self, networks: tuple[Network, ...]) -> None:
+        """Have these networks let in from now on, in place of those of the order, by this guard and by any later one."""
+        with self._change:
+            if self._order is None or self._connection is None:
+                return
+            self._order = dataclasses.replace(
+                self._order, policy=dataclasses.replace(self._order.policy, peers=networks)
+            )
+            self._connection.send(Peers(networks))
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
         """The records of this user's runs, which only root may read by himself. May be asked again and again.

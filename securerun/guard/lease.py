@@ -93,6 +93,8 @@ class Lease:
         """
         policy = dataclasses.replace(self.policy, peers=networks)
         require_permitted_peers(self.site, policy, self.caller)
+        with _recording() as directory:
+            _require_harmless_peers(self, policy.peers, _neighbours(self, records.read_all(directory)))
         if self.shield is not None:
             self.shield.replace_peers(networks)
         self.policy = policy
@@ -248,17 +250,24 @@ def _require_harmless(lease: Lease, known: Iterable[Record]) -> None:
     if lease.caller.user == ROOT or lease.order.firewall == "off":
         return
     neighbours = _neighbours(lease, known)
-    for record in neighbours:
-        bare = record.layers and not any(layer.backend == "shield" for layer in record.layers)
-        if bare and not _are_within(lease.policy.peers, record.policy.peers):
-            raise PolicyError(
-                f"run {record.run_id} of user {record.user} has ports of this plan and no shield, so this job's peers "
-                "could reach it; choose other ports"
-            )
+    _require_harmless_peers(lease, lease.policy.peers, neighbours)
     guarded = [port for record in neighbours for port in record.policy.ports]
     with contextlib.suppress(SocketsUnavailable):
         others = (found for found in sockets.listeners() if not any(found.port in port for port in guarded))
         require_unused(lease.policy.ports, others, lease.caller.user)
+
+
+def _require_harmless_peers(lease: Lease, peers: tuple[Network, ...], neighbours: Iterable[Record]) -> None:
+    """Raises PolicyError for peers that would be let to the ports of another user's job that has no shield."""
+    if lease.caller.user == ROOT or lease.order.firewall == "off":
+        return
+    for record in neighbours:
+        bare = record.layers and not any(layer.backend == "shield" for layer in record.layers)
+        if bare and not _are_within(peers, record.policy.peers):
+            raise PolicyError(
+                f"run {record.run_id} of user {record.user} has ports of this plan and no shield, so this job's peers "
+                "could reach it; choose other ports"
+            )
 
 
 def _require_unweakened(lease: Lease) -> None:
@@ -334,6 +343,7 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
         with contextlib.suppress(ShieldUnavailable):
             lease.shield = shield.adopt(cgroup.descriptor)
             undo.callback(lease.shield.close)
+            lease.shield.replace_peers(lease.policy.peers)
             return
     shield.refuse_conflicts(cgroup.ancestors, close_loopback=lease.policy.close_loopback)
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy)

@@ -170,11 +170,8 @@ class Watch:
 
     def _change_peers(self, message: Peers) -> None:
         """Let other networks in from now on; whatever is wrong with them, the old ones stay."""
-        count = len(message.networks)
         self._attempt(lambda: self._lease.change_peers(message.networks))
-        self._log(
-            f"run {self._lease.policy.run_id}: told of {count} peer networks, {len(self._lease.policy.peers)} stand"
-        )
+        self._log(f"run {self._lease.policy.run_id}: open to {len(self._lease.policy.peers)} peer networks now")
 
     def _release(self, failed: bool) -> None:
         self._released = True
