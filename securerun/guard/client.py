@@ -96,7 +96,7 @@ class Guard:
         return answer
 
     def change_peers(self, networks: tuple[Network, ...]) -> None:
-        """Have these networks let in from now on, in place of those of the order, by this guard and by any later one."""
+        """Have these networks let in from now on in place of the order's, by this guard and by any later one."""
         with self._change:
             if self._order is None or self._connection is None:
                 return
