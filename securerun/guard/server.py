@@ -138,10 +138,19 @@ class Orders:
 
 
 def _drop_privilege(caller: Caller) -> None:
-    """A guard of root's own also loads the modules of legacy iptables; nobody else gets modules loaded by name."""
-    also = {capabilities.SYS_MODULE} if caller.user == ROOT else set()
+    """Keep what the work takes; of what root in a container has been left, keep all.
+
+    Without SYS_PTRACE a process sees into others of its user only as far as they have no more capabilities than it has
+    (ptrace(2)), and root's guard is to see the sockets of root's job. It also loads the modules of legacy iptables;
+    nobody else gets modules loaded by name.
+    """
+    held = capabilities.effective()
+    if caller.user == ROOT and capabilities.SYS_PTRACE not in held:
+        kept = _NEEDED | held
+    else:
+        kept = _NEEDED | ({capabilities.SYS_MODULE} if caller.user == ROOT else set())
     try:
-        capabilities.keep_only(_NEEDED | also)
+        capabilities.keep_only(kept)
     except OSError as error:
         raise PrivilegeError(f"the guard cannot give up privilege that it does not need: {error.strerror}") from error
 
