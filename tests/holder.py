@@ -1,5 +1,7 @@
 """Hold a lease and one listener, until the end of input; what is printed is one JSON object a line.
 
+A line of input names the peers from then on, with commas between.
+
     holder.py [--peers A,B] [--ports FIRST-LAST] [--listen PORT] [--firewall B] [--scope S] [--loopback job]
               [--listen-elsewhere]
 
@@ -21,10 +23,10 @@ from pathlib import Path
 
 from hosts import cgroup2_mount
 
-from securerun import guarded
 from securerun.errors import SecurerunError
-from securerun.firewall.policy import Policy, PortRange, collapse
-from securerun.guard.protocol import Notice
+from securerun.firewall.policy import Network, Policy, PortRange, collapse
+from securerun.guard.client import Guard
+from securerun.guard.protocol import Notice, Order
 
 
 def main() -> None:
@@ -33,18 +35,25 @@ def main() -> None:
     policy = Policy(
         secrets.token_hex(6),
         (PortRange(int(first), int(last or first), "planned"),),
-        collapse(ipaddress.ip_network(peer) for peer in options.peers.split(",") if peer),
+        networks(options.peers),
         close_loopback=options.loopback == "job",
     )
+    guard = Guard()
     try:
-        with guarded(policy, firewall=options.firewall, scope=options.scope, grace=0.5, tell=tell) as guarding:
-            listener = listen_elsewhere(options.listen) if options.listen_elsewhere else listen(options.listen)
-            say(guarding=[layer.backend for layer in guarding.layers], notes=guarding.notes, run_id=policy.run_id)
-            sys.stdin.read()
-            listener.close()
+        guarding = guard.guard(Order(policy, options.firewall, options.scope, grace=0.5, command="holder"), tell)
+        listener = listen_elsewhere(options.listen) if options.listen_elsewhere else listen(options.listen)
+        say(guarding=[layer.backend for layer in guarding.layers], notes=guarding.notes, run_id=policy.run_id)
+        for line in sys.stdin:
+            guard.change_peers(networks(line.strip()))
+        listener.close()
+        guard.release(failed=False)
     except SecurerunError as error:
         say(refused=str(error))
         sys.exit(error.status)
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    return collapse(ipaddress.ip_network(peer) for peer in text.split(",") if peer)
 
 
 def parse() -> argparse.Namespace:

@@ -39,6 +39,12 @@ class Held:
             if words in line.get("news", ""):
                 return line
 
+    def say(self, line: str) -> None:
+        """Write a line to it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
     def let_go(self) -> str:
         """End its input, wait for its end, and return what it said until then."""
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -111,6 +117,20 @@ def test_listener_that_the_shield_does_not_see_is_closed_by_the_chains_and_named
         targets = [endpoint(node, 7001), (node.ipv6, 7001)]
         assert reach(stranger, targets) == dict.fromkeys(targets, False)
         assert reach(peer, [endpoint(node, 7001)]) == {endpoint(node, 7001): True}
+
+
+@pytest.mark.parametrize("backend", ["iptables", "nftables", "legacy", "off"])
+def test_a_peer_that_comes_is_let_in_and_one_that_goes_is_not(network: Network, backend: str) -> None:
+    """A pod that is started anew has another address; the job need not be."""
+    node, peer, stranger = network
+    if backend == "legacy":
+        node.snapshot(legacy=True)
+    with held(node, "--peers", peer.ipv4, "--firewall", backend) as holder:
+        targets = [endpoint(node), (node.ipv6, 60000)]
+        assert not any(reach(stranger, targets).values())
+        holder.say(f"{stranger.ipv4},{stranger.ipv6}")
+        assert eventually(lambda: all(reach(stranger, targets).values()), seconds=2)
+        assert reach(peer, [endpoint(node)]) == {endpoint(node): False}
 
 
 def test_shield_alone_says_when_a_socket_is_not_behind_it(network: Network) -> None:

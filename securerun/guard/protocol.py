@@ -332,7 +332,11 @@ def _read_port(document: object) -> PortRange:
 
 
 def _read_network(document: object) -> Network:
-    return ipaddress.ip_network(_entry(document))
+    text = _entry(document)
+    # Python takes any text after it for a scope id (RFC 4007, 11), and these texts become rules.
+    if "%" in text:
+        raise ProtocolError(f"{text[:40]!r} has a scope id, which no firewall knows")
+    return ipaddress.ip_network(text)
 
 
 def _require_version(body: Mapping[str, Any], other: str) -> None:
