@@ -25,6 +25,10 @@ missing_packages() {
     command -v ps > /dev/null || echo procps
     # python-iptables, for the legacy backend, is compiled when it is installed.
     [ "$extra" != test ] || command -v gcc > /dev/null || echo gcc libc6-dev
+    # The ways of an ordinary user to a guard are tried with real users, sudo and socket activation.
+    [ "$extra" != test ] || command -v sudo > /dev/null || echo sudo
+    [ "$extra" != test ] || command -v useradd > /dev/null || echo passwd
+    [ "$extra" != test ] || command -v systemd-socket-activate > /dev/null || echo systemd
     # Debian's python3 comes without what makes virtual environments.
     python3 -c 'import ensurepip, venv' 2> /dev/null || echo python3 python3-venv
 }
@@ -56,9 +60,11 @@ make_virtual_environment() {
     python3 -m venv --clear "$venv"
 }
 
-has_torch() {
-    "$venv/bin/python" -c 'import importlib.metadata as metadata; metadata.version("torch")' 2> /dev/null
+torch_version() {
+    "$venv/bin/python" -c 'import importlib.metadata as metadata; print(metadata.version("torch"))' 2> /dev/null
 }
+
+has_torch() { torch_version > /dev/null; }
 
 pip_install() {
     "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check "$@" < /dev/null
@@ -84,6 +90,24 @@ install_securerun() {
     requirements > "$note"
 }
 
+# For the tests of torch_npu_run. In a directory of its own, since among the packages of the virtual environment
+# `import torch` would load it, in every other test, and fail for want of CANN's libraries.
+install_torch_npu() {
+    local directory="$venv/npu" packages
+    [ "$extra" = test ] || return 0
+    packages=("torch-npu==$(torch_version | cut -d + -f 1)" pyyaml) # the one made for the torch that is there
+    [ "$(cat "$directory/.filled-with" 2> /dev/null)" != "${packages[*]}" ] || return 0
+    say "installing torch_npu in $directory"
+    rm -rf "$directory"
+    # Its --no-deps leaves the torch that is there alone; numpy, which it needs too, is there for the other tests.
+    if pip_install --no-deps --only-binary :all: --target "$directory" "${packages[@]}"; then
+        echo "${packages[*]}" > "$directory/.filled-with"
+    else
+        say "could not install torch_npu; the tests of torch_npu_run are skipped (in CI they fail)"
+    fi
+}
+
 install_system_packages
 make_virtual_environment
 install_securerun
+install_torch_npu

@@ -11,7 +11,7 @@ from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from securerun.errors import UsageError
-from securerun.job.launchers import C10D_PORT, Endpoint, Job, describe_job, values_of
+from securerun.job.launchers import C10D_PORT, Endpoint, Job, choose, describe_job, parser_of_all, values_of
 
 LOCAL = Endpoint("localhost", 0)
 
@@ -33,6 +33,15 @@ CASES: list[tuple[list[str], str, Endpoint | None, int, int]] = [
     (["--nnodes=2", "--rdzv-backend=plugin", "--rdzv-endpoint=node0:5"], "plugin", Endpoint("node0", 5), 2, 2),
     (["--nnodes=2", "--rdzv-backend=plugin", "--rdzv-endpoint=zk://a/b"], "plugin", None, 2, 2),
     (["--nnodes=2", "--rdzv-backend=plugin"], "plugin", None, 2, 2),
+    (["--rdzv-backend=parallel", "--master-port=6000"], "parallel", Endpoint("127.0.0.1", 6000), 1, 1),
+    (
+        ["--rdzv-backend=parallel", "--rdzv-endpoint=node0:7", "--master-addr=node1", "--master-port=6"],
+        "parallel",
+        Endpoint("node1", 6),
+        1,
+        1,
+    ),
+    (["--standalone", "--rdzv-backend=parallel", "--master-port=6000"], "c10d", LOCAL, 1, 1),
 ]
 
 
@@ -195,3 +204,62 @@ def test_an_option_may_take_several_values() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pair", nargs=2)
     assert values_of(parser)("--pair") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "name"),
+    [
+        ([], {}, "torchrun"),
+        (["--rdzv-backend", "c10d"], {}, "torchrun"),
+        (["--rdzv-backend", "parallel"], {}, "torch_npu_run"),
+        (["--rdzv_backend=parallel", "--nnodes=2"], {}, "torch_npu_run"),
+        (["--rdzv-b=parallel"], {}, "torch_npu_run"),
+        (["--enable_tiered_parallel_tcpstore=true"], {}, "torch_npu_run"),
+        (["--enable_tiered_parallel_tcpstore", "false"], {}, "torch_npu_run"),
+        (["--enable_tiered", "true"], {}, "torch_npu_run"),
+        ([], {"PET_RDZV_BACKEND": "parallel"}, "torch_npu_run"),
+        (["--rdzv-backend", "c10d"], {"PET_RDZV_BACKEND": "parallel"}, "torchrun"),
+        ([], {"PET_ENABLE_TIERED_PARALLEL_TCPSTORE": "True"}, "torch_npu_run"),
+        ([], {"PET_ENABLE_TIERED_PARALLEL_TCPSTORE": "false"}, "torchrun"),
+        (["--no-such-option", "--rdzv-backend=parallel"], {}, "torch_npu_run"),
+        # Not the launcher's: after the script, or to be answered by torchrun.
+        (["train.py", "--rdzv-backend", "parallel"], {}, "torchrun"),
+        (["-m", "train", "--enable_tiered_parallel_tcpstore=true"], {}, "torchrun"),
+        (["--help"], {}, "torchrun"),
+        (["--rdzv-backend=parallel", "--master-port=many"], {}, "torchrun"),
+    ],
+)
+def test_auto_is_torch_npu_run_where_something_of_it_is_asked_for(
+    arguments: list[str],
+    environment: dict[str, str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    arguments = [*arguments, "train.py"]
+    assert choose("auto", parser_of_all(), arguments).name == name
+    assert choose("torchrun", parser_of_all(), arguments).name == "torchrun"
+    assert choose("torch_npu_run", parser_of_all(), arguments).name == "torch_npu_run"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_values_of_the_options_of_every_launcher() -> None:
+    arity = values_of(parser_of_all())
+    assert arity("--enable_tiered_parallel_tcpstore") == 1
+    assert arity("--enable_tiered_parallel_tcpstore=true") == 0
+    assert arity("--nnodes") == 1
+
+
+def test_torchruns_command_line_stays_as_it_is() -> None:
+    command = choose("torchrun", parser_of_all(), []).parse(["--nnodes", "2", "train.py", "--", "b"])
+    assert command.arguments == ("--nnodes", "2", "train.py", "--", "b")
+    assert command.namespace == torchrun.get_args_parser().parse_args(list(command.arguments))
+
+
+def test_torchrun_does_not_know_the_options_of_torch_npu_run(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        choose("torchrun", parser_of_all(), []).parse(["--enable_tiered_parallel_tcpstore=true", "train.py"])
+    assert error.value.code == 2
+    assert "--enable_tiered_parallel_tcpstore" in capfd.readouterr().err

@@ -343,14 +343,14 @@ def _import_torch_npu() -> Any:  # noqa: ANN401 - a module
 
     try:
         return importlib.import_module("torch_npu.distributed.run")
-    except ImportError as error:
+    except Exception as error:  # of torch_npu's own (_cann_package_check) if a variable of set_env.sh is missing
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
             version = torch.__version__.partition("+")[0]
             raise UsageError(
                 f"torch_npu_run is asked for and {sys.executable} has no module torch_npu; install it there: "
                 f"pip install 'torch-npu=={version}.*'"
             ) from error
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UsageError(
             f"torch_npu_run is asked for and torch_npu cannot be imported ({reason}); run `source set_env.sh` in the "
             "directory where CANN is installed, then this again"
@@ -363,7 +363,8 @@ def _asks_for_torch_npu(parser: argparse.ArgumentParser, arguments: Sequence[str
         return True
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            namespace = parser.parse_args(arguments)
+            # Options that no launcher has are for the chosen one to refuse.
+            namespace, _ = parser.parse_known_args(arguments)
     except SystemExit:  # --help, or what no parser can read: torchrun answers it
         return False
     return namespace.rdzv_backend == PARALLEL or getattr(namespace, _TIERED) is not None
