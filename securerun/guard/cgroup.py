@@ -22,6 +22,8 @@ _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_REC_PRIVATE = 16384 | 1 << 18
 # rmdir of a cgroup answers EBUSY for a moment after its last process has gone (cgroup_destroy_locked, cgroup.c).
 _REMOVAL_SECONDS = 2.0
+# It stands in records and messages, whose texts are limited; the kernel takes names of any depth.
+_LONGEST_PATH = 2048
 # This process' view of what is mounted, then init's: `ip netns exec` hides cgroups from what it runs.
 _VIEWS = (("/proc/self/mountinfo", ""), ("/proc/1/mountinfo", "/proc/1/root"))
 _REMOVAL_INTERVAL_SECONDS = 0.005
@@ -155,6 +157,8 @@ def path_of_job_cgroup(launcher: int, run_id: str) -> str:
     path = cgroup_of(launcher)
     if ".." in PurePosixPath(path).parts:
         raise CgroupUnavailable(f"the launcher's cgroup {path} lies outside of what this cgroup namespace shows")
+    if len(path) > _LONGEST_PATH:
+        raise CgroupUnavailable(f"the name of the launcher's cgroup is longer than {_LONGEST_PATH} characters")
     return str(PurePosixPath(path) / f"securerun-{run_id}")
 
 
@@ -174,8 +178,7 @@ def make_job_cgroup(path: str) -> JobCgroup:
         except OSError as error:
             raise CgroupUnavailable(f"no cgroup can be made below {place.parent}: {_why(error)}") from error
         cgroup = JobCgroup(ancestors, place)
-        # Whoever the parent is delegated to could have put a directory of his own in the place of the one just made.
-        if os.fstat(cgroup.descriptor).st_uid != os.geteuid():
+        if not _is_ours(cgroup):
             cgroup.close()
             raise CgroupUnavailable(f"{path} was replaced by another user's cgroup")
         return cgroup
@@ -189,9 +192,17 @@ def open_job_cgroup(path: str) -> JobCgroup | None:
         if below is None:
             continue
         with contextlib.suppress(OSError):
-            return JobCgroup(_open_down(hierarchy.place, below.parent), PurePosixPath(path))
+            cgroup = JobCgroup(_open_down(hierarchy.place, below.parent), PurePosixPath(path))
+            if _is_ours(cgroup):
+                return cgroup
+            cgroup.close()
         return None
     return None
+
+
+def _is_ours(cgroup: JobCgroup) -> bool:
+    """Whoever the parent is delegated to could have put a directory of his own in the place of ours."""
+    return os.fstat(cgroup.descriptor).st_uid == os.geteuid()
 
 
 def leave_shared_cgroups() -> None:

@@ -74,8 +74,9 @@ def _discard_signals() -> None:
     for number in sorted(signal.valid_signals()):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_IGN if number in _DEAF_TO else signal.SIG_DFL)
-    # A launcher that has gone is told by the error of the write.
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    # A launcher that has gone, and a file that may not grow, are told by the error of the write.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for timer in _TIMERS:  # an alarm goes on across execve(2)
         signal.setitimer(timer, 0)

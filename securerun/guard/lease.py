@@ -14,19 +14,18 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
-from securerun.errors import PolicyError, PrivilegeError
+from securerun.errors import PrivilegeError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import Denial, Network, Policy, PortRange, collapse, merged
+from securerun.firewall.policy import Denial, Network, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import processes, reaper, records, sockets
+from securerun.guard import neighbours, processes, reaper, records
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.cgroup import (
     CgroupUnavailable,
     JobCgroup,
     cgroup_of,
-    leave_shared_cgroups,
     make_job_cgroup,
     open_job_cgroup,
     path_of_job_cgroup,
@@ -34,7 +33,7 @@ from securerun.guard.cgroup import (
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
-from securerun.guard.site import SitePolicy, require_permitted_peers, require_unused
+from securerun.guard.site import SitePolicy, require_permitted_peers
 from securerun.guard.sockets import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8
@@ -94,7 +93,9 @@ class Lease:
         policy = dataclasses.replace(self.policy, peers=networks)
         require_permitted_peers(self.site, policy, self.caller)
         with _recording() as directory:
-            _require_harmless_peers(self, policy.peers, _neighbours(self, records.read_all(directory)))
+            neighbours.require_harmless_peers(
+                dataclasses.replace(self.record, policy=policy), records.read_all(directory)
+            )
         if self.shield is not None:
             self.shield.replace_peers(networks)
         self.policy = policy
@@ -170,8 +171,6 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
     with ExitStack() as undo:
         _begin(lease)
         undo.callback(_remove_record, order.policy.run_id)
-        # Not before the order is found good: until then this process counts towards the limits of whoever started it.
-        leave_shared_cgroups()
         _add_shield(lease, undo)
         undo.callback(_remove_chains, lease)
         _add_chains(lease)
@@ -182,12 +181,21 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
             )
         if lease.shield is None:
             _require_sight_of_listeners()
-            _require_unweakened(lease)
+            with _recording() as directory:
+                neighbours.require_unweakened(lease.record, records.read_all(directory))
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended():
             raise PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
         undo.pop_all()
     return lease
+
+
+def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
+    """A first look without the lock, which `acquire` takes for the second. Raises PrivilegeError."""
+    try:
+        neighbours.require_room(_record(order, caller), records.read_host(), site)
+    except OSError as error:
+        raise PrivilegeError(f"the runs of this host cannot be read: {error}") from error
 
 
 def _require_sight_of_listeners() -> None:
@@ -212,8 +220,9 @@ def _begin(lease: Lease) -> None:
             raise PrivilegeError(
                 f"{records.DIRECTORY} has something in the place of the record of run {lease.policy.run_id}; remove it"
             )
-        _require_room(lease, known)
-        _require_harmless(lease, known)
+        neighbours.require_room(lease.record, known, lease.site)
+        if lease.order.firewall != "off":
+            neighbours.require_harmless(lease.record, known)
         records.write(directory, lease.record)
 
 
@@ -227,79 +236,6 @@ def _take_over(lease: Lease, found: Record) -> None:
     if not lease.order.adopt or found.guard_lives or not same_job:
         raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started)
-
-
-def _require_room(lease: Lease, known: Iterable[Record]) -> None:
-    """Raises PrivilegeError when an ordinary user has as many runs as the site allows."""
-    if lease.caller.user == ROOT:
-        return
-    others = {record.run_id for record in known if record.user == lease.caller.user and record.guard_lives}
-    if len(others - {lease.policy.run_id}) >= lease.site.runs_per_user:
-        raise PrivilegeError(
-            f"user {lease.caller.user} has {len(others)} runs on this host, which allows {lease.site.runs_per_user}; "
-            "wait for one to end"
-        )
-
-
-def _require_harmless(lease: Lease, known: Iterable[Record]) -> None:
-    """Raises PolicyError for port chains by which an ordinary user would take another's service or protection away.
-
-    A port on which somebody else listens would be closed to its clients, unless it is a guarded job's as well: the
-    pass rules of all runs come first. These in turn let our peers to the port of a job that has no shield.
-    """
-    if lease.caller.user == ROOT or lease.order.firewall == "off":
-        return
-    neighbours = _neighbours(lease, known)
-    _require_harmless_peers(lease, lease.policy.peers, neighbours)
-    guarded = [port for record in neighbours for port in record.policy.ports]
-    with contextlib.suppress(SocketsUnavailable):
-        others = (found for found in sockets.listeners() if not any(found.port in port for port in guarded))
-        require_unused(lease.policy.ports, others, lease.caller.user)
-
-
-def _require_harmless_peers(lease: Lease, peers: tuple[Network, ...], neighbours: Iterable[Record]) -> None:
-    """Raises PolicyError for peers that would be let to the ports of another user's job that has no shield."""
-    if lease.caller.user == ROOT or lease.order.firewall == "off":
-        return
-    for record in neighbours:
-        bare = record.layers and not any(layer.backend == "shield" for layer in record.layers)
-        if bare and not _are_within(peers, record.policy.peers):
-            raise PolicyError(
-                f"run {record.run_id} of user {record.user} has ports of this plan and no shield, so this job's peers "
-                "could reach it; choose other ports"
-            )
-
-
-def _require_unweakened(lease: Lease) -> None:
-    """Without a shield, port chains of another user's run would let its peers in. Raises PolicyError."""
-    with _recording() as directory:
-        known = records.read_all(directory)
-    for record in _neighbours(lease, known):
-        if record.user != ROOT and not _are_within(record.policy.peers, lease.policy.peers):
-            raise PolicyError(
-                f"this job has no shield, and run {record.run_id} of user {record.user} lets its own peers to ports of "
-                "this plan; choose other ports"
-            )
-
-
-def _neighbours(lease: Lease, known: Iterable[Record]) -> list[Record]:
-    """The live runs of other users in this network that have ports of ours in their plans."""
-    return [
-        record
-        for record in known
-        if record.user != lease.caller.user
-        and record.guard_lives
-        and record.network == lease.record.network
-        and any(
-            ours.first <= theirs.last and theirs.first <= ours.last
-            for ours in lease.policy.ports
-            for theirs in record.policy.ports
-        )
-    ]
-
-
-def _are_within(networks: tuple[Network, ...], others: tuple[Network, ...]) -> bool:
-    return collapse((*others, *networks)) == others
 
 
 def _add_shield(lease: Lease, undo: ExitStack) -> None:

@@ -17,7 +17,7 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import capabilities, inherited, log, records, site
 from securerun.guard import lease as leases
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer
-from securerun.guard.cgroup import CgroupUnavailable
+from securerun.guard.cgroup import CgroupUnavailable, leave_shared_cgroups
 from securerun.guard.channel import Channel
 from securerun.guard.lease import Lease
 from securerun.guard.protocol import (
@@ -67,16 +67,16 @@ def main(arguments: Sequence[str]) -> int:
     except PrivilegeError as error:
         _log(f"refused: {error}")
         return error.status
-    caller = None
+    caller, by_socket = None, SOCKET_ARGUMENT in arguments
     try:
-        caller = find_peer(_INPUT) if SOCKET_ARGUMENT in arguments else find_ancestor()
+        caller = find_peer(_INPUT) if by_socket else find_ancestor()
         inherited.require_unlimited()
         _drop_privilege(caller)
         answers.send(Ready(os.getpid()))
         order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
             return 0
-        lease = _acquire(order, caller)
+        lease = _acquire(order, caller, by_socket=by_socket)
     except ProtocolError as error:
         not_understood = PolicyError(f"the guard did not understand its orders: {error}")
         return _refuse(not_understood, caller, answers)
@@ -164,7 +164,7 @@ def _report(caller: Caller, answers: Answers) -> None:
         answers.send(Run(record.document()))
 
 
-def _acquire(order: Order, caller: Caller) -> Lease:
+def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
     """Validate first, act after."""
     caller.identify_again()
     permitted, ignored = site.read_site_policy()
@@ -172,6 +172,11 @@ def _acquire(order: Order, caller: Caller) -> Lease:
         _log(ignored)
     site.require_permitted(permitted, order, caller)
     caller.require_same_network()
+    if not by_socket:
+        # Whom this cgroup is delegated to could freeze a guard that holds the host's lock, so out of it before that;
+        # but not before the order is found good: until then a flood of guards is charged to whoever starts them.
+        leases.require_room(order, caller, permitted)
+        leave_shared_cgroups()
     return leases.acquire(order, caller, permitted)
 
 
@@ -221,8 +226,9 @@ class Answers:
 
 def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers) -> int:
     whom = "somebody" if caller is None else f"user {caller.user}, process {caller.pid}"
-    _log(f"refused to {whom}: {reason}")
+    # The answer first: where no file may grow (ulimit -f 0), writing the log is what fails.
     answers.send(Refused(reason.status, str(reason)))
+    _log(f"refused to {whom}: {reason}")
     return reason.status
 
 

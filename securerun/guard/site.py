@@ -21,7 +21,6 @@ from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import LAST_PORT, Network, Policy, PortRange
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.protocol import Order
-from securerun.guard.sockets import Listener
 
 FILE = Path("/etc/securerun/guard.toml")
 # A network wider than these is half the world rather than the nodes of a job.
@@ -101,16 +100,6 @@ def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) ->
         elif not _is_within(network, site.peers):
             allowed = ", ".join(map(str, site.peers))
             raise PolicyError(f"{network} may not be named a peer; this host allows {allowed} ({FILE})")
-
-
-def require_unused(ports: Iterable[PortRange], listeners: Iterable[Listener], user: int) -> None:
-    """Raises PolicyError for a port on which another user listens: closing it would take his service away."""
-    if user == ROOT:
-        return
-    planned = tuple(ports)
-    for listener in listeners:
-        if listener.user != user and not listener.address.is_loopback and any(listener.port in p for p in planned):
-            raise PolicyError(f"port {listener.port} is in use by user {listener.user}; choose another for this job")
 
 
 def _require_user(site: SitePolicy, caller: Caller) -> None:

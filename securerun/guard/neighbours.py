@@ -1,0 +1,98 @@
+"""What one run may not do to the other runs and servers of this host, by the records and the sockets that are there.
+
+Port chains are for the whole host: a drop closes a port for whoever listens there, and the pass rules of all runs come
+before any drop. Root may do as he likes; between ordinary users nobody gets the better of another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+from securerun.errors import PolicyError, PrivilegeError
+from securerun.firewall.policy import Network, collapse
+from securerun.guard import sockets
+from securerun.guard.caller import ROOT
+from securerun.guard.records import Record
+from securerun.guard.site import SitePolicy
+from securerun.guard.sockets import SocketsUnavailable
+
+
+def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None:
+    """Raises PrivilegeError when an ordinary user has as many other runs as the site allows."""
+    if run.user == ROOT:
+        return
+    others = {record.run_id for record in known if record.user == run.user and record.guard_lives} - {run.run_id}
+    if len(others) >= site.runs_per_user:
+        raise PrivilegeError(
+            f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for one to end"
+        )
+
+
+def require_harmless(run: Record, known: Iterable[Record]) -> None:
+    """Raises PolicyError for port chains by which an ordinary user would take another's service or protection away.
+
+    A port on which somebody else listens would be closed to its clients, unless it is a guarded job's as well: then
+    the clients that count are passed before any drop.
+    """
+    if run.user == ROOT:
+        return
+    found = _neighbours(run, known)
+    _require_harmless_peers(run, found)
+    guarded = [port for record in found for port in record.policy.ports]
+    with contextlib.suppress(SocketsUnavailable):
+        for listener in sockets.listeners():
+            if listener.user == run.user or listener.address.is_loopback:
+                continue
+            if any(listener.port in port for port in guarded):
+                continue
+            if any(listener.port in port for port in run.policy.ports):
+                raise PolicyError(
+                    f"port {listener.port} is in use by user {listener.user}; choose another for this job, or end that"
+                )
+
+
+def require_harmless_peers(run: Record, known: Iterable[Record]) -> None:
+    """Raises PolicyError for peers that would be let to the ports of another user's job that has no shield."""
+    if run.user != ROOT:
+        _require_harmless_peers(run, _neighbours(run, known))
+
+
+def require_unweakened(run: Record, known: Iterable[Record]) -> None:
+    """For a run without a shield: raises PolicyError where another user's run lets its own peers to our ports."""
+    for record in _neighbours(run, known):
+        if record.user != ROOT and not _are_within(record.policy.peers, run.policy.peers):
+            raise PolicyError(
+                f"this job has no shield, and run {record.run_id} of user {record.user} lets its own peers to ports of "
+                "this plan; choose other ports"
+            )
+
+
+def _require_harmless_peers(run: Record, found: Iterable[Record]) -> None:
+    for record in found:
+        bare = record.layers and not any(layer.backend == "shield" for layer in record.layers)
+        if bare and not _are_within(run.policy.peers, record.policy.peers):
+            raise PolicyError(
+                f"run {record.run_id} of user {record.user} has ports of this plan and no shield, so this job's peers "
+                "could reach it; choose other ports"
+            )
+
+
+def _neighbours(run: Record, known: Iterable[Record]) -> list[Record]:
+    """The live runs of other users in this network that have ports of ours in their plans."""
+    return [
+        record
+        for record in known
+        if record.user != run.user
+        and record.guard_lives
+        and record.network == run.network
+        and any(
+            ours.first <= theirs.last and theirs.first <= ours.last
+            for ours in run.policy.ports
+            for theirs in record.policy.ports
+        )
+    ]
+
+
+def _are_within(networks: tuple[Network, ...], others: tuple[Network, ...]) -> bool:
+    return collapse((*others, *networks)) == others
