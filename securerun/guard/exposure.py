@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
 from securerun.guard import sockets
 from securerun.guard.lease import Lease
@@ -58,11 +59,26 @@ class Exposure:
         if self._lease.chains is None:
             self._closed.update(ports)
             return (f"port {listed} is open to every host: its socket is not behind the shield, and no chains are set",)
-        self._lease.close_ports(_unplanned(ports, self._lease.policy.ports))
+        refused = self._refused(ports)
         self._closed.update(ports)
-        if self._lease.shield is None:
-            return ()
-        return (f"port {listed} is on a socket that the shield does not cover; the port chains close it",)
+        closed = ", ".join(str(port) for port in ports if port not in refused)
+        words = tuple(f"port {port} stays open to every host: {reason}" for port, reason in refused.items())
+        if self._lease.shield is None or not closed:
+            return words
+        return (*words, f"port {closed} is on a socket that the shield does not cover; the port chains close it")
+
+    def _refused(self, ports: list[int]) -> dict[int, str]:
+        """Close the ports, all at once if that may be; those that may not be closed, and why."""
+        refused: dict[int, str] = {}
+        try:
+            self._lease.close_ports(_unplanned(ports, self._lease.policy.ports))
+        except PolicyError:
+            for port in ports:
+                try:
+                    self._lease.close_ports(_unplanned([port], self._lease.policy.ports))
+                except PolicyError as error:
+                    refused[port] = str(error)
+        return refused
 
     def release(self) -> None:
         """Close the socket to the kernel."""

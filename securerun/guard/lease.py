@@ -79,8 +79,14 @@ class Lease:
         return merged(*counts)
 
     def close_ports(self, ports: Iterable[PortRange]) -> None:
-        """Add ports to the port chains while the job runs. Raises PortChainsUnavailable or PrivilegeError."""
-        self.policy = dataclasses.replace(self.policy, ports=(*self.policy.ports, *ports))
+        """Add ports to the port chains while the job runs.
+
+        Raises PortChainsUnavailable or PrivilegeError, and PolicyError for a port that is also another user's.
+        """
+        new = dataclasses.replace(self.policy, ports=tuple(ports))
+        with _recording() as directory:
+            neighbours.require_harmless(dataclasses.replace(self.record, policy=new), records.read_all(directory))
+        self.policy = dataclasses.replace(self.policy, ports=(*self.policy.ports, *new.ports))
         self.write(policy=self.policy)
         self.restore_chains()
 
@@ -93,9 +99,8 @@ class Lease:
         policy = dataclasses.replace(self.policy, peers=networks)
         require_permitted_peers(self.site, policy, self.caller)
         with _recording() as directory:
-            neighbours.require_harmless_peers(
-                dataclasses.replace(self.record, policy=policy), records.read_all(directory)
-            )
+            run = dataclasses.replace(self.record, policy=policy)
+            neighbours.require_harmless_peers(run, records.read_all(directory))
         if self.shield is not None:
             self.shield.replace_peers(networks)
         self.policy = policy

@@ -25,7 +25,7 @@ def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None
     others = {record.run_id for record in known if record.user == run.user and record.guard_lives} - {run.run_id}
     if len(others) >= site.runs_per_user:
         raise PrivilegeError(
-            f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for one to end"
+            f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for an end"
         )
 
 
