@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from securerun.errors import PolicyError
-from securerun.job import peers
+from securerun.job import batch, peers, ranktable, resolver
 from securerun.job.launchers import Endpoint, Job
 from securerun.job.peers import Peers, find_peers
 from securerun.options import Options
@@ -28,6 +29,14 @@ HOSTS = {
     "mapped": ["::ffff:10.0.0.8"],
     "blocked": ["0.0.0.0"],  # noqa: S104
 }
+
+
+@pytest.fixture(autouse=True)
+def _a_host_of_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own machine may be a node of one."""
+    monkeypatch.setattr("os.environ", {})
+    monkeypatch.setattr(batch, "SCONTROL_DIRECTORIES", ())
+    monkeypatch.setattr(ranktable, "MOUNTED", ())
 
 
 def resolve(name: str) -> Iterable[str]:
@@ -100,6 +109,7 @@ def test_a_list_of_peers(text: str, expected: list[str]) -> None:
         ("node1:29400", ["'node1:29400'", "peers have none", "write node1"]),
         ("[fd00::1]:29400", ["'[fd00::1]:29400'", "write fd00::1"]),
         ("10.0.0.7/24", ["10.0.0.7/24", "write 10.0.0.0/24", "or 10.0.0.7"]),
+        ("fe80::%eth0/64", ["'fe80::%eth0/64' is no address"]),
         ("fd00::7/64", ["fd00::7/64", "write fd00::/64", "or fd00::7"]),
         ("0.0.0.0/0", ["0.0.0.0/0 is every host", "`any`"]),
         ("10.0.0.0/0", ["every host", "`any`"]),
@@ -161,7 +171,7 @@ def test_a_host_file(tmp_path: Path) -> None:
 
 def test_a_host_file_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hosts").write_text("node1\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("os.environ", {"HOME": str(tmp_path)})
     assert texts(find("@~/hosts")) == ["10.0.0.1/32", "fd00::1/128"]
 
 
@@ -271,7 +281,7 @@ def test_names_are_resolved_side_by_side() -> None:
 
 
 def test_a_silent_name_server_is_waited_for_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "RESOLVE_SECONDS", 0.2)
+    monkeypatch.setattr(resolver, "SECONDS", 0.2)
     answered = threading.Event()
 
     def silent(name: str) -> Iterable[str]:
@@ -291,6 +301,273 @@ def test_ten_thousand_peers_take_little_time() -> None:
     started = time.monotonic()
     assert len(find(text).networks) == 10_000
     assert time.monotonic() - started < 10
+
+
+def find_in(environment: dict[str, str], described: Job | None = None, options: Options | None = None) -> Peers:
+    """The peers of a job in this environment, where nobody was asked for."""
+    return find_peers(options or Options(), described or job(), resolve, environment)
+
+
+SITE = Options(peers="10.9.9.9", peers_source="/etc/securerun/config.toml")
+SLURM, VOLCANO = {"SLURM_JOB_NODELIST": "node[1-2]"}, {"VC_WORKER_HOSTS": "node2,headless"}
+NODES = ["10.0.0.1/32", "10.0.0.2/32", "fd00::1/128"]
+
+
+def table_of(directory: Path, *servers: dict[str, object], status: str = "completed") -> dict[str, str]:
+    path = directory / "hccl.json"
+    path.write_text(json.dumps({"status": status, "version": "1.2", "server_list": servers}))
+    return {"RANK_TABLE_FILE": str(path)}
+
+
+def server(name: str, *ports: int, **fields: str) -> dict[str, object]:
+    return {"server_id": name, **fields, "device": [{"device_ip": "192.168.0.1", "host_port": str(p)} for p in ports]}
+
+
+def test_the_first_source_that_answers_wins(tmp_path: Path) -> None:
+    table = table_of(tmp_path, server("a", host_ip="10.0.1.1"), server("b", host_ip="10.0.1.3"))
+    everything = {**SLURM, **VOLCANO, **table}
+    asked = Options(peers="node3.cluster.example")
+    assert texts(find_in(everything, options=asked)) == ["10.0.0.3/32"]
+    found = find_in(everything, options=SITE)
+    assert (texts(found), found.source) == (NODES, "Slurm (SLURM_JOB_NODELIST)")
+    found = find_in({**VOLCANO, **table}, job(3), SITE)
+    assert found.source == "Volcano (VC_WORKER_HOSTS)"
+    found = find_in(table, options=SITE)
+    assert texts(found) == ["10.0.1.1/32", "10.0.1.3/32"]
+    assert found.source == f"RANK_TABLE_FILE={tmp_path}/hccl.json"
+    assert texts(find_in({}, options=SITE)) == ["10.9.9.9/32"]
+    # A loopback endpoint says less than a source that names nodes.
+    assert texts(find_in(SLURM, job(2, "localhost"))) == NODES
+
+
+def test_one_node_has_no_peers_whatever_the_batch_system_gave(tmp_path: Path) -> None:
+    """One torchrun a node, each with a job of its own; what is wrong with a list does not matter then."""
+    alone = job(1, "10.0.0.1")
+    for environment in (SLURM, VOLCANO, {"SLURM_JOB_NODELIST": "n["}, {"PBS_NODEFILE": str(tmp_path)}):
+        assert find_in(environment, alone, SITE).networks == ()
+    assert texts(find_in(SLURM, alone, Options(peers="10.0.0.9", peers_source="SECURERUN_PEERS"))) == ["10.0.0.9/32"]
+    # It may grow.
+    assert texts(find_in(SLURM, job(2, least=1))) == NODES
+
+
+def test_where_the_job_meets_makes_nobody_a_peer() -> None:
+    """In Kubernetes MASTER_ADDR is a Service's cluster address; WORLD_SIZE and RANK are not torchrun's there."""
+    environment = {
+        "MASTER_ADDR": "10.96.0.12",
+        "MASTER_PORT": "2222",
+        "WORLD_SIZE": "16",
+        "RANK": "0",
+        "KUBERNETES_SERVICE_HOST": "10.96.0.1",
+    }
+    assert texts(find_in({**environment, **SLURM}, job(2, "10.96.0.12"))) == NODES
+    with pytest.raises(PolicyError, match="nothing says which hosts"):
+        find_in(environment, job(2, "10.96.0.12"))
+
+
+def test_words_with_a_meaning_in_peers_are_names_to_a_batch_system() -> None:
+    for environment in ({"VC_WORKER_HOSTS": "any"}, {"LSB_HOSTS": "subnet"}, {"SLURM_JOB_NODELIST": "any"}):
+        with pytest.raises(PolicyError, match=r"peer '(any|subnet)' cannot be resolved"):
+            find_peers(Options(), job(), unknown, environment)
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "NODE_SECONDS", 0.0)
+    monkeypatch.setattr(peers, "POD_SECONDS", 0.0)
+
+
+def unknown(name: str) -> Iterable[str]:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"VC_WORKER_HOSTS": "10.0.0.0/8"}, ["Volcano (VC_WORKER_HOSTS)", "10.0.0.0/8 is a network, not a node"]),
+        ({"VC_WORKER_HOSTS": "node2,127.0.0.1"}, ["127.0.0.1 is the loopback"]),
+        ({"VC_WORKER_HOSTS": "node2:22"}, ["'node2:22' is a host with a port"]),
+        ({"LSB_HOSTS": "node2 nosuch"}, ["LSF (LSB_HOSTS)", "'nosuch' cannot be resolved", "by address with --peers"]),
+        ({"LSB_HOSTS": "node0"}, ["LSF (LSB_HOSTS) names this host alone", "2 nodes", "--peers"]),
+        ({"LSB_HOSTS": "blocked"}, ["'blocked' resolves to 0.0.0.0"]),
+    ],
+)
+def test_a_batch_system_s_nodes_are_checked_like_the_user_s(environment: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(PolicyError) as error:
+        find_in(environment)
+    assert_line_with(str(error.value), words)
+
+
+def test_a_node_has_its_name_s_addresses_and_slurm_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that resolve nowhere do not matter where Slurm has an address, nor does this host's own."""
+    command = tmp_path / "scontrol"
+    command.write_text(f"""#!/bin/sh
+echo NodeName=node1 NodeAddr=10.0.5.1
+echo NodeName=sl7 NodeAddr=10.0.5.7
+echo NodeName={socket.gethostname()} NodeAddr={socket.gethostname()}
+""")
+    command.chmod(0o755)
+    monkeypatch.setattr(batch, "SCONTROL_DIRECTORIES", (str(tmp_path),))
+    found = find_in({"SLURM_JOB_NODELIST": f"node1,sl7,{socket.gethostname()}"}, job(3))
+    assert texts(found) == ["10.0.0.1/32", "10.0.5.1/32", "10.0.5.7/32", "fd00::1/128"]
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "count"),
+    [
+        (SLURM, 4, "2 other hosts,"),
+        ({"SLURM_JOB_NODELIST": "node[0-1]"}, 3, "1 other host,"),
+        # A node's many addresses are one node.
+        ({"LSB_HOSTS": "headless node2"}, 4, "2 other hosts,"),
+    ],
+)
+def test_fewer_nodes_than_the_job_has_is_a_warning_that_names_the_batch_system(
+    environment: dict[str, str], nodes: int, count: str
+) -> None:
+    found = find_in(environment, job(nodes))
+    (warning,) = found.warnings
+    assert_line_with(warning, [f"{found.source} names", count, f"{nodes} nodes", "--peers"])
+
+
+def test_this_host_is_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_own_addresses", lambda: frozenset({"10.0.0.2"}))
+    assert find_in(SLURM, job(2)).warnings == ()
+    (warning,) = find_in(SLURM, job(3)).warnings
+    assert_line_with(warning, ["names 1 other host,", "3 nodes"])
+    assert find("node1,node2,node3.cluster.example", job(3)).warnings == ()
+
+
+def test_own_addresses_are_those_of_every_interface() -> None:
+    assert "127.0.0.1" in peers._own_addresses()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_ports_of_a_rank_table_are_planned_whoever_names_the_peers(tmp_path: Path, nodes: int) -> None:
+    environment = table_of(
+        tmp_path, server("a", 16665, 16666, host_ip="10.0.1.1"), server("b", 16667, host_ip="10.0.1.3")
+    )
+    for options in (Options(), Options(peers="node2"), SITE):
+        found = find_in(environment, job(nodes), options)
+        assert [str(port) for port in found.ports] == ["16665-16667"]
+        assert {port.purpose for port in found.ports} == {"HCCL (rank table)"}
+
+
+def test_the_ports_of_a_rank_table_are_this_host_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_own_addresses", lambda: frozenset({"10.0.1.3"}))
+    environment = table_of(tmp_path, server("a", 16665, host_ip="10.0.1.1"), server("b", 16667, host_ip="10.0.1.3"))
+    assert [str(port) for port in find_in(environment).ports] == ["16667"]
+
+
+def test_a_rank_table_that_is_not_needed_cannot_stop_a_launch(tmp_path: Path) -> None:
+    environment = table_of(tmp_path, status="initializing")
+    found = find_in(environment, options=Options(peers="node2"))
+    (warning,) = found.warnings
+    assert (texts(found), found.ports) == (["10.0.0.2/32"], ())
+    assert_line_with(warning, ["ports of the rank table are not planned", "RANK_TABLE_FILE", "'initializing'"])
+
+
+def test_a_rank_table_without_hosts_means_the_next_source(tmp_path: Path) -> None:
+    environment = table_of(tmp_path, server("uid-a", 16665), server("uid-b"))
+    found = find_in(environment, options=SITE)
+    assert (texts(found), [str(port) for port in found.ports]) == (["10.9.9.9/32"], ["16665"])
+    with pytest.raises(PolicyError) as error:
+        find_in(environment)
+    table = f"RANK_TABLE_FILE={tmp_path}/hccl.json"
+    assert_line_with(str(error.value), [f"({table} has no addresses of hosts)", "export SECURERUN_PEERS=@hostfile.txt"])
+
+
+def test_an_error_names_what_could_not_be_read() -> None:
+    environment = {"PBS_NODEFILE": "/nonexistent/aux/7", "RANK_TABLE_FILE": "/nonexistent/table.json"}
+    with pytest.raises(PolicyError) as error:
+        find_in(environment)
+    notes = "(PBS_NODEFILE names /nonexistent/aux/7, which is not on this host; RANK_TABLE_FILE names"
+    assert_line_with(str(error.value), [notes, "export SECURERUN_PEERS=@hostfile.txt"])
+
+
+class NameServer:
+    """Answers a name with what stands for its last answer, once all before are used up."""
+
+    def __init__(self, **answers: list[list[str] | int]) -> None:
+        self.answers = answers
+        self.questions: list[str] = []
+
+    def __call__(self, name: str) -> Iterable[str]:
+        self.questions.append(name)
+        left = self.answers[name]
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, int):
+            raise socket.gaierror(answer, "no answer today")
+        return answer
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "_PAUSE_SECONDS", 0.01)
+
+
+def test_pods_that_come_up_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, hurry: None) -> None:
+    monkeypatch.setattr(peers, "POD_SECONDS", 60.0)
+    names = NameServer(pod0=[["10.1.0.1"]], pod1=[socket.EAI_NONAME, socket.EAI_NODATA, ["10.1.0.2"]])
+    told: list[str] = []
+    found = find_peers(Options(), job(), names, {"VC_WORKER_HOSTS": "pod0,pod1"}, told.append)
+    assert texts(found) == ["10.1.0.1/32", "10.1.0.2/32"]
+    assert sorted(names.questions) == ["pod0", "pod1", "pod1", "pod1"]
+    (words,) = told
+    assert_line_with(words, ["Volcano (VC_WORKER_HOSTS)", "no address yet for pod1;", "up to 60 s"])
+    # In Kubernetes whoever named them.
+    names = NameServer(pod1=[socket.EAI_NONAME, ["10.1.0.2"]])
+    environment = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    assert texts(find_peers(Options(peers="pod1"), job(), names, environment)) == ["10.1.0.2/32"]
+
+
+def test_a_wrong_name_is_an_error_at_once_and_a_busy_name_server_is_not(hurry: None) -> None:
+    names = NameServer(node1=[socket.EAI_NONAME, ["10.0.0.1"]])
+    with pytest.raises(PolicyError, match="no answer today"):
+        find_peers(Options(peers="node1"), job(), names)
+    assert names.questions == ["node1"]
+    names = NameServer(node1=[socket.EAI_AGAIN, socket.EAI_AGAIN, ["10.0.0.1"]])
+    assert texts(find_peers(Options(peers="node1"), job(), names)) == ["10.0.0.1/32"]
+
+
+def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch, hurry: None) -> None:
+    monkeypatch.setattr(peers, "NODE_SECONDS", 0.2)
+    told: list[str] = []
+    with pytest.raises(PolicyError, match=r"'n1' \(and 4 more\) cannot be resolved"):
+        find_peers(Options(), job(), unknown, {"LSB_HOSTS": "n1 n2 n3 n4 n5"}, told.append)
+    (words,) = told
+    assert_line_with(words, ["no address yet for n1, n2, n3 and 2 more;"])
+
+
+def test_names_are_asked_for_again_while_the_job_runs() -> None:
+    """An address that goes is removed, one that comes is added; who could not be asked about keeps what he had."""
+    names = NameServer(
+        moved=[["10.1.0.1"], ["10.1.0.7", "fd00::7"]],
+        gone=[["10.1.0.3"], socket.EAI_NONAME],
+        unknown=[["10.1.0.5"], socket.EAI_AGAIN],
+        here=[["127.0.1.1"], ["10.1.0.9"]],
+        wrong=[["10.1.0.11"], ["0.0.0.0", "127.0.0.1"]],  # noqa: S104
+    )
+    before = find_peers(Options(peers="moved,gone,unknown,here,wrong,10.2.0.0/16"), job(5), names)
+    assert texts(before) == ["10.1.0.1/32", "10.1.0.3/32", "10.1.0.5/32", "10.1.0.11/32", "10.2.0.0/16"]
+    after = peers.again(before, names)
+    assert texts(after) == ["10.1.0.5/32", "10.1.0.7/32", "10.1.0.9/32", "10.2.0.0/16", "fd00::7/128"]
+    assert (after.source, after.warnings) == (before.source, before.warnings)
+    assert peers.again(after, names) == after
+
+
+def test_a_silent_name_server_takes_no_address_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = find("node1,node2")
+    monkeypatch.setattr(resolver, "SECONDS", 0.1)
+    silence = threading.Event()
+    after = peers.again(before, lambda name: [str(silence.wait(10))])
+    silence.set()
+    assert after == before
+
+
+def test_what_is_written_out_has_nothing_to_ask_for() -> None:
+    before = find("10.0.0.7,10.1.0.0/16,any")
+    assert before.named == {}
+    assert peers.again(before, unknown) == before
 
 
 def assert_line_with(message: str, words: list[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
 from securerun.job.launchers import Endpoint, Job
-from securerun.job.ports import plan_ports
+from securerun.job.ports import plan_ports, ranges
 
 HCCL = PortRange(60000, 60015, "HCCL")
 
@@ -31,6 +31,7 @@ RANDOM = job()
         (job(host="node7", port=29400), [PortRange(29400, 29400, "rendezvous store (c10d)")]),
         (job("static", "127.0.0.1", 29500), [PortRange(29500, 29500, "master port (static rendezvous)")]),
         (job("static", "127.0.0.1", 0), []),
+        (job("parallel", "node0", 29500), [PortRange(29500, 29500, "parallel store (torch_npu_run)")]),
         (job("plugin", "node0", 5000), [PortRange(5000, 5000, "rendezvous endpoint")]),
         (job("etcd", "etcd0", 2379), []),
         (job("etcd-v2", "localhost", 2379), []),
@@ -105,6 +106,25 @@ def test_added_ports_are_sorted_in_and_identical_ranges_stand_once() -> None:
         PortRange(29400, 29400, "rendezvous store (c10d)"),
         HCCL,
     )
+
+
+def test_what_a_rank_table_knows_is_sorted_in() -> None:
+    known = ranges([16666, 16665, 16700, 60000, 16666], "HCCL (rank table)")
+    assert [str(ports) for ports in known] == ["16665-16666", "16700", "60000"]
+    plan = plan_ports(job(port=29400), {"HCCL_HOST_SOCKET_PORT_RANGE": "60000"}, "16700", known=known)
+    assert [(str(ports), ports.purpose) for ports in plan] == [
+        ("16665-16666", "HCCL (rank table)"),
+        ("16700", "added with --ports"),
+        ("29400", "rendezvous store (c10d)"),
+        ("60000", "HCCL"),
+    ]
+
+
+def test_no_ports_are_no_ranges_and_every_port_is_one() -> None:
+    assert ranges([], "x") == ()
+    assert ranges(range(1, 65536), "x") == (PortRange(1, 65535, "x"),)
+    with pytest.raises(PolicyError, match="65536"):
+        ranges([65536], "x")
 
 
 @pytest.mark.parametrize(

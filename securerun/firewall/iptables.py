@@ -80,7 +80,7 @@ def run_of(rule: str) -> str | None:
 
 def read_dispatcher(saved: str) -> Dispatcher:
     """Read iptables-save's text of the filter table."""
-    lines = saved.splitlines()
+    lines = saved.split("\n")
     entries = [line for line in lines if line.startswith("-A INPUT ")]
     jumps = tuple(line for line in entries if line.endswith(f"-j {CHAIN}"))
     return Dispatcher(

@@ -79,7 +79,7 @@ def handed_on(capabilities: Collection[int]) -> Iterator[None]:
 
 
 def _named_set(name: str) -> frozenset[int]:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").split("\n"):
         if line.startswith(f"{name}:"):
             bits = int(line.split()[1], 16)
             return frozenset(number for number in range(64) if bits >> number & 1)

@@ -94,8 +94,12 @@ class JobCgroup:
 
     def populated(self) -> bool:
         """Whether a live process is in the cgroup or below it."""
-        text = os.pread(self._events, 4096, 0).decode("ascii")
-        return "populated 1" in text
+        try:
+            return b"populated 1" in os.pread(self._events, 4096, 0)
+        except OSError as error:
+            if error.errno == errno.ENODEV:  # removed, as whoever owns the directory above may do with an empty one
+                return False
+            raise
 
     def processes(self) -> set[int]:
         """The live processes in the cgroup and below it."""
@@ -172,12 +176,12 @@ def make_job_cgroup(path: str) -> JobCgroup:
         below = _relative(path, hierarchy.root)
         if below is None:
             continue
-        ancestors = _open_down(hierarchy.place, below.parent)
         try:
+            ancestors = _open_down(hierarchy.place, below.parent)
             os.mkdir(place.name, 0o755, dir_fd=ancestors[-1])
+            cgroup = JobCgroup(ancestors, place)
         except OSError as error:
             raise CgroupUnavailable(f"no cgroup can be made below {place.parent}: {_why(error)}") from error
-        cgroup = JobCgroup(ancestors, place)
         if not _is_ours(cgroup):
             cgroup.close()
             raise CgroupUnavailable(f"{path} was replaced by another user's cgroup")
@@ -229,12 +233,13 @@ def may_leave_shared_cgroups() -> bool:
 def cgroup_of(pid: int) -> str:
     """A process' cgroup in the v2 hierarchy (cgroups(7)). Raises CgroupUnavailable when it has none."""
     try:
-        text = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8")
+        text = os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
     except OSError as error:
         raise CgroupUnavailable(f"the cgroup of process {pid} cannot be read: {_why(error)}") from error
-    for line in text.splitlines():
+    # Users name cgroups, and Python's splitlines ends a line at characters that the kernel lets them use.
+    for line in text.split("\n"):
         if line.startswith("0::"):
-            return line[3:].removesuffix(" (deleted)")
+            return line[3:]
     raise CgroupUnavailable("this kernel has no cgroup v2 hierarchy")
 
 
@@ -272,15 +277,16 @@ def _ends_processes(kind: str, options: str) -> bool:
 def _mounted(mountinfo: str, prefix: str, wanted: Callable[[str, str], bool] = _is_v2) -> Iterator[Hierarchy]:
     """The cgroup mounts of a mountinfo file (proc(5)); `prefix` leads to the root that its paths start from."""
     try:
-        lines = Path(mountinfo).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = os.fsdecode(Path(mountinfo).read_bytes()).split("\n")
     except OSError:
         return
     for line in lines:
+        # Users mount too (FUSE), below names of theirs; the kernel escapes spaces and newlines in them.
         mount, _, source = line.partition(" - ")
-        kind, _, options = source.split()[:3]
+        kind, _, options = (*source.split(" "), "", "")[:3]
         if not wanted(kind, options):
             continue
-        root, place = mount.split()[3:5]
+        root, place = mount.split(" ")[3:5]
         place = prefix + _unescaped(place)
         with contextlib.suppress(OSError):
             if Path(place, "cgroup.procs").exists():

@@ -175,7 +175,7 @@ def _environment(pid: int) -> bytes:
 
 def _real_user(pid: int) -> int | None:
     """The real user id; None when the process has ended. (The owner of /proc/PID is the effective one.)"""
-    for line in _read(f"/proc/{pid}/status").splitlines():
+    for line in _read(f"/proc/{pid}/status").split(b"\n"):
         if line.startswith(b"Uid:"):
             return int(line.split()[1])
     return None

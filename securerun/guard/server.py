@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
@@ -82,6 +83,8 @@ def main(arguments: Sequence[str]) -> int:
         return _refuse(not_understood, caller, answers)
     except SecurerunError as error:
         return _refuse(error, caller, answers)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the launcher gets an answer, and nothing stands
+        return _refuse(SecurerunError(f"a defect of securerun's, please report it: {_place(error)}"), caller, answers)
     return _hold(lease, orders, answers)
 
 
@@ -190,7 +193,13 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
         f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding by {layers}; ports {ports}; "
         f"{len(lease.policy.peers)} peer networks"
     )
-    Watch(lease, orders, answers.send, _log).until_over()
+    try:
+        Watch(lease, orders, answers.send, _log).until_over()
+    except Exception as error:  # noqa: BLE001 - a defect of ours must not leave what nobody looks after
+        _log(f"{run}: a defect of securerun's: {_place(error)}")
+        if not lease.caller.has_ended():
+            return 1  # the launcher starts another guard, which takes over
+        lease.kill()
     try:
         lease.release()
     except (SecurerunError, CgroupUnavailable, PortChainsUnavailable) as error:
@@ -198,6 +207,12 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
         return 1
     _log(f"{run}: released")
     return 0
+
+
+def _place(error: Exception) -> str:
+    """What went wrong and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} (line {frames[-1].lineno} of {frames[-1].filename})"
 
 
 class Answers:

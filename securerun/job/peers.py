@@ -1,333 +1,344 @@
-"""Who may connect: what the user named, or what the endpoint of the rendezvous leaves no doubt about.
+"""Who may connect: what the user named, what the batch system or the rank table says, or what the endpoint of the
+rendezvous leaves no doubt about.
 
-The first source that answers wins. Any doubt is an error here, before anything was started.
+The first source that answers wins. Any doubt is an error here, before anything was started. The address that the job
+meets at makes nobody a peer: in Kubernetes it is often a Service's, which no host has.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import queue
-import re
+import os
 import socket
-import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import Address, Network, collapse
+from securerun.firewall.policy import Network, PortRange, collapse
 from securerun.host import interfaces
+from securerun.job import batch, entries, ports, ranktable, resolver
+from securerun.job.entries import ANY, Entry, Tell
 from securerun.job.launchers import Job
+from securerun.job.resolver import Outcome, Resolver
 from securerun.options import SITE_CONFIG, Options
 
 EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
-# The words of a list that stand for no host of that name.
-ANY, SUBNET = "any", "subnet"
 
-# All names together; one dead name server takes resolv.conf's five seconds before the next one is asked.
-RESOLVE_SECONDS = 10.0
-_RESOLVERS = 64
-_HOST_FILE_SIZE = 16 * 1024 * 1024
-
-# The addresses of a host name, as text; OSError where it has none.
-Resolver = Callable[[str], Iterable[str]]
-
-_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,252}")
-# getaddrinfo would read 10.77.1 as 10.77.0.1 and 0x7f000001 as 127.0.0.1 (inet_aton(3)): no host is named like that.
-_NUMERIC_LABEL = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?")
-_BRACKETED = re.compile(r"\[([^\[\]]+)\](/[0-9]+)?")
-_SETTING = re.compile(r"[A-Za-z0-9_-]+=\S*")
+# So long are names asked for again that have no address: those of a batch system, whose nodes may be just starting,
+# and those of pods, which have none before the pod has one.
+NODE_SECONDS, POD_SECONDS = 15.0, 60.0
+# Set in every container of a pod.
+_IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
+# Where the peers of this one launch were named, not those of every launch on this host.
+_ASKED_FOR = {"--peers", "SECURERUN_PEERS"}
+_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The networks that may connect, collapsed; where they come from; and what the user should know about them."""
+    """Who may connect, and what else the sources said.
+
+    networks: those that may, collapsed. source: where they come from. warnings: what the user should know about them.
+    ports: the TCP ports that a rank table has HCCL listen on, here.
+    fixed, named: what `networks` is made of: networks written out, and those of each host name; see `again`.
+    """
 
     networks: tuple[Network, ...]
     source: str
     warnings: tuple[str, ...] = ()
+    ports: tuple[PortRange, ...] = ()
+    fixed: tuple[Network, ...] = ()
+    named: Mapping[str, tuple[Network, ...]] = field(default_factory=dict)
 
 
-def resolve_name(name: str) -> Iterable[str]:
-    """All addresses of a host name, A and AAAA records or the hosts file; OSError where it has none."""
-    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    return dict.fromkeys(str(address[4][0]) for address in found)
-
-
-def find_peers(options: Options, job: Job, resolve: Resolver = resolve_name) -> Peers:
+def find_peers(
+    options: Options,
+    job: Job,
+    resolve: Resolver = resolver.addresses_of,
+    environment: Mapping[str, str] | None = None,
+    tell: Tell = lambda words: None,
+) -> Peers:
     """Who may connect to this job.
 
-    Raises PolicyError for a peer that is no address, network or resolvable name, and where nothing tells who the
-    other nodes of the job are.
+    environment: where batch systems leave what they know; this process' own by default.
+    tell: takes one line for the user, when something has to be waited for.
+
+    Raises PolicyError for a peer that is no address, network or resolvable name, for a list or rank table that cannot
+    be right, and where nothing tells who the other nodes of the job are.
     """
+    launch = _Launch(options, job, resolve, os.environ if environment is None else environment, tell)
     for source in SOURCES:
-        answer = source(options, job, resolve)
+        answer = source(launch)
         if answer is not None:
-            return answer
+            return answer if source is _rank_table else _with_ports_of_table(answer, launch)
     raise PolicyError(
         f"{_nodes(job)} meet at {job.endpoint or 'a rendezvous without an address'}, and nothing says which hosts they "
-        "are; name them with --peers node1,node2 or --peers @hostfile.txt (one host a line), with `export "
-        f'SECURERUN_PEERS=@hostfile.txt`, or with peers = "node1,node2" in {SITE_CONFIG}'
+        f"are{_in_brackets(launch.notes)}; name them with --peers node1,node2 or --peers @hostfile.txt (one host a "
+        f'line), with `export SECURERUN_PEERS=@hostfile.txt`, or with peers = "node1,node2" in {SITE_CONFIG}'
     )
 
 
-def _named(options: Options, job: Job, resolve: Resolver) -> Peers | None:
-    """--peers, SECURERUN_PEERS or the site file, whichever `securerun.options.resolve` found first."""
-    if options.peers is None:
+def again(peers: Peers, resolve: Resolver = resolver.addresses_of) -> Peers:
+    """The same peers with the addresses that their names have now: pods come back with other ones.
+
+    A name that has no address any more has none; one that the name service could not be asked for keeps what it had.
+    Takes `resolver.SECONDS` at most; it has nothing to ask where `peers.named` is empty.
+    """
+    outcomes = resolver.ask(peers.named, resolve)
+    named = {name: _now(outcomes[name], before) for name, before in peers.named.items()}
+    networks = collapse((*peers.fixed, *(network for found in named.values() for network in found)))
+    return replace(peers, networks=networks, named=named)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What the sources are asked about. notes: what they could not read, for a launch that no source answers for."""
+
+    options: Options
+    job: Job
+    resolve: Resolver
+    environment: Mapping[str, str]
+    tell: Tell
+    notes: list[str] = field(default_factory=list)
+
+
+def _asked_for(launch: _Launch) -> Peers | None:
+    return _of_option(launch) if launch.options.peers_source in _ASKED_FOR else None
+
+
+def _one_node(launch: _Launch) -> Peers | None:
+    """One agent has no other to talk to, whatever nodes the batch system gave: each may run a job of its own."""
+    return Peers((), "job of one node") if launch.job.max_nodes == 1 else None
+
+
+def _batch_system(launch: _Launch) -> Peers | None:
+    found = batch.allocation(launch.environment, launch.notes.append)
+    if found is None:
         return None
-    entries = tuple({entry.word: entry for entry in _entries(options.peers, options.peers_source)}.values())
-    if not entries:
-        raise PolicyError(
-            f"{options.peers_source}: {options.peers!r} names no host; write node1,node2 or @hostfile.txt"
-        )
-    files = " ".join(dict.fromkeys(f"@{entry.file}" for entry in entries if entry.file))
-    source = f"{options.peers_source} {files}".rstrip()
-    answers = _answers(entries, options, job, resolve)
-    networks = collapse(network for answer in answers for network in answer.networks)
-    if any(network.prefixlen == 0 for network in networks) and not any(entry.word == ANY for entry in entries):
-        raise PolicyError(f"{source}: these networks together are every host; write `{ANY}` if you mean that")
-    if not networks and job.max_nodes > 1 and not _meets_on_loopback(job):
-        raise PolicyError(f"{source} names this host alone, and the job has {_nodes(job)}; add the others")
-    return Peers(networks, source, tuple(_too_few(answers, job, source)))
+    patience = POD_SECONDS if found.are_pods or _IN_KUBERNETES in launch.environment else NODE_SECONDS
+    return _peers_of(_List(found.source, found.nodes, patience, counted=True), launch)
 
 
-def _loopback(options: Options, job: Job, resolve: Resolver) -> Peers | None:
+def _rank_table(launch: _Launch) -> Peers | None:
+    location = ranktable.locate(launch.environment, launch.notes.append)
+    if location is None:
+        return None
+    table = ranktable.wait_for(location, launch.tell)
+    hosts = table.entries()
+    if not hosts:
+        launch.notes.append(f"{location.source} has no addresses of hosts")
+        return None
+    return replace(_peers_of(_List(location.source, hosts, counted=True), launch), ports=_ports_of(table))
+
+
+def _site(launch: _Launch) -> Peers | None:
+    return _of_option(launch) if launch.options.peers_source not in _ASKED_FOR else None
+
+
+def _loopback(launch: _Launch) -> Peers | None:
     """Nodes that meet on the loopback are all on this host."""
+    job = launch.job
     if not _meets_on_loopback(job):
         return None
-    source = "loopback rendezvous endpoint"
-    if job.max_nodes == 1:
-        return Peers((), source)
     warning = (
         f"{_nodes(job)} meet at {job.meeting_point}, which only this host can reach: no other host may connect; "
         "if there are other hosts, give the rendezvous an address that they reach and name them with --peers"
     )
-    return Peers((), source, (warning,))
+    return Peers((), "loopback rendezvous endpoint", (warning,))
 
 
-def _one_node(options: Options, job: Job, resolve: Resolver) -> Peers | None:
-    return Peers((), "job of one node") if job.max_nodes == 1 else None
+SOURCES: tuple[Callable[[_Launch], Peers | None], ...] = (
+    _asked_for,
+    _one_node,
+    _batch_system,
+    _rank_table,
+    _site,
+    _loopback,
+)
 
 
-SOURCES: tuple[Callable[[Options, Job, Resolver], Peers | None], ...] = (_named, _loopback, _one_node)
+def _of_option(launch: _Launch) -> Peers | None:
+    """--peers, SECURERUN_PEERS or the site file, whichever `securerun.options.resolve` found first."""
+    options = launch.options
+    if options.peers is None:
+        return None
+    listed = tuple({entry.word: entry for entry in entries.of_list(options.peers, options.peers_source)}.values())
+    if not listed:
+        raise PolicyError(
+            f"{options.peers_source}: {options.peers!r} names no host; write node1,node2 or @hostfile.txt"
+        )
+    files = " ".join(dict.fromkeys(f"@{entry.file}" for entry in listed if entry.file))
+    patience = POD_SECONDS if _IN_KUBERNETES in launch.environment else 0.0
+    found = _List(
+        f"{options.peers_source} {files}".rstrip(), listed, patience, "correct the name, or write its address"
+    )
+    return _peers_of(found, launch)
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One peer as the user wrote it. place: where that was, for messages; file: the host file it stands in."""
+class _List:
+    """A source's entries. patience: seconds that names without an address are asked for again. advice: if they stay so.
 
-    word: str
-    place: str
-    file: str = ""
+    counted: whether each entry is one host of the job, and not perhaps a Service with an address for each pod.
+    """
+
+    source: str
+    entries: tuple[Entry, ...]
+    patience: float = 0.0
+    advice: str = "name the hosts by address with --peers"
+    counted: bool = False
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _Host:
     """What an entry stands for. hosts: how many, or None where that cannot be said, as of a network."""
 
     networks: tuple[Network, ...]
     hosts: int | None
 
 
-def _entries(text: str, source: str) -> Iterator[_Entry]:
-    for word in re.split(r"[,\s]+", text):
-        if word.startswith("@"):
-            yield from _host_file(word[1:], source)
-        elif word:
-            yield _Entry(word, source)
-
-
-def _host_file(name: str, source: str) -> Iterator[_Entry]:
-    """The hosts in a file, one a line, `#` for comments; `host slots=8` as Open MPI and DeepSpeed write it."""
-    place = f"{source} @{name}"
-    hosts = 0
-    for number, line in enumerate(_read_host_file(name, place).splitlines(), 1):
-        words = re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
-        if not words:
-            continue
-        here = f"{place}, line {number}"
-        for word in words[1:]:
-            if not _SETTING.fullmatch(word):
-                raise PolicyError(f"{here}: {word!r} after the host is no name=value; write one host a line")
-        if words[0] in {ANY, SUBNET} or words[0].startswith("@"):
-            raise PolicyError(f"{here}: {words[0]!r} is no host; write it in --peers itself")
-        hosts += 1
-        yield _Entry(words[0], here, name)
-    if not hosts:
-        raise PolicyError(f"{place}: the host file names no host; write one host a line")
-
-
-def _read_host_file(name: str, place: str) -> str:
-    if not name:
-        raise PolicyError(f"{place}: no file after the @; write @hostfile.txt")
-    try:
-        with Path(name).expanduser().open("rb") as file:
-            content = file.read(_HOST_FILE_SIZE + 1)
-    except (OSError, RuntimeError, ValueError) as error:  # no such file; no such home directory; a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
+def _peers_of(listed: _List, launch: _Launch) -> Peers:
+    job = launch.job
+    fixed = {entry: _written_out(entry, listed, launch) for entry in listed.entries}
+    names = {entry: tuple(word for word in entry.words if _is_name(word, entry)) for entry in listed.entries}
+    outcomes = _ask_all(listed, fixed, names, launch)
+    named = {name: _now(outcome, ()) for name, outcome in outcomes.items()}
+    hosts = []
+    for entry, group in names.items():
+        networks = (*fixed[entry], *(network for name in group for network in named[name]))
+        hosts.append(_Host(networks, _count(entry, fixed[entry], networks, listed)))
+        if not networks:
+            _refuse_nowhere(entry, [outcomes[name] for name in group])
+    networks = collapse(network for host in hosts for network in host.networks)
+    if any(network.prefixlen == 0 for network in networks) and not _is_any(listed):
+        raise PolicyError(f"{listed.source}: these networks together are every host; write `{ANY}` if you mean that")
+    if not networks and job.max_nodes > 1 and not _meets_on_loopback(job):
         raise PolicyError(
-            f"{place}: the host file cannot be read ({reason}); name a file with one host a line"
-        ) from error
-    if len(content) > _HOST_FILE_SIZE:
-        raise PolicyError(f"{place}: the host file is larger than 16 MB; name a file with one host a line")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise PolicyError(f"{place}: the host file is no text; name a file with one host a line")
-    return text
+            f"{listed.source} names this host alone, and the job has {_nodes(job)}; add the others, or name them with "
+            "--peers"
+        )
+    return Peers(
+        networks,
+        listed.source,
+        tuple(_too_few(hosts, job, listed.source)),
+        fixed=tuple(network for found in fixed.values() for network in found),
+        named=named,
+    )
 
 
-def _answers(entries: Iterable[_Entry], options: Options, job: Job, resolve: Resolver) -> list[_Answer]:
-    answers: list[_Answer] = []
-    names: list[_Entry] = []
-    for entry in entries:
-        network = None if entry.word in {ANY, SUBNET} else _literal(entry)
+def _is_any(listed: _List) -> bool:
+    return any(entry.is_keyword and entry.word == ANY for entry in listed.entries)
+
+
+def _written_out(entry: Entry, listed: _List, launch: _Launch) -> tuple[Network, ...]:
+    """The networks of an entry that need no name service."""
+    if entry.is_keyword:
         if entry.word == ANY:
-            answers.append(_Answer(EVERY_HOST, None))
-        elif entry.word == SUBNET:
-            answers.append(_Answer(_subnet(options, job, entry.place, resolve), None))
-        elif network is None:
-            names.append(entry)
-        else:
-            answers.append(_Answer((network,), 1 if network.prefixlen == network.max_prefixlen else None))
-    return [*answers, *_resolved(names, resolve)]
+            return EVERY_HOST
+        return _subnet(launch.options, launch.job, entry.place, launch.resolve)
+    found = [entries.literal(word, entry.place) for word in entry.words]
+    networks = tuple(network for network in found if network is not None)
+    if listed.counted and any(network.prefixlen != network.max_prefixlen for network in networks):
+        raise PolicyError(f"{entry.place}: {entry.word} is a network, not a node; name the nodes with --peers")
+    return networks
 
 
-def _literal(entry: _Entry) -> Network | None:
-    """The network that an entry writes out, an address being one of its own; None for a host name.
-
-    Raises PolicyError for what is neither.
-    """
-    match = _BRACKETED.fullmatch(entry.word)
-    word = match.group(1) + (match.group(2) or "") if match else entry.word
-    try:
-        network = _network(word, entry) if "/" in word else _single(ipaddress.ip_address(word))
-    except ValueError as error:
-        if _NAME.fullmatch(entry.word) and not _NUMERIC_LABEL.fullmatch(entry.word):
-            return None
-        raise PolicyError(f"{entry.place}: {_complaint(entry.word)}") from error
-    _refuse_unusable(network, entry)
-    return network
+def _is_name(word: str, entry: Entry) -> bool:
+    return not entry.is_keyword and entries.literal(word, entry.place) is None
 
 
-def _complaint(word: str) -> str:
-    host, colon, port = word.rpartition(":")
-    if colon and port.isdecimal() and host:
-        return f"peer {word!r} is a host with a port, and peers have none; write {host.strip('[]')}"
-    return f"peer {word!r} is no address, network or host name; write one like 10.0.0.7, 10.0.0.0/24, fd00::7 or node7"
+def _ask_all(
+    listed: _List,
+    fixed: Mapping[Entry, tuple[Network, ...]],
+    names: Mapping[Entry, tuple[str, ...]],
+    launch: _Launch,
+) -> dict[str, Outcome]:
+    """Ask for every name, and again for those of hosts that have no address by another."""
+    needed = [group for entry, group in names.items() if group and not fixed[entry] and not _is_this_host(group)]
+    others = [name for group in names.values() for name in group]
 
+    def tell(late: Sequence[str]) -> None:
+        more = f" and {len(late) - _NAMES_SHOWN} more" if len(late) > _NAMES_SHOWN else ""
+        shown = f"{', '.join(late[:_NAMES_SHOWN])}{more}"
+        seconds = max(listed.patience, resolver.SECONDS)
+        launch.tell(f"{listed.source}: no address yet for {shown}; asking again for up to {seconds:g} s")
 
-def _network(word: str, entry: _Entry) -> Network:
-    network = ipaddress.ip_network(word, strict=False)
-    # Collapsed, ::ffff:0:0/96 is what it means: every IPv4 address.
-    (plain,) = collapse([network])
-    if plain.prefixlen == 0:
-        raise PolicyError(f"{entry.place}: peer {word} is every host; write `any` if you mean that")
-    if str(network.network_address) != str(ipaddress.ip_address(word.partition("/")[0])):
-        raise PolicyError(
-            f"{entry.place}: {word} is an address inside a network; write {network} for the network, "
-            f"or {word.partition('/')[0]} for the host"
-        )
-    return plain
-
-
-def _single(address: Address) -> Network:
-    """The network of one address; the zone of fe80::1%eth0 is not on the wire and goes."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return ipaddress.IPv4Network(address)
-    if address.ipv4_mapped is not None:
-        return ipaddress.IPv4Network(address.ipv4_mapped)
-    return ipaddress.IPv6Network(int(address))
-
-
-def _is_host(network: Network) -> bool:
-    """Whether another host can connect from there."""
-    start = network.network_address
-    nowhere = network.prefixlen == network.max_prefixlen and start.is_unspecified
-    return not (nowhere or start.is_loopback or network.is_multicast)
-
-
-def _refuse_unusable(network: Network, entry: _Entry) -> None:
-    if _is_host(network):
-        return
-    if network.network_address.is_loopback:
-        raise PolicyError(
-            f"{entry.place}: peer {entry.word} is the loopback, which is open to this host and to no other; "
-            "write the address that the other node has on the network"
-        )
-    kind = "multicast" if network.is_multicast else "no address of a host"
-    raise PolicyError(f"{entry.place}: peer {entry.word} is {kind}; write the address of the other node")
-
-
-def _resolved(entries: Sequence[_Entry], resolve: Resolver) -> list[_Answer]:
-    """What host names stand for. Every name is asked for at once, and each but once."""
-    places = {entry.word: entry.place for entry in entries}
-    results = _ask(tuple(places), resolve)
-    answered = {name: result for name, result in results.items() if isinstance(result, tuple)}
-    failed = [name for name in places if name not in answered]
+    outcomes = resolver.ask_patiently(needed, others, launch.resolve, listed.patience, tell)
+    failed = [group for group in needed if not resolver.has_answered(group, outcomes)]
     if failed:
-        name = failed[0]
-        reason = results.get(name) or f"no answer within {RESOLVE_SECONDS:g} s"
-        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise PolicyError(
-            f"{places[name]}: peer {name!r}{others} cannot be resolved ({_reason(reason)}); "
-            "correct the name, or write its address"
-        )
-    return [_answer_of_name(name, place, answered[name]) for name, place in places.items()]
+        name = failed[0][0]
+        place = next(entry.place for entry, group in names.items() if group == failed[0])
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        reason = getattr(outcomes[name], "strerror", None) or str(outcomes[name])
+        raise PolicyError(f"{place}: peer {name!r}{more} cannot be resolved ({reason}); {listed.advice}")
+    return outcomes
 
 
-def _reason(failure: object) -> str:
-    return getattr(failure, "strerror", None) or str(failure)
-
-
-def _answer_of_name(name: str, place: str, addresses: Sequence[str]) -> _Answer:
-    found = [_single(ipaddress.ip_address(address)) for address in addresses]
-    usable = tuple(network for network in found if _is_host(network))
-    # Debian's /etc/hosts has `127.0.1.1 thishost`: in a list of all nodes that is this node, and none of the others.
-    if not usable and any(network.network_address.is_loopback for network in found):
-        return _Answer((), 0)
-    if not usable:
-        listed = ", ".join(addresses) or "nothing"
-        raise PolicyError(f"{place}: peer {name!r} resolves to {listed}, no address of a host; write its address")
+def _count(entry: Entry, fixed: tuple[Network, ...], networks: tuple[Network, ...], listed: _List) -> int | None:
+    """How many hosts an entry is."""
+    if any(network.prefixlen != network.max_prefixlen for network in fixed):
+        return None
+    if listed.counted:
+        return min(1, len(networks))
     # A name with an A and an AAAA record is one host; a Kubernetes headless Service has one of each for each pod.
-    versions = [network.version for network in usable]
-    return _Answer(usable, max(versions.count(4), versions.count(6)))
+    versions = [network.version for network in networks]
+    return max(versions.count(4), versions.count(6))
 
 
-def _ask(names: Sequence[str], resolve: Resolver) -> Mapping[str, tuple[str, ...] | Exception]:
-    """Resolve names side by side; what has not answered in time is missing from the result."""
-    questions: queue.SimpleQueue[str] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[str, tuple[str, ...] | Exception]] = queue.SimpleQueue()
-    for name in names:
-        questions.put(name)
+def _refuse_nowhere(entry: Entry, outcomes: Iterable[Outcome]) -> None:
+    """Refuse a name whose addresses no host has.
 
-    def work() -> None:
-        while True:
-            try:
-                name = questions.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                answers.put((name, tuple(resolve(name))))
-            except (OSError, UnicodeError) as error:
-                answers.put((name, error))
+    Debian's /etc/hosts has `127.0.1.1 thishost`: in a list of all nodes that is this one, and none of the others.
+    """
+    found = [address for outcome in outcomes if isinstance(outcome, tuple) for address in outcome]
+    if found and not any(_single(address).network_address.is_loopback for address in found):
+        raise PolicyError(
+            f"{entry.place}: peer {entry.word!r} resolves to {', '.join(found)}, no address of a host; "
+            "write its address"
+        )
 
-    # Not concurrent.futures: its threads are joined at exit, and a name server that is silent would hold the exit up.
-    for _ in range(min(_RESOLVERS, len(names))):
-        threading.Thread(target=work, daemon=True, name="securerun-resolver").start()
-    results: dict[str, tuple[str, ...] | Exception] = {}
-    deadline = time.monotonic() + RESOLVE_SECONDS
-    while len(results) < len(names):
-        try:
-            name, result = answers.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            break
-        results[name] = result
-    return results
+
+def _now(outcome: Outcome, before: tuple[Network, ...]) -> tuple[Network, ...]:
+    """The networks of a name after it was asked for."""
+    if isinstance(outcome, tuple):
+        return tuple(network for network in map(_single, outcome) if entries.is_host(network))
+    return () if resolver.is_gone(outcome) else before
+
+
+def _single(address: str) -> Network:
+    return entries.single(ipaddress.ip_address(address))
+
+
+def _is_this_host(names: Iterable[str]) -> bool:
+    """Whether one of a node's names is this host's own, in full or without its domain."""
+    own = socket.gethostname()
+    short = own.partition(".")[0]
+    return any(name in {own, short} or (own == short and name.partition(".")[0] == own) for name in names)
+
+
+def _ports_of(table: ranktable.RankTable) -> tuple[PortRange, ...]:
+    numbers = table.ports(_own_addresses)
+    return ports.ranges(numbers, "HCCL (rank table)")
+
+
+def _with_ports_of_table(peers: Peers, launch: _Launch) -> Peers:
+    """A rank table has ports for HCCL also where it does not name the peers; then nothing waits for it."""
+    location = ranktable.locate(launch.environment, lambda note: None)
+    if location is None:
+        return peers
+    try:
+        return replace(peers, ports=_ports_of(ranktable.read(location)))
+    except PolicyError as error:
+        return replace(peers, warnings=(*peers.warnings, f"the ports of the rank table are not planned: {error}"))
+
+
+def _own_addresses() -> frozenset[str]:
+    import psutil  # 30 ms, and few launches ask
+
+    families = (socket.AF_INET, socket.AF_INET6)
+    found = (entry for interface in psutil.net_if_addrs().values() for entry in interface if entry.family in families)
+    return frozenset(entry.address.partition("%")[0] for entry in found)
 
 
 def _subnet(options: Options, job: Job, place: str, resolve: Resolver) -> tuple[Network, ...]:
@@ -353,7 +364,7 @@ def _interface_to(job: Job, resolve: Resolver) -> tuple[str, ...]:
     if job.meeting_point is None or _meets_on_loopback(job):
         return ()
     host = job.meeting_point.host
-    found = (host,) if _is_address(host) else _ask((host,), resolve).get(host)
+    found = (host,) if _is_address(host) else resolver.ask((host,), resolve)[host]
     name = interfaces.towards(found) if isinstance(found, tuple) else None
     return (name,) if name else ()
 
@@ -366,15 +377,18 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _too_few(answers: Iterable[_Answer], job: Job, source: str) -> Iterator[str]:
-    counts = [answer.hosts for answer in answers]
-    if None in counts:
+def _too_few(hosts: Sequence[_Host], job: Job, source: str) -> Iterator[str]:
+    """A warning for the job that waits for a node which may not connect. A list may hold this host, or leave it out."""
+    counts = [host.hosts for host in hosts]
+    others = sum(count for count in counts if count is not None)
+    if None in counts or others >= job.max_nodes:
         return
-    hosts = sum(count for count in counts if count is not None)
-    if hosts < job.max_nodes - 1:
+    own = _own_addresses()
+    others -= any(str(network.network_address) in own for host in hosts for network in host.networks)
+    if others < job.max_nodes - 1:
         yield (
-            f"{source} names {hosts} other {'host' if hosts == 1 else 'hosts'}, and the job may have {_nodes(job)}: "
-            "a node that is not named cannot join; add it there"
+            f"{source} names {others} other {'host' if others == 1 else 'hosts'}, and the job may have {_nodes(job)}: "
+            "a node that is not named cannot join; add it there, or name all of them with --peers"
         )
 
 
@@ -385,3 +399,7 @@ def _meets_on_loopback(job: Job) -> bool:
 def _nodes(job: Job) -> str:
     count = str(job.max_nodes) if job.min_nodes == job.max_nodes else f"{job.min_nodes} to {job.max_nodes}"
     return f"{count} nodes"
+
+
+def _in_brackets(notes: Sequence[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""

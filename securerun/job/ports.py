@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from securerun.errors import PolicyError
@@ -25,26 +25,49 @@ HCCL_PORTS_SINCE_8_3 = 32
 # it takes precedence over HCCL_IF_BASE_PORT.
 HCCL_RANGE = "HCCL_HOST_SOCKET_PORT_RANGE"
 
-_ENDPOINT_PURPOSES = {"c10d": "rendezvous store (c10d)", "static": "master port (static rendezvous)"}
+_ENDPOINT_PURPOSES = {
+    "c10d": "rendezvous store (c10d)",
+    "static": "master port (static rendezvous)",
+    "parallel": "parallel store (torch_npu_run)",
+}
 # CANN's own files say `version=8.3.RC1` or `Version=8.3.0.1.200`; a few hundred bytes each.
 _CANN_VERSION = re.compile(r"^version=(\d+)\.(\d+)", re.IGNORECASE | re.MULTILINE)
 _CANN_FILE_SIZE = 64 * 1024
 
 
 def plan_ports(
-    job: Job, environment: Mapping[str, str], extra: str | None, source: str = "--ports"
+    job: Job,
+    environment: Mapping[str, str],
+    extra: str | None,
+    source: str = "--ports",
+    known: Iterable[PortRange] = (),
 ) -> tuple[PortRange, ...]:
     """The ports of a job, in ascending order, each range once.
 
     The endpoint's port is planned on every node, since any of them may turn out to hold the store; HCCL's ports are
-    planned on every host, with or without NPUs in sight. `extra` is what the user added, in the words of `source`.
+    planned on every host, with or without NPUs in sight. `extra` is what the user added, in the words of `source`;
+    `known` is what somebody else knows, such as a rank table (`securerun.job.peers.Peers.ports`).
 
     Raises PolicyError, with the variable or option that is wrong.
     """
     planned: dict[tuple[int, int], PortRange] = {}
-    for ports in (*_endpoint(job), *_hccl(environment), *_added(extra, source)):
+    for ports in (*_endpoint(job), *_hccl(environment), *_added(extra, source), *known):
         planned.setdefault((ports.first, ports.last), ports)
     return tuple(sorted(planned.values()))
+
+
+def ranges(numbers: Iterable[int], purpose: str) -> tuple[PortRange, ...]:
+    """Ports as ranges, in ascending order; those that follow one another are one range.
+
+    Raises PolicyError for what is no TCP port.
+    """
+    joined: list[tuple[int, int]] = []
+    for number in sorted(set(numbers)):
+        if joined and number == joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], number)
+        else:
+            joined.append((number, number))
+    return tuple(PortRange(first, last, purpose) for first, last in joined)
 
 
 def _endpoint(job: Job) -> Iterator[PortRange]:

@@ -1,0 +1,250 @@
+"""What the batch system says of a job's nodes: Slurm, PBS, LSF, Volcano (ModelArts too), Open MPI's host file.
+
+Each leaves the nodes' names in the environment of the job, or in a file that a variable names. WORLD_SIZE and RANK
+are never looked at: they mean other things under other schedulers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from securerun.errors import PolicyError
+from securerun.job import entries
+from securerun.job.entries import Entry, Tell
+
+# `scontrol show node` asks slurmctld, which may be busy or away.
+SCONTROL_SECONDS = 10.0
+# Where Slurm's commands are: distributions, a build from source, Bright Cluster Manager. Never from PATH.
+SCONTROL_DIRECTORIES = (
+    "/usr/bin",
+    "/usr/local/bin",
+    "/opt/slurm/bin",
+    "/opt/slurm/current/bin",
+    "/usr/local/slurm/bin",
+    "/cm/shared/apps/slurm/current/bin",
+)
+# As many as the guard takes (securerun.guard.protocol.MAXIMUM_PEERS). n[0-999999999] would fill the memory.
+MOST_NODES = 100_000
+
+# Slurm writes no other characters; to ClusterShell, @ & ! ^ * would mean groups and operations.
+_NODE_LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*")
+_PIECE = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
+_BRACKETS = re.compile(r"\[([^\]]*)\]")
+_LONGEST_RANGE = 40
+# So much of a wrong list stands in a message.
+_SHOWN = 60
+# Each part of a heterogeneous job has a list of its own (sbatch(1); PACK before Slurm 20.02).
+_SLURM_LISTS = re.compile(r"SLURM_JOB_NODELIST(?:_(?:HET|PACK)_GROUP_[0-9]+)?")
+# include/uapi/linux/binfmts.h, MAX_ARG_STRLEN: the longest word that a command can be given.
+_LONGEST_WORD = 131_071
+_NODE_NAME = re.compile(r"(?:^|\s)NodeName=(\S+)")
+_NODE_ADDRESS = re.compile(r"(?:^|\s)NodeAddr=(\S+)")
+# volcano, pkg/controllers/job/plugins/svc: one variable a task. ModelArts has VC_WORKER_HOSTS in the same form.
+_VOLCANO = re.compile(r"VC_\w+_HOSTS")
+# orte_hosts(7), for Open MPI up to 4; PRRTE's prte_default_hostfile in 5, whose own prefix is PRTE_MCA_.
+_OPEN_MPI = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "OMPI_MCA_prte_default_hostfile")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The nodes of a job, this one among them, as a batch system has them.
+
+    source: the batch system, and the variable that it is known from. are_pods: whether they may get their names late.
+    """
+
+    source: str
+    nodes: tuple[Entry, ...]
+    are_pods: bool = False
+
+
+def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    """The nodes that the first batch system to know them names; None where none does.
+
+    note: told of a file that a batch system names and this host does not have.
+    Raises PolicyError for a variable or file that cannot be read as what it should be.
+    """
+    for system in (_slurm, _pbs, _lsf, _volcano, _open_mpi):
+        found = system(environment, note)
+        if found is not None:
+            return found
+    return None
+
+
+def expand(text: str, place: str, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The names in a folded node list such as `cn[001-128],login1`.
+
+    Raises PolicyError, which begins with `place`, for what is no node list.
+    """
+    if not _NODE_LIST.fullmatch(text):
+        raise PolicyError(f"{place}: {_shortened(text)!r} is no node list; name the nodes with --peers node1,node2")
+    if _size(text) > MOST_NODES:
+        raise PolicyError(f"{place}: {_shortened(text)!r} is more than {MOST_NODES} nodes; name networks with --peers")
+    # Imported where a node list exists: it takes longer than everything else here.
+    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
+
+    try:
+        return tuple(NodeSet(text, resolver=RESOLVER_NOGROUP))
+    except NodeSetException as error:
+        # Slurm folds n0999 and n10000 together where the names are not all of one width; NodeSet refuses that.
+        names = tuple(_scontrol(("show", "hostnames", text), environment).split())
+        if names:
+            return names
+        raise PolicyError(
+            f"{place}: {_shortened(text)!r} is no node list ({error}); name the nodes with --peers node1,node2"
+        ) from error
+
+
+def _slurm(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    """salloc(1), sbatch(1), srun(1): SLURM_JOB_NODELIST, and SLURM_NODELIST from older ones."""
+    variables = sorted(name for name in environment if _SLURM_LISTS.fullmatch(name)) or ["SLURM_NODELIST"]
+    lists = {name: environment[name].strip() for name in variables if environment.get(name, "").strip()}
+    if not lists:
+        return None
+    source = f"Slurm ({', '.join(lists)})"
+    names = tuple(dict.fromkeys(name for text in lists.values() for name in expand(text, source, environment)))
+    addresses = _node_addresses(lists.values(), environment)
+    return Allocation(source, tuple(_slurm_node(name, addresses.get(name), source) for name in names))
+
+
+def _slurm_node(name: str, address: str | None, source: str) -> Entry:
+    """The name stays where NodeAddr is another: the job may meet on one network, and Slurm on a second one."""
+    return Entry((name,) if address in (None, name) else (name, address), source)
+
+
+def _node_addresses(lists: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Slurm's own address (NodeAddr) of each node that it knows; of none where Slurm cannot be asked."""
+    nodes = ",".join(lists)
+    text = _scontrol(("--oneliner", "show", "node", *((nodes,) if len(nodes) <= _LONGEST_WORD else ())), environment)
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        name, address = _NODE_NAME.search(line), _NODE_ADDRESS.search(line)
+        if name and address:
+            found[name.group(1)] = address.group(1)
+    return found
+
+
+def _scontrol(arguments: tuple[str, ...], environment: Mapping[str, str]) -> str:
+    """What Slurm's scontrol prints; nothing where there is none, and where it fails or takes too long."""
+    command = _find_scontrol()
+    if command is None:
+        return ""
+    import subprocess
+
+    clean = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
+    if "SLURM_CONF" in environment:
+        clean["SLURM_CONF"] = environment["SLURM_CONF"]
+    try:
+        # An absolute path, no shell, and no argument of the environment's that begins with a dash.
+        done = subprocess.run(  # noqa: S603
+            [command, *arguments],
+            env=clean,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=SCONTROL_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace")
+
+
+def _find_scontrol() -> str | None:
+    for directory in SCONTROL_DIRECTORIES:
+        command = Path(directory, "scontrol")
+        if os.access(command, os.X_OK) and command.is_file() and _may_run(command):
+            return str(command)
+    return None
+
+
+def _may_run(command: Path) -> bool:
+    """Root runs only what nobody else could have put there."""
+    from securerun import trust
+
+    try:
+        return os.geteuid() != 0 or trust.weak_point(command) is None
+    except OSError:
+        return False
+
+
+def _pbs(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    """qsub(1): PBS_NODEFILE, one line a node and slot."""
+    return _node_file("PBS", "PBS_NODEFILE", environment, note)
+
+
+def _lsf(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    """LSF's environment variable reference: a name and a number of slots a node, a name a slot, or a file of those."""
+    counted = environment.get("LSB_MCPU_HOSTS", "").split()
+    if counted:
+        source = "LSF (LSB_MCPU_HOSTS)"
+        if len(counted) % 2 or not all(count.isdecimal() for count in counted[1::2]):
+            raise PolicyError(
+                f"{source}: {_shortened(' '.join(counted))!r} is no list of hosts with their slots (hostA 8 hostB 8); "
+                "name the nodes with --peers node1,node2"
+            )
+        return _of_names(source, counted[::2])
+    names = environment.get("LSB_HOSTS", "").split()
+    if names:
+        return _of_names("LSF (LSB_HOSTS)", names)
+    return _node_file("LSF", "LSB_DJOB_HOSTFILE", environment, note)
+
+
+def _volcano(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    variables = sorted(name for name in environment if _VOLCANO.fullmatch(name) and environment[name].strip(", \t\n"))
+    if not variables:
+        return None
+    names = [name for variable in variables for name in re.split(r"[,\s]+", environment[variable]) if name]
+    return _of_names(f"Volcano ({', '.join(variables)})", names, are_pods=True)
+
+
+def _open_mpi(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    for variable in _OPEN_MPI:
+        # "none" takes back what a configuration file sets (prte_info).
+        if environment.get(variable, "").strip() not in {"", "none"}:
+            found = _node_file("Open MPI", variable, environment, note)
+            if found is not None:
+                return found
+    return None
+
+
+def _node_file(system: str, variable: str, environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    name = environment.get(variable, "").strip()
+    if not name:
+        return None
+    if not entries.is_there(Path(name)):
+        # PBS and LSF write it on the job's first node only.
+        note(f"{variable} names {name}, which is not on this host")
+        return None
+    hosts = {entry.word: entry for entry in entries.of_file(name, f"{system} ({variable}={name})")}
+    return Allocation(f"{system} ({variable})", tuple(hosts.values()))
+
+
+def _of_names(source: str, names: Iterable[str], are_pods: bool = False) -> Allocation:
+    return Allocation(source, tuple(Entry((name,), source) for name in dict.fromkeys(names)), are_pods)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _size(text: str) -> int:
+    """How many names a node list holds, or a few more, without writing them out."""
+    return sum(math.prod(map(_size_of_ranges, _BRACKETS.findall(piece))) for piece in _PIECE.findall(text))
+
+
+def _size_of_ranges(text: str) -> int:
+    return sum(_lengths(text)) or 1
+
+
+def _lengths(text: str) -> Iterator[int]:
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if len(part) > _LONGEST_RANGE:
+            yield MOST_NODES + 1
+        elif first.isdecimal() and (last or first).isdecimal():
+            yield max(1, int(last or first) - int(first) + 1)

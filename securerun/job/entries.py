@@ -1,0 +1,187 @@
+"""Hosts as people and batch systems write them: addresses, networks and names, in a list or in a host file.
+
+Nothing here asks a name service.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from securerun.errors import PolicyError
+from securerun.firewall.policy import Address, Network, collapse
+
+# Takes one line for the user.
+Tell = Callable[[str], None]
+
+# The words of a list that stand for no host of that name.
+ANY, SUBNET = "any", "subnet"
+
+_HOST_FILE_SIZE = 16 * 1024 * 1024
+
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,252}")
+# getaddrinfo would read 10.77.1 as 10.77.0.1 and 0x7f000001 as 127.0.0.1 (inet_aton(3)): no host is named like that.
+_NUMERIC_LABEL = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?")
+_BRACKETED = re.compile(r"\[([^\[\]]+)\](/[0-9]+)?")
+_SETTING = re.compile(r"[A-Za-z0-9_-]+=\S*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One host of a list, or one network.
+
+    words: every way to reach it that is known: what the user wrote; from a batch system, a node's name and the address
+        that the batch system has for it.
+    place: where that stands, for messages. file: the host file, if it stands in one.
+    is_keyword: whether it is `any` or `subnet`, as the user may write them; to a batch system those are names.
+    """
+
+    words: tuple[str, ...]
+    place: str
+    file: str = ""
+    is_keyword: bool = False
+
+    @property
+    def word(self) -> str:
+        """What to call it in a message."""
+        return self.words[0]
+
+
+def of_list(text: str, source: str) -> Iterator[Entry]:
+    """The entries of a list with commas or white space between, `@FILE` standing for the hosts in that file.
+
+    Raises PolicyError for a file that is no host file.
+    """
+    for word in re.split(r"[,\s]+", text):
+        if word.startswith("@"):
+            yield from of_file(word[1:], f"{source} {word}")
+        elif word:
+            yield Entry((word,), source, is_keyword=word in {ANY, SUBNET})
+
+
+def of_file(name: str, place: str) -> Iterator[Entry]:
+    """The hosts in a file, one a line, `#` for comments; `host slots=8` as Open MPI and DeepSpeed write it.
+
+    Raises PolicyError, which begins with `place`, for a file that is none.
+    """
+    hosts = 0
+    for number, line in enumerate(_read(name, place).splitlines(), 1):
+        words = re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
+        if not words:
+            continue
+        here = f"{place}, line {number}"
+        for word in words[1:]:
+            if not _SETTING.fullmatch(word):
+                raise PolicyError(f"{here}: {word!r} after the host is no name=value; write one host a line")
+        if words[0] in {ANY, SUBNET} or words[0].startswith("@"):
+            raise PolicyError(f"{here}: {words[0]!r} is no host; write it in --peers itself")
+        hosts += 1
+        yield Entry((words[0],), here, name)
+    if not hosts:
+        raise PolicyError(f"{place}: the host file names no host; write one host a line")
+
+
+def literal(word: str, place: str) -> Network | None:
+    """The network that a word writes out, an address being one of its own; None for a host name.
+
+    Raises PolicyError, which begins with `place`, for what is neither, and for what can be no peer.
+    """
+    if _NAME.fullmatch(word) and not _NUMERIC_LABEL.fullmatch(word):
+        return None
+    match = _BRACKETED.fullmatch(word)
+    plain = match.group(1) + (match.group(2) or "") if match else word
+    try:
+        network = _network(plain, word, place) if "/" in plain else single(ipaddress.ip_address(plain))
+    except ValueError as error:
+        raise PolicyError(f"{place}: {_complaint(word)}") from error
+    _refuse_unusable(network, word, place)
+    return network
+
+
+def single(address: Address) -> Network:
+    """The network of one address; the zone of fe80::1%eth0 is not on the wire and goes."""
+    # By number: given an address, Python's networks write it as text and read that again.
+    if isinstance(address, ipaddress.IPv4Address):
+        return ipaddress.IPv4Network(int(address))
+    if address.ipv4_mapped is not None:
+        return ipaddress.IPv4Network(int(address.ipv4_mapped))
+    return ipaddress.IPv6Network(int(address))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file exists, also where it cannot be looked at: reading it says why."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def is_host(network: Network) -> bool:
+    """Whether another host can connect from there."""
+    start = network.network_address
+    nowhere = network.prefixlen == network.max_prefixlen and start.is_unspecified
+    return not (nowhere or start.is_loopback or network.is_multicast)
+
+
+def _read(name: str, place: str) -> str:
+    if not name:
+        raise PolicyError(f"{place}: no file after the @; write @hostfile.txt")
+    try:
+        with Path(name).expanduser().open("rb") as file:
+            content = file.read(_HOST_FILE_SIZE + 1)
+    except (OSError, RuntimeError, ValueError) as error:  # no such file; no such home directory; a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PolicyError(
+            f"{place}: the host file cannot be read ({reason}); name a file with one host a line"
+        ) from error
+    if len(content) > _HOST_FILE_SIZE:
+        raise PolicyError(f"{place}: the host file is larger than 16 MB; name a file with one host a line")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise PolicyError(f"{place}: the host file is no text; name a file with one host a line")
+    return text
+
+
+def _network(plain: str, word: str, place: str) -> Network:
+    if "%" in plain:  # Python takes any text for a zone
+        raise ValueError(plain)
+    network = ipaddress.ip_network(plain, strict=False)
+    # Collapsed, ::ffff:0:0/96 is what it means: every IPv4 address.
+    (collapsed,) = collapse([network])
+    if collapsed.prefixlen == 0:
+        raise PolicyError(f"{place}: peer {word} is every host; write `any` if you mean that")
+    if str(network.network_address) != str(ipaddress.ip_address(plain.partition("/")[0])):
+        raise PolicyError(
+            f"{place}: {word} is an address inside a network; write {network} for the network, "
+            f"or {plain.partition('/')[0]} for the host"
+        )
+    return collapsed
+
+
+def _refuse_unusable(network: Network, word: str, place: str) -> None:
+    if is_host(network):
+        return
+    if network.network_address.is_loopback:
+        raise PolicyError(
+            f"{place}: peer {word} is the loopback, which is open to this host and to no other; "
+            "write the address that the other node has on the network"
+        )
+    kind = "multicast" if network.is_multicast else "no address of a host"
+    raise PolicyError(f"{place}: peer {word} is {kind}; write the address of the other node")
+
+
+def _complaint(word: str) -> str:
+    host, colon, port = word.rpartition(":")
+    if colon and port.isdecimal() and host:
+        return f"peer {word!r} is a host with a port, and peers have none; write {host.strip('[]')}"
+    return f"peer {word!r} is no address, network or host name; write one like 10.0.0.7, 10.0.0.0/24, fd00::7 or node7"
