@@ -209,8 +209,8 @@ def _import_torch() -> Decorator:
         # torch loads what is installed for a device (torch/__init__.py, _import_device_backends): torch_npu needs CANN.
         cause = str(error.__cause__).partition("\n")[0]
         raise UsageError(
-            f"torch cannot be imported: {error} ({cause}); if it is torch_npu, run `source set_env.sh` in the directory "
-            "where CANN is installed, then this again"
+            f"torch cannot be imported: {error} ({cause}); if it is torch_npu, run `source set_env.sh` where "
+            "CANN is installed, then this again"
         ) from error
     decorator: Decorator = record
     return decorator

@@ -196,11 +196,9 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
 
 
 def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
-    """A first look without the lock, which `acquire` takes for the second. Raises PrivilegeError."""
-    try:
+    """A first look, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
+    with contextlib.suppress(OSError):  # `acquire` says what is wrong with the records
         neighbours.require_room(_record(order, caller), records.read_host(), site)
-    except OSError as error:
-        raise PrivilegeError(f"the runs of this host cannot be read: {error}") from error
 
 
 def _require_sight_of_listeners() -> None:

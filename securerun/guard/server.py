@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         return _refuse(not_understood, caller, answers)
     except SecurerunError as error:
         return _refuse(error, caller, answers)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the launcher gets an answer, and nothing stands
+    except Exception as error:  # whatever it is, the launcher gets an answer, and nothing stands
         return _refuse(SecurerunError(f"a defect of securerun's, please report it: {_place(error)}"), caller, answers)
     return _hold(lease, orders, answers)
 
@@ -195,7 +195,7 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     )
     try:
         Watch(lease, orders, answers.send, _log).until_over()
-    except Exception as error:  # noqa: BLE001 - a defect of ours must not leave what nobody looks after
+    except Exception as error:  # a defect of ours must not leave what nobody looks after
         _log(f"{run}: a defect of securerun's: {_place(error)}")
         if not lease.caller.has_ended():
             return 1  # the launcher starts another guard, which takes over
