@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
@@ -25,6 +26,7 @@ _SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/us
 _SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": "C"}
 _PEER = struct.Struct("=iII")  # struct ucred (unix(7))
 _LAST_WORDS_SECONDS = 1.0
+_LAST_STANDARD = 2
 
 
 class Connection:
@@ -189,7 +191,16 @@ def _start(command: list[str], environment: dict[str, str]) -> Connection:
     finally:
         for theirs in (orders_read, answers_write, words_write):
             os.close(theirs)
-    return Connection(orders, answers, process, words)
+    return Connection(_beside_standard(orders), _beside_standard(answers), process, _beside_standard(words))
+
+
+def _beside_standard(descriptor: int) -> int:
+    """The same, but not as a standard stream: started with one closed, this process would hand it to every worker."""
+    if descriptor > _LAST_STANDARD:
+        return descriptor
+    moved: int = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _LAST_STANDARD + 1)
+    os.close(descriptor)
+    return moved
 
 
 def _open_socket() -> Connection:
@@ -199,5 +210,5 @@ def _open_socket() -> Connection:
         _, user, _ = _PEER.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if user != 0:
             raise PermissionError(f"{SOCKET} is served by user {user}, not by root")
-        descriptor = end.detach()
+        descriptor = _beside_standard(end.detach())
     return Connection(descriptor, descriptor, None, None)
