@@ -7,6 +7,7 @@ asked who it is, and whether it is still where it was found.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 import struct
@@ -44,6 +45,8 @@ class Caller:
 
     def has_ended(self) -> bool:
         """Whether the process is gone, or is no longer the one that this guard began to serve."""
+        if self.pidfd is not None and select.select([self.pidfd], [], [], 0)[0]:
+            return True
         return not records.is_running(self.pid, self.start)
 
     def identify_again(self) -> None:
@@ -111,7 +114,20 @@ def find_peer(connection: int) -> Caller:
     caller = Caller(pid, pidfd)
     if caller.user != user:
         raise PrivilegeError(f"user {user} connected, and process {pid} is of user {caller.user} now")
+    # What was asked of a number was asked of whoever is held only if he has it still.
+    if caller.has_ended():
+        raise PrivilegeError(f"process {pid}, which connected, has ended")
     return caller
+
+
+def sudo_processes() -> tuple[int, ...]:
+    """The processes of sudo that wait for this guard to end, the nearest first; none where sudo did not start it."""
+    found: list[int] = []
+    pid = os.getppid()
+    while _sudo_user() is not None and pid > 0 and _is_sudo(pid):
+        found.append(pid)
+        pid = _parent(pid)
+    return tuple(found)
 
 
 def _held(find: Callable[[], int]) -> Caller:
@@ -134,10 +150,8 @@ def _sudo_user() -> int | None:
 
 def _parent_of_sudo() -> int:
     """The nearest ancestor that is not sudo itself: sudo may stay as one process or two, or not at all (sudo(8))."""
-    pid = os.getppid()
-    while pid > 0 and _is_sudo(pid):
-        pid = _parent(pid)
-    return pid
+    waiting = sudo_processes()
+    return _parent(waiting[-1]) if waiting else os.getppid()
 
 
 def _is_sudo(pid: int) -> bool:

@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -209,8 +209,10 @@ def _is_ours(cgroup: JobCgroup) -> bool:
     return os.fstat(cgroup.descriptor).st_uid == os.geteuid()
 
 
-def leave_shared_cgroups() -> None:
+def leave_shared_cgroups(attendants: Sequence[int] = ()) -> None:
     """Move this process to the top of every cgroup hierarchy that it sees, as far as that is permitted.
+
+    attendants: processes that live as long as this one and are no part of the job either.
 
     Batch systems end a job by its cgroup, with whatever the job started; and whom a cgroup is delegated to can freeze
     and kill what is in it, also a process of root's. The top belongs to nobody else and cannot be killed.
@@ -219,7 +221,8 @@ def leave_shared_cgroups() -> None:
         with contextlib.suppress(OSError):
             directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                _write(directory, "cgroup.procs", str(os.getpid()))
+                for pid in (os.getpid(), *attendants):
+                    _write(directory, "cgroup.procs", str(pid))
             finally:
                 os.close(directory)
 

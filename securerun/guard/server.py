@@ -17,7 +17,7 @@ from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import capabilities, inherited, log, records, site
 from securerun.guard import lease as leases
-from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer
+from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
 from securerun.guard.cgroup import CgroupUnavailable, leave_shared_cgroups
 from securerun.guard.channel import Channel
 from securerun.guard.lease import Lease
@@ -179,7 +179,8 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
         # Whom this cgroup is delegated to could freeze a guard that holds the host's lock, so out of it before that;
         # but not before the order is found good: until then a flood of guards is charged to whoever starts them.
         leases.require_room(order, caller, permitted)
-        leave_shared_cgroups()
+        # sudo too: it waits for its command, and a replaced guard's would be waited for in the job's cgroup.
+        leave_shared_cgroups(sudo_processes())
     return leases.acquire(order, caller, permitted)
 
 

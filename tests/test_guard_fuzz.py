@@ -1,0 +1,296 @@
+"""100,000 documents at the guard's door: nothing is done for any that is not an order, and the guard never stumbles.
+
+What an order is, is said a second time here, in other words than the guard's own (`is_order`); what an ordinary user
+may ask for as well (`is_permitted`). The bulk goes through the guard's own code between its input and its first act;
+a part goes to real guards, started by a user through systemd's socket, and the host is as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import ipaddress
+import json
+import os
+import random
+import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from conversation import Conversation, nothing_left, order, socket_unit
+from hosts import Host, Network, require_root_and_tools
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from users import PrivateMachine, User
+
+from securerun.errors import SecurerunError
+from securerun.guard.channel import Channel
+from securerun.guard.protocol import Order, ProtocolError
+from securerun.guard.server import Orders
+from securerun.guard.site import SitePolicy, require_permitted
+
+_EXAMPLES = 500
+_DOCUMENTS = 200  # an example
+_REAL = 80
+# Decoding may take a few times what a document of 8 MB takes, and no more of it after 100,000 than after one.
+_MEMORY_BYTES = 256 * 1024 * 1024
+
+_TEXTS = (
+    *("", "auto", "off", "process", "0123456789ab", "0123456789AB", "../../etc", "10.0.0.1", "10.0.0.0/8", "0.0.0.0/0"),
+    *("::/0", "fe80::1%eth0", "fe80::1%x\n-A INPUT -j ACCEPT/128", "::ffff:10.0.0.1", "10.0.0.1/24", "1", "eth0", "-j"),
+    *("eth0 -j ACCEPT", "\x00", "\ud800", "\x1b[2J", "%s%n", "$(reboot)", "`id`", "x" * 5000, "é", "١٢٣", "a;b", "\n"),
+)
+_NUMBERS = (0, -1, 1, 22, 1023, 1024, 29500, 65535, 65536, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"))
+_VALUES: tuple[Any, ...] = (*_TEXTS, *_NUMBERS, float("inf"), None, True, False, [], {}, [[]], {"": None})
+
+
+class _Caller:
+    """An ordinary user, as `require_permitted` looks at one."""
+
+    user = 6001
+    groups = frozenset({6001})
+
+
+def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all
+    """Whether this is an order, by the words of the design: known fields, right types, sizes and characters."""
+    if not _has(document, "order") or not _has(
+        document["order"], "version", "policy", "firewall", "scope", "grace", "command", "adopt"
+    ):
+        return False
+    body = document["order"]
+    return (
+        body["version"] == 1
+        and type(body["version"]) is int
+        and body["firewall"] in ("auto", "iptables", "nftables", "legacy", "off")
+        and body["scope"] in ("auto", "process", "ports")
+        and type(body["grace"]) in (int, float)
+        and 0 <= body["grace"] <= 86400
+        and type(body["command"]) is str
+        and len(body["command"]) <= 4096
+        and body["command"].isprintable()
+        and type(body["adopt"]) is bool
+        and _is_policy(body["policy"])
+    )
+
+
+def is_permitted(document: Any) -> bool:  # noqa: ANN401 - anything at all
+    """Whether an ordinary user may have this order where the site says nothing else."""
+    policy = document["order"]["policy"]
+    ports = {number for port in policy["ports"] for number in range(port["first"], port["last"] + 1)}
+    widest = {4: 8, 6: 16}
+    return (
+        all(number >= 1024 for number in ports)
+        and len(ports) <= 256
+        and all(network.prefixlen >= widest[network.version] for network in map(ipaddress.ip_network, policy["peers"]))
+        and not policy["accept"]
+    )
+
+
+def _is_policy(policy: Any) -> bool:  # noqa: ANN401 - anything at all
+    return (
+        _has(policy, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
+        and type(policy["run_id"]) is str
+        and re.fullmatch("[0-9a-f]{12}", policy["run_id"]) is not None
+        and type(policy["accept"]) is bool
+        and type(policy["close_loopback"]) is bool
+        and type(policy["ports"]) is type(policy["peers"]) is type(policy["interfaces"]) is list
+        and all(_is_port(port) for port in policy["ports"])
+        and all(
+            type(name) is str and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}", name)
+            for name in policy["interfaces"]
+        )
+        and _are_peers(policy["peers"])
+    )
+
+
+def _is_port(port: Any) -> bool:  # noqa: ANN401 - anything at all
+    return (
+        _has(port, "first", "last", "purpose")
+        and type(port["first"]) is type(port["last"]) is int
+        and 1 <= port["first"] <= port["last"] <= 65535
+        and type(port["purpose"]) is str
+        and re.fullmatch("[ -~]{1,80}", port["purpose"]) is not None
+    )
+
+
+def _are_peers(peers: list[Any]) -> bool:
+    if not all(type(peer) is str and re.fullmatch(r"[0-9a-fA-F.:/]+", peer) for peer in peers):
+        return False
+    try:
+        networks = [ipaddress.ip_network(peer) for peer in peers]
+    except ValueError:
+        return False
+    by_version = [[n for n in networks if n.version == version] for version in (4, 6)]
+    collapsed = [*ipaddress.collapse_addresses(by_version[0]), *ipaddress.collapse_addresses(by_version[1])]  # type: ignore[type-var]
+    mapped = any(n.version == 6 and n.network_address.ipv4_mapped and n.prefixlen >= 96 for n in networks)
+    return networks == collapsed and not mapped
+
+
+def _has(document: Any, *names: str) -> bool:  # noqa: ANN401 - anything at all
+    return type(document) is dict and set(document) == set(names)
+
+
+def mutated(chance: random.Random) -> bytes:
+    """A line that began as a right order: a few values, names or bytes of it are others now; some are right still."""
+    document: Any = order(
+        run_id=f"{chance.getrandbits(48):012x}",
+        ports=chance.choice(((29500,), (29500, (60000, 60015)), (22,), ((2000, 3000),), ())),
+        peers=chance.choice((("10.0.0.1/32", "fd00::/64"), ("10.0.0.0/7",), ("0.0.0.0/0",), ("fc00::/7",), ())),
+        accept=chance.random() < 0.1,
+    )
+    for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
+        document = _changed(document, chance)
+    line = json.dumps(document).encode()
+    if chance.random() < 0.15:
+        line = _damaged(line, chance)
+    return line.replace(b"\n", b" ")
+
+
+def _changed(document: Any, chance: random.Random) -> Any:  # noqa: ANN401 - anything at all
+    """The document with one place in it changed, taken away, doubled or added."""
+    document = copy.deepcopy(document)
+    places = list(_places(document))
+    if not places:
+        return chance.choice(_VALUES)
+    container, key = chance.choice(places)
+    change: Callable[[], None] = chance.choice(
+        (
+            lambda: container.__setitem__(key, chance.choice(_VALUES)),
+            lambda: container.__setitem__(key, chance.choice(_VALUES)),
+            lambda: container.__delitem__(key),
+            lambda: _add(container, key, chance),
+            lambda: container.__setitem__(key, [container[key]] * chance.choice((1, 2, 300))),
+        )
+    )
+    with suppress(RecursionError):
+        change()
+    return document
+
+
+def _add(container: Any, key: Any, chance: random.Random) -> None:  # noqa: ANN401 - anything at all
+    if isinstance(container, list):
+        container.append(copy.deepcopy(container[key]) if chance.random() < 0.5 else chance.choice(_VALUES))
+    else:
+        container[chance.choice(("path", "pid", "user", "", "order", "__class__"))] = chance.choice(_VALUES)
+
+
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 - anything at all
+    keys = list(document) if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    for key in keys:
+        yield document, key
+        yield from _places(document[key])
+
+
+def _damaged(line: bytes, chance: random.Random) -> bytes:
+    place = chance.randrange(len(line))
+    return chance.choice(
+        (
+            line[:place],
+            line[:place] + os.urandom(3) + line[place:],
+            line[:place] + line[place + 1 :],
+            line + line,
+            b"[" * 5000 + line,
+            line.decode().encode("utf-16"),
+            line.replace(b'"scope"', b'"scope": "off", "scope"'),
+        )
+    )
+
+
+def acted_upon(line: bytes) -> Order | None:
+    """What the guard would act upon, after all that its code does before the first act; None when it refuses."""
+    reading, writing = os.pipe()
+    try:
+        os.set_blocking(writing, False)
+        orders = Orders(Channel(reading, os.O_RDONLY))
+        data = line + b"\n"
+        message = None
+        while message is None and not orders.ended:
+            if data:
+                data = data[os.write(writing, data[:65536]) :]
+            elif writing >= 0:
+                os.close(writing)
+                writing = -1
+            message = orders.read()
+        if not isinstance(message, Order):
+            return None
+        require_permitted(SitePolicy(), message, _Caller())  # type: ignore[arg-type]
+        return message
+    except (ProtocolError, SecurerunError):
+        return None
+    finally:
+        for descriptor in {reading, writing, orders.descriptor} - {-1}:
+            os.close(descriptor)
+
+
+def _understood(line: bytes) -> Any:  # noqa: ANN401 - anything at all
+    """The document of a line by Python's own reader; None where it is none, or says something twice."""
+    doubled: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        doubled.extend(name for name in names if names.count(name) > 1)
+        return dict(pairs)
+
+    try:
+        document = json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        return None
+    return None if doubled else document
+
+
+@settings(max_examples=_EXAMPLES, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
+@given(st.integers(min_value=0, max_value=2**64))
+def test_of_a_hundred_thousand_documents_only_orders_are_acted_upon(seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - to be had again from the seed
+    for _ in range(_DOCUMENTS):
+        line = mutated(chance)
+        document = _understood(line)
+        wanted = document is not None and is_order(document) and is_permitted(document)
+        assert (acted_upon(line) is not None) == wanted, line[:2000]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < _peak_before() + _MEMORY_BYTES
+
+
+def _peak_before(peak: list[int] = []) -> int:  # noqa: B006 - remembered from the first call on
+    if not peak:
+        peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return peak[0]
+
+
+@settings(max_examples=2000, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=2000) | st.recursive(st.none() | st.text(), st.lists).map(json.dumps).map(str.encode))
+def test_bytes_that_were_never_an_order_are_refused(data: bytes) -> None:
+    assert acted_upon(data.replace(b"\n", b"")) is None
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[tuple[PrivateMachine, Host, User]]:
+    try:
+        require_root_and_tools()
+    except RuntimeError as missing:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(str(missing))
+    with Network("node0") as network, PrivateMachine() as machine, socket_unit(machine, network["node0"]):
+        yield machine, network["node0"], machine.add_user("alice")
+
+
+def test_real_guards_answer_each_document_and_leave_the_host_as_it_was(
+    node: tuple[PrivateMachine, Host, User],
+) -> None:
+    machine, host, alice = node
+    chance = random.Random(20261122)  # noqa: S311 - the same documents each time
+    with nothing_left(machine, host):
+        for _ in range(_REAL):
+            line = mutated(chance)
+            document = _understood(line)
+            wanted = document is not None and is_order(document) and is_permitted(document)
+            talk = Conversation(machine, host, alice, "socket")
+            talk.say(line + b"\n")
+            verdict = talk.hear_verdict()
+            if not wanted:
+                assert "refused" in verdict, (line[:2000], verdict)
+            else:
+                assert "guarding" in verdict or "refused" in verdict, (line[:2000], verdict)
+            talk.hang_up()
