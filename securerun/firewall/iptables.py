@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from securerun.firewall import nfnetlink
@@ -33,6 +33,7 @@ _MADE_CHAIN = "securerun made this chain"
 _MADE_NOTHING = "securerun"
 # xt_multiport holds 15 ports (XT_MULTI_PORTS); a range counts twice.
 _MULTIPORT_SLOTS = 15
+_FEW_RULES = 16
 _LOGGED_A_SECOND = 1000
 _LOCK_SECONDS = 10
 _COMMAND_SECONDS = 60
@@ -103,7 +104,7 @@ def render_install(
     jump = [] if found.jumped_to_first else [_deletion(jump) for jump in found.jumps]
     if not found.jumped_to_first:
         jump.append(f'-I INPUT 1 {_JUMP} "{made}" -j {CHAIN}')
-    replaced = [_deletion(rule) for rule in found.rules_of(policy.run_id)]
+    replaced = _without(found.rules_of(policy.run_id), found)
     passes = [f"-I {CHAIN} 1 {rule}" for rule in _passes(policy, version)]
     drops = [f"-A {CHAIN} {rule}" for rule in _drops(policy, log_group)]
     return _transaction([*declaration, *jump, *replaced, *passes, *drops])
@@ -119,7 +120,19 @@ def render_removal(run_id: str, found: Dispatcher) -> str:
         return _transaction([*(_deletion(jump) for jump in found.jumps), f"-F {CHAIN}", f"-X {CHAIN}"])
     if not ours:
         return ""
-    return _transaction(_deletion(rule) for rule in ours)
+    return _transaction(_without(ours, found))
+
+
+def _without(rules: Collection[str], found: Dispatcher) -> list[str]:
+    """The lines that take rules out of the dispatcher and leave the others as they are.
+
+    A deletion looks for its rule among all (iptables-nft 1.8.9: 40 s for 4,096 of 8,192), so many rules are taken out
+    by writing the others anew. Within one transaction no packet sees the difference.
+    """
+    if len(rules) <= _FEW_RULES:
+        return [_deletion(rule) for rule in rules]
+    gone = set(rules)
+    return [f"-F {CHAIN}", *(rule for rule in found.rules if rule not in gone)]
 
 
 def families() -> tuple[Family, ...]:

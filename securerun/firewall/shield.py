@@ -933,9 +933,21 @@ def _enter(cgroup: int) -> None:
         os.write(membership, b"0")
     finally:
         os.close(membership)
-    with open("cgroup.procs", "rb", opener=lambda path, flags: os.open(path, flags, dir_fd=cgroup)) as members:
-        if os.getpid() not in map(int, members):
-            raise OSError(errno.ESRCH, "the move had no effect")
+    # A threaded cgroup lists its threads only; of a process with one thread that is the process.
+    if os.getpid() not in _listed(cgroup, "cgroup.procs") | _listed(cgroup, "cgroup.threads"):
+        raise OSError(errno.ESRCH, "the move had no effect")
+
+
+def _listed(cgroup: int, name: str) -> set[int]:
+    try:
+        with open(name, "rb", opener=lambda path, flags: os.open(path, flags, dir_fd=cgroup)) as members:
+            return set(map(int, members))
+    except FileNotFoundError:  # cgroup.threads, before kernel 4.14
+        return set()
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return set()
 
 
 def _send_to_self() -> None:

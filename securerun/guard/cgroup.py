@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_REC_PRIVATE = 16384 | 1 << 18
 # rmdir of a cgroup answers EBUSY for a moment after its last process has gone (cgroup_destroy_locked, cgroup.c).
 _REMOVAL_SECONDS = 2.0
+# src/plugins/cgroup/v2/cgroup_v2.c, Slurm 22.05 and newer.
+_SLURM_TASK = re.compile(r"/job_[0-9]+/step_[^/]+/user/task_[^/]+$")
 # It stands in records and messages, whose texts are limited; the kernel takes names of any depth.
 _LONGEST_PATH = 2048
 # This process' view of what is mounted, then init's: `ip netns exec` hides cgroups from what it runs.
@@ -113,7 +116,9 @@ class JobCgroup:
         """SIGKILL everything in it at once, what is being forked included; before kernel 5.14 one by one."""
         try:
             _write(self.descriptor, "cgroup.kill", "1")
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP):  # a threaded cgroup cannot be killed as one
+                raise
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -151,9 +156,17 @@ class JobCgroup:
         yield from _directories_below(self.descriptor)
 
     def _become_valid(self) -> None:
-        """Below a threaded cgroup a new one is invalid until it is threaded too (cgroup-v2.rst, Threads)."""
+        """Below a threaded cgroup a new one is invalid until it is threaded too (cgroup-v2.rst, Threads).
+
+        Below a task of Slurm's ours is threaded as well: slurmstepd signals what the task's own cgroup.procs lists and
+        looks no deeper (cgroup_p_step_get_pids, Slurm 22.05 to 25.05), and a threaded cgroup's processes are listed in
+        that of its domain.
+        """
         if _read(self.descriptor, "cgroup.type") == "domain invalid":
             _write(self.descriptor, "cgroup.type", "threaded")
+        elif _SLURM_TASK.search(str(PurePosixPath(self.path).parent)):
+            with contextlib.suppress(OSError):  # somebody has made domains of his own there
+                _write(self.descriptor, "cgroup.type", "threaded")
 
 
 def path_of_job_cgroup(launcher: int, run_id: str) -> str:

@@ -29,7 +29,7 @@ from securerun.guard.protocol import (
     Run,
     Runs,
 )
-from securerun.guard.ways import Connection, Way, ways
+from securerun.guard.ways import DIRECTLY, Connection, Way, ways
 
 _READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0
@@ -160,6 +160,8 @@ class Guard:
             if isinstance(answer, Refused):
                 raise Refusal(answer)
             if isinstance(answer, Ready):
+                if self._way == DIRECTLY:
+                    self._connection.reap()
                 return self._connection
             self._obstacles.append(f"{self._way}: {self._connection.last_words()}")
             self._try_next_way()

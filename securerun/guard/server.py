@@ -71,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     caller, by_socket = None, SOCKET_ARGUMENT in arguments
     try:
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
+        if not by_socket:
+            _leave_launchers_children(caller)
         inherited.require_unlimited()
         _drop_privilege(caller)
         answers.send(Ready(os.getpid()))
@@ -138,6 +140,15 @@ class Orders:
     def _wait_until(self, deadline: float) -> None:
         if not select.select([self.descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
+
+
+def _leave_launchers_children(caller: Caller) -> None:
+    """Go on in a child of init's: whoever ends a launcher with all its descendants (Slurm's linuxproc) ends no guard.
+
+    Not below sudo, which may pass on what is said, and ends with its command.
+    """
+    if os.getppid() == caller.pid and os.fork() != 0:
+        os._exit(0)
 
 
 def _drop_privilege(caller: Caller) -> None:

@@ -34,6 +34,7 @@ class SitePolicy:
     users: ids of those who may have a guard; groups: ids whose members may. Both None: whoever the way to the guard
     lets through (sudoers, the socket's mode). ports: first and last TCP ports that may be named; ports_per_run: how
     many of them. peers: the networks that named peers must lie in; None: any, but none wider than /8 or /16 (IPv6).
+    peers_per_run: how many networks, after those that make up one have been joined.
     accept: whether peers may be let past the host's own rules. runs_per_user: how many runs at once.
     """
 
@@ -41,6 +42,7 @@ class SitePolicy:
     groups: frozenset[int] | None = None
     ports: tuple[tuple[int, int], ...] = ((1024, LAST_PORT),)
     ports_per_run: int = 256
+    peers_per_run: int = 4096
     peers: tuple[Network, ...] | None = None
     accept: bool = False
     runs_per_user: int = 32
@@ -90,6 +92,11 @@ def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) ->
     """Raises PolicyError for a network that the site does not let this caller name a peer."""
     if caller.user == ROOT:
         return
+    if len(policy.peers) > site.peers_per_run:
+        raise PolicyError(
+            f"{len(policy.peers)} networks are more than the {site.peers_per_run} that a run may name here; name "
+            f"larger ones, or ask your administrator (peers_per_run in {FILE})"
+        )
     for network in policy.peers:
         if site.peers is None:
             if network.prefixlen < _WIDEST[network.version]:
@@ -201,6 +208,7 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "ports": _ports,
     "ports_per_run": _count,
     "peers": _networks,
+    "peers_per_run": _count,
     "accept": _flag,
     "runs_per_user": _count,
 }

@@ -73,6 +73,12 @@ class Connection:
         line, _, self._pending = self._pending.partition(b"\n")
         return decode(line)
 
+    def reap(self) -> None:
+        """Take note that the first process has made way for the guard itself, which is no child of ours (server.py)."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LAST_WORDS_SECONDS)
+
     def last_words(self) -> str:
         """Why there is no answer: the last line of standard error, or the exit status."""
         if self._process is None or self._words is None:
@@ -81,7 +87,8 @@ class Connection:
             status = self._process.wait(_LAST_WORDS_SECONDS)
         except subprocess.TimeoutExpired:
             return "it does not answer"
-        lines = os.read(self._words, 65536).decode(errors="replace").strip().splitlines()
+        said = os.read(self._words, 65536) if select.select([self._words], [], [], 0)[0] else b""
+        lines = said.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"it ended with status {status}"
 
     def close(self) -> None:
