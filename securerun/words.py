@@ -78,8 +78,11 @@ def origin(obstacles: Mapping[str, str], *, may_leave: bool) -> str:
     way = next((way for way, obstacle in obstacles.items() if not obstacle), None)
     if way is None:
         return f"none to be had: {'; '.join(obstacles.values())}"
-    stays = way == DIRECTLY and not may_leave
-    return f"started {way}" + ("; it cannot leave this cgroup, and is ended with it by a batch system" if stays else "")
+    if way != DIRECTLY:
+        return f"started {way}, if that permits it to you"
+    return "started directly" + (
+        "" if may_leave else "; it cannot leave this cgroup: a batch system ends it with the job"
+    )
 
 
 def unprotected() -> str:

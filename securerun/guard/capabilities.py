@@ -43,13 +43,19 @@ def keep_only(capabilities: Collection[int]) -> None:
 
     What this process does not have is not gained. Raises OSError when the kernel refuses.
     """
-    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
     if SETPCAP in effective():
-        for capability in set(range(last + 1)) - set(capabilities):
-            _check(_libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
+        _drop_from_bounding_set(capabilities)
     kept = _named_set("CapPrm") & frozenset(capabilities)
     _set(effective=kept, inheritable=_named_set("CapInh") & kept)
     forbid_new_privileges()
+
+
+def begin_to_leave() -> None:
+    """Of root's capabilities keep only the one to become another user, and nothing for whatever is started later."""
+    if SETPCAP in effective():
+        _drop_from_bounding_set(())
+    kept = _named_set("CapPrm") & {SETUID}
+    _set(effective=kept, inheritable=())
 
 
 def forbid_new_privileges() -> None:
@@ -76,6 +82,12 @@ def handed_on(capabilities: Collection[int]) -> Iterator[None]:
         for capability in ambient:
             _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability, 0, 0))
         _set(effective=effective(), inheritable=inheritable, permitted=permitted)
+
+
+def _drop_from_bounding_set(kept: Collection[int]) -> None:
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
+    for capability in set(range(last + 1)) - set(kept):
+        _check(_libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
 
 
 def _named_set(name: str) -> frozenset[int]:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import stat
-import syslog
 import time
 from pathlib import Path
 
 from securerun.guard.protocol import printable
 
-SYSTEM_LOG = Path("/dev/log")
+SYSTEM_LOG = "/dev/log"
 FILE = Path("/var/log/securerun.log")
 _FILE_MODE = 0o640
+_PRIORITY = 10 << 3 | 5  # RFC 5424, 6.2.1: facility authpriv, severity notice
 
 
 def note(program: str, words: str) -> None:
     """One line. A host without any place for it still gets its guard: the words are lost then."""
-    line = printable(words)
-    if SYSTEM_LOG.exists():
-        syslog.openlog(program, syslog.LOG_PID, syslog.LOG_AUTHPRIV)
-        syslog.syslog(syslog.LOG_NOTICE, line)
+    line = f"{program}[{os.getpid()}]: {printable(words)}"
+    with contextlib.suppress(OSError):
+        _send(line)
         return
     with contextlib.suppress(OSError):
-        _append(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {program}[{os.getpid()}]: {line}\n")
+        _append(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
+
+
+def _send(line: str) -> None:
+    """To the system log, without waiting for a reader that is stuck, as syslog(3) would."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as end:
+        end.connect(SYSTEM_LOG)
+        end.send(f"<{_PRIORITY}>{time.strftime('%b %e %H:%M:%S')} {line}".encode("utf-8", "replace"))
 
 
 def _append(line: str) -> None:

@@ -51,8 +51,8 @@ def become(account: Account) -> None:
     try:
         os.setgroups(account.groups)
         os.setresgid(account.group, account.group, account.group)
-        # The bounding set can be emptied only while the capability to do so is there; setresuid takes the others.
-        capabilities.keep_only({capabilities.SETUID})
+        # The bounding set can be emptied only while the capability to do so is there.
+        capabilities.begin_to_leave()
         os.setresuid(account.user, account.user, account.user)
         capabilities.keep_only(())
     except OSError as error:
