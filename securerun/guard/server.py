@@ -148,8 +148,11 @@ def _leave_launchers_children(caller: Caller) -> None:
 
     Not below sudo, which may pass on what is said, and ends with its command.
     """
-    if os.getppid() == caller.pid and os.fork() != 0:
+    if os.getppid() != caller.pid:
+        return
+    if os.fork() != 0:
         os._exit(0)
+    os.setsid()
 
 
 def _drop_privilege(caller: Caller) -> None:
