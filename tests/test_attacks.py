@@ -430,8 +430,8 @@ def test_caller_that_says_its_order_for_ever_is_not_waited_for(ground: Ground, d
         for drop in drops:
             os.write(guard.stdin.fileno(), drop)
             time.sleep(0.05)
-    assert guard.wait(timeout=10) == 77
-    assert "kept its guard waiting" in log_of(ground.machine)
+    assert eventually(lambda: "kept its guard waiting" in log_of(ground.machine), seconds=10)
+    assert eventually(lambda: not guards(ground.machine))
 
 
 def test_caller_that_dawdles_keeps_nobody_else_waiting(ground: Ground) -> None:
@@ -850,6 +850,8 @@ while True:
     try:
         os.rmdir(sys.argv[1])
         sys.exit()
+    except FileNotFoundError:
+        sys.exit()  # the guard was first
     except OSError:
         pass
 """
@@ -1037,7 +1039,7 @@ def test_many_runs_asked_for_at_once_are_counted_one_by_one(ground: Ground) -> N
 def test_many_peers_of_one_user_do_not_keep_another_waiting(ground: Ground) -> None:
     """Neither while they are installed nor, which took longest once, while they are removed rule by rule."""
     peers = [f"10.{number >> 7}.{(number & 127) * 2}.1" for number in range(1000)]
-    alices = [ground.talk(ground.alice, "sudo") for _ in range(6)]
+    alices = [ground.talk(ground.alice, "sudo") for _ in range(4)]
     for number, talk in enumerate(alices):
         talk.say(order(peers=peers, ports=[29500 + number]))
     bobs = ground.guarded(ground.bob, "sudo", ports=[40000])
