@@ -1,12 +1,23 @@
 """torchrun, with the job's network closed to everyone but the job.
 
-`securerun.guarded(policy)` is the same lease as a context manager. Importing this package starts nothing and loads
-nothing: workers that are spawned import the launcher's script again.
+    from securerun import guarded, policy
+
+    with guarded(policy(peers="node0,node1")):
+        train()
+
+`guarded` is the same lease as a context manager. Importing this package starts nothing and loads nothing: workers that
+are spawned import the launcher's script again.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from securerun.guard.client import guarded
+    from securerun.protection import policy
+
+__all__ = ["guarded", "policy"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module holds
@@ -14,4 +25,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module holds
         from securerun.guard.client import guarded
 
         return guarded
+    if name == "policy":
+        from securerun.protection import policy
+
+        return policy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -137,8 +137,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "run-as",
-        "For root: become this user, with his groups and no privilege, before torch is imported; the guard stays "
-        "root's.",
+        "For root: become this user, with his groups and no privilege, before anything of the job is loaded; the "
+        "guard stays root's.",
         metavar="USER",
         example="--run-as USER",
     ),
@@ -273,13 +273,13 @@ def seconds(text: str, source: str) -> float:
     raise UsageError(f"{source}: {text!r} is no number of seconds up to {_DAY_SECONDS}; write 10, or 0.5")
 
 
-def help_text() -> str:
-    """The block of `--help` that stands beside torch's own."""
-    width = max(60, min(100, shutil.get_terminal_size().columns - 2))
+def help_text(options: Sequence[Option] = OPTIONS, before: str = "the script") -> str:
+    """The block of `--help` that stands beside torch's own, or that of a command which begins `before` another."""
+    width = help_width()
     lines = [
         "securerun options:",
         *textwrap.wrap(
-            "before the script, in any order, by their full names; each also as an environment variable "
+            f"before {before}, in any order, by their full names; each also as an environment variable "
             f"(SECURERUN_PEERS, SECURERUN_DRY_RUN, ...) and, --dry-run aside, as a key in {SITE_CONFIG}",
             width,
             initial_indent="  ",
@@ -288,11 +288,16 @@ def help_text() -> str:
         ),
         "",
     ]
-    for option in OPTIONS:
+    for option in options:
         value = "{" + ",".join(option.choices) + "}" if option.choices else option.metavar
         lines.append(f"  {option.flag} {value}".rstrip())
         lines += textwrap.wrap(option.help, width, initial_indent=" " * 24, subsequent_indent=" " * 24)
     return "\n".join(lines) + "\n"
+
+
+def help_width() -> int:
+    """How wide a help text is to be, in characters."""
+    return max(60, min(100, shutil.get_terminal_size().columns - 2))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import secrets
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,34 +15,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
 
-from securerun.errors import SecurerunError, UsageError
-from securerun.firewall.policy import Policy
+from securerun import enclosing, protection
+from securerun.console import spoken_errors
+from securerun.enclosing import Enclosing
+from securerun.errors import UsageError
 from securerun.guard.client import Guard
-from securerun.guard.protocol import Notice, Order, printable
-from securerun.host import interfaces, system, umask
+from securerun.host import system, umask
 
 if TYPE_CHECKING:
     from securerun.job.launchers import Command, Job, Launcher
-    from securerun.job.peers import Peers
     from securerun.options import Options
 
 Decorator = Callable[[Callable[..., None]], Callable[..., Any]]
 
 _NEED_NO_GUARD = {"-h", "--help", "--dry-run", "--dry_run", "--unprotected"}
-_HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch, understood: what torch will run, what the user asked of securerun, and the policy of both."""
+class _Ready:
+    """What is ready before torch, which takes its time, has been imported.
 
-    command: Command
-    options: Options
-    job: Job
-    peers: Peers
-    policy: Policy
-    umask: int
-    grace: float
+    guard: one that waits for its order; None where none is needed. around: the run that this process is in already.
+    user: who this process has become, as --run-as says.
+    """
+
+    guard: Guard | None
+    around: Enclosing | None
+    user: str | None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -53,33 +50,51 @@ def main(args: Sequence[str] | None = None) -> None:
     Takes what `torch.distributed.run.main` takes, raises and exits as it does; exits with 2, 77 or 78, and one line
     on standard error, before anything was started, when the launch cannot be understood or guarded.
     """
+    start(args)
+
+
+def start(args: Sequence[str] | None, only: Launcher | None = None, *, recorded: bool = True) -> None:
+    """`main` for any launcher of torch's. only: this one, whatever the options say.
+
+    recorded: whether what it raises is written to error files (torch.distributed.elastic's `record`).
+    """
     as_command = args is None
     arguments = list(sys.argv[1:] if args is None else args)
-    with _spoken_errors():
+    with spoken_errors():
         system.require_supported()
         umask.tighten(f"{umask.LEAST:04o}")
-        guard = None if _NEED_NO_GUARD.intersection(arguments) else Guard()
-        user = _become_user(arguments)
+        around = enclosing.find(os.environ)
+        guard = None if around or _NEED_NO_GUARD.intersection(arguments) else Guard()
+        ready = _Ready(guard, around, _become_user(arguments))
         record = _import_torch()
-    record(_launch)(arguments, guard, as_command, user)
+    launch = record(_launch) if recorded else _launch
+    launch(arguments, ready, as_command, only)
     if as_command:
         _exit_quickly()
 
 
-def _launch(arguments: Sequence[str], guard: Guard | None, as_command: bool, user: str | None) -> None:
+def _launch(arguments: Sequence[str], ready: _Ready, as_command: bool, only: Launcher | None) -> None:
     """All that torchrun does inside its one `@record`, so that errors leave the same error files."""
-    with _spoken_errors():
-        launch = _understand(arguments, as_command)
-        if launch.options.run_as != user:
-            raise UsageError(f"--run-as {user}: is it securerun's option or the script's? Write `--` before the script")
-        if launch.options.dry_run:
-            _print_plan(launch)
+    with spoken_errors():
+        command, asked = _understand(arguments, only)
+        if asked.run_as != ready.user:
+            raise UsageError(
+                f"--run-as {ready.user}: is it securerun's option or the script's? Write `--` before the script"
+            )
+        if as_command:
+            sys.argv[1:] = command.arguments
+        in_force = umask.tighten(asked.umask, asked.umask_source)
+        if ready.around is not None:
+            protection.rely_on(ready.around, asked)
+            if not asked.dry_run:
+                command.run()
+                return
+        launch = protection.understand(_job(command), asked, in_force)
+        if asked.dry_run:
+            protection.print_plan(launch)
             return
-        for warning in launch.peers.warnings:
-            _say(warning)
-        with _unprotected() if launch.options.unprotected else _guarded(guard or Guard(), launch):
-            _warn_of_root()
-            launch.command.run()
+        with protection.protected(launch, ready.guard), _closing_what_frames_hold():
+            command.run()
 
 
 def _become_user(arguments: Sequence[str]) -> str | None:
@@ -93,33 +108,19 @@ def _become_user(arguments: Sequence[str]) -> str | None:
     return asked.run_as
 
 
-def _warn_of_root() -> None:
-    if os.geteuid() == 0:
-        _say("running as root, and so are the workers; --run-as USER has them run as an ordinary user")
-
-
-def _understand(arguments: Sequence[str], as_command: bool) -> Launch:
-    """Arguments → job → policy. Any doubt is an error here, before anything was started."""
+def _understand(arguments: Sequence[str], only: Launcher | None) -> tuple[Command, Options]:
+    """The launcher's part of the command line, read by its own parser, and securerun's."""
     from securerun import options
-    from securerun.job import launchers, peers, ports
+    from securerun.job import launchers
 
     parser = launchers.parser_of_all()
     taken, rest = options.take(arguments, launchers.values_of(parser))
     asked = options.resolve(taken, os.environ)
+    if only is not None and asked.launcher not in {"auto", only.name}:
+        raise UsageError(f"--launcher {asked.launcher}: this stands in for {only.name}; use the command securerun")
     with _without_collecting():  # of torch_npu
-        command = _parse(launchers.choose(asked.launcher, parser, rest), rest)
-    if as_command:
-        sys.argv[1:] = command.arguments
-    mask = umask.tighten(asked.umask, asked.umask_source)
-    job = launchers.describe_job(command.namespace)
-    entered = interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
-    planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source)
-    found = peers.find_peers(asked, job)
-    policy = Policy(
-        secrets.token_hex(6), planned, found.networks, entered, asked.accept, close_loopback=asked.loopback == "job"
-    )
-    grace = options.seconds(asked.grace, asked.grace_source)
-    return Launch(command, asked, job, found, policy, mask, grace)
+        launcher = only or launchers.choose(asked.launcher, parser, rest)
+        return _parse(launcher, rest), asked
 
 
 def _parse(launcher: Launcher, rest: Sequence[str]) -> Command:
@@ -134,65 +135,10 @@ def _parse(launcher: Launcher, rest: Sequence[str]) -> Command:
         raise
 
 
-@contextmanager
-def _guarded(guard: Guard, launch: Launch) -> Iterator[None]:
-    """Have this process guarded; let the guard go when the job is over, and say who was turned away."""
-    from securerun import words
+def _job(command: Command) -> Job:
+    from securerun.job import launchers
 
-    policy, asked = launch.policy, launch.options
-    command = printable(" ".join(launch.job.command)[:1000])
-    guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _tell)
-    for line in words.start(policy, launch.peers, guarding, launch.umask, guard.way):
-        _say(line)
-    failed = True
-    try:
-        yield
-        failed = False
-    except BaseException as error:
-        _close_what_frames_hold(error)
-        raise
-    finally:
-        # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-        _say_farewell(guard, policy, failed)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _unprotected() -> Iterator[None]:
-    """Warn before and after, so that it stands at both ends of a long log."""
-    from securerun import words
-
-    _say(words.unprotected())
-    try:
-        yield
-    finally:
-        _say(words.unprotected())
-
-
-def _tell(notice: Notice) -> None:
-    """News from the guard, while the job runs."""
-    from securerun import words
-
-    for line in words.news(notice):
-        _say(line)
-
-
-def _say_farewell(guard: Guard, policy: Policy, failed: bool) -> None:
-    from securerun import words
-
-    released = guard.release(failed)
-    for line in words.end(policy, released.denied if released else None):
-        _say(line)
-
-
-def _print_plan(launch: Launch) -> None:
-    from securerun import words
-    from securerun.guard import cgroup, ways
-
-    obstacles = {way.name: way.obstacle for way in ways.ways()}
-    origin = words.origin(obstacles, may_leave=cgroup.may_leave_shared_cgroups())
-    print(words.plan(launch.job, launch.policy, launch.peers, launch.options, launch.umask, origin), end="")
+    return launchers.describe_job(command.namespace)
 
 
 def _import_torch() -> Decorator:
@@ -236,23 +182,14 @@ def _exit_quickly() -> None:
     gc.disable()
 
 
-def _close_what_frames_hold(error: BaseException | None) -> None:
-    """A failed job's traceback holds the agent's listening stores. The traceback still prints without them."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
 @contextmanager
-def _spoken_errors() -> Iterator[None]:
-    """One line and a status for what a person can mend; anything else is a defect and keeps its traceback."""
+def _closing_what_frames_hold() -> Iterator[None]:
+    """A failed job's traceback holds the agent's listening stores. The traceback still prints without them."""
     try:
         yield
-    except SecurerunError as error:
-        _say(str(error))
-        sys.exit(error.status)
-
-
-def _say(words: str) -> None:
-    for line in words.splitlines():
-        print(f"securerun: {line}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        held: BaseException | None = error
+        while held is not None:
+            traceback.clear_frames(held.__traceback__)
+            held = held.__cause__ or held.__context__
+        raise

@@ -85,15 +85,33 @@ def origin(obstacles: Mapping[str, str], *, may_leave: bool) -> str:
     )
 
 
+def relying(run_id: str, without_effect: Sequence[str]) -> str:
+    """What a launcher says that finds itself inside of a run."""
+    if not without_effect:
+        return f"run {run_id} guards this process already, so no second lease is taken"
+    has = "has" if len(without_effect) == 1 else "have"
+    return (
+        f"run {run_id} guards this process already, so no second lease is taken, and {_listed(without_effect)} {has} "
+        "no effect here; give what that run is to have where it is started"
+    )
+
+
+def left(run_id: str, processes: int, *, failed: bool) -> str:
+    """What becomes of the processes that a command left running."""
+    number = "1 process" if processes == 1 else f"{processes} processes"
+    fate = "to be ended, since it failed" if failed else "guarded until the last of them ends"
+    return f"run {run_id}: the command left {number} running, {fate}"
+
+
 def unprotected() -> str:
     """The warning of a run that nothing protects."""
     return "--unprotected: every TCP port of this job is open to every host; the umask is all that was set"
 
 
 def _summary(job: Job, policy: Policy, peers: Peers, options: Options, umask: int, origin: str) -> Iterator[str]:
-    nodes = f"{job.min_nodes}" if job.min_nodes == job.max_nodes else f"{job.min_nodes} to {job.max_nodes}"
     meeting = f"{job.backend} at {job.endpoint}" if job.endpoint else job.backend
-    yield _row("rendezvous", f"{meeting}; nodes: {nodes}; this is node {job.node_rank}")
+    rank = f"; this is node {job.node_rank}" if job.max_nodes else ""
+    yield _row("rendezvous", f"{meeting}; {job.nodes}{rank}")
     yield _row("command", " ".join(job.command))
     label = "ports"
     for port in policy.ports:

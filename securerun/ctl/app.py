@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from securerun.errors import PrivilegeError, SecurerunError
 
@@ -21,6 +22,15 @@ app = typer.Typer(
 setup = typer.Typer(help="Print what lets ordinary users have their jobs guarded.", no_args_is_help=True)
 app.add_typer(setup, name="setup")
 
+
+class _Unparsed(TyperCommand):
+    """A command that reads its arguments itself: all of them, `--` too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's, or typer's own copy of it
+        ctx.args = args
+        return args
+
+
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -34,6 +44,19 @@ def plan(context: typer.Context) -> None:
     from securerun.ctl.plan import print_plan
 
     print_plan(context.args)
+
+
+@app.command(
+    "exec",
+    cls=_Unparsed,
+    short_help="Run any command with its network closed to strangers.",
+    context_settings={"help_option_names": []},
+)
+def execute(context: typer.Context) -> None:
+    """Run any command under a lease: securerunctl exec [OPTIONS] -- COMMAND [ARGUMENTS]."""
+    from securerun.ctl.exec import execute
+
+    execute(context.args)
 
 
 @app.command(short_help="Show the runs of this host: guarding, draining or stale.")

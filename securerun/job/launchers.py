@@ -38,6 +38,9 @@ _MASTER_ADDR = "127.0.0.1"
 PARALLEL = "parallel"
 _TIERED = "enable_tiered_parallel_tcpstore"
 
+# Of a job whose command nobody has read (`securerun.job.environment`).
+UNKNOWN_NODES = 0
+
 _NO_PORT = -1
 # argparse.ArgumentParser._negative_number_matcher: such a token is a positional argument, not an option.
 _NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")
@@ -74,6 +77,7 @@ class Job:
 
     backend: the rendezvous: static, c10d, etcd, etcd-v2, parallel (torch_npu's), or one that a plug-in brings.
     endpoint: where the agents meet; None where that is no address, as with a file store.
+    min_nodes, max_nodes: how many agents; both UNKNOWN_NODES where nothing says so.
     command: the script, or module, and its arguments.
     """
 
@@ -83,6 +87,15 @@ class Job:
     max_nodes: int
     node_rank: int
     command: tuple[str, ...]
+
+    @property
+    def nodes(self) -> str:
+        """How many nodes, in words."""
+        if self.max_nodes == UNKNOWN_NODES:
+            return "an unknown number of nodes"
+        if self.min_nodes != self.max_nodes:
+            return f"{self.min_nodes} to {self.max_nodes} nodes"
+        return "1 node" if self.max_nodes == 1 else f"{self.max_nodes} nodes"
 
     @property
     def meeting_point(self) -> Endpoint | None:

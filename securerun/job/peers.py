@@ -19,7 +19,7 @@ from securerun.firewall.policy import Network, PortRange, collapse
 from securerun.host import interfaces
 from securerun.job import batch, entries, ports, ranktable, resolver
 from securerun.job.entries import ANY, Entry, Tell
-from securerun.job.launchers import Job
+from securerun.job.launchers import UNKNOWN_NODES, Job
 from securerun.job.resolver import Outcome, Resolver
 from securerun.options import SITE_CONFIG, Options
 
@@ -72,10 +72,11 @@ def find_peers(
         answer = source(launch)
         if answer is not None:
             return answer if source is _rank_table else _with_ports_of_table(answer, launch)
+    alone = "; for a job of this host alone, with --peers localhost" if job.max_nodes == UNKNOWN_NODES else ""
     raise PolicyError(
-        f"{_nodes(job)} meet at {job.endpoint or 'a rendezvous without an address'}, and nothing says which hosts they "
+        f"{job.nodes} meet at {job.endpoint or 'a rendezvous without an address'}, and nothing says which hosts they "
         f"are{_in_brackets(launch.notes)}; name them with --peers node1,node2 or --peers @hostfile.txt (one host a "
-        f'line), with `export SECURERUN_PEERS=@hostfile.txt`, or with peers = "node1,node2" in {SITE_CONFIG}'
+        f'line), with `export SECURERUN_PEERS=@hostfile.txt`, or with peers = "node1,node2" in {SITE_CONFIG}{alone}'
     )
 
 
@@ -142,7 +143,7 @@ def _loopback(launch: _Launch) -> Peers | None:
     if not _meets_on_loopback(job):
         return None
     warning = (
-        f"{_nodes(job)} meet at {job.meeting_point}, which only this host can reach: no other host may connect; "
+        f"{job.nodes} meet at {job.meeting_point}, which only this host can reach: no other host may connect; "
         "if there are other hosts, give the rendezvous an address that they reach and name them with --peers"
     )
     return Peers((), "loopback rendezvous endpoint", (warning,))
@@ -215,7 +216,7 @@ def _peers_of(listed: _List, launch: _Launch) -> Peers:
         raise PolicyError(f"{listed.source}: these networks together are every host; write `{ANY}` if you mean that")
     if not networks and job.max_nodes > 1 and not _meets_on_loopback(job):
         raise PolicyError(
-            f"{listed.source} names this host alone, and the job has {_nodes(job)}; add the others, or name them with "
+            f"{listed.source} names this host alone, and the job has {job.nodes}; add the others, or name them with "
             "--peers"
         )
     return Peers(
@@ -387,18 +388,13 @@ def _too_few(hosts: Sequence[_Host], job: Job, source: str) -> Iterator[str]:
     others -= any(str(network.network_address) in own for host in hosts for network in host.networks)
     if others < job.max_nodes - 1:
         yield (
-            f"{source} names {others} other {'host' if others == 1 else 'hosts'}, and the job may have {_nodes(job)}: "
+            f"{source} names {others} other {'host' if others == 1 else 'hosts'}, and the job may have {job.nodes}: "
             "a node that is not named cannot join; add it there, or name all of them with --peers"
         )
 
 
 def _meets_on_loopback(job: Job) -> bool:
     return job.meeting_point is not None and job.meeting_point.is_loopback
-
-
-def _nodes(job: Job) -> str:
-    count = str(job.max_nodes) if job.min_nodes == job.max_nodes else f"{job.min_nodes} to {job.max_nodes}"
-    return f"{count} nodes"
 
 
 def _in_brackets(notes: Sequence[str]) -> str:

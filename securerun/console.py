@@ -1,0 +1,31 @@
+"""securerun's own words on standard error: a line each, behind its name."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from securerun.errors import SecurerunError
+
+
+def say(words: str) -> None:
+    """Say something to whoever started the job.
+
+    Standard error may be closed, or a pipe that nobody reads any more: a job does not end because nobody listens.
+    """
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError):
+        for line in words.splitlines():
+            print(f"securerun: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def spoken_errors() -> Iterator[None]:
+    """One line and a status for what a person can mend; anything else is a defect and keeps its traceback."""
+    try:
+        yield
+    except SecurerunError as error:
+        say(str(error))
+        sys.exit(error.status)

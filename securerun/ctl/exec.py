@@ -1,0 +1,174 @@
+"""securerunctl exec: any command under a lease, be it deepspeed, accelerate or a shell script that calls torchrun.
+
+What the command starts is guarded as a job of securerun's is, and it learns nothing of it. torch is not imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import textwrap
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from securerun import enclosing, options, protection, words
+from securerun.console import say, spoken_errors
+from securerun.ctl import child
+from securerun.errors import SecurerunError, UsageError
+from securerun.guard import processes
+from securerun.guard.client import Guard
+from securerun.host import account, system, umask
+from securerun.job import environment
+from securerun.options import OPTIONS, Options
+
+_USAGE = "securerunctl exec [OPTIONS] -- COMMAND [ARGUMENTS]"
+_HELP = """\
+Run any command with its network closed to strangers, as securerun does for torchrun: deepspeed, accelerate, a shell
+script that calls torchrun itself, or a shell.
+
+    securerunctl exec --peers node0,node1 -- bash pretrain.sh
+    securerunctl exec --peers @hostfile.txt -- deepspeed --no_ssh --node_rank 0 train.py
+
+Run it on every node. It reads no command: what it knows of the job is what the environment says (MASTER_ADDR,
+MASTER_PORT, NNODES and PET_* variables; HCCL's; the batch system's list of nodes) and what these options say. Every
+port that the command opens is closed to all but the peers, whether it is in the plan or not; those in the plan are
+closed before anything listens. A securerun inside of the command takes no lease of its own.
+
+The exit status is the command's own; 126 and 127 if it cannot be run, as in a shell; 2, 77 and 78 as securerun has
+them, and then nothing was started. What a command that ends with status 0 leaves running stays guarded until the last
+of it has ended; what a failed or killed one leaves is ended.
+
+What the command has others start for it (over ssh, by sbatch, by a docker or ray that runs already) is not its own
+and is not guarded."""
+
+# securerun's, but for the launcher: the command is one.
+_OPTIONS = tuple(option for option in OPTIONS if option.name != "launcher")
+_CANNOT_BE_RUN, _NOT_FOUND = 126, 127
+# A command's helpers often end by themselves, a moment after it.
+_SETTLE_SECONDS = 0.1
+
+
+class CommandError(SecurerunError):
+    """The command cannot be started; the status is a shell's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Failed(Exception):
+    """The command ended in another way than with status 0."""
+
+
+def execute(arguments: Sequence[str]) -> NoReturn:
+    """Run the command in `arguments`, after the options there, under a lease, and end as it ends."""
+    with spoken_errors():
+        status = _execute(arguments)
+    child.end_as(status)
+
+
+def _execute(arguments: Sequence[str]) -> int:
+    """The wait status of the command; 0 where none was to be run. Does not return if no lease has to be held for it."""
+    system.require_supported()
+    umask.tighten(f"{umask.LEAST:04o}")
+    asked, command = _understand(arguments)
+    if not command:
+        return 0
+    around = enclosing.find(os.environ)
+    guard = None if around or asked.dry_run or asked.unprotected else Guard()
+    if asked.run_as is not None:
+        account.become(account.find_account(asked.run_as, asked.run_as_source))
+    in_force = umask.tighten(asked.umask, asked.umask_source)
+    program = _find(command[0])
+    if around is not None:
+        protection.rely_on(around, asked)
+        if not asked.dry_run:
+            _become(program, command)
+    job = environment.describe_job(os.environ, command)
+    launch = protection.understand(job, asked, in_force, environment.known_ports(os.environ))
+    if asked.dry_run:
+        protection.print_plan(launch)
+        return 0
+    return _run(launch, guard, program)
+
+
+def _run(launch: protection.Launch, guard: Guard | None, program: str) -> int:
+    status = 0
+    try:
+        with protection.protected(launch, guard):
+            status = _run_child(program, launch.job.command)
+            if not launch.options.unprotected:
+                _tell_what_is_left(launch.policy.run_id, failed=status != 0)
+            if status:
+                raise _Failed
+    except _Failed:
+        pass
+    return status
+
+
+def _understand(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """What is asked of securerun, and the command; none after help was asked for."""
+    taken, rest = options.take(arguments, lambda _: None)
+    if rest and rest[0] in {"-h", "--help"}:
+        _print_help()
+        return Options(), []
+    if "launcher" in taken:
+        raise UsageError("--launcher: the command is the launcher here; write it after --")
+    if rest and rest[0].startswith("-") and rest[0] != "--":
+        raise UsageError(f"there is no option {rest[0]!r} (see securerunctl exec --help); write -- before the command")
+    command = rest[1:] if rest and rest[0] == "--" else rest
+    if not command or not command[0]:
+        raise UsageError(f"there is no command; write {_USAGE}")
+    return options.resolve(taken, os.environ), command
+
+
+def _print_help() -> None:
+    width = options.help_width()
+    parts = (part if part[0] == " " else textwrap.fill(part, width) for part in _HELP.split("\n\n"))
+    print(f"usage: {_USAGE}", *parts, options.help_text(_OPTIONS, "the command"), sep="\n\n", end="")
+
+
+def _find(name: str) -> str:
+    """The program of a command's first word, looked for in PATH as a shell does. Raises CommandError."""
+    found = shutil.which(name)
+    if found is not None:
+        return found
+    if "/" not in name:
+        raise CommandError(f"{name}: no such command in PATH; correct it, or write its path", _NOT_FOUND)
+    if not os.path.exists(name):  # noqa: PTH110 - a name that no Path can be made of, too
+        raise CommandError(f"{name}: no such file; correct the path of the command", _NOT_FOUND)
+    raise CommandError(f"{name} cannot be executed; chmod +x it, or write `bash {name}` for a script", _CANNOT_BE_RUN)
+
+
+def _become(program: str, command: Sequence[str]) -> NoReturn:
+    try:
+        child.become(program, command)
+    except OSError as error:
+        raise _cannot_be_run(program, error) from error
+
+
+def _run_child(program: str, command: Sequence[str]) -> int:
+    try:
+        return child.run(program, command)
+    except OSError as error:
+        raise _cannot_be_run(program, error) from error
+
+
+def _cannot_be_run(program: str, error: OSError) -> CommandError:
+    if error.errno == errno.ENOEXEC:
+        reason = f"has no #! line and is no program; write its interpreter, as in `bash {program}`"
+        return CommandError(f"{program} {reason}", _CANNOT_BE_RUN)
+    if error.errno == errno.ENOENT:
+        return CommandError(f"{program}: the interpreter in its first line does not exist; correct it", _NOT_FOUND)
+    return CommandError(f"{program} cannot be run: {error.strerror}", _CANNOT_BE_RUN)
+
+
+def _tell_what_is_left(run_id: str, *, failed: bool) -> None:
+    if not processes.by_run_id(run_id, os.getuid()):
+        return
+    time.sleep(_SETTLE_SECONDS)
+    left = processes.by_run_id(run_id, os.getuid())
+    if left:
+        say(words.left(run_id, len(left), failed=failed))

@@ -1,0 +1,142 @@
+"""The run that this process is already a part of, if it is: a launcher inside of a guarded job needs no second lease.
+
+The environment alone is no proof: sbatch, ssh and `docker run --env` copy SECURERUN_RUN_ID to where no guard is. A job
+that believed it would run open to everyone; one that does not believe what is true only takes a lease too many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from securerun.errors import PolicyError
+from securerun.guard import records
+from securerun.guard.cgroup import CgroupUnavailable, cgroup_of
+from securerun.guard.processes import RUN_ID_VARIABLE
+from securerun.options import Options
+
+# What a lease was asked for, for launchers inside of it to compare; for their messages, never for what is closed.
+TERMS_VARIABLE = "SECURERUN_LEASE"
+
+_RUN_ID = re.compile(r"[0-9a-f]{12}")
+# The options that are a lease's own. The others (umask, user, launcher) are in force inside of it as well.
+_TERMS = ("peers", "interface", "ports", "firewall", "scope", "loopback", "grace", "accept")
+_DEFAULTS = Options()
+_LONGEST_TERM = 1000
+
+
+@dataclass(frozen=True)
+class Enclosing:
+    """The run around this process. terms: what it was asked for where that is no default; `shield`: whether it has one.
+
+    Empty for a run that was begun by `securerun.guarded`.
+    """
+
+    run_id: str
+    terms: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find(environment: Mapping[str, str]) -> Enclosing | None:
+    """The run that the environment names, if this process is proven to be in it."""
+    run_id = environment.get(RUN_ID_VARIABLE, "")
+    if not _RUN_ID.fullmatch(run_id):
+        return None
+    if not _is_in_cgroup_of(run_id) and not _is_known_by_environment(run_id):
+        return None
+    return Enclosing(run_id, _read(environment.get(TERMS_VARIABLE, "")))
+
+
+def terms(asked: Options, *, shield: bool) -> str:
+    """What a lease was asked for, as the text of the variable that tells launchers inside of it."""
+    return json.dumps({**_given(asked), "shield": shield})
+
+
+def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
+    """The options, as flags, that a launcher inside of a run was given and that this run does not have as well.
+
+    Raises PolicyError for those that insist on more protection than the run has.
+    """
+    known = enclosing.terms
+    if asked.scope == "process" and known.get("shield") is not True:
+        raise PolicyError(_too_weak("--scope process", enclosing, "it is not certain to have a shield"))
+    if asked.loopback == "job" and known.get("loopback") != "job":
+        raise PolicyError(_too_weak("--loopback job", enclosing, "its loopback is open to this host"))
+    met = {"scope"} if asked.scope == "process" else set()
+    differing = [name for name, value in _given(asked).items() if known.get(name, _default(name)) != value]
+    return [f"--{name}" for name in differing if name not in met] + ["--unprotected"] * asked.unprotected
+
+
+def _given(asked: Options) -> dict[str, str | bool]:
+    """The options that are not left at their defaults."""
+    values = {name: getattr(asked, name) for name in _TERMS}
+    return {name: _short(value) for name, value in values.items() if value != _default(name)}
+
+
+def _default(name: str) -> Any:  # noqa: ANN401 - what an option's value is
+    return getattr(_DEFAULTS, name)
+
+
+def _short(value: str | bool) -> str | bool:
+    """A value as it is, or a digest of a long one: no text of the environment may exceed 128 KiB (execve(2))."""
+    if isinstance(value, bool) or len(value) <= _LONGEST_TERM:
+        return value
+    import hashlib  # where a list of peers is that long
+
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _too_weak(option: str, enclosing: Enclosing, reason: str) -> str:
+    return (
+        f"{option}: run {enclosing.run_id} guards this process already, and {reason}; give {option} where that run is "
+        "started, or leave it out here"
+    )
+
+
+def _read(text: str) -> Mapping[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _is_in_cgroup_of(run_id: str) -> bool:
+    """Whether this process is in the cgroup that a guard made for the run: whatever it starts is behind its shield."""
+    try:
+        path = cgroup_of(os.getpid())
+    except CgroupUnavailable:
+        return False
+    return f"securerun-{run_id}" in PurePosixPath(path).parts
+
+
+def _is_known_by_environment(run_id: str) -> bool:
+    """Whether a live guard tells the run's processes by the very variable, since the run has no cgroup.
+
+    It looks for root's processes in its own namespaces. An ordinary user may not read the records, and takes a lease.
+    """
+    try:
+        runs = records.read_host()
+    except OSError:
+        return False
+    return any(
+        record.run_id == run_id
+        and record.user == os.getuid()
+        and (record.network, record.processes) == (records.namespace("net"), records.namespace("pid"))
+        and record.guard_lives
+        and record.launcher_lives
+        and not _has_cgroup(record)
+        for record in runs
+    )
+
+
+def _has_cgroup(record: records.Record) -> bool:
+    """Whether the run's processes are told by a cgroup: one may be recorded that the launcher could not move to."""
+    try:
+        return cgroup_of(record.launcher) == record.cgroup
+    except CgroupUnavailable:
+        return False

@@ -1,0 +1,197 @@
+"""What a launch is protected by, whatever it starts: a lease of its own, the lease that it is in already, or nothing.
+
+Job → policy → lease → the job → release, and what is said on the way. Who starts the job in between is another's part.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from securerun import enclosing
+from securerun.console import say
+from securerun.enclosing import Enclosing
+from securerun.firewall.policy import Policy, PortRange
+from securerun.guard.client import Guard
+from securerun.guard.protocol import Notice, Order, printable
+from securerun.host import interfaces
+
+if TYPE_CHECKING:
+    from securerun.job.launchers import Job
+    from securerun.job.peers import Peers
+    from securerun.options import Options
+
+_HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+_COMMAND_SHOWN = 1000
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, understood: the job, what the user asked of securerun, and the policy of both.
+
+    umask: the one in force. grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
+    """
+
+    job: Job
+    options: Options
+    peers: Peers
+    policy: Policy
+    umask: int
+    grace: float
+
+
+def understand(job: Job, asked: Options, umask: int, known: Iterable[PortRange] = ()) -> Launch:
+    """Job → policy. Any doubt is an error here, before anything was started.
+
+    known: ports that the job is known to listen on, beside those that the job, HCCL and the user name.
+    Raises PolicyError or UsageError.
+    """
+    from securerun import options
+    from securerun.job import peers, ports
+
+    entered = interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
+    grace = options.seconds(asked.grace, asked.grace_source)
+    planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known)
+    # Last, since it may wait for names; nothing that is wrong is to be found after that.
+    found = _everyone() if asked.unprotected else peers.find_peers(asked, job, tell=say)
+    if found.ports:
+        planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, (*known, *found.ports))
+    policy = Policy(
+        secrets.token_hex(6), planned, found.networks, entered, asked.accept, close_loopback=asked.loopback == "job"
+    )
+    return Launch(job, asked, found, policy, umask, grace)
+
+
+def policy(
+    peers: str | Iterable[str] | None = None,
+    ports: str | Iterable[int | str] | None = None,
+    interface: str | Iterable[str] | None = None,
+    *,
+    loopback: str = "any",
+    accept: bool = False,
+) -> Policy:
+    """The policy of a job that this process begins by itself, for `securerun.guarded`.
+
+    The arguments are those of the command line, or lists of them: peers=["node0", "10.0.0.0/24"], ports=[7000]. What
+    is not given comes from the environment, the batch system and the site file, as for `securerunctl exec`.
+    Raises PolicyError or UsageError, in one line, for what cannot be right, and where the peers are not known.
+    """
+    from securerun import options
+    from securerun.job import environment
+
+    given = {"peers": peers, "ports": ports, "interface": interface}
+    taken: dict[str, options.Value] = {name: _listed(value) for name, value in given.items() if value is not None}
+    taken["loopback"] = loopback
+    if accept:
+        taken["accept"] = True
+    job = environment.describe_job(os.environ, sys.argv)
+    asked = options.resolve(taken, os.environ)
+    return understand(job, asked, 0, environment.known_ports(os.environ)).policy
+
+
+def print_plan(launch: Launch) -> None:
+    """Print all that a launch would do, on standard output."""
+    from securerun import words
+    from securerun.guard import cgroup, ways
+
+    for warning in launch.peers.warnings:
+        say(warning)
+    obstacles = {way.name: way.obstacle for way in ways.ways()}
+    origin = words.origin(obstacles, may_leave=cgroup.may_leave_shared_cgroups())
+    print(words.plan(launch.job, launch.policy, launch.peers, launch.options, launch.umask, origin), end="")
+
+
+@contextmanager
+def protected(launch: Launch, guard: Guard | None) -> Iterator[None]:
+    """Protect this process and all that it starts in the block, as the launch asks; `guard` is one made early.
+
+    A block that raises is a job that failed. Raises PrivilegeError or PolicyError, with nothing installed, when the
+    job cannot be guarded.
+    """
+    for warning in launch.peers.warnings:
+        say(warning)
+    with _unprotected() if launch.options.unprotected else _guarded(guard or Guard(), launch):
+        _warn_of_root()
+        yield
+
+
+def rely_on(run: Enclosing, asked: Options) -> None:
+    """Have the lease of the run that this process is in protect a launch too, and say so.
+
+    Raises PolicyError for a launch that insists on more than that run has.
+    """
+    from securerun import words
+
+    say(words.relying(run.run_id, enclosing.without_effect(asked, run)))
+
+
+@contextmanager
+def _guarded(guard: Guard, launch: Launch) -> Iterator[None]:
+    """Have this process guarded; let the guard go when the job is over, and say who was turned away."""
+    from securerun import words
+
+    policy, asked = launch.policy, launch.options
+    command = printable(" ".join(launch.job.command)[:_COMMAND_SHOWN])
+    guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _tell)
+    shield = any(layer.backend == "shield" for layer in guarding.layers)
+    os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(asked, shield=shield)
+    for line in words.start(policy, launch.peers, guarding, launch.umask, guard.way):
+        say(line)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+        _say_farewell(guard, policy, failed)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _unprotected() -> Iterator[None]:
+    """Warn before and after, so that it stands at both ends of a long log."""
+    from securerun import words
+
+    say(words.unprotected())
+    try:
+        yield
+    finally:
+        say(words.unprotected())
+
+
+def _everyone() -> Peers:
+    from securerun.job.peers import EVERY_HOST, Peers
+
+    return Peers(EVERY_HOST, "--unprotected")
+
+
+def _listed(value: str | Iterable[int | str]) -> str:
+    return value if isinstance(value, str) else ",".join(map(str, value))
+
+
+def _tell(notice: Notice) -> None:
+    """News from the guard, while the job runs."""
+    from securerun import words
+
+    for line in words.news(notice):
+        say(line)
+
+
+def _say_farewell(guard: Guard, policy: Policy, failed: bool) -> None:
+    from securerun import words
+
+    released = guard.release(failed)
+    for line in words.end(policy, released.denied if released else None):
+        say(line)
+
+
+def _warn_of_root() -> None:
+    if os.geteuid() == 0:
+        say("running as root, and so is the job; --run-as USER has it run as an ordinary user")

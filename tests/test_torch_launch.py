@@ -1,0 +1,104 @@
+"""`python -m securerun.launch` against `python -m torch.distributed.launch`: the same jobs, guarded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts import Host, Network, finish_all, machine_snapshot
+
+TORCHS = (sys.executable, "-m", "torch.distributed.launch")
+OURS = (sys.executable, "-m", "securerun.launch")
+
+# Writes what it is told.
+WORKER = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE")
+sys.stdout.write(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}]) + "\\n")
+sys.exit("--fail" in sys.argv)
+"""
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Host]:
+    with Network("node0") as network:
+        yield network["node0"]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    return str(path)
+
+
+def both(node: Host, arguments: list[str], tmp_path: Path) -> list[subprocess.CompletedProcess[str]]:
+    """torch's module and ours with the same arguments, at the same time."""
+    started = [
+        node.popen([*module, *arguments], env={"TORCHELASTIC_ERROR_FILE": str(tmp_path / f"{index}.json")})
+        for index, module in enumerate((TORCHS, OURS))
+    ]
+    return finish_all(started, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "seen"),
+    [
+        (["--nproc-per-node", "2"], ["a"], [["--local-rank=0", "a"], ["--local-rank=1", "a"]]),
+        (["--use-env", "--nproc-per-node", "2"], ["--", "b"], [["b"], ["b"]]),
+        (["--use_env", "--no-python", sys.executable], [], [[]]),
+    ],
+    ids=["local rank as an argument", "local rank in the environment", "no Python"],
+)
+def test_workers_are_told_what_torchs_own_module_tells_them(
+    node: Host, script: str, tmp_path: Path, options: list[str], arguments: list[str], seen: list[list[str]]
+) -> None:
+    machine = machine_snapshot()
+    theirs, ours = both(node, [*options, script, *arguments], tmp_path)
+    assert (theirs.returncode, ours.returncode) == (0, 0), (theirs, ours)
+    assert sorted(ours.stdout.splitlines()) == sorted(theirs.stdout.splitlines())
+    assert sorted(json.loads(line)[0] for line in ours.stdout.splitlines()) == seen
+    for done in (theirs, ours):
+        assert "FutureWarning: The module torch.distributed.launch is deprecated" in done.stderr
+    assert "every TCP port of this job closed to all others by shield" in ours.stderr
+    assert machine_snapshot() == machine
+
+
+def test_failing_worker_looks_as_under_torchs_own_module(node: Host, script: str, tmp_path: Path) -> None:
+    theirs, ours = both(node, [script, "--fail"], tmp_path)
+    assert ours.returncode == theirs.returncode == 1
+    assert ours.stdout == theirs.stdout
+    assert "ChildFailedError" in ours.stderr
+    # torchrun writes one for the launcher, torch.distributed.launch does not.
+    assert [(tmp_path / f"{index}.json").exists() for index in range(2)] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--no-python", "script"], 2, "securerun: --no-python: "),
+        (["--no-such-option", "3", "script"], 2, "unrecognized arguments: --no-such-option"),
+        (["--launcher", "torch_npu_run", "script"], 2, "securerun: --launcher torch_npu_run: "),
+        (["--nnodes", "2", "--master-addr", "10.77.0.1", "script"], 78, "securerun: 2 nodes meet at 10.77.0.1:29500"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_started(
+    node: Host, arguments: list[str], status: int, words: str
+) -> None:
+    before, machine = node.snapshot(), machine_snapshot()
+    done = node.run([*OURS, *arguments])
+    assert done.returncode == status, done
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (node.snapshot(), machine_snapshot()) == (before, machine)
+
+
+def test_help_has_torchs_options_its_own_and_ours(node: Host) -> None:
+    done = node.run([*OURS, "--help"])
+    assert done.returncode == 0
+    for option in ("--use-env", "--nproc-per-node", "--peers"):
+        assert option in done.stdout
