@@ -66,7 +66,8 @@ def test_mistakes_get_one_line_and_nothing_is_started(
     assert "Traceback" not in done.stderr
     assert "ran with" not in done.stdout
     spoken = [line for line in done.stderr.splitlines() if line.startswith("securerun: ")]
-    assert len(spoken) == 1, done.stderr
+    # A name server that does not answer is waited for, and that is said.
+    assert len([line for line in spoken if "asking again" not in line]) == 1, done.stderr
     assert node.snapshot() == before
     assert machine_snapshot() == machine
 
