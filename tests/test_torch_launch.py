@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import Host, Network, finish_all, machine_snapshot
+from hosts import Host, Network, eventually, finish_all, machine_snapshot
 
 TORCHS = (sys.executable, "-m", "torch.distributed.launch")
 OURS = (sys.executable, "-m", "securerun.launch")
@@ -65,7 +65,7 @@ def test_workers_are_told_what_torchs_own_module_tells_them(
     for done in (theirs, ours):
         assert "FutureWarning: The module torch.distributed.launch is deprecated" in done.stderr
     assert "every TCP port of this job closed to all others by shield" in ours.stderr
-    assert machine_snapshot() == machine
+    assert eventually(lambda: machine_snapshot() == machine, seconds=2)
 
 
 def test_failing_worker_looks_as_under_torchs_own_module(node: Host, script: str, tmp_path: Path) -> None:
