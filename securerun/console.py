@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -16,9 +17,13 @@ def say(words: str) -> None:
     """
     if sys.stderr is None:
         return
+    text = "".join(f"securerun: {line}\n" for line in words.splitlines())
     with contextlib.suppress(OSError):
-        for line in words.splitlines():
-            print(f"securerun: {line}", file=sys.stderr, flush=True)
+        if sys.stderr is not sys.__stderr__:  # a caller's own
+            print(text, end="", file=sys.stderr, flush=True)
+            return
+        # Past the buffer: what is stuck in it at the exit makes Python's status 120.
+        os.write(2, text.encode(errors="backslashreplace"))
 
 
 @contextlib.contextmanager

@@ -32,9 +32,10 @@ _LONGEST_TERM = 1000
 
 @dataclass(frozen=True)
 class Enclosing:
-    """The run around this process. terms: what it was asked for where that is no default; `shield`: whether it has one.
+    """The run around this process.
 
-    Empty for a run that was begun by `securerun.guarded`.
+    terms: what it was asked for where that is no default; `shield`: whether it has one; `network`: the namespace that
+    its launcher is in (namespaces(7)). Empty for a run that was begun by `securerun.guarded`.
     """
 
     run_id: str
@@ -48,12 +49,17 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
         return None
     if not _is_in_cgroup_of(run_id) and not _is_known_by_environment(run_id):
         return None
-    return Enclosing(run_id, _read(environment.get(TERMS_VARIABLE, "")))
+    known = _read(environment.get(TERMS_VARIABLE, ""))
+    # A shield goes wherever the cgroup's processes go; port chains stay in their network namespace.
+    network = records.namespace("net")
+    if known.get("shield") is not True and known.get("network", network) != network:
+        return None
+    return Enclosing(run_id, known)
 
 
 def terms(asked: Options, *, shield: bool) -> str:
     """What a lease was asked for, as the text of the variable that tells launchers inside of it."""
-    return json.dumps({**_given(asked), "shield": shield})
+    return json.dumps({**_given(asked), "shield": shield, "network": records.namespace("net")})
 
 
 def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:

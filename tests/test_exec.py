@@ -269,6 +269,16 @@ def test_without_a_cgroup_a_live_record_is_the_proof(node: Host, tmp_path: Path)
         assert ("no second lease" in done.stderr) == (command is nested)
 
 
+@pytest.mark.parametrize(("scope", "leases"), [("ports", 2), ("auto", 1)])
+def test_in_another_network_only_a_shield_is_a_lease(node: Host, scope: str, leases: int) -> None:
+    """Port chains are those of one network namespace; a shield is where the process is."""
+    inner = [*ALONE, "--scope", scope, "--", "echo", "ran"]
+    with nothing_left(node):
+        done = node.run([*ALONE, "--scope", scope, "--", "unshare", "--net", *inner])
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done
+    assert done.stderr.count("TCP ports 60000-60015 closed to all others by iptables") == leases
+
+
 # Ends, and what is left
 
 

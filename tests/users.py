@@ -371,7 +371,7 @@ class PrivateMachine:
                 pidfd = os.pidfd_open(pid)
                 try:
                     # Only if it is of this machine after it was pinned down: numbers are used again.
-                    if pid in self.processes():
+                    if pid in self.processes() and whom(pid):
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 finally:
                     os.close(pidfd)
