@@ -256,7 +256,9 @@ def guarded(
     command: str = "",
     tell: Tell = lambda _: None,
 ) -> Iterator[Guarding]:
-    """Hold a lease on this process, and on all that it starts within the block, for a policy.
+    """Hold a lease on this process, and on all that it starts, for a policy (`securerun.policy` makes one).
+
+    It lasts beyond the block: until the last process that was in it has ended, this one included.
 
     grace: seconds between SIGTERM and SIGKILL for what is left when the block raises or this process is killed.
     Raises PrivilegeError, with nothing installed, when the job cannot be guarded.
