@@ -54,7 +54,12 @@ _BY_NATURE: tuple[tuple[str, str], ...] = (
     # Securerun's own words, which it says on standard error behind its name.
     (r"^securerun: .*\n", ""),
     # Which of two nodes leaves first; the store at which they meet goes with one of them.
-    (r"^W.* The node '.*' has failed to shutdown the rendezvous .* RendezvousConnectionError\.\n", ""),
+    (
+        r"^W.* The node '.*' has failed to (shutdown|send a keep-alive heartbeat to) the rendezvous .* "
+        r"RendezvousConnectionError\.\n",
+        "",
+    ),
+    (r"^E.*\] Error waiting on exit barrier\. .*\n(E.* torch/distributed/elastic/agent/server/api\.py.*\n)*", ""),
     # Where a traceback of the launcher's leads through: other functions on the way to torch's.
     (r"^  File \".*\n(    .*\n)*", ""),
     # A run without an id of its own gets a random one: torch/distributed/run.py, run().
@@ -263,7 +268,12 @@ class Side:
             status=[process.returncode for process in done],
             output=sorted(line for process in done for line in self._plain(process.stdout).splitlines()),
             errors=sorted(line for process in done for line in self._plain(process.stderr).splitlines()),
-            files={self._plain(str(path.relative_to(self.place))): self._entry(path) for path in _below(self.place)},
+            files={
+                self._plain(str(path.relative_to(self.place))): self._entry(path)
+                for path in _below(self.place)
+                # Made by torch's printing of a traceback, and so by whichever node leaves last.
+                if not path.name.startswith("torchinductor_")
+            },
         )
 
     def _entry(self, path: Path) -> Entry:
