@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import getpass
 import os
 import signal
 import threading
@@ -237,7 +236,7 @@ def _no_way(obstacles: list[str]) -> str:
     """Several lines, since there are several ways, and each takes another person."""
     return "\n".join(
         [
-            f"no guard is to be had as user {getpass.getuser()}, so nothing was started. One of these gives one:",
+            f"no guard is to be had as user {os.getuid()}, so nothing was started. One of these gives one:",
             "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
             "  an administrator permits the guard by sudo: securerunctl setup sudoers",
             "  an administrator has systemd start it: securerunctl setup systemd",
