@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import pytest
-from hosts import MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
+from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
 
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
@@ -24,17 +25,37 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """node0, node1 and stranger, for one test; skipped without root, but never in CI."""
+@pytest.fixture(scope="session")
+def root_and_tools() -> None:
+    """What hosts are made with: whatever needs it is skipped where it is missing, but never in CI."""
     try:
         require_root_and_tools()
     except RuntimeError as missing:
         if "CI" in os.environ:
             raise
         pytest.skip(str(missing))
+
+
+@pytest.fixture
+def network(root_and_tools: None) -> Iterator[Network]:
+    """node0, node1 and stranger, for one test."""
     with Network("node0", "node1", "stranger") as hosts:
         yield hosts
+
+
+@pytest.fixture(scope="module")
+def node(root_and_tools: None) -> Iterator[Host]:
+    """One host, for the tests of a file that leave it as they found it."""
+    with Network("node0") as network:
+        yield network["node0"]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    """A script that says that it ran, and with which arguments."""
+    path = tmp_path / "script.py"
+    path.write_text("import sys; print('ran with', *sys.argv[1:])")
+    return str(path)
 
 
 @pytest.fixture(scope="session")

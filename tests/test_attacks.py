@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from cgroups import Cgroup
 from conversation import WAYS, Conversation, guards, log_of, nothing_left, order, permit, socket_unit
-from hosts import Host, Network, Stream, eventually, finish, is_alive, require_root_and_tools
+from hosts import Host, Network, Stream, eventually, finish, is_alive
 from probe import Probe, reach
 from users import CHECKOUT, CONFIGURATION, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
 
@@ -93,14 +93,8 @@ class Ground:
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Ground]:
+def machine(root_and_tools: None) -> Iterator[Ground]:
     """One for all tests: to make it takes longer than most of them do."""
-    try:
-        require_root_and_tools()
-    except RuntimeError as missing:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(str(missing))
     with Network("node0", "node1", "stranger") as network, PrivateMachine() as private:
         alice, bob = private.add_user("alice"), private.add_user("bob")
         node, peer, stranger = network

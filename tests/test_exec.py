@@ -80,12 +80,6 @@ ps -o sid= $$
 """
 
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[Host]:
-    with Network("node0") as network:
-        yield network["node0"]
-
-
 @contextlib.contextmanager
 def nothing_left(*hosts: Host) -> Iterator[None]:
     """Whatever the block does, the hosts and the machine are soon as they were before."""

@@ -6,30 +6,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jobs
 import pytest
-from hosts import Host, Network, eventually, finish, finish_all, machine_snapshot
+from hosts import Host, eventually, finish, finish_all, machine_snapshot
 
 _TWO_NODES = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "10.77.0.1", "--master-port", "29500")
 
 # A process that may do nothing that a root's may; the tester's Python may lie where other users cannot look.
 _WITHOUT_PRIVILEGE = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Host]:
-    with Network("node0") as network:
-        yield network["node0"]
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> str:
-    path = tmp_path / "script.py"
-    path.write_text("import sys; print('ran with', *sys.argv[1:])")
-    return str(path)
 
 
 @pytest.mark.parametrize(

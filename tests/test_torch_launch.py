@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import Host, Network, eventually, finish_all, machine_snapshot
+from hosts import Host, eventually, finish_all, machine_snapshot
 
 TORCHS = (sys.executable, "-m", "torch.distributed.launch")
 OURS = (sys.executable, "-m", "securerun.launch")
@@ -21,12 +20,6 @@ names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AG
 sys.stdout.write(json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}]) + "\\n")
 sys.exit("--fail" in sys.argv)
 """
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Host]:
-    with Network("node0") as network:
-        yield network["node0"]
 
 
 @pytest.fixture

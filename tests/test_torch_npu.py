@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jobs
@@ -38,19 +38,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     stand_ins = tmp_path_factory.mktemp("cann")
     npu.build_stand_ins(stand_ins)
     return npu.environment(stand_ins)
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Host]:
-    with Network("node0") as network:
-        yield network["node0"]
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> str:
-    path = tmp_path / "script.py"
-    path.write_text("import sys; print('ran with', *sys.argv[1:])")
-    return str(path)
 
 
 @pytest.mark.parametrize("tiered", [(), (_TIERED,)], ids=["plain", "tiered"])
