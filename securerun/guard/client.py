@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pwd
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -232,11 +233,19 @@ class Guard:
         return True
 
 
+def _user_name() -> str:
+    """Who asks, or the number where passwd has no name for it (a container's --user 12345)."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 def _no_way(obstacles: list[str]) -> str:
     """Several lines, since there are several ways, and each takes another person."""
     return "\n".join(
         [
-            f"no guard is to be had as user {os.getuid()}, so nothing was started. One of these gives one:",
+            f"no guard is to be had as user {_user_name()}, so nothing was started. One of these gives one:",
             "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
             "  an administrator permits the guard by sudo: securerunctl setup sudoers",
             "  an administrator has systemd start it: securerunctl setup systemd",
