@@ -157,6 +157,10 @@ class Ground:
     def look(self) -> dict[str, str]:
         return self.node.snapshot(legacy=self.legacy)
 
+    def has_chains(self) -> bool:
+        """Whether there are rules that were not there before; ports are reserved with any backend."""
+        return any(text != self.before[tool] for tool, text in self.look().items() if tool != "reserved ports")
+
     def guards(self) -> set[int]:
         """All guards that run on the node, whoever started them."""
         return {pid for pid, command in self.node.processes().items() if "securerun.guard.server" in command}
@@ -421,7 +425,7 @@ def _require_guarded(job: LightJob, ground: Ground, cell: Cell) -> None:
     wanted = {"shield", cell.backend} - {"off"}
     # Where the blow landed late, the guard had answered already and another is still at it.
     _require(
-        eventually(lambda: job.layers() == wanted and (ground.look() != ground.before) == (cell.backend != "off")),
+        eventually(lambda: job.layers() == wanted and ground.has_chains() == (cell.backend != "off")),
         f"layers that stand: {job.layers()}, chains {[*_differences(ground.before, ground.look())]}; {job.errors()}",
     )
     if cell.moment == "training":

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from securerun.ctl.status import open_records, user_name
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import reaper, records
+from securerun.guard import reaper, records, reserved
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.protocol import printable
 from securerun.guard.records import Record
+from securerun.guard.reserved import ReservationUnavailable
 
 # Tables of nftables go with the guard that owns them.
 _OUTLIVING = ("iptables", "legacy")
@@ -65,7 +66,7 @@ def _clean(directory: int, outcome: Outcome, dry_run: bool) -> None:
         _clean_run(directory, record, outcome, dry_run)
     gone = {record.run_id for record in dead}
     outcome.failures += [_obstacle(record) for record in readable if _is_stale(record) and record.run_id not in gone]
-    ours = {f"{record.run_id}.json" for record in readable} | set(_partial(directory))
+    ours = {*(f"{record.run_id}.json" for record in readable), *_partial(directory), *reserved.ledgers(directory)}
     for name in sorted(set(os.listdir(directory)) - ours):
         outcome.notes.append(f"left alone: {records.DIRECTORY / name} is no record that this securerun can read")
 
@@ -91,7 +92,7 @@ def _clean_run(directory: int, record: Record, outcome: Outcome, dry_run: bool) 
         return
     try:
         reaper.reap(directory, record)
-    except (PortChainsUnavailable, CgroupUnavailable, OSError) as error:
+    except (PortChainsUnavailable, ReservationUnavailable, CgroupUnavailable, OSError) as error:
         outcome.failures.append(f"what is left of {_named(record)} cannot be removed: {error}")
         return
     outcome.done.append(f"removed what was left of {_named(record)}: {remains}")
@@ -105,6 +106,8 @@ def _named(record: Record) -> str:
 def _remains(record: Record) -> Iterator[str]:
     if record.boot_id == records.boot_id() and record.network == records.namespace("net"):
         yield from (f"rules in {layer.backend}" for layer in record.layers if layer.backend in _OUTLIVING)
+        if record.reserved:
+            yield "reserved ports"
     if record.cgroup and _processes(record) is not None:
         yield f"cgroup {record.cgroup}"
     yield "its record"

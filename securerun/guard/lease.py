@@ -20,7 +20,7 @@ from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import Denial, Network, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import neighbours, processes, reaper, records
+from securerun.guard import neighbours, processes, reaper, records, reserved
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.cgroup import (
     CgroupUnavailable,
@@ -33,6 +33,7 @@ from securerun.guard.cgroup import (
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
+from securerun.guard.reserved import ReservationUnavailable
 from securerun.guard.site import SitePolicy, require_permitted_peers
 from securerun.guard.sockets import SocketDiagnosis, SocketsUnavailable
 
@@ -118,6 +119,13 @@ class Lease:
         """Whether what was installed of port chains is still there. Raises PortChainsUnavailable."""
         return self.chains is None or self.chains.stand()
 
+    def keep_ports_reserved(self) -> None:
+        """Reserve the job's ports again if somebody took them off the list. Raises PrivilegeError."""
+        if reserved.are_reserved(self.record.reserved):
+            return
+        with _recording() as directory:
+            reserved.settle(directory)
+
     def write(self, **changes: object) -> None:
         """Change the run's record. Raises PrivilegeError when it cannot be written."""
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
@@ -162,7 +170,7 @@ class Lease:
         with records.host_lock() as directory:
             if self.chains is not None:
                 self.chains.remove()
-            records.remove(directory, self.policy.run_id)
+            _remove_record(directory, self.policy.run_id)
         if self.drops is not None:
             self.drops.close()
 
@@ -175,7 +183,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
     lease = Lease(order, caller, site)
     with ExitStack() as undo:
         _begin(lease)
-        undo.callback(_remove_record, order.policy.run_id)
+        undo.callback(_undo_record, order.policy.run_id)
         _add_shield(lease, undo)
         undo.callback(_remove_chains, lease)
         _add_chains(lease)
@@ -226,7 +234,35 @@ def _begin(lease: Lease) -> None:
         neighbours.require_room(lease.record, known, lease.site)
         if lease.order.firewall != "off":
             neighbours.require_harmless(lease.record, known)
+        _reserve_ports(lease, directory)
+
+
+def _reserve_ports(lease: Lease, directory: int) -> None:
+    """Record the run and reserve its ports, the record first: a reaper goes by it. What cannot be reserved is noted."""
+    try:
+        choice = reserved.choose(directory, lease.policy.ports, lease.policy.run_id)
+        lease.record = dataclasses.replace(lease.record, reserved=choice.reserved)
         records.write(directory, lease.record)
+        reserved.settle(directory)
+        lease.notes += tuple(_too_many(choice.left_out))
+    except ReservationUnavailable as error:
+        lease.record = dataclasses.replace(lease.record, reserved=())
+        records.write(directory, lease.record)
+        lease.notes += (_unreserved(lease.policy.ports, error),)
+
+
+def _too_many(ports: tuple[PortRange, ...]) -> Iterator[str]:
+    if ports:
+        listed = ", ".join(map(str, ports))
+        yield f"ports {listed} are not reserved: this host would have too few left for connections of its own"
+
+
+def _unreserved(ports: tuple[PortRange, ...], error: ReservationUnavailable) -> str:
+    listed = ",".join(map(str, ports))
+    return (
+        f"the planned ports are not reserved ({error}), so another program may be given one before the job has it; "
+        f"have the host's administrator add {listed} to {reserved.NAME}"
+    )
 
 
 def _take_over(lease: Lease, found: Record) -> None:
@@ -401,9 +437,16 @@ def _remove_cgroup(lease: Lease) -> None:
     lease.cgroup = None
 
 
-def _remove_record(run_id: str) -> None:
-    with records.host_lock() as directory:
-        records.remove(directory, run_id)
+def _undo_record(run_id: str) -> None:
+    """Undo without hiding the error that made us undo; where that fails, the record stays, for a reaper."""
+    with records.host_lock() as directory, contextlib.suppress(ReservationUnavailable):
+        _remove_record(directory, run_id)
+
+
+def _remove_record(directory: int, run_id: str) -> None:
+    """Give back the ports that the run reserved, and remove the record that names them."""
+    reserved.give_back(directory, run_id)
+    records.remove(directory, run_id)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 from securerun.firewall.backends import NAMES, open_chains
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import records
+from securerun.guard import records, reserved
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.records import Record
+from securerun.guard.reserved import ReservationUnavailable
 
 
 def dead_runs(directory: int) -> tuple[Record, ...]:
@@ -22,14 +23,18 @@ def dead_runs(directory: int) -> tuple[Record, ...]:
 
 
 def reap(directory: int, record: Record) -> None:
-    """Remove a dead run's chains, cgroup and record. The caller holds the host's lock.
+    """Remove a dead run's chains, reserved ports, cgroup and record. The caller holds the host's lock.
 
-    Raises PortChainsUnavailable or CgroupUnavailable for what cannot be removed; then the record stays.
+    Raises PortChainsUnavailable, ReservationUnavailable or CgroupUnavailable for what cannot be removed; then the
+    record stays.
     """
     if record.network == records.namespace("net") and record.boot_id == records.boot_id():
         for layer in record.layers:
             if layer.backend in NAMES:
                 open_chains(layer.backend, record.run_id).remove()
+        reserved.give_back(directory, record.run_id)
+    else:
+        reserved.forget(directory, record)
     cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
     if cgroup is not None:
         cgroup.remove()
@@ -43,7 +48,7 @@ def reap_all(directory: int) -> Iterator[str]:
     for record in dead_runs(directory):
         try:
             reap(directory, record)
-        except (PortChainsUnavailable, CgroupUnavailable) as error:
+        except (PortChainsUnavailable, ReservationUnavailable, CgroupUnavailable) as error:
             yield f"what run {record.run_id} left cannot be removed: {error}"
 
 

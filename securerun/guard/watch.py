@@ -32,6 +32,8 @@ _NOTICE_SECONDS = 1.0
 # Rules that are deleted from nf_tables are heard of at once; from legacy tables they are not.
 _LOOK_FOR_CHAINS_SECONDS = 5.0
 _HEARD_CHAINS_SECONDS = 60.0
+# Whoever sets the list of reserved ports anew takes the job's off it.
+_LOOK_FOR_PORTS_SECONDS = 5.0
 # A flush is many deletions, and another firewall's reload fills what it flushed.
 _SETTLE_SECONDS = 0.05
 # What a failed job leaves behind often ends by itself within this; torch_shm_manager then removes its files.
@@ -86,7 +88,8 @@ class Watch:
         self._listen_to()
         seconds = _LOOK_FOR_CHAINS_SECONDS if self._deletions is None else _HEARD_CHAINS_SECONDS
         self._repair = Chore(seconds, self._repair_chains, time.monotonic() + seconds)
-        self._chores = [Chore(_NOTICE_SECONDS, self._notices.look), self._repair]
+        reserving = Chore(_LOOK_FOR_PORTS_SECONDS, lease.keep_ports_reserved)
+        self._chores = [Chore(_NOTICE_SECONDS, self._notices.look), self._repair, reserving]
         self._exposure = open_exposure(lease)
         if self._exposure is not None:
             self._chores.append(Chore(_EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS, self._close_exposed))

@@ -1,0 +1,263 @@
+"""The ports of guarded jobs in net.ipv4.ip_local_reserved_ports, so that the kernel hands none of them to anyone else.
+
+HCCL's documentation asks for it (HCCL_IF_BASE_PORT: `sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015`), since
+its default lies in the range from which every connection of the host gets its own port. The list belongs to a whole
+network namespace: to its administrator, to other programs, and to all jobs at once. What the jobs want stands in their
+records, and what of the list is theirs in a ledger beside the records. `settle` makes the list what it should be:
+what others reserved, and what the recorded jobs want. Killed in its middle, it goes on the next time.
+
+Somebody else may write to the list meanwhile. Whoever reads it, changes something and writes it back leaves ours in it;
+whoever writes a list of his own means all of it, also ports that were ours. To tell one from the other, port 0 comes
+and goes with ours, as a mark: nothing can be bound to it, so it reserves nothing, and no list of one's own has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from securerun.errors import PolicyError, PrivilegeError
+from securerun.firewall.policy import LAST_PORT, PortRange
+from securerun.guard import records
+from securerun.guard.records import Record
+
+NAME = "net.ipv4.ip_local_reserved_ports"
+# Whichever network namespace the process that opens them is in, these are its own.
+LIST = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_MARK = 0
+# Every second port of all alone is 190 kB, and only what the first read takes is told (kernel/sysctl.c).
+_LONGEST_LIST = 512 * 1024
+# A write takes one page, and before kernel 5.2 a number that stood across its end was read as two.
+_LONGEST_WRITE = 2048
+# By the network namespace's inode (namespaces(7)).
+_LEDGER_NAME = re.compile(r"reserved-[0-9]+\.ledger")
+_WORD = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+
+Ports = frozenset[int]
+Ranges = tuple[tuple[int, int], ...]
+
+
+class ReservationUnavailable(PrivilegeError):
+    """The list of reserved ports cannot be read or written. The message is a part of a sentence, without its end."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of a job's planned ports, those to reserve, and those that would leave the host too few of its own."""
+
+    reserved: Ranges
+    left_out: tuple[PortRange, ...]
+
+
+def choose(directory: int, planned: Iterable[PortRange], run_id: str) -> Choice:
+    """Which of a run's ports to reserve, the smallest ranges first.
+
+    All jobs together get half of what the host has for connections of its own: a plan of 1024-65535 is right for port
+    chains, and reserved it would leave no program of the host a port to connect from.
+    Raises ReservationUnavailable.
+    """
+    current = _read()
+    free = _ephemeral() - (current - _ours(directory, current))
+    chosen = _wanted(directory, without=run_id)
+    own: Ports = frozenset()
+    left_out = []
+    for ports in sorted(planned, key=lambda ports: (ports.last - ports.first, ports)):
+        numbers = frozenset(range(ports.first, ports.last + 1))
+        if len((chosen | numbers) & free) > len(free) // 2:
+            left_out.append(ports)
+            continue
+        chosen |= numbers
+        own |= numbers
+    return Choice(tuple(_ranges(own)), tuple(left_out))
+
+
+def settle(directory: int, *, without: str = "") -> None:
+    """Make the list of this network namespace what the recorded runs want, beside what others reserved.
+
+    The caller holds the host's lock. Raises ReservationUnavailable, with the ledger as it should be for the next try.
+    """
+    current = _read()
+    ours = _ours(directory, current)
+    others = current - ours
+    mine = _wanted(directory, without) - others
+    if mine:
+        mine |= {_MARK} - others
+    # In the ledger first: what is in the list and not in the ledger would stay for ever.
+    _write_ledger(directory, ours | mine)
+    if mine - ours:
+        _add(mine - ours)
+    if ours - mine:
+        _take_away(ours - mine)
+    _write_ledger(directory, mine)
+
+
+def give_back(directory: int, run_id: str) -> None:
+    """Take a run's ports from the list, but for those that other runs of this network namespace want.
+
+    The caller holds the host's lock, and removes the run's record afterwards. Raises ReservationUnavailable.
+    """
+    settle(directory, without=run_id)
+
+
+def forget(directory: int, record: Record) -> None:
+    """Remove the ledger of a dead run's network namespace, which is gone itself, or of another boot.
+
+    The caller holds the host's lock.
+    """
+    name = _ledger_name(record.network)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if records.read_document(directory, name)["boot_id"] == record.boot_id:
+            os.unlink(name, dir_fd=directory)
+
+
+def are_reserved(ports: Ranges) -> bool:
+    """Whether all of these ports are in the list. Raises ReservationUnavailable."""
+    return not ports or _numbers(ports) <= _read()
+
+
+def ledgers(directory: int) -> tuple[str, ...]:
+    """The names of the ledgers among the records."""
+    return tuple(name for name in sorted(os.listdir(directory)) if _LEDGER_NAME.fullmatch(name))
+
+
+def _text(ports: Iterable[int]) -> str:
+    """Ports as the kernel writes them: `29500,60000-60015`."""
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in _ranges(ports))
+
+
+def _ledger_name(network: int) -> str:
+    return f"reserved-{network}.ledger"
+
+
+def _wanted(directory: int, without: str) -> Ports:
+    """What the runs of this network namespace want, live or dead: a dead run's ports go when it is reaped."""
+    here = (records.namespace("net"), records.boot_id())
+    wanted: Ports = frozenset()
+    for run_id, document in records.documents(directory):
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, PolicyError):
+            if run_id != without and (document["network"], document["boot_id"]) == here:
+                wanted |= _numbers(records.reserved_ports(document))
+    return wanted
+
+
+def _ours(directory: int, current: Ports) -> Ports:
+    """What of the current list is ours."""
+    ledger = _read_ledger(directory)
+    if _MARK in ledger and _MARK not in current:
+        return frozenset()
+    return ledger & current
+
+
+def _read_ledger(directory: int) -> Ports:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        document = records.read_document(directory, _ledger_name(records.namespace("net")))
+        if document["boot_id"] == records.boot_id():
+            return _parse(document["ports"])
+    return frozenset()
+
+
+def _write_ledger(directory: int, ports: Ports) -> None:
+    if ports == _read_ledger(directory) and ports:
+        return
+    name = _ledger_name(records.namespace("net"))
+    try:
+        if ports:
+            records.write_document(directory, name, {"boot_id": records.boot_id(), "ports": _text(ports)})
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+    except OSError as error:
+        raise ReservationUnavailable(f"{records.DIRECTORY / name} cannot be written: {error.strerror}") from error
+
+
+def _read() -> Ports:
+    try:
+        descriptor = os.open(LIST, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _parse(os.pread(descriptor, _LONGEST_LIST, 0).decode("ascii"))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ReservationUnavailable(f"{NAME} cannot be read: {error.strerror}") from error
+
+
+def _add(ports: Ports) -> None:
+    """Add to the list, whatever stands in it at that moment.
+
+    A write that does not begin at offset 0 counts as the rest of a longer one, and is added to what is there
+    (kernel/sysctl.c, proc_do_large_bitmap, since 2.6.35): nobody's change between a read and a write of ours is lost.
+    """
+    for position, piece in enumerate(_pieces(ports), 1):
+        _write(piece, position)
+    if not ports <= _read():
+        raise ReservationUnavailable(f"{NAME} does not take {_text(ports)}")
+
+
+def _take_away(ports: Ports) -> None:
+    # There is no write that only takes away: what somebody adds between these two lines is lost.
+    remaining = _read() - ports
+    for position, piece in enumerate(_pieces(remaining) if remaining else [b"\n"]):
+        _write(piece, position)
+
+
+def _write(piece: bytes, position: int) -> None:
+    try:
+        descriptor = os.open(LIST, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, piece, position)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ReservationUnavailable(f"{NAME} cannot be written: {error.strerror}") from error
+
+
+def _pieces(ports: Ports) -> Iterator[bytes]:
+    piece = ""
+    for word in _text(ports).split(","):
+        if len(piece) + len(word) > _LONGEST_WRITE:
+            yield piece.encode() + b"\n"
+            piece = ""
+        piece += f",{word}" if piece else word
+    yield piece.encode() + b"\n"
+
+
+def _ephemeral() -> Ports:
+    """The ports that the kernel hands out by itself."""
+    try:
+        first, last = _RANGE.read_text(encoding="ascii").split()
+    except (OSError, ValueError) as error:
+        raise ReservationUnavailable(f"{_RANGE} cannot be read: {error}") from error
+    return frozenset(range(int(first), int(last) + 1))
+
+
+def _parse(text: str) -> Ports:
+    """The ports of a list. Raises ValueError for what is none."""
+    found: set[int] = set()
+    for word in text.strip().split(",") if text.strip() else ():
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise ValueError(f"{word[:20]!r} is no port and no range of ports")
+        first, last = int(match.group(1)), int(match.group(2) or match.group(1))
+        if not first <= last <= LAST_PORT:
+            raise ValueError(f"{word} is no range of ports")
+        found.update(range(first, last + 1))
+    return frozenset(found)
+
+
+def _numbers(ranges: Ranges) -> Ports:
+    return frozenset(number for first, last in ranges for number in range(first, last + 1))
+
+
+def _ranges(ports: Iterable[int]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for port in sorted(ports):
+        if joined and port == joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], port)
+        else:
+            joined.append((port, port))
+    return joined
