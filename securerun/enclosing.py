@@ -25,7 +25,7 @@ TERMS_VARIABLE = "SECURERUN_LEASE"
 
 _RUN_ID = re.compile(r"[0-9a-f]{12}")
 # The options that are a lease's own. The others (umask, user, launcher) are in force inside of it as well.
-_TERMS = ("peers", "interface", "ports", "firewall", "scope", "loopback", "grace", "accept")
+_TERMS = ("peers", "interface", "ports", "firewall", "scope", "loopback", "grace", "accept", "hccl_whitelist")
 _DEFAULTS = Options()
 _LONGEST_TERM = 1000
 
@@ -74,7 +74,9 @@ def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
         raise PolicyError(_too_weak("--loopback job", enclosing, "its loopback is open to this host"))
     met = {"scope"} if asked.scope == "process" else set()
     differing = [name for name, value in _given(asked).items() if known.get(name, _default(name)) != value]
-    return [f"--{name}" for name in differing if name not in met] + ["--unprotected"] * asked.unprotected
+    return [f"--{name.replace('_', '-')}" for name in differing if name not in met] + [
+        "--unprotected"
+    ] * asked.unprotected
 
 
 def _given(asked: Options) -> dict[str, str | bool]:

@@ -85,7 +85,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "interface",
-        "The network interfaces that peers come in through, with commas between. Without it: any.",
+        "The network interfaces that peers come in through, with commas between; `any` for all. Without it: those that "
+        "HCCL_IF_IP, HCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name, with those that lead to a "
+        "peer; any where none of these is set.",
         metavar="NAMES",
         example="--interface eth0",
         listed=True,
@@ -143,6 +145,12 @@ OPTIONS: tuple[Option, ...] = (
         example="--run-as USER",
     ),
     Option(
+        "hccl-whitelist",
+        "Have HCCL itself accept the job's nodes alone: HCCL_WHITELIST_DISABLE=0, and a list of the nodes' addresses "
+        "for HCCL_WHITELIST_FILE. A second line that needs no privilege; off by default. All nodes of a job must have "
+        "it or none, or HCCL hangs. Not for peers that are networks, or more than 16 ranks an address.",
+    ),
+    Option(
         "launcher",
         "Which command of torch's this stands in for: `torchrun`, or `torch_npu_run` for Ascend NPUs; `auto` is "
         "torch_npu_run where its rendezvous backend `parallel` or --enable_tiered_parallel_tcpstore is asked for.",
@@ -187,6 +195,7 @@ class Options:
     umask_source: str = "--umask"
     run_as: str | None = None
     run_as_source: str = "--run-as"
+    hccl_whitelist: bool = False
     launcher: str = "auto"
     accept: bool = False
     unprotected: bool = False

@@ -10,9 +10,9 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Callable
 
 from securerun import enclosing
 from securerun.console import say
@@ -21,8 +21,10 @@ from securerun.firewall.policy import Policy, PortRange
 from securerun.guard.client import Guard
 from securerun.guard.protocol import Notice, Order, printable
 from securerun.host import interfaces
+from securerun.renewal import Renewal
 
 if TYPE_CHECKING:
+    from securerun.job.hccl import Entrance
     from securerun.job.launchers import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
@@ -35,37 +37,48 @@ _COMMAND_SHOWN = 1000
 class Launch:
     """One launch, understood: the job, what the user asked of securerun, and the policy of both.
 
+    whitelist: the addresses that HCCL itself is to accept; empty where it is not asked to.
     umask: the one in force. grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
     """
 
     job: Job
     options: Options
     peers: Peers
+    entrance: Entrance
     policy: Policy
+    whitelist: tuple[str, ...]
     umask: int
     grace: float
 
 
-def understand(job: Job, asked: Options, umask: int, known: Iterable[PortRange] = ()) -> Launch:
+def understand(job: Job, asked: Options, umask: int, known: Iterable[PortRange] = (), ranks: int = 0) -> Launch:
     """Job → policy. Any doubt is an error here, before anything was started.
 
     known: ports that the job is known to listen on, beside those that the job, HCCL and the user name.
+    ranks: how many this node has, as far as that is known.
     Raises PolicyError or UsageError.
     """
     from securerun import options
-    from securerun.job import peers, ports
+    from securerun.job import hccl, peers, ports
 
-    entered = interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
+    interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
     grace = options.seconds(asked.grace, asked.grace_source)
     planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known)
     # Last, since it may wait for names; nothing that is wrong is to be found after that.
-    found = _everyone() if asked.unprotected else peers.find_peers(asked, job, tell=say)
+    found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=say)
     if found.ports:
         planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, (*known, *found.ports))
+    found = replace(found, warnings=(*found.warnings, *hccl.warnings(os.environ, found.networks)))
+    entrance = hccl.entrance(asked, os.environ, found.networks)
     policy = Policy(
-        secrets.token_hex(6), planned, found.networks, entered, asked.accept, close_loopback=asked.loopback == "job"
+        secrets.token_hex(6),
+        planned,
+        found.networks,
+        entrance.names,
+        asked.accept,
+        close_loopback=asked.loopback == "job",
     )
-    return Launch(job, asked, found, policy, umask, grace)
+    return Launch(job, asked, found, entrance, policy, _whitelist(job, asked, found, ranks), umask, grace)
 
 
 def policy(
@@ -104,19 +117,24 @@ def print_plan(launch: Launch) -> None:
         say(warning)
     obstacles = {way.name: way.obstacle for way in ways.ways()}
     origin = words.origin(obstacles, may_leave=cgroup.may_leave_shared_cgroups())
-    print(words.plan(launch.job, launch.policy, launch.peers, launch.options, launch.umask, origin), end="")
+    plan = words.plan(launch.job, launch.policy, launch.peers, launch.entrance, launch.options, launch.umask, origin)
+    print(plan, end="")
+    if launch.whitelist:
+        from securerun.job import whitelist
+
+        print(f"\n# {whitelist.FILE}\n{whitelist.content(launch.whitelist)}")
 
 
 @contextmanager
-def protected(launch: Launch, guard: Guard | None) -> Iterator[None]:
+def protected(launch: Launch, guard: Guard | None, *, may_leave_job: bool = False) -> Iterator[None]:
     """Protect this process and all that it starts in the block, as the launch asks; `guard` is one made early.
 
-    A block that raises is a job that failed. Raises PrivilegeError or PolicyError, with nothing installed, when the
-    job cannot be guarded.
+    may_leave_job: whether a block that ends well may have left the job running, as with nohup. One that raises is a job
+    that failed. Raises PrivilegeError or PolicyError, with nothing installed, when the job cannot be guarded.
     """
     for warning in launch.peers.warnings:
         say(warning)
-    with _unprotected() if launch.options.unprotected else _guarded(guard or Guard(), launch):
+    with _whitelisted(launch, may_leave_job) as change_whitelist, _layers(launch, guard, change_whitelist):
         _warn_of_root()
         yield
 
@@ -131,27 +149,68 @@ def rely_on(run: Enclosing, asked: Options) -> None:
     say(words.relying(run.run_id, enclosing.without_effect(asked, run)))
 
 
+def _layers(
+    launch: Launch, guard: Guard | None, change_whitelist: Callable[[Peers], None]
+) -> AbstractContextManager[None]:
+    return _unprotected() if launch.options.unprotected else _guarded(guard or Guard(), launch, change_whitelist)
+
+
 @contextmanager
-def _guarded(guard: Guard, launch: Launch) -> Iterator[None]:
+def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], None]) -> Iterator[None]:
     """Have this process guarded; let the guard go when the job is over, and say who was turned away."""
     from securerun import words
 
     policy, asked = launch.policy, launch.options
     command = printable(" ".join(launch.job.command)[:_COMMAND_SHOWN])
-    guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _tell)
+
+    def change_peers(before: Peers, now: Peers) -> None:
+        guard.change_peers(now.networks)
+        change_whitelist(now)
+        say(words.renewed(before, now))
+
+    renewal = Renewal(launch.peers, change_peers)
+    guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _teller(renewal))
     shield = any(layer.backend == "shield" for layer in guarding.layers)
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(asked, shield=shield)
-    for line in words.start(policy, launch.peers, guarding, launch.umask, guard.way):
+    for line in words.start(policy, launch.peers, launch.entrance, guarding, launch.umask, guard.way):
         say(line)
     failed = True
     try:
-        yield
+        with renewal:
+            yield
         failed = False
     finally:
         # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
         _say_farewell(guard, policy, failed)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _whitelist(job: Job, asked: Options, found: Peers, ranks: int) -> tuple[str, ...]:
+    if not asked.hccl_whitelist:
+        return ()
+    from securerun.job import whitelist
+
+    return whitelist.addresses_of(found.listed, job.max_nodes, ranks)
+
+
+@contextmanager
+def _whitelisted(launch: Launch, may_leave_job: bool) -> Iterator[Callable[[Peers], None]]:
+    """HCCL's own list, where it is asked for. Yields what takes the peers when their addresses change."""
+    if not launch.whitelist:
+        yield lambda _: None
+        return
+    from securerun.job import whitelist
+
+    def change(now: Peers) -> None:
+        try:
+            made.change(whitelist.addresses_of(now.listed))
+        except OSError as error:
+            say(f"HCCL's list cannot be changed ({error}), so HCCL turns the new addresses away")
+
+    with whitelist.whitelisted(launch.whitelist, os.environ, may_leave_job=may_leave_job) as made:
+        say(f"HCCL accepts {len(launch.whitelist)} addresses by {made.path}; every node needs --hccl-whitelist")
+        yield change
 
 
 @contextmanager
@@ -176,12 +235,17 @@ def _listed(value: str | Iterable[int | str]) -> str:
     return value if isinstance(value, str) else ",".join(map(str, value))
 
 
-def _tell(notice: Notice) -> None:
-    """News from the guard, while the job runs."""
+def _teller(renewal: Renewal) -> Callable[[Notice], None]:
+    """What takes the news from the guard, while the job runs."""
     from securerun import words
 
-    for line in words.news(notice):
-        say(line)
+    def tell(notice: Notice) -> None:
+        for line in words.news(notice):
+            say(line)
+        if notice.denied:
+            renewal.hurry()
+
+    return tell
 
 
 def _say_farewell(guard: Guard, policy: Policy, failed: bool) -> None:

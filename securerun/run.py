@@ -89,7 +89,7 @@ def _launch(arguments: Sequence[str], ready: _Ready, as_command: bool, only: Lau
             if not asked.dry_run:
                 command.run()
                 return
-        launch = protection.understand(_job(command), asked, in_force)
+        launch = protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
         if asked.dry_run:
             protection.print_plan(launch)
             return
@@ -139,6 +139,15 @@ def _job(command: Command) -> Job:
     from securerun.job import launchers
 
     return launchers.describe_job(command.namespace)
+
+
+def _ranks(command: Command, asked: Options) -> int:
+    """How many ranks this node has, where somebody asks."""
+    if not asked.hccl_whitelist:
+        return 0
+    from securerun.job import whitelist
+
+    return whitelist.ranks_of(command.namespace.nproc_per_node)
 
 
 def _import_torch() -> Decorator:

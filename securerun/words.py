@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from securerun.firewall import iptables, nftables, shield
 from securerun.firewall.iptables import Dispatcher
-from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.policy import Denial, Network, Policy
 from securerun.guard.protocol import Guarding, Notice
 from securerun.guard.ways import DIRECTLY
+from securerun.job.hccl import Entrance
 from securerun.job.launchers import Job
 from securerun.job.peers import Peers
 from securerun.options import Options
@@ -23,10 +24,10 @@ _SCOPES = {
 _NOTHING_INSTALLED = Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
 
 
-def start(policy: Policy, peers: Peers, guarding: Guarding, umask: int, way: str) -> Iterator[str]:
+def start(policy: Policy, peers: Peers, entrance: Entrance, guarding: Guarding, umask: int, way: str) -> Iterator[str]:
     """What is closed, by what, and to whom it is open."""
     run = f"run {policy.run_id}: "
-    yield f"{run}open to {_open_to(policy, peers)}; umask {umask:04o}; guard started {way}"
+    yield f"{run}open to {_open_to(policy, peers, entrance)}; umask {umask:04o}; guard started {way}"
     for layer in guarding.layers:
         what = "every TCP port of this job" if layer.backend == "shield" else f"TCP ports {_ports(policy)}"
         yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
@@ -59,9 +60,17 @@ def news(notice: Notice) -> Iterator[str]:
     yield from notice.words
 
 
-def plan(job: Job, policy: Policy, peers: Peers, options: Options, umask: int, origin: str) -> str:
+def renewed(before: Peers, now: Peers) -> str:
+    """Which addresses of the peers' names came and went while the job runs."""
+    gone = _addresses(sorted(set(before.listed) - set(now.listed), key=_in_order))
+    come = _addresses(sorted(set(now.listed) - set(before.listed), key=_in_order))
+    changes = (f"{gone} may connect no more" if gone else "", f"{come} may connect now" if come else "")
+    return f"the names of {now.source} have other addresses: {'; '.join(filter(None, changes))}"
+
+
+def plan(job: Job, policy: Policy, peers: Peers, entrance: Entrance, options: Options, umask: int, origin: str) -> str:
     """The whole plan of a launch for a person: what would listen, who may connect, and the text of each layer."""
-    sections = [*_summary(job, policy, peers, options, umask, origin)]
+    sections = [*_summary(job, policy, peers, entrance, options, umask, origin)]
     if options.firewall == "nftables":
         sections += ["", "# nft -f", nftables.render(policy, None).rstrip()]
     elif options.firewall != "off":
@@ -108,7 +117,9 @@ def unprotected() -> str:
     return "--unprotected: every TCP port of this job is open to every host; the umask is all that was set"
 
 
-def _summary(job: Job, policy: Policy, peers: Peers, options: Options, umask: int, origin: str) -> Iterator[str]:
+def _summary(
+    job: Job, policy: Policy, peers: Peers, entrance: Entrance, options: Options, umask: int, origin: str
+) -> Iterator[str]:
     meeting = f"{job.backend} at {job.endpoint}" if job.endpoint else job.backend
     rank = f"; this is node {job.node_rank}" if job.max_nodes else ""
     yield _row("rendezvous", f"{meeting}; {job.nodes}{rank}")
@@ -126,7 +137,7 @@ def _summary(job: Job, policy: Policy, peers: Peers, options: Options, umask: in
     if not policy.peers:
         yield _row(label, "none: no other host may connect")
     yield _row("", f"named by {peers.source}")
-    yield _row("interfaces", ", ".join(policy.interfaces) or "any")
+    yield _row("interfaces", str(entrance))
     yield _row("umask", f"{umask:04o}")
     yield _row("scope", f"{options.scope}: {_SCOPES[options.scope]}")
     yield _row("loopback", "only the job's own processes" if policy.close_loopback else "any process of this host")
@@ -150,13 +161,21 @@ def _target(policy: Policy) -> str:
     return "ACCEPT" if policy.accept else "RETURN, to the host's own rules"
 
 
-def _open_to(policy: Policy, peers: Peers) -> str:
+def _open_to(policy: Policy, peers: Peers, entrance: Entrance) -> str:
     if not policy.peers:
         return f"no other host ({peers.source})"
-    networks = [str(n.network_address) if n.prefixlen == n.max_prefixlen else str(n) for n in policy.peers]
+    through = f" through {entrance}" if entrance.names else ""
+    return f"{_addresses(policy.peers)} ({peers.source}){through}"
+
+
+def _in_order(network: Network) -> tuple[int, int]:
+    return network.version, int(network.network_address)
+
+
+def _addresses(networks: Sequence[Network]) -> str:
+    shown = [str(n.network_address) if n.prefixlen == n.max_prefixlen else str(n) for n in networks[:_NETWORKS_NAMED]]
     more = f" and {len(networks) - _NETWORKS_NAMED} more" if len(networks) > _NETWORKS_NAMED else ""
-    through = f" through {', '.join(policy.interfaces)}" if policy.interfaces else ""
-    return f"{', '.join(networks[:_NETWORKS_NAMED])}{more} ({peers.source}){through}"
+    return f"{', '.join(shown)}{more}"
 
 
 def _ports(policy: Policy) -> str:

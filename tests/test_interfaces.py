@@ -77,7 +77,7 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [(None, ()), ("", ()), ("eth0", ("eth0",)), (" eth0, ib0,,eth0 ", ("eth0", "ib0"))],
+    [(None, ()), ("", ()), ("any", ()), ("eth0", ("eth0",)), (" eth0, ib0,,eth0 ", ("eth0", "ib0"))],
 )
 def test_a_list_of_interfaces(text: str | None, expected: tuple[str, ...]) -> None:
     assert interfaces.parse(text) == expected
@@ -113,6 +113,83 @@ print(*interfaces.networks_of(["wire0", "wire1", "lo", "far0"]))
 )
 def test_the_interface_that_leads_to_an_address(address: str, interface: str) -> None:
     assert in_namespace(TWO_NETWORKS, f"print(interfaces.towards([{address!r}]))") == interface
+
+
+# What a host of a routed cluster looks like: two ways to the same networks, an address on no wire, a second table.
+ROUTED = (
+    TWO_NETWORKS
+    + """
+ip link add own0 type bridge
+ip addr add 10.200.0.1/32 dev own0
+ip link set own0 up
+ip route add 10.1.0.0/16 nexthop via 10.77.0.9 nexthop via 172.20.0.9
+ip route add 10.2.0.0/16 via 10.77.0.9
+ip route add 10.2.7.0/24 via 172.20.0.9
+ip route add default via 172.20.0.9 table 1001
+ip -6 route add fd00:99::/32 via fd00:77::9
+"""
+)
+
+
+@needs_namespace
+@pytest.mark.parametrize(
+    ("networks", "expected"),
+    [
+        ("10.77.0.5/32", "wire0 wire1"),  # table 1001 leads anywhere, through wire1
+        ("10.1.2.3/32", "wire0 wire1"),
+        ("10.2.7.1/32", "wire1"),
+        ("fd00:77::5/128", "wire0"),
+        ("fd00:99::5/128 10.2.7.1/32", "wire0 wire1"),
+        ("fd00:5::5/128", ""),
+    ],
+)
+def test_all_interfaces_that_lead_to_a_network_by_any_route(networks: str, expected: str) -> None:
+    code = f"""
+import ipaddress
+print(*sorted(interfaces.leading_to([ipaddress.ip_network(word) for word in {networks!r}.split()])))
+"""
+    assert in_namespace(ROUTED, code) == expected
+
+
+@needs_namespace
+def test_the_longest_prefix_decides_and_every_part_of_a_network_counts() -> None:
+    code = """
+import ipaddress
+for network in ("10.2.1.1/32", "10.2.7.1/32", "10.2.0.0/16", "10.2.7.0/25", "10.0.0.0/8", "10.9.9.9/32", "0.0.0.0/0"):
+    print(*sorted(interfaces.leading_to([ipaddress.ip_network(network)])))
+"""
+    setup = ROUTED.replace("ip route add default via 172.20.0.9 table 1001\n", "")
+    assert in_namespace(setup, code).splitlines() == [
+        "wire0",
+        "wire1",
+        "wire0 wire1",
+        "wire1",
+        "wire0 wire1",
+        "",
+        "wire0 wire1",
+    ]
+
+
+@needs_namespace
+def test_two_interfaces_on_one_network_both_lead_there() -> None:
+    """A host answers for both of its addresses on both of its wires (arp(7), arp_ignore 0)."""
+    both = ONE_NETWORK + "ip link add wire1 type veth peer name far1; ip addr add 10.77.0.2/24 dev wire1\n"
+    code = """
+import ipaddress
+print(*sorted(interfaces.leading_to([ipaddress.ip_network("10.77.0.5")])))
+"""
+    assert in_namespace(both + "ip link set wire1 up", code) == "wire0 wire1"
+
+
+@needs_namespace
+def test_the_addresses_of_this_host() -> None:
+    code = """
+print(*interfaces.own_addresses())
+print(*(interfaces.with_address(address) for address in ("172.20.0.1", "fd00:77:0::1", "127.0.0.1", "10.77.0.5")))
+"""
+    addresses, holders = in_namespace(TWO_NETWORKS, code).splitlines()
+    assert set(addresses.split()) == {"127.0.0.1", "::1", "10.77.0.1", "192.168.5.1", "fd00:77::1", "172.20.0.1"}
+    assert holders == "wire1 wire0 lo None"
 
 
 @needs_namespace

@@ -97,7 +97,7 @@ def _execute(arguments: Sequence[str]) -> int:
 def _run(launch: protection.Launch, guard: Guard | None, program: str) -> int:
     status = 0
     try:
-        with protection.protected(launch, guard):
+        with protection.protected(launch, guard, may_leave_job=True):
             status = _run_child(program, launch.job.command)
             if not launch.options.unprotected:
                 _tell_what_is_left(launch.policy.run_id, failed=status != 0)

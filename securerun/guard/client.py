@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import os
 import pwd
-import signal
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
+from securerun import threads
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Network, Policy
 from securerun.guard.processes import RUN_ID_VARIABLE
@@ -196,10 +196,7 @@ class Guard:
         return None
 
     def _listen(self) -> None:
-        """Listen in a thread of its own. Signals are the main thread's: blocked there, they would be handled late."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        threading.Thread(target=self._hear, name="securerun", daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        threads.start(self._hear, "securerun")
 
     def _hear(self) -> None:
         while True:

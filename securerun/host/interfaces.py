@@ -9,12 +9,15 @@ from collections.abc import Iterable, Sequence
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import Network, collapse
+from securerun.host.routes import Routes
+
+ANY = "any"
 
 
 def parse(text: str | None) -> tuple[str, ...]:
-    """The names in a list with commas, each once, in order."""
+    """The names in a list with commas, each once, in order; none for the word `any`."""
     words = (text or "").replace(",", " ").split()
-    return tuple(dict.fromkeys(words))
+    return () if words == [ANY] else tuple(dict.fromkeys(words))
 
 
 def names() -> tuple[str, ...]:
@@ -48,6 +51,28 @@ def with_networks() -> tuple[str, ...]:
     """The interfaces that `networks_of` knows a network of, in the kernel's order; never the loopback."""
     by_interface = _networks()
     return tuple(name for name in names() if by_interface.get(name))
+
+
+def leading_to(networks: Iterable[Network]) -> tuple[str, ...]:
+    """The interfaces that lead to any host of these networks, by this host's routes, in the kernel's order.
+
+    Where the hosts' own routes are the same, which is what networks are made for, their packets come in through these
+    and no others. Raises OSError where the kernel does not tell its routes.
+    """
+    devices = Routes().devices_to(networks)
+    return tuple(name for index, name in socket.if_nameindex() if index in devices)
+
+
+def with_address(address: str) -> str | None:
+    """The interface that has this address, the loopback included; None if none has."""
+    wanted = ipaddress.ip_address(address)
+    return next((name for name, own in _addresses().items() if any(wanted == one for one, _ in own)), None)
+
+
+def own_addresses() -> tuple[str, ...]:
+    """All addresses of this host but link-local ones, each once, in the interfaces' order."""
+    found = (address for own in _addresses().values() for address, _ in own if not address.is_link_local)
+    return tuple(dict.fromkeys(map(str, found)))
 
 
 def towards(addresses: Iterable[str]) -> str | None:

@@ -51,6 +51,11 @@ class Peers:
     fixed: tuple[Network, ...] = ()
     named: Mapping[str, tuple[Network, ...]] = field(default_factory=dict)
 
+    @property
+    def listed(self) -> tuple[Network, ...]:
+        """The networks one by one, before `networks` joined neighbours."""
+        return (*self.fixed, *(network for found in self.named.values() for network in found))
+
 
 def find_peers(
     options: Options,
@@ -87,9 +92,8 @@ def again(peers: Peers, resolve: Resolver = resolver.addresses_of) -> Peers:
     Takes `resolver.SECONDS` at most; it has nothing to ask where `peers.named` is empty.
     """
     outcomes = resolver.ask(peers.named, resolve)
-    named = {name: _now(outcomes[name], before) for name, before in peers.named.items()}
-    networks = collapse((*peers.fixed, *(network for found in named.values() for network in found)))
-    return replace(peers, networks=networks, named=named)
+    now = replace(peers, named={name: _now(outcomes[name], before) for name, before in peers.named.items()})
+    return replace(now, networks=collapse(now.listed))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,177 @@
+"""The interfaces that the libraries of a job use, as HCCL, gloo and NCCL are told by their variables.
+
+They are the default of `--interface`, with what it takes that no right job is cut off by it. A library's variable says
+which address that library takes, not which way packets come: HCCL may be told eth1 while the store is reached through
+eth0, and an interface that only has the address (a dummy, on hosts with routed addresses) sees no packet at all. But
+whoever connects is a peer, by its address, and its packets come in where this host's routes to it go out. So peers may
+come in through all that the variables name and all that leads to a peer, and through nothing else: not from the
+containers' bridges, not from the site's other networks. Where the routes cannot be told, any interface is right.
+
+HCCL: HCCL_IF_IP, HCCL_SOCKET_IFNAME and HCCL_SOCKET_FAMILY in the CANN environment variable reference (8.0 to 8.5).
+gloo: GLOO_SOCKET_IFNAME, whole names (torch, ProcessGroupGloo). NCCL: NCCL_SOCKET_IFNAME in NCCL's user guide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from securerun.errors import PolicyError
+from securerun.firewall.policy import Network, Policy
+from securerun.guard.protocol import MAXIMUM_INTERFACES
+from securerun.host import interfaces
+from securerun.options import Options
+
+ADDRESS = "HCCL_IF_IP"
+FAMILY = "HCCL_SOCKET_FAMILY"
+HCCL, GLOO, NCCL = "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+
+_VERSIONS = {"AF_INET": 4, "AF_INET6": 6}
+_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """The interfaces that peers come in through. names: none means any. reason: who says so, in words."""
+
+    names: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names) or interfaces.ANY} ({self.reason})"
+
+
+def entrance(options: Options, environment: Mapping[str, str], peers: Sequence[Network]) -> Entrance:
+    """Where these peers may come in: what the user says, else what the variables name and what leads to a peer.
+
+    A job without peers may have variables for another host: gloo and HCCL may not be used in it.
+    Raises PolicyError for an interface that this host does not have, and for a variable that cannot be read.
+    """
+    if options.interface is not None:
+        return Entrance(
+            interfaces.require(interfaces.parse(options.interface), options.interface_source), options.interface_source
+        )
+    if not peers:
+        return Entrance((), "no peer is to come in")
+    found = dict(_named(environment))
+    if not found:
+        return Entrance((), "no --interface, and no variable names one")
+    names = tuple(dict.fromkeys(name for group in found.values() for name in group))
+    return _with_ways(names, ", ".join(found), peers)
+
+
+def _with_ways(names: tuple[str, ...], source: str, peers: Iterable[Network]) -> Entrance:
+    """The interfaces that the variables name, and those that lead to a peer."""
+    try:
+        leading = interfaces.leading_to(peers)
+    except OSError as error:
+        return Entrance((), f"{source} names {_listed(names)}, and the routes cannot be told: {error}")
+    more = tuple(name for name in leading if name not in names)
+    if not _fit_a_policy((*names, *more)):
+        return Entrance((), f"{source} and the routes name more than a firewall can be told")
+    return Entrance((*names, *more), f"{source}; {_listed(more)} on the way to peers" if more else source)
+
+
+def warnings(environment: Mapping[str, str], peers: Sequence[Network]) -> Iterator[str]:
+    """What the user should know about HCCL's variables and who the peers are.
+
+    Raises PolicyError for a variable that HCCL would refuse.
+    """
+    version, source = _version(environment)
+    if peers and version is not None and not any(network.version == version for network in peers):
+        yield (
+            f"{source} has HCCL use IPv{version}, and no peer has such an address: its connections are turned away; "
+            f"name the peers' IPv{version} addresses too, or unset {source.partition('=')[0]}"
+        )
+
+
+def _named(environment: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each variable that is set, and the interfaces of this host that it names."""
+    here = interfaces.names()
+    address, pattern = environment.get(ADDRESS, "").strip(), environment.get(HCCL, "").strip()
+    if address:  # "HCCL_IF_IP > HCCL_SOCKET_IFNAME"
+        yield ADDRESS, (_holder(address),)
+    elif pattern:
+        yield HCCL, _matching(HCCL, pattern, here)
+    text = environment.get(GLOO, "").strip()
+    if text:
+        yield GLOO, _all_of(GLOO, text, here)
+    pattern = environment.get(NCCL, "").strip()
+    if pattern:
+        yield NCCL, _matching(NCCL, pattern, here)
+
+
+def _matching(variable: str, pattern: str, here: Sequence[str]) -> tuple[str, ...]:
+    """`eth,ib`: names that begin so; `=eth0,ib0`: these names; `^` before it: all others."""
+    rest = pattern.removeprefix("^")
+    excluding = rest != pattern
+    words = _words(rest.removeprefix("="))
+    exact = rest.startswith("=")
+    if not words:
+        raise PolicyError(f"{variable}={pattern} names no interface; {_advice(variable, here)}")
+    matching = [any(name == word if exact else name.startswith(word) for word in words) for name in here]
+    found = tuple(name for name, matches in zip(here, matching) if matches != excluding)
+    if not found:
+        what = "leaves no interface of this host" if excluding else "matches no interface of this host"
+        raise PolicyError(f"{variable}={pattern} {what}; {_advice(variable, here)}")
+    return found
+
+
+def _all_of(variable: str, text: str, here: Sequence[str]) -> tuple[str, ...]:
+    words = _words(text)
+    missing = [word for word in words if word not in here]
+    if missing or not words:
+        raise PolicyError(
+            f"{variable}={text}: there is no interface {(missing or [text])[0]!r} here; {_advice(variable, here)}"
+        )
+    return words
+
+
+def _holder(text: str) -> str:
+    """The interface that has HCCL's address."""
+    address = _address(text)
+    name = interfaces.with_address(str(address))
+    if name is None:
+        raise PolicyError(f"{ADDRESS}={text}: no interface of this host has that address; see `ip addr`, or unset it")
+    return name
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    with contextlib.suppress(ValueError):
+        # HCCL takes an interface's name after the address, with either version.
+        return ipaddress.ip_address(text.partition("%")[0])
+    raise PolicyError(f"{ADDRESS}={text} is no IP address; write export {ADDRESS}=10.0.0.1, or unset it")
+
+
+def _version(environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """The IP version that HCCL is told to use, if it is told, and by what."""
+    family, address = environment.get(FAMILY, "").strip(), environment.get(ADDRESS, "").strip()
+    if family and family not in _VERSIONS:
+        raise PolicyError(f"{FAMILY}={family} is no address family of HCCL's; write AF_INET or AF_INET6, or unset it")
+    if address:
+        return _address(address).version, f"{ADDRESS}={address}"
+    return _VERSIONS.get(family), f"{FAMILY}={family}"
+
+
+def _fit_a_policy(names: Sequence[str]) -> bool:
+    """Whether a policy can hold these names, and a guard be told of them."""
+    try:
+        Policy("0" * 12, (), (), tuple(names))
+    except PolicyError:
+        return False
+    return len(names) <= MAXIMUM_INTERFACES
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _advice(variable: str, here: Sequence[str]) -> str:
+    return f"this host has {_listed(here)}; correct or unset {variable}, or say --interface NAMES (`any` for all)"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
