@@ -34,7 +34,10 @@ JOB = str(TESTS / "parity_job.py")
 RUN_ID = "sameid"
 
 _COMMANDS = Path(sys.executable).parent
-_MODULES = {"torchrun": "torch.distributed.run", "securerun": "securerun"}
+_MODULES = {
+    "torchrun": {"run": "torch.distributed.run", "launch": "torch.distributed.launch"},
+    "securerun": {"run": "securerun", "launch": "securerun.launch"},
+}
 _SECONDS = 90
 # What the tests themselves make is for nobody else, so that no umask shows on it.
 _PRIVATE_FILE = 0o600
@@ -49,8 +52,8 @@ _TAKE_TERMINAL = (
 _BY_NATURE: tuple[tuple[str, str], ...] = (
     # Two launchers are two programs.
     (rf"{re.escape(str(_COMMANDS))}/(torchrun|securerun)\b", "LAUNCHER"),
-    (r"^(torch\.distributed\.run|securerun)$", "LAUNCHER"),
-    (r"^(usage: )?(torchrun|securerun|run\.py|__main__\.py)(: error:| \[-h\])", r"\1LAUNCHER\3"),
+    (r"^(torch\.distributed\.(run|launch)|securerun(\.launch)?)$", "LAUNCHER"),
+    (r"^(usage: )?(torchrun|securerun|run\.py|launch\.py|__main__\.py)(: error:| \[-h\])", r"\1LAUNCHER\3"),
     # Securerun's own words, which it says on standard error behind its name.
     (r"^securerun: .*\n", ""),
     # Which of two nodes leaves first; the store at which they meet goes with one of them.
@@ -62,6 +65,8 @@ _BY_NATURE: tuple[tuple[str, str], ...] = (
     (r"^E.*\] Error waiting on exit barrier\. .*\n(E.* torch/distributed/elastic/agent/server/api\.py.*\n)*", ""),
     # Where a traceback of the launcher's leads through: other functions on the way to torch's.
     (r"^  File \".*\n(    .*\n)*", ""),
+    # Who calls a function that warns: the line where it does, and that line's text.
+    (r"^\S+:\d+: (FutureWarning: (.*\n)*?)  \S+\(.*\)\n", r"\1"),
     # A run without an id of its own gets a random one: torch/distributed/run.py, run().
     (r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID"),
     # tempfile.mkdtemp()
@@ -127,10 +132,10 @@ class Pair:
         prefix: Sequence[str] = (),
         env: Mapping[str, str | None] | None = None,
         umask: int = 0o022,
-        as_module: bool = False,
+        module: str | None = None,
     ) -> Seen:
         """Launch on both sides, wait for the end, and return what was seen, which was the same."""
-        self.start(*arguments, prefix=prefix, env=env, umask=umask, as_module=as_module)
+        self.start(*arguments, prefix=prefix, env=env, umask=umask, module=module)
         return self.end()
 
     def start(
@@ -140,16 +145,17 @@ class Pair:
         prefix: Sequence[str] = (),
         env: Mapping[str, str | None] | None = None,
         umask: int = 0o022,
-        as_module: bool = False,
+        module: str | None = None,
         terminal: bool = False,
     ) -> None:
         """Launch on one node of both sides.
 
-        prefix: a command that arranges things and then becomes the launcher. as_module: launch by `python -m`.
+        prefix: a command that arranges things and then becomes the launcher.
+        module: launch by `python -m` what is called by that name, `run` or `launch`, in place of the command.
         terminal: let all standard streams be a terminal's, and the launcher its foreground.
         """
         for side in self.sides:
-            side.start([*prefix, *side.launcher(as_module), *arguments], node, env, umask, terminal)
+            side.start([*prefix, *side.launcher(module), *arguments], node, env, umask, terminal)
 
     def wait_for(self, pattern: str, *, count: int = 1) -> None:
         """Wait until as many files of that pattern lie in each side's directory."""
@@ -211,8 +217,9 @@ class Side:
         self._terminal: Terminal | None = None
         (place / "tmp").mkdir(mode=_PRIVATE_DIRECTORY, parents=True)
 
-    def launcher(self, as_module: bool) -> list[str]:
-        return [sys.executable, "-m", _MODULES[self.name]] if as_module else [str(_COMMANDS / self.name)]
+    def launcher(self, module: str | None) -> list[str]:
+        # By this interpreter, since pip may have written different names of it into the first lines of two scripts.
+        return [sys.executable, *(("-m", _MODULES[self.name][module]) if module else (str(_COMMANDS / self.name),))]
 
     def start(
         self,

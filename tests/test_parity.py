@@ -106,7 +106,7 @@ def test_limits_priority_and_ignored_signals_are_handed_on(pair: Pair) -> None:
         'taskset -c 0 "$@" < parity_input'
     )
     pair.touch("parity_input")
-    seen = pair.run(WORLD, prefix=_shell(arrange), umask=0o077, as_module=True)
+    seen = pair.run(WORLD, prefix=_shell(arrange), umask=0o077, module="run")
     itself = seen.world()["itself"]
     assert isinstance(itself, dict)
     assert (itself["nice"], itself["oom_score_adj"], itself["Umask"], itself["Cpus_allowed_list"]) == (
@@ -114,6 +114,13 @@ def test_limits_priority_and_ignored_signals_are_handed_on(pair: Pair) -> None:
         *("0077", "0"),
     )
     assert seen.files["world"].mode == "0700"
+
+
+@pytest.mark.parametrize("option", ["--use-env", "--master-port=29500"])
+def test_scripts_of_the_old_launch_module_find_what_they_found(pair: Pair, option: str) -> None:
+    seen = pair.run(option, "--nproc-per-node", "2", WORLD, module="launch")
+    told = [] if option == "--use-env" else ["--local-rank=1"]
+    assert (seen.status, seen.output[1]) == ([0], f"worker 1 says {told}")
 
 
 def test_a_terminal_is_a_terminal_and_ctrl_c_ends_the_job(pair: Pair) -> None:
@@ -268,12 +275,12 @@ def test_a_job_that_ends_well_may_leave_processes_behind(pair: Pair) -> None:
 def test_python_callers_get_what_torchruns_main_gives(pair: Pair) -> None:
     call = (
         "import importlib, sys\n"
-        "module = {'torchrun': 'torch.distributed.run', 'securerun': 'securerun.run'}[sys.argv[1].split('/')[-1]]\n"
+        "module = {'torchrun': 'torch.distributed.run', 'securerun': 'securerun.run'}[sys.argv[2].split('/')[-1]]\n"
         "try:\n"
         f"    importlib.import_module(module).main(['--nproc-per-node', '2', {JOB!r}, 'fail', 'exit'])\n"
         "except Exception as error:\n"
         "    print(type(error).__name__, {rank: failure.exitcode for rank, failure in error.failures.items()})\n"
-        "print(sys.argv[2:])\n"
+        "print(sys.argv[3:])\n"
     )
     seen = pair.run("untouched", prefix=[sys.executable, "-c", call])
     assert (seen.status, seen.output[0], seen.output[-1]) == ([0], "ChildFailedError {1: 3}", "worker 0 got SIGTERM")
