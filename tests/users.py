@@ -167,6 +167,10 @@ class PrivateMachine:
         place = self.place(RECORDS)
         return frozenset(os.listdir(place)) if place.is_dir() else None
 
+    def runs(self) -> frozenset[str]:
+        """The names of the runs' records, without what lies beside them."""
+        return frozenset(name for name in self.records() or () if name.endswith(".json"))
+
     def command(
         self,
         argv: Sequence[Argument],
