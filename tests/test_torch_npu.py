@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jobs
 import npu
 import pytest
-from hosts import Host, Network, finish, finish_all, machine_snapshot
+from hosts import Host, Network, finish, machine_snapshot
 from probe import Probe, reach
 from test_two_nodes import nothing_left_behind
 
@@ -22,6 +23,7 @@ _TIERED = "--enable_tiered_parallel_tcpstore=true"
 # torch_npu/csrc/distributed: the name of the abstract unix socket (unix(7)) on which an agent serves its workers.
 _LOCAL_SOCKET = "@local_abstract_namespace"
 _STORE = 29500
+_FAREWELL_SECONDS = 15.0
 
 Environment = Mapping[str, str]
 
@@ -58,8 +60,8 @@ def test_stranger_cannot_reach_any_port_of_two_nodes_under_torch_npu_run(
         local_sockets = [_local_sockets(node) for node in (node0, node1)]
         from_peer = {**reach(node1, targets[node0]), **reach(node0, targets[node1])}
         (tmp_path / "go on").touch()
-        done = finish_all(started, timeout=120)
-    assert [node_done.returncode for node_done in done] == [0, 0], done
+        done = _finish_both(started)
+    assert _ended_well(done), done
     assert jobs.last_loss(done[0].stdout) < 0.6
     assert (node0.ipv4, _STORE) in targets[node0]
     assert set(npu.HCCL_PORTS) <= {port for _, port in targets[node1]}
@@ -81,8 +83,8 @@ def test_torch_npu_run_lets_the_stranger_in_where_securerun_does_not(
         started = _start_on_both(network, (npu.TORCH_NPU_RUN,), environment, tmp_path, workers=1)
         _wait_for_training(started, tmp_path, 2)
         (tmp_path / "go on").touch()
-        done = finish_all(started, timeout=120)
-    assert [node_done.returncode for node_done in done] == [0, 0], done
+        done = _finish_both(started)
+    assert _ended_well(done), done
     assert {_STORE, *npu.HCCL_PORTS} <= {port for _, port in probe.reached}
 
 
@@ -336,6 +338,26 @@ def _start_on_both(
         workers=workers,
         env=environment,
     )
+
+
+def _finish_both(started: Sequence[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """The ends of two nodes.
+
+    Agents meet a last time at the store, and the one that has it may leave first. torch_npu's store lets the other wait
+    for the 300 s of torch's exit_barrier_timeout then, about every fifth time, with and without securerun.
+    """
+    with ThreadPoolExecutor(len(started)) as readers:
+        done = [readers.submit(finish, process, timeout=150) for process in started]
+        done[0].result()
+        if wait(done, timeout=_FAREWELL_SECONDS).not_done:
+            started[1].terminate()
+        return [node_done.result() for node_done in done]
+
+
+def _ended_well(done: Sequence[subprocess.CompletedProcess[str]]) -> bool:
+    """Whether both nodes did all of their work; torch says this at its exit barrier alone (agent/server/api.py)."""
+    first, second = done
+    return first.returncode == 0 and (second.returncode == 0 or "Got termination signal" in second.stderr)
 
 
 def _wait_for_training(started: list[subprocess.Popen[str]], place: Path, workers: int) -> None:
