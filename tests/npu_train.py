@@ -3,7 +3,7 @@
     torch_npu_run ... tests/npu_train.py [--hccl] [--wait DIRECTORY]
 
 With --hccl each worker has a child that listens on HCCL's ports. With --wait each worker says in DIRECTORY that it has
-trained, and goes on when there is a file `go on`.
+trained, goes on when there is a file `go on`, and says when it is done.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def main() -> None:
         if options.wait:
             wait(options.wait)
         dist.barrier()
+    rank = dist.get_rank()
     dist.destroy_process_group()
+    if options.wait:
+        (options.wait / f"done {rank}").touch()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import Host, Network, eventually, finish_all, machine_snapshot
+from hosts import Host, Network, cgroup2_mount, eventually, finish_all, machine_snapshot
 from probe import Probe, reach
 
 HOLDER = Path(__file__).parent / "holder.py"
@@ -276,6 +276,27 @@ def test_guard_is_small_and_in_a_session_of_its_own(network: Network) -> None:
         assert f"securerun-{holder.start['run_id']}" not in Path(f"/proc/{guard}/cgroup").read_text()
         maps = Path(f"/proc/{guard}/maps").read_text()
         assert "torch" not in maps
+
+
+def test_guard_sleeps_while_nothing_happens_and_after_something_did(network: Network) -> None:
+    """Something that is never read wakes poll(2) for ever; how often a process reads is what proc(5) counts."""
+    node, _, _ = network
+    with held(node) as holder:
+        guard = next(pid for pid in node.processes() if Path(f"/proc/{pid}/comm").read_text() == "securerun-guard\n")
+        mount = cgroup2_mount()
+        assert mount is not None
+        (cgroup,) = mount.rglob(f"securerun-{holder.start['run_id']}")
+        for frozen in ("1", "0"):
+            (cgroup / "cgroup.freeze").write_text(frozen)
+        time.sleep(0.5)
+        before = _reads_of(guard)
+        time.sleep(1)
+        assert _reads_of(guard) - before < 200
+
+
+def _reads_of(pid: int) -> int:
+    (line,) = (line for line in Path(f"/proc/{pid}/io").read_text().splitlines() if line.startswith("syscr:"))
+    return int(line.split()[1])
 
 
 def test_guard_of_a_killed_launcher_ends_what_is_left_and_cleans(network: Network) -> None:

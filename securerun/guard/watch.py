@@ -121,8 +121,10 @@ class Watch:
             self._poller.register(self._deletions.fileno(), select.POLLIN)
 
     def _take_in(self, ready: set[int]) -> None:
-        """Read what netfilter has to say: who was dropped, and whether rules were deleted."""
-        drops, deletions = self._lease.drops, self._deletions
+        """Read what there is: who was dropped, whether rules were deleted, what happened to the job's cgroup."""
+        drops, deletions, cgroup = self._lease.drops, self._deletions, self._lease.cgroup
+        if cgroup is not None and cgroup.events in ready:
+            cgroup.populated()  # poll(2) returns at once until the change has been read (kernfs_generic_poll)
         if drops is not None and drops.fileno() in ready:
             drops.read()
         if deletions is not None and deletions.fileno() in ready and deletions.heard():
