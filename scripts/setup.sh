@@ -32,6 +32,8 @@ missing_packages() {
     # The Slurm example runs on a cluster of its own.
     [ "$extra" != test ] || { command -v slurmctld && command -v slurmd && command -v munged; } > /dev/null ||
         echo slurm-wlm munge
+    # The page of --report is looked at in a browser.
+    [ "$extra" != test ] || command -v chromium > /dev/null || echo chromium fonts-noto-core
     # Debian's python3 comes without what makes virtual environments.
     python3 -c 'import ensurepip, venv' 2> /dev/null || echo python3 python3-venv
 }

@@ -74,9 +74,10 @@ def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
         raise PolicyError(_too_weak("--loopback job", enclosing, "its loopback is open to this host"))
     met = {"scope"} if asked.scope == "process" else set()
     differing = [name for name, value in _given(asked).items() if known.get(name, _default(name)) != value]
-    return [f"--{name.replace('_', '-')}" for name in differing if name not in met] + [
-        "--unprotected"
-    ] * asked.unprotected
+    # Of variables the launchers inside know as well: SECURERUN_REPORT was meant for the one that took the lease.
+    reports = asked.report is not None and asked.report_source == "--report"
+    others = ["--unprotected"] * asked.unprotected + ["--report"] * reports
+    return [f"--{name.replace('_', '-')}" for name in differing if name not in met] + others
 
 
 def _given(asked: Options) -> dict[str, str | bool]:

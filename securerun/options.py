@@ -13,7 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
@@ -167,6 +167,14 @@ OPTIONS: tuple[Option, ...] = (
         "Start the job where nothing can be installed: the umask is set, every port stays open to every host.",
     ),
     Option(
+        "report",
+        "When the job has ended, write what it was protected by, who was turned away and how it ended to this file: "
+        "JSON, or a page for people where the name ends in .html.",
+        metavar="FILE",
+        example="--report run.html",
+        in_file=False,
+    ),
+    Option(
         "dry-run",
         "Print the whole plan and start nothing.",
         in_file=False,
@@ -178,7 +186,10 @@ _BY_SPELLING: Mapping[str, Option] = {spelling: option for option in OPTIONS for
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked of securerun, with the place it came from where a message names it."""
+    """What the user asked of securerun, with the place it came from where a message names it.
+
+    origins: for every key that is not left at its default, where its value stands: a flag, a variable, a file.
+    """
 
     peers: str | None = None
     peers_source: str = "--peers"
@@ -199,7 +210,10 @@ class Options:
     launcher: str = "auto"
     accept: bool = False
     unprotected: bool = False
+    report: str | None = None
+    report_source: str = "--report"
     dry_run: bool = False
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def take(arguments: Sequence[str], values_of: Arity) -> tuple[dict[str, Value], list[str]]:
@@ -263,16 +277,18 @@ def resolve(taken: Mapping[str, Value], environment: Mapping[str, str], config_p
     Raises UsageError for a value that an option does not take, and for a site file that cannot be read.
     """
     in_file = _read_site_file(config_path)
-    sourced = {field.name for field in fields(Options)}
+    sourced = {known.name for known in fields(Options)}
     settings: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for option in OPTIONS:
         found = _from_flag(option, taken) or _from_environment(option, environment) or in_file.get(option.key)
         if found is None:
             continue
         settings[option.key] = found.value
+        origins[option.key] = found.source
         if f"{option.key}_source" in sourced:
             settings[f"{option.key}_source"] = found.source
-    return Options(**settings)
+    return Options(**settings, origins=origins)
 
 
 def seconds(text: str, source: str) -> float:
@@ -285,11 +301,12 @@ def seconds(text: str, source: str) -> float:
 def help_text(options: Sequence[Option] = OPTIONS, before: str = "the script") -> str:
     """The block of `--help` that stands beside torch's own, or that of a command which begins `before` another."""
     width = help_width()
+    flags = " and ".join(option.flag for option in OPTIONS if not option.in_file)
     lines = [
         "securerun options:",
         *textwrap.wrap(
             f"before {before}, in any order, by their full names; each also as an environment variable "
-            f"(SECURERUN_PEERS, SECURERUN_DRY_RUN, ...) and, --dry-run aside, as a key in {SITE_CONFIG}",
+            f"(SECURERUN_PEERS, SECURERUN_DRY_RUN, ...) and, {flags} aside, as a key in {SITE_CONFIG}",
             width,
             initial_indent="  ",
             subsequent_indent="  ",

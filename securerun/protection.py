@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable
@@ -21,6 +21,7 @@ from securerun.firewall.policy import Policy, PortRange
 from securerun.guard.client import Guard
 from securerun.guard.protocol import Notice, Order, printable
 from securerun.host import interfaces
+from securerun.news import Finished, Gone, Hear, Installed, Renewed, nobody
 from securerun.renewal import Renewal
 
 if TYPE_CHECKING:
@@ -126,7 +127,25 @@ def print_plan(launch: Launch) -> None:
 
 
 @contextmanager
-def protected(launch: Launch, guard: Guard | None, *, may_leave_job: bool = False) -> Iterator[None]:
+def reported(asked: Options, command: Sequence[str], began: float) -> Iterator[Hear]:
+    """Write a report of the block, if one is asked for, from what is told to the function that is yielded.
+
+    began: when the launcher started, in seconds since the epoch.
+    Raises UsageError, before the block, for a report that could not be written.
+    """
+    if asked.report is None or asked.dry_run:
+        yield nobody
+        return
+    from securerun import report
+
+    with report.kept(asked.report, asked.report_source, command, began) as journal:
+        yield journal.hear
+
+
+@contextmanager
+def protected(
+    launch: Launch, guard: Guard | None, hear: Hear = nobody, *, may_leave_job: bool = False
+) -> Iterator[None]:
     """Protect this process and all that it starts in the block, as the launch asks; `guard` is one made early.
 
     may_leave_job: whether a block that ends well may have left the job running, as with nohup. One that raises is a job
@@ -134,7 +153,8 @@ def protected(launch: Launch, guard: Guard | None, *, may_leave_job: bool = Fals
     """
     for warning in launch.peers.warnings:
         say(warning)
-    with _whitelisted(launch, may_leave_job) as change_whitelist, _layers(launch, guard, change_whitelist):
+    hear(launch)
+    with _whitelisted(launch, may_leave_job) as change_whitelist, _layers(launch, guard, change_whitelist, hear):
         _warn_of_root()
         yield
 
@@ -150,13 +170,15 @@ def rely_on(run: Enclosing, asked: Options) -> None:
 
 
 def _layers(
-    launch: Launch, guard: Guard | None, change_whitelist: Callable[[Peers], None]
+    launch: Launch, guard: Guard | None, change_whitelist: Callable[[Peers], None], hear: Hear
 ) -> AbstractContextManager[None]:
-    return _unprotected() if launch.options.unprotected else _guarded(guard or Guard(), launch, change_whitelist)
+    if launch.options.unprotected:
+        return _unprotected(hear)
+    return _guarded(guard or Guard(), launch, change_whitelist, hear)
 
 
 @contextmanager
-def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], None]) -> Iterator[None]:
+def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], None], hear: Hear) -> Iterator[None]:
     """Have this process guarded; let the guard go when the job is over, and say who was turned away."""
     from securerun import words
 
@@ -166,10 +188,13 @@ def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], N
     def change_peers(before: Peers, now: Peers) -> None:
         guard.change_peers(now.networks)
         change_whitelist(now)
+        hear(Renewed(before, now))
         say(words.renewed(before, now))
 
     renewal = Renewal(launch.peers, change_peers)
-    guarding = guard.guard(Order(policy, asked.firewall, asked.scope, launch.grace, command), _teller(renewal))
+    order = Order(policy, asked.firewall, asked.scope, launch.grace, command)
+    guarding = guard.guard(order, _teller(renewal, hear))
+    hear(Installed(guarding, guard.way))
     shield = any(layer.backend == "shield" for layer in guarding.layers)
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(asked, shield=shield)
     for line in words.start(policy, launch.peers, launch.entrance, guarding, launch.umask, guard.way):
@@ -182,7 +207,8 @@ def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], N
     finally:
         # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-        _say_farewell(guard, policy, failed)
+        hear(Finished(failed))
+        _say_farewell(guard, policy, failed, hear)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -214,14 +240,17 @@ def _whitelisted(launch: Launch, may_leave_job: bool) -> Iterator[Callable[[Peer
 
 
 @contextmanager
-def _unprotected() -> Iterator[None]:
+def _unprotected(hear: Hear) -> Iterator[None]:
     """Warn before and after, so that it stands at both ends of a long log."""
     from securerun import words
 
     say(words.unprotected())
+    failed = True
     try:
         yield
+        failed = False
     finally:
+        hear(Finished(failed))
         say(words.unprotected())
 
 
@@ -235,11 +264,12 @@ def _listed(value: str | Iterable[int | str]) -> str:
     return value if isinstance(value, str) else ",".join(map(str, value))
 
 
-def _teller(renewal: Renewal) -> Callable[[Notice], None]:
+def _teller(renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
     """What takes the news from the guard, while the job runs."""
     from securerun import words
 
     def tell(notice: Notice) -> None:
+        hear(notice)
         for line in words.news(notice):
             say(line)
         if notice.denied:
@@ -248,10 +278,11 @@ def _teller(renewal: Renewal) -> Callable[[Notice], None]:
     return tell
 
 
-def _say_farewell(guard: Guard, policy: Policy, failed: bool) -> None:
+def _say_farewell(guard: Guard, policy: Policy, failed: bool, hear: Hear) -> None:
     from securerun import words
 
     released = guard.release(failed)
+    hear(released or Gone())
     for line in words.end(policy, released.denied if released else None):
         say(line)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from securerun.enclosing import Enclosing
 from securerun.errors import UsageError
 from securerun.guard.client import Guard
 from securerun.host import system, umask
+from securerun.protection import Launch
 
 if TYPE_CHECKING:
     from securerun.job.launchers import Command, Job, Launcher
@@ -36,12 +38,13 @@ class _Ready:
     """What is ready before torch, which takes its time, has been imported.
 
     guard: one that waits for its order; None where none is needed. around: the run that this process is in already.
-    user: who this process has become, as --run-as says.
+    user: who this process has become, as --run-as says. began: when that was, in seconds since the epoch.
     """
 
     guard: Guard | None
     around: Enclosing | None
     user: str | None
+    began: float
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -60,12 +63,13 @@ def start(args: Sequence[str] | None, only: Launcher | None = None, *, recorded:
     """
     as_command = args is None
     arguments = list(sys.argv[1:] if args is None else args)
+    began = time.time()
     with spoken_errors():
         system.require_supported()
         umask.tighten(f"{umask.LEAST:04o}")
         around = enclosing.find(os.environ)
         guard = None if around or _NEED_NO_GUARD.intersection(arguments) else Guard()
-        ready = _Ready(guard, around, _become_user(arguments))
+        ready = _Ready(guard, around, _become_user(arguments), began)
         record = _import_torch()
     launch = record(_launch) if recorded else _launch
     launch(arguments, ready, as_command, only)
@@ -77,10 +81,7 @@ def _launch(arguments: Sequence[str], ready: _Ready, as_command: bool, only: Lau
     """All that torchrun does inside its one `@record`, so that errors leave the same error files."""
     with spoken_errors():
         command, asked = _understand(arguments, only)
-        if asked.run_as != ready.user:
-            raise UsageError(
-                f"--run-as {ready.user}: is it securerun's option or the script's? Write `--` before the script"
-            )
+        _require_same_user(asked, ready.user)
         if as_command:
             sys.argv[1:] = command.arguments
         in_force = umask.tighten(asked.umask, asked.umask_source)
@@ -89,12 +90,33 @@ def _launch(arguments: Sequence[str], ready: _Ready, as_command: bool, only: Lau
             if not asked.dry_run:
                 command.run()
                 return
-        launch = protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
-        if asked.dry_run:
-            protection.print_plan(launch)
-            return
-        with protection.protected(launch, ready.guard), _closing_what_frames_hold():
-            command.run()
+        with protection.reported(asked, [*sys.argv[:1], *arguments], ready.began) as hear:
+            launch = protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
+            if asked.dry_run:
+                protection.print_plan(launch)
+                return
+            with protection.protected(launch, ready.guard, hear), _closing_what_frames_hold():
+                command.run()
+
+
+def plan(arguments: Sequence[str]) -> Launch:
+    """The launch that these arguments of securerun's would be; nothing is started.
+
+    Raises SecurerunError where the launch would be refused, and SystemExit where torch's own parser refuses it.
+    """
+    system.require_supported()
+    user = _become_user(arguments)
+    _import_torch()
+    command, asked = _understand(arguments, None)
+    _require_same_user(asked, user)
+    in_force = umask.tighten(asked.umask, asked.umask_source)
+    return protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
+
+
+def _require_same_user(asked: Options, user: str | None) -> None:
+    """Refuse a command line of which torch's parser says, too late, that --run-as is not meant for securerun."""
+    if asked.run_as != user:
+        raise UsageError(f"--run-as {user}: is it securerun's option or the script's? Write `--` before the script")
 
 
 def _become_user(arguments: Sequence[str]) -> str | None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from securerun.firewall import iptables, nftables, shield
-from securerun.firewall.iptables import Dispatcher
-from securerun.firewall.policy import Denial, Network, Policy
-from securerun.guard.protocol import Guarding, Notice
+from securerun.guard.protocol import printable
 from securerun.guard.ways import DIRECTLY
-from securerun.job.hccl import Entrance
-from securerun.job.launchers import Job
-from securerun.job.peers import Peers
-from securerun.options import Options
+
+if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
+    from securerun.firewall.policy import Denial, Network, Policy
+    from securerun.guard.protocol import Guarding, Notice
+    from securerun.job.hccl import Entrance
+    from securerun.job.launchers import Job
+    from securerun.job.peers import Peers
+    from securerun.options import Options
 
 _NETWORKS_NAMED = 4
 _DENIALS_NAMED = 10
@@ -21,13 +23,12 @@ _SCOPES = {
     "process": "the shield on every socket of the job, whatever its port",
     "ports": "no shield; each port of the job as it appears, by the port chains",
 }
-_NOTHING_INSTALLED = Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
 
 
 def start(policy: Policy, peers: Peers, entrance: Entrance, guarding: Guarding, umask: int, way: str) -> Iterator[str]:
     """What is closed, by what, and to whom it is open."""
     run = f"run {policy.run_id}: "
-    yield f"{run}open to {_open_to(policy, peers, entrance)}; umask {umask:04o}; guard started {way}"
+    yield f"{run}open to {open_to(policy, peers, entrance)}; umask {umask:04o}; guard started {way}"
     for layer in guarding.layers:
         what = "every TCP port of this job" if layer.backend == "shield" else f"TCP ports {_ports(policy)}"
         yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
@@ -47,7 +48,7 @@ def end(policy: Policy, denied: Sequence[Denial] | None) -> Iterator[str]:
         yield f"{run}nobody was turned away"
         return
     for denial in denied[:_DENIALS_NAMED]:
-        yield f"{run}{_blocked(denial)}"
+        yield f"{run}{blocked(denial)}"
     if len(denied) > _DENIALS_NAMED:
         yield f"{run}blocked {len(denied) - _DENIALS_NAMED} more pairs of source and port"
     yield f"{run}if one of these is a node of this job, add it with --peers"
@@ -56,7 +57,7 @@ def end(policy: Policy, denied: Sequence[Denial] | None) -> Iterator[str]:
 def news(notice: Notice) -> Iterator[str]:
     """What happens while the job runs."""
     for denial in notice.denied:
-        yield f"{_blocked(denial)}; if it is a node of this job, add it with --peers"
+        yield f"{blocked(denial)}; if it is a node of this job, add it with --peers"
     yield from notice.words
 
 
@@ -72,14 +73,43 @@ def plan(job: Job, policy: Policy, peers: Peers, entrance: Entrance, options: Op
     """The whole plan of a launch for a person: what would listen, who may connect, and the text of each layer."""
     sections = [*_summary(job, policy, peers, entrance, options, umask, origin)]
     if options.firewall == "nftables":
-        sections += ["", "# nft -f", nftables.render(policy, None).rstrip()]
+        sections += ["", nftables_rules(policy).rstrip()]
     elif options.firewall != "off":
-        for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore")):
-            text = iptables.render_install(policy, version, _NOTHING_INSTALLED)
-            sections += ["", f"# {command} --noflush   (the first run on a host)", text.rstrip()]
+        sections += ["", iptables_rules(policy).rstrip()]
     if options.scope != "ports":
+        from securerun.firewall import shield
+
         sections += ["", "# shield", shield.describe(policy).rstrip()]
     return "\n".join(sections) + "\n"
+
+
+def iptables_rules(policy: Policy) -> str:
+    """What iptables-restore and ip6tables-restore are given, on a host where no run has installed anything yet."""
+    from securerun.firewall import iptables
+
+    nothing = iptables.Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
+    texts = (
+        f"# {command} --noflush   (the first run on a host)\n" + iptables.render_install(policy, version, nothing)
+        for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore"))
+    )
+    return "\n".join(texts)
+
+
+def nftables_rules(policy: Policy) -> str:
+    """What libnftables is given. `nft -f` would take it, and own the table only until it ends."""
+    from securerun.firewall import nftables
+
+    return f"# nft -f\n{nftables.render(policy, None)}"
+
+
+def about(job: Job, policy: Policy, peers: Peers, entrance: Entrance) -> list[str]:
+    """What a plan is for, a line each: the head of a script."""
+    lines = [
+        _row("command", " ".join(job.command)),
+        *_port_rows(policy),
+        _row("open to", open_to(policy, peers, entrance)),
+    ]
+    return [printable(line) for line in lines]
 
 
 def origin(obstacles: Mapping[str, str], *, may_leave: bool) -> str:
@@ -124,12 +154,9 @@ def _summary(
     rank = f"; this is node {job.node_rank}" if job.max_nodes else ""
     yield _row("rendezvous", f"{meeting}; {job.nodes}{rank}")
     yield _row("command", " ".join(job.command))
-    label = "ports"
-    for port in policy.ports:
-        yield _row(label, f"{port!s:<12} {port.purpose}")
-        label = ""
+    yield from _port_rows(policy)
     closed = "closed when they appear" if options.scope == "ports" else "closed by the shield"
-    yield _row(label, f"{'any other':<12} chosen at random by gloo, NCCL or torch: {closed}")
+    yield _row("" if policy.ports else "ports", f"{'any other':<12} chosen at random by gloo, NCCL or torch: {closed}")
     label = "peers"
     for network in policy.peers:
         yield _row(label, str(network))
@@ -148,9 +175,15 @@ def _summary(
     yield _row("guard", origin)
 
 
-def _blocked(denial: Denial) -> str:
+def _port_rows(policy: Policy) -> Iterator[str]:
+    for number, port in enumerate(policy.ports):
+        yield _row("" if number else "ports", f"{port!s:<12} {port.purpose}")
+
+
+def blocked(denial: Denial) -> str:
+    """Who was turned away from which port, and how often."""
     port = denial.port or "a port that could not be read"
-    return f"blocked {denial.source} → {port} ({_count(denial.packets, 'attempt')})"
+    return f"blocked {denial.source} → {port} ({count(denial.packets, 'attempt')})"
 
 
 def _row(label: str, text: str) -> str:
@@ -161,7 +194,8 @@ def _target(policy: Policy) -> str:
     return "ACCEPT" if policy.accept else "RETURN, to the host's own rules"
 
 
-def _open_to(policy: Policy, peers: Peers, entrance: Entrance) -> str:
+def open_to(policy: Policy, peers: Peers, entrance: Entrance) -> str:
+    """Who may connect, the first few of many, who said so, and through what."""
     if not policy.peers:
         return f"no other host ({peers.source})"
     through = f" through {entrance}" if entrance.names else ""
@@ -186,5 +220,6 @@ def _listed(parts: Iterable[str]) -> str:
     return ", ".join(parts)
 
 
-def _count(number: int, thing: str) -> str:
+def count(number: int, thing: str) -> str:
+    """A number of things, in words."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

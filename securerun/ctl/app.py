@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any, NoReturn
+from enum import Enum
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -17,9 +18,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich takes as long as all the rest of a start
 )
 
-setup = typer.Typer(help="Print what lets ordinary users have their jobs guarded.", no_args_is_help=True)
+setup = typer.Typer(
+    help="Print what lets ordinary users have their jobs guarded.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(setup, name="setup")
 
 
@@ -31,19 +35,68 @@ class _Unparsed(TyperCommand):
         return args
 
 
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+# Our own options end where those of the launch begin, with `--` between or without.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+class PlanFormat(str, Enum):
+    """The forms of a plan."""
+
+    TABLE, JSON, IPTABLES, NFT, SH = "table", "json", "iptables", "nft", "sh"
 
 
 @app.command(
     context_settings=_PASS_ON,
     short_help="Print the plan of a launch and start nothing.",
-    options_metavar="-- [OPTIONS] SCRIPT [ARGUMENTS]",
+    options_metavar="[--format FORMAT] -- [OPTIONS] SCRIPT [ARGUMENTS]",
 )
-def plan(context: typer.Context) -> None:
-    """Print the plan of a launch and start nothing: securerunctl plan -- [OPTIONS] SCRIPT [ARGUMENTS]."""
+def plan(
+    context: typer.Context,
+    form: Annotated[PlanFormat, typer.Option("--format", help="For people, or to install.")] = PlanFormat.TABLE,
+) -> None:
+    """Print the plan of a launch and start nothing. After `--` come securerun's own options and the script.
+
+    json has the policy and where each part of it comes from. iptables and nft are what the backends load. sh is a
+    script for whoever has to close the ports by hand: `sh FILE up` before the job, `sh FILE down` after it.
+    """
     from securerun.ctl.plan import print_plan
 
-    print_plan(context.args)
+    print_plan(context.args, form.value)
+
+
+class MatrixLanguage(str, Enum):
+    """The languages of a matrix."""
+
+    EN, ZH = "en", "zh"
+
+
+class MatrixFormat(str, Enum):
+    """The forms of a matrix."""
+
+    TABLE, MD, CSV, JSON = "table", "md", "csv", "json"
+
+
+@app.command(
+    context_settings=_PASS_ON,
+    short_help="Print the communication matrix of a launch, or of a job that runs.",
+    options_metavar="[OPTIONS] [-- [OPTIONS] SCRIPT [ARGUMENTS]]",
+)
+def matrix(
+    context: typer.Context,
+    language: Annotated[MatrixLanguage, typer.Option("--lang", help="The language of its words.")] = MatrixLanguage.EN,
+    form: Annotated[
+        MatrixFormat, typer.Option("--format", help="For a terminal, a document, a sheet or a program.")
+    ] = MatrixFormat.TABLE,
+    run: str = typer.Option("", "--run", help="The run to look at, where several jobs run here.", metavar="RUN_ID"),
+) -> None:
+    """Print the communication matrix with the columns of Ascend's security notes: who connects to which port of whom.
+
+    After `--` come securerun's own options and the script of a launch. Without them it is that of the job that runs
+    on this host, with every port that its processes listen on now.
+    """
+    from securerun.ctl.matrix import print_matrix
+
+    print_matrix(context.args, run or None, language.value, form.value)
 
 
 @app.command(

@@ -21,6 +21,7 @@ from securerun.guard import processes
 from securerun.guard.client import Guard
 from securerun.host import account, system, umask
 from securerun.job import environment
+from securerun.job.launchers import Job
 from securerun.options import OPTIONS, Options
 
 _USAGE = "securerunctl exec [OPTIONS] -- COMMAND [ARGUMENTS]"
@@ -59,7 +60,13 @@ class CommandError(SecurerunError):
 
 
 class _Failed(Exception):
-    """The command ended in another way than with status 0."""
+    """The command ended in another way than with status 0. status: what a shell would say (128 + a signal)."""
+
+    def __init__(self, wait_status: int) -> None:
+        self.wait_status = wait_status
+        code = os.waitstatus_to_exitcode(wait_status)
+        self.status = code if code >= 0 else 128 - code
+        super().__init__(f"ended with status {code}" if code >= 0 else f"ended by signal {-code}")
 
 
 def execute(arguments: Sequence[str]) -> NoReturn:
@@ -71,6 +78,7 @@ def execute(arguments: Sequence[str]) -> NoReturn:
 
 def _execute(arguments: Sequence[str]) -> int:
     """The wait status of the command; 0 where none was to be run. Does not return if no lease has to be held for it."""
+    began = time.time()
     system.require_supported()
     umask.tighten(f"{umask.LEAST:04o}")
     asked, command = _understand(arguments)
@@ -87,25 +95,25 @@ def _execute(arguments: Sequence[str]) -> int:
         if not asked.dry_run:
             _become(program, command)
     job = environment.describe_job(os.environ, command)
-    launch = protection.understand(job, asked, in_force, environment.known_ports(os.environ))
     if asked.dry_run:
-        protection.print_plan(launch)
+        protection.print_plan(protection.understand(job, asked, in_force, environment.known_ports(os.environ)))
         return 0
-    return _run(launch, guard, program)
+    return _run(job, asked, in_force, guard, program, began)
 
 
-def _run(launch: protection.Launch, guard: Guard | None, program: str) -> int:
-    status = 0
+def _run(job: Job, asked: Options, in_force: int, guard: Guard | None, program: str, began: float) -> int:
     try:
-        with protection.protected(launch, guard, may_leave_job=True):
-            status = _run_child(program, launch.job.command)
-            if not launch.options.unprotected:
-                _tell_what_is_left(launch.policy.run_id, failed=status != 0)
-            if status:
-                raise _Failed
-    except _Failed:
-        pass
-    return status
+        with protection.reported(asked, job.command, began) as hear:
+            launch = protection.understand(job, asked, in_force, environment.known_ports(os.environ))
+            with protection.protected(launch, guard, hear, may_leave_job=True):
+                status = _run_child(program, job.command)
+                if not asked.unprotected:
+                    _tell_what_is_left(launch.policy.run_id, failed=status != 0)
+                if status:
+                    raise _Failed(status)
+    except _Failed as failed:
+        return failed.wait_status
+    return 0
 
 
 def _understand(arguments: Sequence[str]) -> tuple[Options, list[str]]:

@@ -1,12 +1,45 @@
-"""securerunctl plan: what a launch would install."""
+"""securerunctl plan: what a launch would install, for people, for programs, and as a script to apply by hand."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from securerun import run
+from securerun.console import say
+from securerun.errors import PolicyError
+from securerun.protection import Launch
 
 
-def print_plan(arguments: Sequence[str]) -> None:
-    """Print the plan of the launch with these arguments of securerun's command line."""
-    run.main(["--dry-run", *arguments])
+def print_plan(arguments: Sequence[str], form: str) -> None:
+    """Print the plan of the launch with these arguments of securerun's command line, in one of `app.PlanFormat`.
+
+    Raises SecurerunError where the launch would be refused, and PolicyError for a plan that has no such form.
+    """
+    if form == "table":
+        run.main(["--dry-run", *arguments])
+        return
+    launch = run.plan(arguments)
+    for warning in launch.peers.warnings:
+        say(warning)
+    print(render(launch, form), end="")
+
+
+def render(launch: Launch, form: str) -> str:
+    """The plan in one of the forms that are not for people. Raises PolicyError for one that it does not have."""
+    from securerun import documents, words
+    from securerun.firewall import nftables, script
+
+    if form == "json":
+        return json.dumps(documents.of_launch(launch), indent=2) + "\n"
+    if form == "iptables":
+        return words.iptables_rules(launch.policy)
+    if form == "sh":
+        return script.render(
+            launch.policy,
+            launch.options.firewall,
+            words.about(launch.job, launch.policy, launch.peers, launch.entrance),
+        )
+    if launch.policy.accept:
+        raise PolicyError(nftables.NO_ACCEPT)
+    return words.nftables_rules(launch.policy)

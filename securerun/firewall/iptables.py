@@ -27,10 +27,10 @@ CHAIN = "SECURERUN"
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
 _ENVIRONMENT = {"PATH": _DIRECTORIES, "LC_ALL": "C"}
 # Opening packets by SYN and ACK alone: `--syn` also asks for no FIN and no RST, which a sender may set.
-_JUMP = "! -i lo -p tcp -m tcp --tcp-flags SYN,ACK SYN -m comment --comment"
-_MADE_TABLE = "securerun made this table"
-_MADE_CHAIN = "securerun made this chain"
-_MADE_NOTHING = "securerun"
+JUMP = "! -i lo -p tcp -m tcp --tcp-flags SYN,ACK SYN -m comment --comment"
+MADE_TABLE = "securerun made this table"
+MADE_CHAIN = "securerun made this chain"
+MADE_NOTHING = "securerun"
 # xt_multiport holds 15 ports (XT_MULTI_PORTS); a range counts twice.
 _MULTIPORT_SLOTS = 15
 _FEW_RULES = 16
@@ -66,7 +66,7 @@ class Dispatcher:
     @property
     def made(self) -> str:
         """The jump's comment: what exists because of us."""
-        return next((made for made in (_MADE_TABLE, _MADE_CHAIN) for jump in self.jumps if made in jump), _MADE_NOTHING)
+        return next((made for made in (MADE_TABLE, MADE_CHAIN) for jump in self.jumps if made in jump), MADE_NOTHING)
 
     def rules_of(self, run_id: str) -> tuple[str, ...]:
         """The rules whose comment names this run."""
@@ -93,7 +93,7 @@ def read_dispatcher(saved: str) -> Dispatcher:
 
 
 def render_install(
-    policy: Policy, version: int, found: Dispatcher, made: str = _MADE_NOTHING, log_group: int | None = None
+    policy: Policy, version: int, found: Dispatcher, made: str = MADE_NOTHING, log_group: int | None = None
 ) -> str:
     """The iptables-restore text that puts this run into the dispatcher, in place of the rules that it has there.
 
@@ -103,11 +103,31 @@ def render_install(
     declaration = [] if found.exists else [f":{CHAIN} - [0:0]"]
     jump = [] if found.jumped_to_first else [_deletion(jump) for jump in found.jumps]
     if not found.jumped_to_first:
-        jump.append(f'-I INPUT 1 {_JUMP} "{made}" -j {CHAIN}')
+        jump.append(f'-I INPUT 1 {JUMP} "{made}" -j {CHAIN}')
     replaced = _without(found.rules_of(policy.run_id), found)
-    passes = [f"-I {CHAIN} 1 {rule}" for rule in _passes(policy, version)]
-    drops = [f"-A {CHAIN} {rule}" for rule in _drops(policy, log_group)]
-    return _transaction([*declaration, *jump, *replaced, *passes, *drops])
+    return _transaction([*declaration, *jump, *replaced, *passes(policy, version), *drops(policy, log_group)])
+
+
+def passes(policy: Policy, version: int) -> Iterator[str]:
+    """The lines that put the pass rules of one family before everything else in the dispatcher, in their order."""
+    target = "ACCEPT" if policy.accept else "RETURN"
+    # In reverse, since each is inserted at position 1.
+    sources = [f"-s {network} " for network in reversed(policy.peers_of(version))]
+    entries = [f"-i {interface} " for interface in reversed(policy.interfaces)] or [""]
+    for source in sources:
+        for entry in entries:
+            for ports in _port_matches(policy):
+                yield f"-I {CHAIN} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
+
+
+def drops(policy: Policy, log_group: int | None) -> Iterator[str]:
+    """The lines that put the drops, which are the same for both families, after everything else."""
+    comment = _comment(policy.run_id)
+    for ports in _port_matches(policy):
+        if log_group is not None:
+            limit = f"-m limit --limit {_LOGGED_A_SECOND}/sec --limit-burst {_LOGGED_A_SECOND}"
+            yield f"-A {CHAIN} {ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
+        yield f"-A {CHAIN} {ports} {comment} -j DROP"
 
 
 def render_removal(run_id: str, found: Dispatcher) -> str:
@@ -198,26 +218,6 @@ class IptablesChains:
             raise PortChainsUnavailable(f"{family.restore} reported success, but the rules are not there")
 
 
-def _passes(policy: Policy, version: int) -> Iterator[str]:
-    """The pass rules of one family, in an order that stays when each is inserted at position 1."""
-    target = "ACCEPT" if policy.accept else "RETURN"
-    sources = [f"-s {network} " for network in reversed(policy.peers_of(version))]
-    entries = [f"-i {interface} " for interface in reversed(policy.interfaces)] or [""]
-    for source in sources:
-        for entry in entries:
-            for ports in _port_matches(policy):
-                yield f"{source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
-
-
-def _drops(policy: Policy, log_group: int | None) -> Iterator[str]:
-    comment = _comment(policy.run_id)
-    for ports in _port_matches(policy):
-        if log_group is not None:
-            limit = f"-m limit --limit {_LOGGED_A_SECOND}/sec --limit-burst {_LOGGED_A_SECOND}"
-            yield f"{ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
-        yield f"{ports} {comment} -j DROP"
-
-
 def _port_matches(policy: Policy) -> Iterator[str]:
     """multiport matches for the union of the ranges, each within the slots that xt_multiport has."""
     match: list[str] = []
@@ -270,15 +270,15 @@ def kernel_speaks_ipv6() -> bool:
 def _will_make(family: Family) -> str:
     """What our transaction is about to bring into being beside the dispatcher: legacy tables come with their chains."""
     if not family.writes_nftables:
-        return _MADE_NOTHING
+        return MADE_NOTHING
     try:
         if not nfnetlink.table_exists(family.netfilter, "filter"):
-            return _MADE_TABLE
+            return MADE_TABLE
         if not nfnetlink.chain_exists(family.netfilter, "filter", "INPUT"):
-            return _MADE_CHAIN
+            return MADE_CHAIN
     except OSError as error:
         raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
-    return _MADE_NOTHING
+    return MADE_NOTHING
 
 
 def _remove_from(family: Family, run_id: str) -> None:
@@ -287,11 +287,11 @@ def _remove_from(family: Family, run_id: str) -> None:
     if not text:
         return
     _restore(family, text)
-    if found.made == _MADE_NOTHING or _dispatcher(family).exists:
+    if found.made == MADE_NOTHING or _dispatcher(family).exists:
         return
     try:
         nfnetlink.delete_unused_chain(family.netfilter, "filter", "INPUT")
-        if found.made == _MADE_TABLE:
+        if found.made == MADE_TABLE:
             nfnetlink.delete_empty_table(family.netfilter, "filter")
     except OSError as error:
         raise PortChainsUnavailable(f"an empty filter table was left behind: {error.strerror}") from error

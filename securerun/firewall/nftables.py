@@ -32,12 +32,18 @@ from securerun.firewall.policy import Network, Policy
 TOKEN = "5352:4e21"
 PASS_PRIORITY = -20
 CLOSE_PRIORITY = -10
+_PRIORITIES = {"pass": PASS_PRIORITY, "close": CLOSE_PRIORITY}
 # include/uapi/linux/netfilter.h: NFPROTO_INET
 _INET = 1
 _LOGGED_A_SECOND = 1000
 _NOT_PERMITTED = os.strerror(errno.EPERM)
 _OWNER = "flags owner"
+NO_ACCEPT = (
+    "nftables cannot accept past the host's own rules: accept ends only its own base chain; leave --accept out or use "
+    "--firewall iptables"
+)
 _COMMENTED = 'comment "securerun '
+_CONTENT = re.compile(r"^\t(chain|set) (\w+) \{$", re.MULTILINE)
 # Data packets cost this rule in each chain. SYN and ACK alone decide: a sender may set FIN and RST too. What is too
 # short to hold flags matches no rule that asks for them and so counts as an opening packet below.
 _DATA = "tcp flags & (syn | ack) != syn"
@@ -55,16 +61,29 @@ def render(policy: Policy, log_group: int | None) -> str:
     chains in the block of `create`, so they follow in a block of their own, and its comment would be ignored.
     """
     name = table_name(policy.run_id)
-    blocks = [*_sets(policy), *_chains(policy, log_group)]
-    lines = [
-        f"create table inet {name} {{ {_OWNER}; {_comment(policy.run_id)}; }}",
-        f"table inet {name} {{",
-        f"\t{_OWNER}",
-        *(line for block in blocks for line in ("", *block)),
-        "}",
-        "",
-    ]
-    return "\n".join(lines)
+    blocks = [[f"\t{_OWNER}"], *_sets(policy), *_chains(policy, log_group)]
+    return f"create table inet {name} {{ {_OWNER}; {_comment(policy.run_id)}; }}\n{_table(name, blocks)}"
+
+
+def render_lasting(policy: Policy) -> str:
+    """The text for `nft -f` that makes a table which nobody owns the policy's, whether it is there already or not.
+
+    It is emptied and refilled in place, for the reason that `render_change` has. What is emptied must exist, so all
+    that a table of ours may hold is declared first.
+    """
+    name = table_name(policy.run_id)
+    kinds = {"ports": "inet_service", "peers4": "ipv4_addr", "peers6": "ipv6_addr"}
+    sets = (_set(what, kind, ()) for what, kind in kinds.items())
+    chains = (_chain(what, ()) for what in _PRIORITIES)
+    empty = _table(name, [*sets, *chains])
+    flushes = [f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty)]
+    return "\n".join([empty, *flushes, "", _table(name, [*_sets(policy), *_chains(policy, None)])])
+
+
+def render_lasting_removal(run_id: str) -> str:
+    """The text for `nft -f` that removes such a table, whether it is there or not."""
+    name = table_name(run_id)
+    return f"table inet {name}\ndelete table inet {name}\n"
 
 
 def render_change(policy: Policy, log_group: int | None, standing: str) -> str:
@@ -75,7 +94,7 @@ def render_change(policy: Policy, log_group: int | None, standing: str) -> str:
     200,000 a second got through half of 11,000 such replacements, and through none of 8,600 made in place).
     """
     name = table_name(policy.run_id)
-    stood = re.findall(r"^\t(chain|set) (\w+) \{$", standing, re.MULTILINE)
+    stood = _CONTENT.findall(standing)
     _, _, content = render(policy, log_group).partition("\n")
     return "\n".join([*(f"flush {kind} inet {name} {what}" for kind, what in stood), content])
 
@@ -100,10 +119,7 @@ class NftablesChains:
         Raises PortChainsUnavailable, with nothing left, or with what stood before if the change is refused.
         """
         if policy.accept:
-            raise PortChainsUnavailable(
-                "nftables cannot accept past the host's own rules: accept ends only its own base chain; "
-                "leave --accept out or use --firewall iptables"
-            )
+            raise PortChainsUnavailable(NO_ACCEPT)
         rendered = render(policy, log_group)
         try:
             if self._owner is None:
@@ -148,6 +164,11 @@ class NftablesChains:
         return owner
 
 
+def _table(name: str, blocks: Iterable[Iterable[str]]) -> str:
+    content = "\n\n".join("\n".join(block) for block in blocks)
+    return f"table inet {name} {{\n{content}\n}}\n"
+
+
 def _sets(policy: Policy) -> Iterator[list[str]]:
     yield _set("ports", "inet_service", (_range(first, last) for first, last in policy.joined_ports()))
     for version in (4, 6):
@@ -165,13 +186,16 @@ def _set(name: str, kind: str, elements: Iterable[str]) -> list[str]:
 
 def _chains(policy: Policy, log_group: int | None) -> Iterator[list[str]]:
     if policy.peers:
-        yield _chain("pass", PASS_PRIORITY, policy.run_id, _passes(policy))
-    yield _chain("close", CLOSE_PRIORITY, policy.run_id, _drops(log_group))
+        yield _chain("pass", _rules(policy.run_id, _passes(policy)))
+    yield _chain("close", _rules(policy.run_id, _drops(log_group)))
 
 
-def _chain(name: str, priority: int, run_id: str, rules: Iterable[str]) -> list[str]:
-    content = (f"\t\t{rule} {_comment(run_id)}" for rule in (f"{_DATA} accept", *rules))
-    return [f"\tchain {name} {{", f"\t\t{_hook(priority)}", *content, "\t}"]
+def _chain(name: str, rules: Iterable[str]) -> list[str]:
+    return [f"\tchain {name} {{", f"\t\t{_hook(_PRIORITIES[name])}", *rules, "\t}"]
+
+
+def _rules(run_id: str, rules: Iterable[str]) -> Iterator[str]:
+    return (f"\t\t{rule} {_comment(run_id)}" for rule in (f"{_DATA} accept", *rules))
 
 
 def _hook(priority: int) -> str:

@@ -17,6 +17,8 @@ from securerun.guard.sockets import Listener, SocketDiagnosis, SocketsUnavailabl
 
 # What is held changes without any listener being made: one can be inherited or received.
 _FULL_LOOK_SECONDS = 1.0
+# The purpose, in the port plan, of a port that nobody had planned.
+OPENED_MEANWHILE = "opened while the job runs"
 
 
 class Exposure:
@@ -94,8 +96,4 @@ def open_exposure(lease: Lease) -> Exposure | None:
 
 
 def _unplanned(ports: Iterable[int], planned: tuple[PortRange, ...]) -> list[PortRange]:
-    return [
-        PortRange(port, port, "opened while the job runs")
-        for port in ports
-        if not any(port in known for known in planned)
-    ]
+    return [PortRange(port, port, OPENED_MEANWHILE) for port in ports if not any(port in known for known in planned)]

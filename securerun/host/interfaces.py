@@ -47,6 +47,14 @@ def networks_of(wanted: Iterable[str]) -> tuple[Network, ...]:
     return collapse(network for name in wanted for network in by_interface.get(name, ()))
 
 
+def addresses_of(wanted: Iterable[str]) -> tuple[str, ...]:
+    """The addresses of these interfaces, IPv4 before IPv6; without the loopback's and link-local ones."""
+    by_interface = _addresses()
+    found = (address for name in wanted for address, _ in by_interface.get(name, ()))
+    usable = {address for address in found if not (address.is_loopback or address.is_link_local)}
+    return tuple(str(address) for address in sorted(usable, key=lambda one: (one.version, int(one))))
+
+
 def with_networks() -> tuple[str, ...]:
     """The interfaces that `networks_of` knows a network of, in the kernel's order; never the loopback."""
     by_interface = _networks()

@@ -1,0 +1,146 @@
+"""securerunctl matrix: the communication matrix of a launch, or of a job that runs, with its addresses and ports."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from securerun import matrix, matrix_words
+from securerun.ctl.status import read_runs
+from securerun.errors import PrivilegeError, SecurerunError, UsageError
+from securerun.firewall.policy import Network, Policy
+from securerun.guard import records, sockets
+from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
+from securerun.guard.processes import JobProcesses, Process
+from securerun.guard.records import Record
+from securerun.guard.sockets import SocketsUnavailable
+from securerun.host import interfaces
+from securerun.job.launchers import Job
+from securerun.matrix import Connection, Ends, Found
+from securerun.matrix_words import Setting
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def print_matrix(arguments: Sequence[str], run_id: str | None, language: str, form: str) -> None:
+    """Print the matrix of the launch with these arguments; without any, of a run of this host.
+
+    run_id: which run; None for the only one. language: one of `matrix_words.LANGUAGES`; form: of `FORMATS`.
+    Raises SecurerunError where the launch would be refused, and where there is no such run to look at.
+    """
+    if arguments and run_id is not None:
+        raise UsageError("--run is for a job that runs, and the arguments are of another; write one of the two")
+    connections = _of_launch(arguments) if arguments else _of_run(_find(run_id))
+    found = matrix_words.rows(connections, _setting(), language)
+    print(matrix_words.FORMATS[form](found, language), end="")
+
+
+def _of_launch(arguments: Sequence[str]) -> list[Connection]:
+    from securerun import run
+
+    launch = run.plan(arguments)
+    ends = _ends(launch.policy)
+    store, here = _store(launch.job, ends)
+    return matrix.planned(launch.job, launch.policy.ports, ends, store, here=here)
+
+
+def _of_run(record: Record) -> list[Connection]:
+    if record.network != records.namespace("net"):
+        raise SecurerunError(
+            f"run {record.run_id} is in another network namespace; look from there: "
+            f"nsenter --target {record.launcher} --net securerunctl matrix --run {record.run_id}"
+        )
+    return matrix.running(record.policy.ports, _ends(record.policy), list(_listeners(record)))
+
+
+def _find(run_id: str | None) -> Record:
+    runs = [record for record in read_runs() if run_id in (None, record.run_id) and record.guard_lives]
+    # Those of other network namespaces come into question where there is none in this one.
+    found = [record for record in runs if record.network == records.namespace("net")] or runs
+    if len(found) == 1:
+        return found[0]
+    if run_id is not None:
+        raise UsageError(f"--run {run_id}: there is no such run; see securerunctl status")
+    if not found:
+        raise UsageError("no job runs here; for a launch, write securerunctl matrix -- [OPTIONS] SCRIPT [ARGUMENTS]")
+    raise UsageError(f"{len(found)} jobs run here; write --run and one of {', '.join(one.run_id for one in found)}")
+
+
+def _listeners(record: Record) -> Iterator[Found]:
+    """What the processes of a run listen on, in the order of ports."""
+    try:
+        listeners = sockets.listeners()
+    except SocketsUnavailable as error:
+        raise SecurerunError(str(error)) from error
+    processes = _processes(record)
+    if processes and not any(os.access(f"/proc/{pid}/fd", os.R_OK) for pid in processes):
+        raise PrivilegeError(f"the processes of run {record.run_id} may not be looked into; run as root")
+    by_launcher = sockets.sockets_of([record.launcher])
+    held = sockets.held(listeners, sockets.sockets_of(processes))
+    for listener in sorted(held, key=lambda one: (one.port, str(one.address))):
+        yield Found(listener.address, listener.port, listener.inode in by_launcher)
+
+
+def _processes(record: Record) -> set[int]:
+    launcher = Process(record.launcher, record.launcher_start)
+    found = {process.pid for process in JobProcesses(record.run_id, record.user, [launcher]).find()}
+    with contextlib.suppress(CgroupUnavailable, OSError):
+        cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
+        if cgroup is not None:
+            found |= set(cgroup.processes())
+            cgroup.close()
+    return found
+
+
+def _ends(policy: Policy) -> Ends:
+    """This node's addresses on the interfaces that peers come in through, and the peers: a list of nodes has it too."""
+    wanted = policy.interfaces or _towards(policy.peers) or interfaces.names()
+    every = interfaces.addresses_of(interfaces.names())
+    own = interfaces.addresses_of(wanted) or every or ("127.0.0.1",)
+    return Ends(own, tuple(peer for peer in map(_shortest, policy.peers) if peer not in every))
+
+
+def _towards(peers: Iterable[Network]) -> tuple[str, ...]:
+    """The interfaces that lead to the first peer of each family: one job meets on one network."""
+    first = {network.version: str(network.network_address) for network in reversed(list(peers))}
+    found = (interfaces.towards([address]) for address in first.values())
+    return tuple(dict.fromkeys(name for name in found if name))
+
+
+def _shortest(network: Network) -> str:
+    return str(network) if network.num_addresses > 1 else str(network.network_address)
+
+
+def _store(job: Job, ends: Ends) -> tuple[tuple[str, ...], bool]:
+    """The addresses where the agents meet, and whether that is this node."""
+    from securerun.job import resolver
+
+    if job.endpoint is None:
+        return ends.node, True
+    if job.endpoint.is_loopback:
+        return ("127.0.0.1",), True
+    host = job.endpoint.host
+    answer = resolver.ask((host,), resolver.addresses_of)[host]
+    found = tuple(answer) if isinstance(answer, tuple) else (host,)
+    own = interfaces.addresses_of(interfaces.names())
+    if set(found).intersection(own):
+        return found, True
+    # A static rendezvous is on node 0, by whatever address the others know it.
+    return found, job.backend in {"static", "parallel"} and job.node_rank == 0
+
+
+def _setting() -> Setting:
+    try:
+        first, last = _EPHEMERAL.read_text(encoding="ascii").split()
+        ephemeral = f"{first}-{last}"
+    except (OSError, ValueError):
+        ephemeral = ""
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = ""
+    return Setting(socket.gethostname(), ephemeral, torch)

@@ -1,0 +1,156 @@
+"""The communication matrix of a job: every TCP connection that its nodes make, as data, one a row.
+
+The columns are those of the security notes of torch_npu and MindSpeed; their words are in `matrix_words`. Each row is
+seen from this node: a peer connects to it, it connects to a peer, or nothing leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from securerun.firewall.policy import Address, PortRange
+from securerun.guard.exposure import OPENED_MEANWHILE
+from securerun.job.launchers import Job
+
+# Which end of a connection is this node.
+IN, OUT, WITHIN = "in", "out", "within"
+
+# What a port is for, by the purpose that the port plan gives it (`securerun.job.ports`, `securerun.job.environment`).
+_PLANNED = {
+    "rendezvous store (c10d)": "c10d",
+    "master port (static rendezvous)": "static",
+    "parallel store (torch_npu_run)": "parallel",
+    "rendezvous endpoint": "endpoint",
+    "master port": "static",
+    "HCCL": "hccl",
+    "HCCL (rank table)": "hccl",
+}
+_STORES = ("c10d", "static", "parallel", "endpoint")
+# The ports that nobody can plan: torch's second store, and what the collectives open.
+_COLLECTIVES = ("gloo", "nccl")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """One row.
+
+    kind: what connects, for what: c10d, static, parallel, endpoint or etcd (where the agents meet), worker_store, gloo,
+        nccl, hccl, added (by --ports); found listening, collective (gloo or NCCL) or other.
+    direction: IN, OUT or WITHIN.
+    sources, destinations: addresses, networks and, where no name service knows it, a host name.
+    ports: those listened on, as text; empty for those chosen at random. listening: what listens there now, as
+        ADDRESS:PORT; None where nobody has looked.
+    """
+
+    kind: str
+    direction: str
+    sources: tuple[str, ...]
+    destinations: tuple[str, ...]
+    ports: tuple[str, ...] = ()
+    listening: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The two sides of a job. node: this node's addresses. peers: the networks of the others."""
+
+    node: tuple[str, ...]
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A listener of a running job. of_launcher: whether torch's agent holds it, or a process that it started."""
+
+    address: Address
+    port: int
+    of_launcher: bool
+
+    @property
+    def kind(self) -> str:
+        """What it is taken for: torch's stores are bound to all addresses, what the collectives open is to one."""
+        if not self.address.is_unspecified:
+            return "collective"
+        return "worker_store" if self.of_launcher else "other"
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        return f"{'*' if self.address.is_unspecified else host}:{self.port}"
+
+
+def planned(
+    job: Job, ports: Sequence[PortRange], ends: Ends, store: tuple[str, ...], *, here: bool
+) -> list[Connection]:
+    """The matrix of a launch. store: the addresses where the agents meet; here: whether they are this node's."""
+    rows = []
+    for kind, found in _by_kind(ports):
+        texts = tuple(map(str, found))
+        if kind in _STORES:
+            rows += [_to_store(kind, texts, ends, store, here=here)]
+        else:
+            rows += _both_ways(kind, texts, ends)
+    if job.meeting_point is None and job.endpoint is not None:
+        rows.append(Connection("etcd", OUT, ends.node, store, (str(job.endpoint.port),)))
+    if _has_second_store(job):
+        rows += _both_ways("worker_store", (), ends)
+    if not any(row.kind == "hccl" for row in rows):  # HCCL_HOST_SOCKET_PORT_RANGE=auto
+        rows += _both_ways("hccl", (), ends)
+    return [*rows, *(row for kind in _COLLECTIVES for row in _both_ways(kind, (), ends))]
+
+
+def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> list[Connection]:
+    """The matrix of a job that runs here: its plan, and what listens now. found: all listeners of its processes."""
+    rows = []
+    plan = [ports for ports in ports if ports.purpose != OPENED_MEANWHILE]
+    for kind, ranges in _by_kind(plan):
+        texts = tuple(map(str, ranges))
+        now = tuple(str(one) for one in found if any(one.port in ports for ports in ranges))
+        inbound = Connection(kind, IN if ends.peers else WITHIN, ends.peers or ends.node, ends.node, texts, now)
+        outbound = Connection(kind, OUT, ends.node, ends.peers, texts)
+        if kind not in _STORES:
+            rows += [inbound, outbound] if ends.peers else [inbound]
+        else:
+            rows.append(inbound if now or not ends.peers else outbound)
+    rows += [_listening(one, ends) for one in found if not any(one.port in planned for planned in plan)]
+    if ends.peers:
+        rows.append(Connection("collective", OUT, ends.node, ends.peers))
+    return rows
+
+
+def _by_kind(ports: Iterable[PortRange]) -> Iterator[tuple[str, tuple[PortRange, ...]]]:
+    """The planned ports of each kind."""
+    kinds: dict[str, list[PortRange]] = {}
+    for port in ports:
+        kinds.setdefault(_PLANNED.get(port.purpose, "added"), []).append(port)
+    for kind, found in kinds.items():
+        yield kind, tuple(found)
+
+
+def _has_second_store(job: Job) -> bool:
+    """Whether the workers meet at another store than the agents, on a port chosen at random (TCPStore, port 0)."""
+    return job.backend not in {"static", "parallel"}
+
+
+def _to_store(kind: str, ports: tuple[str, ...], ends: Ends, store: tuple[str, ...], *, here: bool) -> Connection:
+    if not ends.peers:
+        return Connection(kind, WITHIN, ends.node, store, ports)
+    if here:
+        return Connection(kind, IN, ends.peers, store, ports)
+    return Connection(kind, OUT, ends.node, store, ports)
+
+
+def _both_ways(kind: str, ports: tuple[str, ...], ends: Ends) -> list[Connection]:
+    if not ends.peers:
+        return [Connection(kind, WITHIN, ends.node, ends.node, ports)]
+    return [
+        Connection(kind, IN, ends.peers, ends.node, ports),
+        Connection(kind, OUT, ends.node, ends.peers, ports),
+    ]
+
+
+def _listening(found: Found, ends: Ends) -> Connection:
+    destinations = ends.node if found.address.is_unspecified else (str(found.address),)
+    from_outside = ends.peers and not found.address.is_loopback
+    sources, direction = (ends.peers, IN) if from_outside else (destinations, WITHIN)
+    return Connection(found.kind, direction, sources, destinations, (str(found.port),), (str(found),))

@@ -1,0 +1,41 @@
+"""A launch as data, for tests that need no torch: two nodes of `hosts.Network`, or whatever else is asked for."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.job.hccl import Entrance
+from securerun.job.launchers import Endpoint, Job
+from securerun.job.peers import Peers
+from securerun.options import Options
+from securerun.protection import Launch
+
+RUN = "0123456789ab"
+PORTS = (PortRange(29500, 29500, "master port (static rendezvous)"), PortRange(60000, 60015, "HCCL"))
+PEERS = ("10.77.0.2", "fd77::2")
+COMMAND = ("train.py", "--lr", "0.1")
+
+
+def launch(
+    peers: Sequence[str] = PEERS,
+    ports: tuple[PortRange, ...] = PORTS,
+    job: Job | None = None,
+    interfaces: tuple[str, ...] = (),
+    **options: Any,  # noqa: ANN401 - whatever the option holds
+) -> Launch:
+    """The launch of node 0, with these options of securerun's."""
+    networks = collapse(ipaddress.ip_network(peer) for peer in peers)
+    asked = Options(peers=",".join(peers), **options)
+    policy = Policy(RUN, ports, networks, interfaces, asked.accept, close_loopback=asked.loopback == "job")
+    nodes = Job("static", Endpoint("10.77.0.1", 29500), 2, 2, 0, COMMAND)
+    found, entrance = Peers(networks, "--peers"), Entrance(interfaces, "--interface")
+    return Launch(job or nodes, asked, found, entrance, policy, (), 0o027, 10.0)
+
+
+def with_command(made: Launch, *command: str) -> Launch:
+    """The same launch of another command."""
+    return replace(made, job=replace(made.job, command=command))
