@@ -17,7 +17,7 @@ def weak_point(path: Path) -> str | None:
 
     Looks at every directory above it, and at those above each link on the way. Raises OSError where there is none.
     """
-    for place in _way_to(path):
+    for place in way_to(path):
         status = os.lstat(place)
         if status.st_uid != 0:
             return f"{place} belongs to user {status.st_uid}, not to root"
@@ -29,7 +29,7 @@ def weak_point(path: Path) -> str | None:
     return None
 
 
-def _way_to(path: Path) -> Iterator[Path]:
+def way_to(path: Path) -> Iterator[Path]:
     """Every name that decides what is found at a path, links followed one part at a time as the kernel does."""
     current = Path("/")
     yield current

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
-from securerun.errors import PrivilegeError, SecurerunError
+from securerun.errors import PrivilegeError, SecurerunError, UsageError
 
 app = typer.Typer(
     name="securerunctl",
@@ -137,6 +138,57 @@ def clean(
     from securerun.ctl.clean import clean_host
 
     raise typer.Exit(clean_host(dry_run=dry_run))
+
+
+_PATHS = typer.Argument(None, metavar="PATH...", help="Files and directories to look at.", show_default=False)
+_OWNERS = typer.Option([], "--owner", metavar="USER", help="A user whose files are in order here too.")
+
+
+@app.command(short_help="Show what is more open than the permission table allows, and mend it.")
+def audit(
+    paths: list[str] = _PATHS,
+    given: str = typer.Option("", "--as", metavar="KIND", help="What all of it is; by default names tell."),
+    fix: bool = typer.Option(False, "--fix", help="Take away the bits that are too many, after showing them."),
+    yes: bool = typer.Option(False, "--yes", help="With --fix: do not ask on a terminal."),
+    undo: str = typer.Option("", "--undo", metavar="LOG", help="Give back the modes that a --fix changed."),
+    undo_log: str = typer.Option(
+        "", "--undo-log", metavar="FILE", help="Where --fix writes its log; else it says where."
+    ),
+    owner: list[str] = _OWNERS,
+    one_file_system: bool = typer.Option(False, "--one-file-system", help="Do not go into other file systems."),
+    kinds: str = typer.Option(
+        "", "--kinds", metavar="FILE", help="Patterns and kinds that go before the built-in ones."
+    ),
+    print_kinds: bool = typer.Option(False, "--print-kinds", help="Print the built-in patterns and kinds."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON for programs."),
+) -> None:
+    """Show what is more open than the permission table allows, and what else lets others into a tree.
+
+    KIND is home, program, config, log, archived-log, debug, temp, upgrade, data, key or crypto-tool.
+
+    Status 0 when nothing was found or --fix mended all of it; 1 when something is left.
+    """
+    from securerun.ctl import audit as command
+
+    if print_kinds:
+        command.print_kinds()
+        return
+    if undo:
+        if paths or fix:
+            raise UsageError("--undo takes back what its log says; leave PATH and --fix out")
+        raise typer.Exit(command.undo(Path(undo), as_json=as_json))
+    request = command.Request(
+        tuple(map(Path, paths or ())),
+        command.kind_of(given) if given else None,
+        fix,
+        yes,
+        as_json,
+        tuple(owner),
+        Path(kinds) if kinds else None,
+        one_file_system,
+        Path(undo_log) if undo_log else None,
+    )
+    raise typer.Exit(command.audit(request))
 
 
 @setup.command(short_help="Print the sudoers rule.")

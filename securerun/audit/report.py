@@ -1,0 +1,125 @@
+"""Findings in words and as JSON's own types. Renders, and looks at nothing."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from securerun.audit.findings import Batch, Finding, Problem, Wrong
+from securerun.audit.tree import Root
+from securerun.guard.protocol import printable
+from securerun.host.permissions import ROWS, Kind
+
+_TYPES = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "link",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+_HEADINGS = ("kind", "files", "directories", "findings")
+
+
+def lines(batch: Batch, roots: Sequence[Root]) -> list[str]:
+    """What was found in a directory, a line each: where, what is wrong, and what mends it. All of them are one text."""
+    place = roots[batch.root].absolute(batch.path)
+    prefix = f"{place.rstrip('/')}/"
+    found = []
+    for name, wrongs, _, _ in batch.entries:
+        path = prefix + name if name else place
+        if not path.isprintable():
+            path = printable(path)
+        for wrong in wrongs:
+            found.append(f"{path}: {_words(wrong)}")
+    # Another process is sent one text more quickly than a thousand.
+    return ["\n".join(found)]
+
+
+def line(finding: Finding, roots: Sequence[Root]) -> str:
+    """The same of a single finding."""
+    return f"{printable(roots[finding.root].absolute(finding.path))}: {_words(finding.wrong)}"
+
+
+def documents(batch: Batch, roots: Sequence[Root]) -> list[str]:
+    """What was found in a directory as `audit --json` prints it, with commas between. All of it is one text."""
+    place = roots[batch.root].absolute(batch.path)
+    prefix = f"{place.rstrip('/')}/"
+    found = [
+        f'{{"path": {json.dumps(prefix + name if name else place)}, {_document_text(wrong)}}}'
+        for name, wrongs, _, _ in batch.entries
+        for wrong in wrongs
+    ]
+    return [",\n".join(found)]
+
+
+def document(finding: Finding, roots: Sequence[Root]) -> dict[str, Any]:
+    """The same of a single finding, as JSON's own types."""
+    return {"path": roots[finding.root].absolute(finding.path), **_document(finding.wrong)}
+
+
+def _document(wrong: Wrong) -> dict[str, Any]:
+    """All but where it is. maximum: of its row, where the mode is what is wrong."""
+    is_of_mode = wrong.problem in (Problem.TOO_OPEN, Problem.SET_ID, Problem.OPEN_PARENT)
+    return {
+        "type": _TYPES.get(stat.S_IFMT(wrong.mode), "unknown"),
+        "kind": wrong.kind.value,
+        "problem": wrong.problem.value,
+        "mode": f"{stat.S_IMODE(wrong.mode):04o}",
+        "maximum": f"{wrong.maximum:04o}" if is_of_mode else None,
+        "owner": wrong.owner,
+        "group": wrong.group,
+        "detail": wrong.detail,
+    }
+
+
+@lru_cache(maxsize=1024)
+def _document_text(wrong: Wrong) -> str:
+    return json.dumps(_document(wrong))[1:-1]
+
+
+def summary(
+    files: Mapping[Kind, int], directories: Mapping[Kind, int], findings: Mapping[Kind, int]
+) -> list[dict[str, Any]]:
+    """How much was seen and found of each row, for the rows of which anything was."""
+    counts = [
+        (row.kind, files.get(row.kind, 0), directories.get(row.kind, 0), findings.get(row.kind, 0)) for row in ROWS
+    ]
+    return [dict(zip(_HEADINGS, (kind.value, *numbers))) for kind, *numbers in counts if any(numbers)]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The summary for a person."""
+    cells = [_HEADINGS, *([str(row["kind"]), *(f"{row[each]:,}" for each in _HEADINGS[1:])] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for first, *others in cells:
+        yield "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))])
+
+
+@lru_cache(maxsize=1024)
+def _words(wrong: Wrong) -> str:
+    """What is wrong: of a million findings most are wrong in the same way."""
+    detail = printable(wrong.detail)
+    return _WORDS[wrong.problem].format(
+        mode=f"{stat.S_IMODE(wrong.mode):04o}",
+        maximum=f"{wrong.maximum:04o}",
+        kind=f"{wrong.kind.value}: {detail}" if detail else wrong.kind.value,
+        detail=detail,
+    )
+
+
+_WORDS = {
+    Problem.TOO_OPEN: "{mode}, may be {maximum} at most ({kind})",
+    Problem.SET_ID: "runs as its owner ({detail}); chmod ug-s",
+    Problem.CAPABILITIES: "gives capabilities to whoever runs it; getcap shows them, setcap -r removes them",
+    Problem.FOREIGN_OWNER: "belongs to {detail}; chown it, or allow it with --owner {detail}",
+    Problem.MISSING_OWNER: "belongs to {detail}, which nobody has on this host; chown it",
+    Problem.LEAVES_TREE: "leads out of the tree, to {detail}",
+    Problem.DEVICE: "is a {detail}; remove it",
+    Problem.OPEN_PARENT: "{mode}, so everybody may put something else in place of what was audited; chmod o-w",
+    Problem.NOT_LOOKED_AT: "could not be looked at: {detail}; run as root or as its owner, or name another path",
+}
