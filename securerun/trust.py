@@ -1,31 +1,46 @@
-"""Whether a file can be believed by root: nobody else could have written it, or put another in its place."""
+"""Whether a file can be believed: nobody else could have written it, or put another in its place."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MOST_LINKS = 40  # include/linux/namei.h: MAXSYMLINKS
 
 
-def weak_point(path: Path) -> str | None:
-    """Why a file or directory cannot be believed, in words; None when only root can change it.
+@dataclass(frozen=True)
+class WeakPoint:
+    """A file or directory by which somebody else has a say. mode: its permissions; None where its owner has it."""
+
+    place: Path
+    owner: int
+    mode: int | None
+
+    def __str__(self) -> str:
+        if self.mode is None:
+            return f"{self.place} belongs to user {self.owner}"
+        return f"{self.place} can be written by others (mode {self.mode:o})"
+
+
+def weak_point(path: Path, owners: Collection[int] = (0,)) -> WeakPoint | None:
+    """Why a file or directory cannot be believed; None when only its owners (user ids), by default root, can change it.
 
     Looks at every directory above it, and at those above each link on the way. Raises OSError where there is none.
     """
     for place in way_to(path):
         status = os.lstat(place)
-        if status.st_uid != 0:
-            return f"{place} belongs to user {status.st_uid}, not to root"
+        if status.st_uid not in owners:
+            return WeakPoint(place, status.st_uid, None)
         if stat.S_ISLNK(status.st_mode) or not status.st_mode & _OTHERS_WRITE:
             continue
-        # In a sticky directory only the owner of a file, here root, can put another in its place.
+        # In a sticky directory only the owner of a file can put another in its place.
         if not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
-            return f"{place} can be written by others than root (mode {stat.S_IMODE(status.st_mode):o})"
+            return WeakPoint(place, status.st_uid, stat.S_IMODE(status.st_mode))
     return None
 
 

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 _NETLINK_NETFILTER = 12
 _SUBSYSTEM_NFTABLES = 10
@@ -22,9 +23,12 @@ _GET_TABLE, _DELETE_TABLE, _GET_CHAIN, _DELETE_CHAIN = 1, 2, 4, 5
 # include/uapi/linux/netfilter/nfnetlink.h
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _TABLE_NAME = 1
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_POLICY = 1, 3, 5
-_REQUEST, _ACKNOWLEDGE, _NOT_RECURSIVE = 0x1, 0x4, 0x100
-_ERROR_MESSAGE = 2
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE = 1, 3, 4, 5, 6
+_HOOK_NUMBER = 1
+_INPUT_HOOK = 1  # NF_INET_LOCAL_IN
+_INPUT_FAMILIES = (1, socket.AF_INET, socket.AF_INET6)  # NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
+_REQUEST, _ACKNOWLEDGE, _NOT_RECURSIVE, _DUMP = 0x1, 0x4, 0x100, 0x300
+_ERROR_MESSAGE, _DONE_MESSAGE = 2, 3
 _POLICY_ACCEPT = 1
 _TIMEOUT_SECONDS = 5
 _GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
@@ -43,6 +47,34 @@ def chain_exists(family: int, table: str, chain: str) -> bool:
 def table_exists(family: int, table: str) -> bool:
     """Whether nf_tables has this table. Raises OSError as `chain_exists` does."""
     return _get_table(family, table) is not None
+
+
+@dataclass(frozen=True)
+class BaseChain:
+    """A chain that the kernel itself hands packets to. family: as in netfilter. rules: whether it has any."""
+
+    family: int
+    table: str
+    name: str
+    accepts: bool
+    rules: bool
+
+
+def input_chains() -> tuple[BaseChain, ...]:
+    """The base chains that see packets to this host's own sockets. Raises OSError as `chain_exists` does."""
+    found = []
+    for payload in _dump(_message(_GET_CHAIN, socket.AF_UNSPEC, b"", _REQUEST | _DUMP)):
+        chain = attributes(payload[4:])
+        hook = attributes(chain.get(_CHAIN_HOOK, b"")).get(_HOOK_NUMBER)
+        if payload[0] not in _INPUT_FAMILIES or hook is None or _number(hook) != _INPUT_HOOK:
+            continue
+        table, name = (
+            chain.get(key, b"").rstrip(b"\0").decode(errors="replace") for key in (_CHAIN_TABLE, _CHAIN_NAME)
+        )
+        accepts = _number(chain.get(_CHAIN_POLICY)) == _POLICY_ACCEPT
+        # Each rule counts as a use of its chain (net/netfilter/nf_tables_api.c, nf_tables_newrule).
+        found.append(BaseChain(payload[0], table, name, accepts, _number(chain.get(_CHAIN_USE)) > 0))
+    return tuple(found)
 
 
 def delete_unused_chain(family: int, table: str, chain: str) -> bool:
@@ -84,6 +116,20 @@ def _ask(question: bytes) -> bytes | None:
                 return None
             raise OSError(-negative, os.strerror(-negative))
     raise OSError(errno.EPROTO, "nf_tables gave no answer")
+
+
+def _dump(question: bytes) -> Iterator[bytes]:
+    """The payload of each message of a dump (RFC 3549, 2.3.2)."""
+    with open_channel() as channel:
+        channel.send(question)
+        while True:
+            for kind, payload in messages(channel.recv(65536)):
+                if kind == _DONE_MESSAGE:
+                    return
+                if kind == _ERROR_MESSAGE:
+                    (negative,) = struct.unpack_from("=i", payload)
+                    raise OSError(-negative, os.strerror(-negative))
+                yield payload
 
 
 def _delete(kind: int, family: int, name: bytes) -> bool:

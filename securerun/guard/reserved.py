@@ -120,6 +120,25 @@ def are_reserved(ports: Ranges) -> bool:
     return not ports or _numbers(ports) <= _read()
 
 
+def lacking(ports: Iterable[PortRange]) -> Ranges:
+    """Of these ports, those that the kernel may hand out: in its range for that, and not in the list.
+
+    Raises ReservationUnavailable.
+    """
+    numbers = frozenset(number for port in ports for number in range(port.first, port.last + 1))
+    return tuple(_ranges(numbers & _ephemeral() - _read()))
+
+
+def with_others(ports: Ranges) -> Ranges:
+    """The whole list with these ports in it, as a write has to give it. Raises ReservationUnavailable."""
+    return tuple(_ranges(_read() - {_MARK} | _numbers(ports)))
+
+
+def listed(ports: Ranges) -> str:
+    """Ranges as the kernel writes them: `29500,60000-60015`."""
+    return _text(_numbers(ports))
+
+
 def ledgers(directory: int) -> tuple[str, ...]:
     """The names of the ledgers among the records."""
     return tuple(name for name in sorted(os.listdir(directory)) if _LEDGER_NAME.fullmatch(name))

@@ -35,6 +35,11 @@ _USER_AND_INODE = struct.Struct("=64xII")
 _DIAGNOSIS_SIZE = 72
 _CGROUP_ID = 21  # INET_DIAG_CGROUP_ID, given unasked since 5.9
 _CGROUP_NUMBER = struct.Struct("=Q")
+# struct inet_diag_bc_op; INET_DIAG_REQ_BYTECODE, INET_DIAG_BC_S_GE, INET_DIAG_BC_S_LE
+_FILTER = struct.Struct("=BBH")
+_FILTER_ATTRIBUTE, _PORT_AT_LEAST, _PORT_AT_MOST = 1, 2, 3
+# TCP_ESTABLISHED to TCP_LAST_ACK, and TCP_CLOSING; what waits (TCP_TIME_WAIT) belongs to no process any more.
+_CONNECTED = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
 _LISTEN = 10  # include/net/tcp_states.h: TCP_LISTEN
 # netlink_dump (net/netlink/af_netlink.c) never builds more than 32 KiB at once.
 _DATAGRAM_BYTES = 65536
@@ -61,6 +66,15 @@ class Listener:
     user: int
     inode: int
     cgroup_id: int | None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A TCP socket that is connected, or about to be, from a port of this host. inode: as of a listener."""
+
+    port: int
+    user: int
+    inode: int
 
 
 class SocketDiagnosis:
@@ -93,21 +107,37 @@ class SocketDiagnosis:
             raise
         return tuple(self._known.values())
 
+    def connections(self, first: int, last: int) -> tuple[Connection, ...]:
+        """The connections of both families whose own port lies between these two, both included.
+
+        Raises SocketsUnavailable as `listeners` does.
+        """
+        chosen = _port_filter(first, last)
+        try:
+            found = [
+                *self._dump(socket.AF_INET, _CONNECTED, chosen),
+                *self._dump_if_built_in(socket.AF_INET6, _CONNECTED, chosen),
+            ]
+        except (OSError, SocketsUnavailable) as error:
+            self._start_over()
+            raise SocketsUnavailable(_why(error) if isinstance(error, OSError) else str(error)) from error
+        return tuple(map(_connection, found))
+
     def close(self) -> None:
         """Close the socket."""
         self._channel.close()
 
-    def _dump(self, family: int) -> list[bytes]:
+    def _dump(self, family: int, states: int = 1 << _LISTEN, chosen: bytes = b"") -> list[bytes]:
         for _ in range(_ATTEMPTS):
-            self._channel.send(_question(family))
+            self._channel.send(_question(family, states, chosen))
             answers, interrupted = read_dump(self._receive)
             if not interrupted:
                 break
         return answers
 
-    def _dump_if_built_in(self, family: int) -> list[bytes]:
+    def _dump_if_built_in(self, family: int, states: int = 1 << _LISTEN, chosen: bytes = b"") -> list[bytes]:
         try:
-            return self._dump(family)
+            return self._dump(family, states, chosen)
         except FileNotFoundError:
             return []
 
@@ -224,9 +254,19 @@ def _open_channel() -> socket.socket:
     return channel
 
 
-def _question(family: int) -> bytes:
-    question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << _LISTEN)
-    return nfnetlink.framed(_SOCK_DIAG_BY_FAMILY, question, _REQUEST | _DUMP)
+def _question(family: int, states: int, chosen: bytes) -> bytes:
+    question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, states)
+    return nfnetlink.framed(_SOCK_DIAG_BY_FAMILY, question + chosen, _REQUEST | _DUMP)
+
+
+def _port_filter(first: int, last: int) -> bytes:
+    """The kernel's own filter: own port at least `first`, and at most `last`; a jump past the end is a no.
+
+    struct inet_diag_bc_op (code, step if yes, step if no), its operand in the third field of the one that follows.
+    """
+    pieces = (_FILTER.pack(_PORT_AT_LEAST, 8, 20), _FILTER.pack(0, 0, first))
+    more = (_FILTER.pack(_PORT_AT_MOST, 8, 12), _FILTER.pack(0, 0, last))
+    return nfnetlink.attribute(_FILTER_ATTRIBUTE, b"".join((*pieces, *more)))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -266,6 +306,13 @@ def _listener(answer: bytes) -> Listener | None:
     cgroup = nfnetlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
     number = _CGROUP_NUMBER.unpack(cgroup)[0] if len(cgroup) == _CGROUP_NUMBER.size else None
     return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, user, inode, number)
+
+
+def _connection(answer: bytes) -> Connection:
+    if len(answer) < _DIAGNOSIS_SIZE:
+        raise SocketsUnavailable("an answer about a socket that is not whole")
+    (port,) = _PORT.unpack_from(answer)
+    return Connection(port, *_USER_AND_INODE.unpack_from(answer))
 
 
 @functools.lru_cache(maxsize=256)

@@ -18,6 +18,13 @@ _NAMES = (
 )
 
 
+def current() -> int:
+    """This process' umask, which can only be read by setting it: everything is closed for that moment."""
+    found = os.umask(0o777)
+    os.umask(found)
+    return found
+
+
 def tighten(requested: str, source: str = "--umask") -> int:
     """Add the bits of an octal umask to this process' own, and return the umask that is then in force.
 
