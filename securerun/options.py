@@ -38,7 +38,7 @@ class Option:
     choices: the values that it takes, where they are few.
     example: a right value, for error messages.
     listed: the site file may hold a list of strings instead of one string with commas; of numbers too, if `numbers`.
-    in_file: whether the site file may set it.
+    in_file: whether the site file may set it. reversible: a flag that `--no-name` takes back.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Option:
     listed: bool = False
     numbers: bool = False
     in_file: bool = True
+    reversible: bool = False
 
     @property
     def is_flag(self) -> bool:
@@ -70,7 +71,12 @@ class Option:
     @property
     def spellings(self) -> tuple[str, ...]:
         """With dashes or with underscores, as torchrun takes its own options."""
-        return (self.flag, f"--{self.key}")
+        return (self.flag, f"--{self.key}", *self.reversals)
+
+    @property
+    def reversals(self) -> tuple[str, ...]:
+        """The spellings that take a flag back."""
+        return (f"--no-{self.name}", f"--no_{self.key}") if self.reversible else ()
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -151,6 +157,25 @@ OPTIONS: tuple[Option, ...] = (
         "it or none, or HCCL hangs. Not for peers that are networks, or more than 16 ranks an address.",
     ),
     Option(
+        "preflight",
+        "What of this host departs from the hardening advice, or would keep the job from running, is looked for before "
+        "anything is started: `warn` says so in a line each (the default), `strict` starts nothing then (status 78), "
+        "`off` does not look.",
+        metavar="MODE",
+        choices=("warn", "strict", "off"),
+        example="--preflight strict",
+    ),
+    Option(
+        "seal-logs",
+        "When the job is over, what it wrote below --log-dir becomes read-only (440, directories 750). On by default; "
+        "--no-seal-logs leaves it writable.",
+        reversible=True,
+    ),
+    Option(
+        "weights-only",
+        "Have torch.load in the workers take weights alone, never code: TORCH_FORCE_WEIGHTS_ONLY_LOAD=1.",
+    ),
+    Option(
         "launcher",
         "Which command of torch's this stands in for: `torchrun`, or `torch_npu_run` for Ascend NPUs; `auto` is "
         "torch_npu_run where its rendezvous backend `parallel` or --enable_tiered_parallel_tcpstore is asked for.",
@@ -207,6 +232,9 @@ class Options:
     run_as: str | None = None
     run_as_source: str = "--run-as"
     hccl_whitelist: bool = False
+    preflight: str | None = None
+    seal_logs: bool = True
+    weights_only: bool = False
     launcher: str = "auto"
     accept: bool = False
     unprotected: bool = False
@@ -241,8 +269,8 @@ def take(arguments: Sequence[str], values_of: Arity) -> tuple[dict[str, Value], 
         position += 1
         if option.is_flag:
             if equals:
-                raise UsageError(f"{option.flag} takes no value, and {argument!r} gives one; write {option.flag} alone")
-            taken[option.key] = True
+                raise UsageError(f"{spelling} takes no value, and {argument!r} gives one; write {spelling} alone")
+            taken[option.key] = spelling not in option.reversals
             continue
         if not equals:
             attached = arguments[position] if position < len(arguments) else ""
@@ -316,7 +344,7 @@ def help_text(options: Sequence[Option] = OPTIONS, before: str = "the script") -
     ]
     for option in options:
         value = "{" + ",".join(option.choices) + "}" if option.choices else option.metavar
-        lines.append(f"  {option.flag} {value}".rstrip())
+        lines.append("  " + ", ".join([f"{option.flag} {value}".rstrip(), *option.reversals[:1]]))
         lines += textwrap.wrap(option.help, width, initial_indent=" " * 24, subsequent_indent=" " * 24)
     return "\n".join(lines) + "\n"
 

@@ -155,7 +155,6 @@ def protected(
         say(warning)
     hear(launch)
     with _whitelisted(launch, may_leave_job) as change_whitelist, _layers(launch, guard, change_whitelist, hear):
-        _warn_of_root()
         yield
 
 
@@ -175,6 +174,14 @@ def _layers(
     if launch.options.unprotected:
         return _unprotected(hear)
     return _guarded(guard or Guard(), launch, change_whitelist, hear)
+
+
+def forbid_code_in_weights(asked: Options) -> None:
+    """Have workers load weights alone, where --weights-only asks for it. Raises PolicyError."""
+    if asked.weights_only:
+        from securerun.job import weights
+
+        weights.forbid_code(os.environ)
 
 
 @contextmanager
@@ -285,8 +292,3 @@ def _say_farewell(guard: Guard, policy: Policy, failed: bool, hear: Hear) -> Non
     hear(released or Gone())
     for line in words.end(policy, released.denied if released else None):
         say(line)
-
-
-def _warn_of_root() -> None:
-    if os.geteuid() == 0:
-        say("running as root, and so is the job; --run-as USER has it run as an ordinary user")

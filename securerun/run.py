@@ -12,16 +12,17 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
 
-from securerun import enclosing, protection
-from securerun.console import spoken_errors
+from securerun import enclosing, inspection, protection
+from securerun.console import say, spoken_errors
 from securerun.enclosing import Enclosing
 from securerun.errors import UsageError
 from securerun.guard.client import Guard
 from securerun.host import system, umask
+from securerun.inspection import Early
 from securerun.protection import Launch
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class _Ready:
     """What is ready before torch, which takes its time, has been imported.
 
     guard: one that waits for its order; None where none is needed. around: the run that this process is in already.
-    user: who this process has become, as --run-as says. began: when that was, in seconds since the epoch.
+    user: who this process has become, as --run-as says. early: what the preflight knows already. began: when that was,
+    in seconds since the epoch.
     """
 
     guard: Guard | None
     around: Enclosing | None
     user: str | None
+    early: Early
     began: float
 
 
@@ -66,10 +69,13 @@ def start(args: Sequence[str] | None, only: Launcher | None = None, *, recorded:
     began = time.time()
     with spoken_errors():
         system.require_supported()
+        shells_umask = umask.current()
         umask.tighten(f"{umask.LEAST:04o}")
         around = enclosing.find(os.environ)
         guard = None if around or _NEED_NO_GUARD.intersection(arguments) else Guard()
-        ready = _Ready(guard, around, _become_user(arguments), began)
+        asked = _asked_early(arguments)
+        early = inspection.begin(asked, shells_umask, reads_rules=guard is not None)
+        ready = _Ready(guard, around, _become_user(asked), early, began)
         record = _import_torch()
     launch = record(_launch) if recorded else _launch
     launch(arguments, ready, as_command, only)
@@ -85,32 +91,42 @@ def _launch(arguments: Sequence[str], ready: _Ready, as_command: bool, only: Lau
         if as_command:
             sys.argv[1:] = command.arguments
         in_force = umask.tighten(asked.umask, asked.umask_source)
+        protection.forbid_code_in_weights(asked)
         if ready.around is not None:
             protection.rely_on(ready.around, asked)
             if not asked.dry_run:
-                command.run()
+                found = inspection.inspect_inner(_job(command), asked, ready.early, command.namespace.log_dir)
+                inspection.tell(found)
+                _run(command, asked)
                 return
         with protection.reported(asked, [*sys.argv[:1], *arguments], ready.began) as hear:
             launch = protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
+            found = inspection.inspect(launch, ready.early, command.namespace.log_dir, hear)
             if asked.dry_run:
+                inspection.tell(found)
                 protection.print_plan(launch)
                 return
             with protection.protected(launch, ready.guard, hear), _closing_what_frames_hold():
-                command.run()
+                inspection.tell(found)
+                _run(command, asked)
 
 
 def plan(arguments: Sequence[str]) -> Launch:
-    """The launch that these arguments of securerun's would be; nothing is started.
+    """The launch that these arguments of securerun's would be; nothing is started, and looked at only where asked for.
 
     Raises SecurerunError where the launch would be refused, and SystemExit where torch's own parser refuses it.
     """
     system.require_supported()
-    user = _become_user(arguments)
+    early = Early(umask.current())
+    user = _become_user(_asked_early(arguments))
     _import_torch()
     command, asked = _understand(arguments, None)
     _require_same_user(asked, user)
     in_force = umask.tighten(asked.umask, asked.umask_source)
-    return protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
+    launch = protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
+    if asked.preflight is not None:
+        inspection.tell(inspection.inspect(launch, early, command.namespace.log_dir))
+    return launch
 
 
 def _require_same_user(asked: Options, user: str | None) -> None:
@@ -119,12 +135,27 @@ def _require_same_user(asked: Options, user: str | None) -> None:
         raise UsageError(f"--run-as {user}: is it securerun's option or the script's? Write `--` before the script")
 
 
-def _become_user(arguments: Sequence[str]) -> str | None:
-    """Be the user that --run-as names, before torch, which is not root's business, is imported."""
+def _run(command: Command, asked: Options) -> None:
+    """Run the job to its end, and seal what it logged."""
+    from securerun.job import logs
+
+    log_dir = command.namespace.log_dir
+    with logs.sealed_afterwards(log_dir, say) if log_dir and asked.seal_logs else nullcontext():
+        command.run()
+
+
+def _asked_early(arguments: Sequence[str]) -> Options:
+    """What matters before torch's parser is there."""
     from securerun import options
+
+    taken = {**options.take_early(arguments, "run_as"), **options.take_early(arguments, "preflight")}
+    return options.resolve(taken, os.environ)
+
+
+def _become_user(asked: Options) -> str | None:
+    """Be the user that --run-as names, before torch, which is not root's business, is imported."""
     from securerun.host import account
 
-    asked = options.resolve(options.take_early(arguments, "run_as"), os.environ)
     if asked.run_as is not None:
         account.become(account.find_account(asked.run_as, asked.run_as_source))
     return asked.run_as

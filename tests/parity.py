@@ -6,7 +6,7 @@
 
 Each side has hosts of its own, with the same names and addresses, and a directory of its own, in which the launcher is
 started. What differs by nature is put aside knowingly: `_BY_NATURE` says what and why. Nothing else may differ but
-one thing that is wanted: what the job makes is made under securerun's umask.
+two things that are wanted: what the job makes is made under securerun's umask, and its logs are sealed when it is over.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 from hosts import Host, Network, eventually, finish_all, is_alive, kill_group
 
+from securerun.host.permissions import Kind, row
 from securerun.host.umask import LEAST
 
 TESTS = Path(__file__).resolve().parent
@@ -47,6 +48,8 @@ _PRIVATE_DIRECTORY = 0o700
 _TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 )
+
+_LOG = re.compile(r"logs/[^/]+_RANDOM/.*\.(log|json)")
 
 # What cannot be the same in two launches of anything, or is the launcher's own name.
 _BY_NATURE: tuple[tuple[str, str], ...] = (
@@ -195,13 +198,13 @@ class Pair:
     def end(self) -> Seen:
         """Wait for the end of all that holds the streams, and return what was seen, which was the same."""
         of_torchrun, of_securerun = self.end_differently()
-        expected = _under_umask(of_torchrun)
+        expected = _under_umask_and_sealed(of_torchrun)
         differences = list(unified_diff(expected.text(), of_securerun.text(), "torchrun", "securerun", lineterm=""))
         assert not differences, "\n".join(differences)
         return of_securerun
 
     def end_differently(self) -> tuple[Seen, Seen]:
-        """As `end`, where something else than the umask is meant to differ: what was seen of torchrun and securerun."""
+        """As `end`, where something else is meant to differ: what was seen of torchrun and of securerun."""
         of_torchrun, of_securerun = (side.see(side.finish()) for side in self.sides)
         return of_torchrun, of_securerun
 
@@ -352,17 +355,22 @@ def _below(directory: Path) -> Iterator[Path]:
             yield from _below(path)
 
 
-def _under_umask(seen: Seen) -> Seen:
-    """What torchrun's user would have seen had he set securerun's umask himself: the one difference that is wanted."""
+def _under_umask_and_sealed(seen: Seen) -> Seen:
+    """What torchrun's user would have seen had he set securerun's umask, and sealed his logs, himself."""
     return Seen(
         seen.status,
         seen.output,
         seen.errors,
         {
-            name: Entry(f"{int(entry.mode, 8) & ~LEAST:04o}", _of_processes_under_umask(entry.content))
+            name: Entry(f"{int(entry.mode, 8) & ~LEAST & _seal(name):04o}", _of_processes_under_umask(entry.content))
             for name, entry in seen.files.items()
         },
     )
+
+
+def _seal(name: str) -> int:
+    """The bits that a file of this name may have: one that is a log, below `--log-dir logs`, has been finished."""
+    return row(Kind.ARCHIVED_LOG).file if _LOG.fullmatch(name) else 0o7777
 
 
 def _of_processes_under_umask(content: object) -> object:

@@ -241,9 +241,34 @@ def test_one_port_in_the_site_file_may_be_a_number(tmp_path: Path) -> None:
 def test_help_names_every_option_and_every_choice() -> None:
     text = help_text()
     for option in OPTIONS:
-        assert option.flag in text
+        assert all(spelling in text for spelling in (option.flag, *option.reversals[:1]))
         assert all(choice in text for choice in option.choices)
     assert "/etc/securerun/config.toml" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "site", "expected"),
+    [
+        ([], "", "", True),
+        (["--no-seal-logs"], "1", "seal_logs = true", False),
+        (["--no_seal_logs"], "", "", False),
+        (["--no-seal-logs", "--seal-logs"], "0", "", True),
+        ([], "no", "", False),
+        ([], "", "seal_logs = false", False),
+    ],
+)
+def test_a_flag_that_is_on_by_default_can_be_taken_back(
+    tmp_path: Path, arguments: list[str], text: str, site: str, expected: bool
+) -> None:
+    (tmp_path / "config.toml").write_text(site)
+    taken, rest = take([*arguments, "train.py", "--no-seal-logs"], ARITY)
+    assert rest == ["train.py", "--no-seal-logs"]
+    assert resolve(taken, {"SECURERUN_SEAL_LOGS": text}, tmp_path / "config.toml").seal_logs is expected
+
+
+def test_a_flag_that_is_taken_back_takes_no_value_either() -> None:
+    with pytest.raises(UsageError, match="--no-seal-logs takes no value"):
+        take(["--no-seal-logs=1", "train.py"], ARITY)
 
 
 def test_every_option_has_its_place_in_options() -> None:

@@ -245,8 +245,8 @@ def test_logs_lie_where_torchrun_puts_them(pair: Pair) -> None:
     assert "[default 2] line 1 of 2: pear" in seen.output
     directory = f"logs/{RUN_ID}_RANDOM/attempt_0"
     assert {f"{directory}/filtered_stdout.log", f"{directory}/1/stderr.log"} <= seen.files.keys()
-    # What torchrun leaves readable for everybody; the umask is the one difference that is wanted.
-    assert seen.files[f"{directory}/0/stdout.log"].mode == "0640"
+    # What torchrun leaves readable for everybody; the umask and the seal are the differences that are wanted.
+    assert seen.files[f"{directory}/0/stdout.log"].mode == "0440"
 
 
 def test_output_is_passed_on_byte_for_byte_in_order(pair: Pair) -> None:

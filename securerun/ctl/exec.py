@@ -13,13 +13,14 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from securerun import enclosing, options, protection, words
+from securerun import enclosing, inspection, options, protection, words
 from securerun.console import say, spoken_errors
 from securerun.ctl import child
 from securerun.errors import SecurerunError, UsageError
 from securerun.guard import processes
 from securerun.guard.client import Guard
 from securerun.host import account, system, umask
+from securerun.inspection import Early
 from securerun.job import environment
 from securerun.job.launchers import Job
 from securerun.options import OPTIONS, Options
@@ -44,8 +45,12 @@ of it has ended; what a failed or killed one leaves is ended.
 What the command has others start for it (over ssh, by sbatch, by a docker or ray that runs already) is not its own
 and is not guarded."""
 
-# securerun's, but for the launcher: the command is one.
-_OPTIONS = tuple(option for option in OPTIONS if option.name != "launcher")
+# securerun's, but for those of its launcher: the command is one, and its log directory is its own.
+_LAUNCHERS = {
+    "launcher": "the command is the launcher here; write it after --",
+    "seal_logs": "what the command logs is its own; a securerun inside of it seals its logs",
+}
+_OPTIONS = tuple(option for option in OPTIONS if option.key not in _LAUNCHERS)
 _CANNOT_BE_RUN, _NOT_FOUND = 126, 127
 # A command's helpers often end by themselves, a moment after it.
 _SETTLE_SECONDS = 0.1
@@ -80,32 +85,40 @@ def _execute(arguments: Sequence[str]) -> int:
     """The wait status of the command; 0 where none was to be run. Does not return if no lease has to be held for it."""
     began = time.time()
     system.require_supported()
+    shells_umask = umask.current()
     umask.tighten(f"{umask.LEAST:04o}")
     asked, command = _understand(arguments)
     if not command:
         return 0
     around = enclosing.find(os.environ)
     guard = None if around or asked.dry_run or asked.unprotected else Guard()
+    early = inspection.begin(asked, shells_umask, reads_rules=guard is not None)
     if asked.run_as is not None:
         account.become(account.find_account(asked.run_as, asked.run_as_source))
     in_force = umask.tighten(asked.umask, asked.umask_source)
     program = _find(command[0])
+    protection.forbid_code_in_weights(asked)
+    job = environment.describe_job(os.environ, command)
     if around is not None:
         protection.rely_on(around, asked)
         if not asked.dry_run:
+            inspection.tell(inspection.inspect_inner(job, asked, early))
             _become(program, command)
-    job = environment.describe_job(os.environ, command)
     if asked.dry_run:
-        protection.print_plan(protection.understand(job, asked, in_force, environment.known_ports(os.environ)))
+        launch = protection.understand(job, asked, in_force, environment.known_ports(os.environ))
+        inspection.tell(inspection.inspect(launch, early))
+        protection.print_plan(launch)
         return 0
-    return _run(job, asked, in_force, guard, program, began)
+    return _run(job, asked, in_force, guard, program, early, began)
 
 
-def _run(job: Job, asked: Options, in_force: int, guard: Guard | None, program: str, began: float) -> int:
+def _run(job: Job, asked: Options, in_force: int, guard: Guard | None, program: str, early: Early, began: float) -> int:
     try:
         with protection.reported(asked, job.command, began) as hear:
             launch = protection.understand(job, asked, in_force, environment.known_ports(os.environ))
+            found = inspection.inspect(launch, early, hear=hear)
             with protection.protected(launch, guard, hear, may_leave_job=True):
+                inspection.tell(found)
                 status = _run_child(program, job.command)
                 if not asked.unprotected:
                     _tell_what_is_left(launch.policy.run_id, failed=status != 0)
@@ -122,8 +135,9 @@ def _understand(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     if rest and rest[0] in {"-h", "--help"}:
         _print_help()
         return Options(), []
-    if "launcher" in taken:
-        raise UsageError("--launcher: the command is the launcher here; write it after --")
+    for key, reason in _LAUNCHERS.items():
+        if key in taken:
+            raise UsageError(f"--{key.replace('_', '-')}: {reason}")
     if rest and rest[0].startswith("-") and rest[0] != "--":
         raise UsageError(f"there is no option {rest[0]!r} (see securerunctl exec --help); write -- before the command")
     command = rest[1:] if rest and rest[0] == "--" else rest

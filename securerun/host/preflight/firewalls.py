@@ -1,0 +1,269 @@
+"""Another firewall on this host that would turn the job's peers away: firewalld, ufw, or rules that somebody wrote.
+
+The port chains close and never open: peers are handed to the host's own rules, and those may refuse them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from securerun.firewall import nfnetlink
+from securerun.firewall.policy import Address, Network
+from securerun.host import interfaces
+from securerun.host.preflight import Finding, Scene
+
+if TYPE_CHECKING:
+    from securerun.host.preflight.rules import Entrance, Packet
+
+_DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
+_ENVIRONMENT = {"PATH": _DIRECTORIES, "LC_ALL": "C"}
+# Which legacy tables there are; to list one that is not would register it in the kernel.
+_LEGACY_TABLES = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
+_COMMANDS = {4: "iptables", 6: "ip6tables"}
+_FAMILIES = {4: nfnetlink.IPV4, 6: nfnetlink.IPV6}
+_OUR_CHAIN = "SECURERUN"
+_OUR_TABLES = "securerun-"
+_FIREWALLD = Path("/run/firewalld.pid")
+_UFW = Path("/etc/ufw/ufw.conf")
+_READING_SECONDS = 2.0
+_LONGEST_TEXT = 16 * 1024 * 1024
+_PEERS_TRIED = 16
+_PORTS_TRIED = 16
+# A network wider than these is no list of nodes; whom of it the host's rules let in says nothing.
+_WIDEST = {4: 8, 6: 16}
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A command that prints rules. version: of iptables-save's; None for nft's."""
+
+    process: subprocess.Popen[bytes]
+    version: int | None
+
+
+class Reading:
+    """The host's rules, read by their own tools while this process does something else.
+
+    Nothing is started where no base chain and no legacy table sees packets to this host. Only root may read rules:
+    `readable` says whether this process could, and `entrances` is empty where it could not.
+    """
+
+    def __init__(self) -> None:
+        self._texts: list[_Text] = []
+        self._entrances: tuple[Entrance, ...] | None = None
+        self.readable = False
+        if os.geteuid() == 0:
+            with contextlib.suppress(OSError):
+                self._begin()
+                self.readable = True
+
+    def entrances(self) -> tuple[Entrance, ...]:
+        """The chains that packets to this host pass, securerun's own left out."""
+        if self._entrances is None:
+            self._entrances = tuple(self._read())
+        return self._entrances
+
+    def close(self) -> None:
+        """End what still reads. May be called again."""
+        while self._texts:
+            _end(self._texts.pop().process)
+
+    def _begin(self) -> None:
+        for version, path in _LEGACY_TABLES.items():
+            with contextlib.suppress(OSError):
+                if "filter" in path.read_text(encoding="ascii").split():
+                    self._start(f"{_COMMANDS[version]}-legacy-save", "-t", "filter", version=version)
+        chains = [chain for chain in nfnetlink.input_chains() if not chain.table.startswith(_OUR_TABLES)]
+        judged = [chain for chain in chains if chain.rules or not chain.accepts]
+        for version, family in _FAMILIES.items():
+            if any((chain.family, chain.table, chain.name) == (family, "filter", "INPUT") for chain in judged):
+                self._start(f"{_COMMANDS[version]}-nft-save", "-t", "filter", version=version)
+        if judged:
+            self._start("nft", "-j", "list", "ruleset", version=None)
+
+    def _start(self, command: str, *arguments: str, version: int | None) -> None:
+        path = shutil.which(command, path=_DIRECTORIES)
+        if path is None:
+            return
+        process = subprocess.Popen(  # noqa: S603 - an absolute path, and an environment of our own
+            [path, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_ENVIRONMENT,
+            close_fds=True,
+        )
+        self._texts.append(_Text(process, version))
+
+    def _read(self) -> Iterator[Entrance]:
+        """Tables that iptables understands come in its own words; nft knows its matches by no more than their names."""
+        if not self._texts:
+            return
+        from securerun.host.preflight.rules import read_listed, read_saved
+
+        saved: set[str] = set()
+        for text in sorted(self._texts, key=lambda text: text.version is None):
+            # Loading what somebody else's tool prints: what is not understood is left out, not the job's end.
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                content = _output(text.process)
+                if text.version is not None:
+                    found = [*read_saved(content, text.version, _OUR_CHAIN)]
+                    saved |= {f"ip{'' if text.version == 4 else '6'} filter" for _ in found}
+                    yield from found
+                else:
+                    yield from (one for one in read_listed(content, _OUR_TABLES) if one.table not in saved)
+        self.close()
+
+
+def turned_away(scene: Scene) -> Iterator[Finding]:
+    """Peers that a firewall of this host's own certainly turns away, by name of the firewall and the first of them."""
+    readable = scene.rules is not None and scene.rules.readable
+    entrances = scene.rules.entrances() if scene.rules else ()
+    packets = [*_packets(scene)] if entrances or not readable else []
+    for entrance in entrances:
+        refused: list[Packet] = []
+        # What somebody else's tool printed has yet another shape: nothing is known of these rules then.
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            refused += [packet for packet in packets if entrance.turns_away(packet)]
+        if refused:
+            yield _finding(entrance, refused)
+    if packets and not readable:
+        yield from _unreadable(packets[0].source)
+
+
+CHECKS = (turned_away,)
+
+
+def _packets(scene: Scene) -> Iterator[Packet]:
+    """What peers would send first, to some ports of the plan and to one of those that are chosen at random."""
+    from securerun.host.preflight.rules import Packet
+
+    numbers = [planned.first for planned in scene.ports[:_PORTS_TRIED]] + [_random_port()]
+    tried = 0
+    for network in scene.peers:
+        source = _other_host_of(network)
+        if source is None or network.prefixlen < _WIDEST[network.version]:
+            continue
+        interface = _interface_to(network, scene)
+        yield from (Packet(source, number, interface) for number in numbers)
+        tried += 1
+        if tried >= _PEERS_TRIED:
+            return
+
+
+def _interface_to(network: Network, scene: Scene) -> str | None:
+    """Where a peer's packets come in, if there is no doubt about it."""
+    names = scene.interfaces
+    if not names:
+        with contextlib.suppress(OSError):
+            names = interfaces.leading_to([network])
+    return names[0] if len(names) == 1 else None
+
+
+def _other_host_of(network: Network) -> Address | None:
+    """A host of a network that is not this one; None where it holds no other."""
+    hosts = [network.network_address] if network.num_addresses == 1 else [network[1], network[-2]]
+    return next((host for host in hosts if not _is_own(host)), None)
+
+
+def _random_port() -> int:
+    """A port from the middle of those that gloo, NCCL and torch get from the kernel."""
+    first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+    return (int(first) + int(last)) // 2
+
+
+def _is_own(address: Address) -> bool:
+    """Whether this host has the address: its packets come over the loopback."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
+def _finding(entrance: Entrance, refused: list[Packet]) -> Finding:
+    sources = list(dict.fromkeys(packet.source for packet in refused))
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    numbers = sorted({packet.port for packet in refused if packet.source == sources[0]})
+    listed = ", ".join(map(str, numbers))
+    manager = _manager()
+    where = f"chain {entrance.chain} of {entrance.tool} (table {entrance.table})"
+    return Finding(
+        "firewall",
+        f"{manager + ', ' if manager else ''}{where} turns {sources[0]}{more} away from TCP ports {listed}",
+        "securerun hands peers to the host's own rules, and opens nothing that those close",
+        _opening(manager, entrance, sources[0]),
+    )
+
+
+def _opening(manager: str, entrance: Entrance, source: Address) -> str:
+    if manager == "firewalld":
+        return f"firewall-cmd --zone=trusted --add-source={source}"
+    if manager == "ufw":
+        return f"ufw allow proto tcp from {source}"
+    if entrance.tool == "nft":
+        family = "ip" if source.version == 4 else "ip6"
+        return f"nft insert rule {entrance.table} {entrance.chain} {family} saddr {source} meta l4proto tcp accept"
+    return f"{entrance.tool} -I INPUT -s {source} -p tcp -j ACCEPT"
+
+
+def _manager() -> str:
+    """The program that keeps this host's rules, if one of the two does: its own command has to open them."""
+    if _is_running_firewalld():
+        return "firewalld"
+    return "ufw" if _is_enabled_ufw() else ""
+
+
+def _unreadable(source: Address) -> Iterator[Finding]:
+    manager = _manager()
+    if manager:
+        yield Finding(
+            "firewall",
+            f"{manager} is active and may turn {source} away, which only root can tell",
+            "securerun hands peers to the host's own rules, and opens nothing that those close",
+            "sudo firewall-cmd --list-all" if manager == "firewalld" else "sudo ufw status",
+        )
+
+
+def _is_running_firewalld() -> bool:
+    try:
+        pid = int(_FIREWALLD.read_text(encoding="ascii"))
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").startswith("firewalld")
+    except (OSError, ValueError):
+        return False
+
+
+def _is_enabled_ufw() -> bool:
+    try:
+        lines = _UFW.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip().lower() == "enabled=yes" for line in lines)
+
+
+def _output(process: subprocess.Popen[bytes]) -> str:
+    try:
+        output, _ = process.communicate(timeout=_READING_SECONDS)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return ""
+    return output.decode(errors="replace") if len(output) <= _LONGEST_TEXT else ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        if process.stdout is not None:
+            process.stdout.close()  # it ends by itself too, when nobody reads: it may be root's, and this process not
+        if process.poll() is None:
+            process.kill()
+        process.wait(_READING_SECONDS)

@@ -1,0 +1,86 @@
+"""Ports of the plan that the job may not get."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from securerun.guard import sockets
+from securerun.guard.sockets import Connection, Listener, SocketDiagnosis, SocketsUnavailable
+from securerun.host.preflight import Finding, Scene
+
+_NAMED = 8
+# A range as wide as what the kernel gives to connections is for the port chains, and no list of ports to listen on.
+_WIDEST_RANGE = 1024
+
+
+def unreserved(scene: Scene) -> Iterator[Finding]:
+    """Planned ports that the kernel may hand out to anyone; a lease reserves them for as long as its job lasts."""
+    if scene.reserved:
+        return
+    from securerun.guard import reserved
+
+    try:
+        ports = reserved.lacking(scene.ports)
+    except reserved.ReservationUnavailable:
+        return
+    if ports:
+        listed = reserved.listed(ports)
+        yield Finding(
+            "unreserved-ports",
+            f"TCP ports {listed} are among those that the kernel gives to connections, and are not reserved",
+            "any connection of this host may hold one of them when the job wants to listen there",
+            f"sysctl -w {reserved.NAME}={reserved.listed(reserved.with_others(ports))}",
+        )
+
+
+def in_use(scene: Scene) -> Iterator[Finding]:
+    """Planned ports that somebody has: the job cannot listen there, and the port chains would close them to him."""
+    try:
+        with contextlib.closing(SocketDiagnosis()) as diagnosis:
+            found = {listener.port: listener for listener in diagnosis.listeners() if _is_in_the_way(listener, scene)}
+            sources = {
+                connection.port: connection
+                for planned in scene.ports
+                if planned.last - planned.first < _WIDEST_RANGE
+                for connection in diagnosis.connections(planned.first, planned.last)
+                if connection.port != scene.meeting_port
+            }
+    except SocketsUnavailable:
+        return
+    had: dict[int, Listener | Connection] = {**sources, **found}
+    holders = _holders() if had else {}
+    for port, held in list(had.items())[:_NAMED]:
+        holder = holders.get(held.inode)
+        who = f"process {holder} ({_command(holder)})" if holder else "a process"
+        use = "in use by" if port in found else "the source of a connection of"
+        yield Finding(
+            "port-in-use",
+            f"port {port} of the plan is {use} {who} of user {held.user}",
+            "the job cannot listen there"
+            + (", and securerun closes the port to that program's clients" if port in found else " until it ends"),
+            f"kill {holder}" if holder else f"sudo ss -Hatnp sport = {port}",
+        )
+
+
+CHECKS = (unreserved, in_use)
+
+
+def _is_in_the_way(listener: Listener, scene: Scene) -> bool:
+    if not any(listener.port in planned for planned in scene.ports):
+        return False
+    return not (listener.port == scene.meeting_port and listener.user == os.geteuid())
+
+
+def _holders() -> dict[int, int]:
+    """The process of each socket, by inode; without those that this user may not look into."""
+    return sockets.sockets_of(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "gone"

@@ -1,0 +1,74 @@
+"""What an old run left on this host: records of dead runs, and workers whose launcher is gone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from securerun.guard import records
+from securerun.host.preflight import Finding, Scene
+
+# torch/distributed/elastic/agent/server/local_elastic_agent.py gives it to every worker.
+_WORKERS_VARIABLE = b"TORCHELASTIC_RUN_ID="
+_INIT = 1
+_NAMED = 8
+
+
+def dead_runs(scene: Scene) -> Iterator[Finding]:
+    """Runs whose guard and launcher were both killed. The next guard of any run removes what they left."""
+    for record in records.read_host():
+        if not record.guard_lives and not record.launcher_lives:
+            yield Finding(
+                "remains",
+                f"run {record.run_id} was killed together with its guard",
+                "its rules, cgroup or record are still here until another run, or you, remove them",
+                "securerunctl clean",
+            )
+
+
+def orphans(scene: Scene) -> Iterator[Finding]:
+    """Workers of this user's that init has taken over, as they are when their launcher was killed."""
+    for pid in _orphans()[:_NAMED]:
+        yield Finding(
+            "remains",
+            f"process {pid} ({_command(pid)}) is a worker whose launcher is gone",
+            "it may hold accelerators, memory and ports that the job wants",
+            f"kill {pid}",
+        )
+
+
+CHECKS = (dead_runs, orphans)
+
+
+def _orphans() -> list[int]:
+    # proc(5), CONFIG_PROC_CHILDREN; a walk of all of /proc would take 15 us a process.
+    children = Path(f"/proc/{_INIT}/task/{_INIT}/children").read_text(encoding="ascii").split()
+    # In a container the first process may be a launcher itself, and its workers are no orphans.
+    if b"python" in Path(f"/proc/{_INIT}/cmdline").read_bytes().partition(b"\0")[0]:
+        return []
+    ours = os.getuid()
+    return [pid for pid in map(int, children) if _is_of(ours, pid) and _is_worker(pid)]
+
+
+def _is_of(user: int, pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid == user
+    except OSError:
+        return False
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return any(entry.startswith(_WORKERS_VARIABLE) for entry in environment.split(b"\0"))
+
+
+def _command(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return "gone"
+    return os.fsdecode(b" ".join(words[:3])).strip()

@@ -1,0 +1,105 @@
+"""The preflight of a launch: what can be begun early is, and the verdict comes before anything is started.
+
+What is found is said only when the job is guarded: a launch that is refused has one thing to mend first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from securerun.console import say
+from securerun.host.preflight import OFF, STRICT, WARN, Finding, Scene, look, require_none
+from securerun.news import Checked, Hear, nobody
+
+if TYPE_CHECKING:
+    from securerun.host.preflight.firewalls import Reading
+    from securerun.job.launchers import Job
+    from securerun.options import Options
+    from securerun.protection import Launch
+
+# Where one node's agents meet, only the first node's listens there; with every other backend any agent may.
+_FIRST_NODE_LISTENS = frozenset({"static", "parallel", "env"})
+
+
+@dataclass(frozen=True)
+class Early:
+    """What is known, or under way, before torch has been imported.
+
+    umask: the shell's. rules: the host's, being read; None where nothing is to be looked at, or it can wait.
+    """
+
+    umask: int
+    rules: Reading | None = None
+
+
+def begin(asked: Options, umask: int, *, reads_rules: bool) -> Early:
+    """Begin what takes other programs: that overlaps the import of torch, and comes before --run-as takes effect."""
+    if not reads_rules or _mode(asked) == OFF:
+        return Early(umask)
+    from securerun.host.preflight.firewalls import Reading
+
+    return Early(umask, Reading())
+
+
+def inspect(launch: Launch, early: Early, log_dir: str | None = None, hear: Hear = nobody) -> tuple[Finding, ...]:
+    """Look at the host and the launch; `hear` is told of what was found.
+
+    Raises PolicyError where --preflight strict finds anything.
+    """
+    mode = _mode(launch.options)
+    if mode == OFF:
+        return ()
+    from securerun.host.preflight.firewalls import Reading
+
+    rules = early.rules or Reading()
+    try:
+        scene = Scene(
+            early.umask,
+            os.environ,
+            launch.job.command,
+            log_dir,
+            launch.policy.ports,
+            _shared_port(launch.job),
+            not launch.options.unprotected,
+            launch.policy.peers,
+            launch.policy.interfaces,
+            rules,
+        )
+        return _found(scene, mode, hear)
+    finally:
+        rules.close()
+
+
+def inspect_inner(job: Job, asked: Options, early: Early, log_dir: str | None = None) -> tuple[Finding, ...]:
+    """The same inside of a run, where only a launch that asks for it is looked at: ports and peers are that run's."""
+    mode = asked.preflight or OFF
+    return () if mode == OFF else _found(Scene(early.umask, os.environ, job.command, log_dir, reserved=True), mode)
+
+
+def tell(findings: Iterable[Finding]) -> None:
+    """Say a line of each finding, to whoever started the job."""
+    for finding in findings:
+        say(str(finding))
+
+
+def _found(scene: Scene, mode: str, hear: Hear = nobody) -> tuple[Finding, ...]:
+    findings = look(scene)
+    hear(Checked(findings))
+    if mode == STRICT:
+        require_none(findings)
+    return findings
+
+
+def _mode(asked: Options) -> str:
+    return asked.preflight or (OFF if asked.dry_run else WARN)
+
+
+def _shared_port(job: Job) -> int | None:
+    """The port of the job's store, where another agent of the job may have it on this host already."""
+    endpoint = job.meeting_point
+    if endpoint is None or (job.backend in _FIRST_NODE_LISTENS and job.node_rank == 0):
+        return None
+    return endpoint.port
