@@ -191,6 +191,17 @@ def audit(
     raise typer.Exit(command.audit(request))
 
 
+@app.command(short_help="Look for what is to be mended on this host, and for what securerun can do here.")
+def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON for programs.")) -> None:
+    """Look for what is to be mended on this host, and for what securerun can do here; each with the command that helps.
+
+    Changes nothing. Status 0 when there is nothing to mend, 1 when there is.
+    """
+    from securerun.ctl.doctor import examine
+
+    raise typer.Exit(examine(as_json=as_json))
+
+
 @setup.command(short_help="Print the sudoers rule.")
 def sudoers(
     group: str = typer.Option("securerun", help="The group whose members may have guards."),

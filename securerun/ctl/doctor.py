@@ -1,0 +1,92 @@
+"""securerunctl doctor: the preflight's checks outside of a launch, and what securerun can do on this host."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from securerun.firewall.policy import Network, PortRange
+from securerun.guard.protocol import printable
+from securerun.host import abilities, interfaces, preflight, umask
+from securerun.host.abilities import Ability
+from securerun.host.preflight import Finding, Scene
+from securerun.host.preflight.firewalls import Reading
+from securerun.job import environment, ports
+
+_STATES = {True: "yes", False: "no", None: "?"}
+_NPU_DEVICES = "davinci*"
+_GUARD = "guard "
+
+
+def examine(*, as_json: bool) -> int:
+    """Print what was found. Returns the exit status: 1 where anything is to be mended."""
+    found = abilities.find()
+    findings = (*_of_abilities(found), *_of_host())
+    if as_json:
+        document = {
+            "findings": [dataclasses.asdict(finding) for finding in findings],
+            "host": [dataclasses.asdict(ability) for ability in found],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        for line in _lines(found, findings):
+            print(line)
+    return 1 if findings else 0
+
+
+def _of_host() -> tuple[Finding, ...]:
+    rules = Reading()
+    try:
+        return preflight.look(
+            Scene(umask.current(), os.environ, ports=tuple(_ports()), peers=tuple(_neighbours()), rules=rules)
+        )
+    finally:
+        rules.close()
+
+
+def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
+    """What keeps a job from being guarded at all, or from being guarded well."""
+    for ability in found:
+        if ability.name == "shield" and ability.works is False:
+            yield Finding(
+                "shield", f"no shield: {ability.what}", "random ports stay open for up to 0.2 s", ability.mend
+            )
+    guards = [ability for ability in found if ability.name.startswith(_GUARD)]
+    if not any(ability.works for ability in guards):
+        reasons = "; ".join(f"{ability.name.removeprefix(_GUARD)}: {ability.what}" for ability in guards)
+        yield Finding(
+            "guard", f"no guard can be had ({reasons})", "jobs are refused with 77", "securerunctl setup sudoers"
+        )
+
+
+def _ports() -> Iterator[PortRange]:
+    """The ports of a job started from this shell, HCCL's only where there is an NPU or a word of HCCL."""
+    job = environment.describe_job(os.environ, ())
+    for planned in ports.plan_ports(job, os.environ, None, known=environment.known_ports(os.environ)):
+        if planned.purpose != "HCCL" or _has_npu():
+            yield planned
+
+
+def _has_npu() -> bool:
+    named = any(name.startswith(("HCCL_", "ASCEND_")) for name in os.environ)
+    return named or any(Path("/dev").glob(_NPU_DEVICES))
+
+
+def _neighbours() -> Iterator[Network]:
+    """The networks that this host is on, where a job's peers would be."""
+    yield from interfaces.networks_of(interfaces.with_networks())
+
+
+def _lines(found: Sequence[Ability], findings: Sequence[Finding]) -> Iterator[str]:
+    width = max(len(ability.name) for ability in found)
+    for ability in found:
+        mend = f"; `{ability.mend}`" if ability.mend else ""
+        yield printable(f"{ability.name:<{width}}  {_STATES[ability.works]:<3}  {ability.what}{mend}")
+    yield ""
+    if not findings:
+        yield "nothing to mend"
+    for finding in findings:
+        yield f"{finding.name}: {finding}"

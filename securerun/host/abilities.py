@@ -1,0 +1,218 @@
+"""What securerun can do on this host, tried and not assumed: the shield, the backends of the port chains, a guard.
+
+All of it is undone at once and leaves nothing: no rule, no table, no module; a cgroup for a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import secrets
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from securerun import packages
+from securerun.errors import SecurerunError
+from securerun.firewall import backends, shield
+from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.policy import Policy
+from securerun.firewall.shield import Shield, ShieldUnavailable
+from securerun.guard import capabilities, cgroup, reserved, ways
+from securerun.guard.cgroup import CgroupUnavailable
+from securerun.guard.protocol import ProtocolError, Ready, Refused
+from securerun.guard.ways import Way
+
+_LEAST_KERNEL = (4, 15)
+_SOCKET_KERNEL = (5, 1)
+# What a guard can do better with: adopt a shield, raise limits, see and end processes of others.
+_HELPFUL = {
+    "CAP_SYS_ADMIN": capabilities.SYS_ADMIN,
+    "CAP_SYS_RESOURCE": capabilities.SYS_RESOURCE,
+    "CAP_SYS_PTRACE": capabilities.SYS_PTRACE,
+    "CAP_KILL": capabilities.KILL,
+    "CAP_DAC_OVERRIDE": capabilities.DAC_OVERRIDE,
+    "CAP_NET_RAW": capabilities.NET_RAW,
+}
+_BACKENDS = {
+    "iptables": "apt-get install iptables (dnf install iptables-nft)",
+    "nftables": "apt-get install nftables (dnf install nftables)",
+    "legacy": "pip install 'securerun[legacy]'",
+}
+_WAYS = {
+    ways.DIRECTLY: "sudo securerunctl doctor",
+    "by sudo": "securerunctl setup sudoers",
+    "by systemd": "securerunctl setup systemd",
+}
+_ANSWER_SECONDS = 10.0
+_EXAMPLE_PEER = ipaddress.IPv4Network("192.0.2.1/32")  # RFC 5737: nobody's address
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One thing that a host can do or not; None where only root can tell.
+
+    what: how it is, or why not. mend: the command that gives the ability, "" where it is there.
+    """
+
+    name: str
+    works: bool | None
+    what: str
+    mend: str = ""
+
+
+def find() -> tuple[Ability, ...]:
+    """All of them, in the order in which they build on each other."""
+    return (_kernel(), _capabilities(), _cgroup(), _shield(), *_port_chains(), _reserved_ports(), *_guards())
+
+
+def _kernel() -> Ability:
+    release = os.uname().release
+    match = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+    if version < _LEAST_KERNEL:
+        return Ability(
+            "kernel", False, f"Linux {release} is older than 4.15: no shield", "upgrade to Linux 4.15 or newer"
+        )
+    judged = "the socket" if version >= _SOCKET_KERNEL else "each packet's headers"
+    return Ability("kernel", True, f"Linux {release}: the shield judges {judged}")
+
+
+def _capabilities() -> Ability:
+    held = capabilities.effective()
+    if capabilities.NET_ADMIN not in held or not held & {capabilities.BPF, capabilities.SYS_ADMIN}:
+        what = "this process has no CAP_NET_ADMIN and CAP_BPF, so it cannot start a guard by itself"
+        return Ability("capabilities", False, what, "sudo securerunctl doctor")
+    missing = [name for name, number in _HELPFUL.items() if number not in held]
+    without = f"; without {', '.join(missing)}" if missing else ""
+    return Ability("capabilities", True, f"CAP_NET_ADMIN and CAP_BPF{without}")
+
+
+def _cgroup() -> Ability:
+    try:
+        path = cgroup.cgroup_of(os.getpid())
+    except CgroupUnavailable as error:
+        return Ability("cgroup", False, str(error), "boot with systemd.unified_cgroup_hierarchy=1")
+    leaves = cgroup.may_leave_shared_cgroups()
+    stays = "" if leaves else "; a guard of this process' own cannot leave it, and ends with a batch job"
+    return Ability("cgroup", True, f"version 2, {path}{stays}")
+
+
+def _shield() -> Ability:
+    """Hang the shield on a cgroup made for it, prove it, and take both away again."""
+    policy = Policy(secrets.token_hex(6), (), (_EXAMPLE_PEER,), ())
+    try:
+        with _no_interruption():
+            name = _try_shield(policy)
+    except (CgroupUnavailable, ShieldUnavailable) as error:
+        if os.geteuid() != 0:
+            return Ability("shield", None, "only root can try it", "sudo securerunctl doctor")
+        return Ability("shield", False, str(error), _mend_of_shield(str(error)))
+    return Ability("shield", True, f"the {name} filter was hung on a cgroup here, proven, and taken off")
+
+
+def _try_shield(policy: Policy) -> str:
+    """The name of the program that the kernel took. Raises CgroupUnavailable or ShieldUnavailable."""
+    with contextlib.ExitStack() as undo:
+        made = cgroup.make_job_cgroup(cgroup.path_of_job_cgroup(os.getpid(), policy.run_id))
+        undo.callback(made.close)
+        undo.callback(made.remove)
+        shield.refuse_conflicts(made.ancestors)
+        hung = Shield.attach(made.descriptor, policy)
+        undo.callback(hung.close)
+        undo.callback(hung.detach)
+        if not shield.prove(made.descriptor):
+            raise ShieldUnavailable("filters on a cgroup do not run here: net_cls or net_prio is in use (before 5.15)")
+        return hung.name
+
+
+def _mend_of_shield(reason: str) -> str:
+    if "net_cls" in reason:
+        return "reboot with cgroup_no_v1=net_cls,net_prio"
+    if "read-only" in reason.lower():
+        return "docker run --cap-add BPF --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw"
+    return "docker run --cap-add NET_ADMIN --cap-add BPF (in a container); else start in another cgroup"
+
+
+def _port_chains() -> Iterator[Ability]:
+    for backend, mend in _BACKENDS.items():
+        try:
+            what = _found_backend(backend)
+        except PortChainsUnavailable as error:
+            yield Ability(backend, False, str(error), mend)
+        else:
+            yield Ability(backend, True, what)
+
+
+def _found_backend(backend: str) -> str:
+    """What of a backend is here. Raises PortChainsUnavailable."""
+    if backend == "legacy":
+        # Its libraries register the tables, and load modules, as soon as they are asked anything.
+        if any((path / "iptc" / "__init__.py").is_file() for path in packages.directories()):
+            return "python-iptables is installed"
+        raise PortChainsUnavailable(
+            "python-iptables is not installed; only hosts whose rules are in legacy tables need it"
+        )
+    backends.open_chains(backend, secrets.token_hex(6))
+    if backend == "nftables":
+        from securerun.firewall.libnftables import Nftables, NftablesError
+
+        try:
+            Nftables().close()
+        except NftablesError as error:
+            raise PortChainsUnavailable(str(error)) from error
+    return "its commands are installed" if backend == "iptables" else "its library is installed"
+
+
+def _reserved_ports() -> Ability:
+    if os.geteuid() != 0:
+        return Ability("reserved-ports", None, f"only root can tell whether {reserved.NAME} can be written")
+    if os.access(reserved.LIST, os.W_OK):
+        return Ability("reserved-ports", True, f"{reserved.NAME} can be written")
+    return Ability(
+        "reserved-ports", False, f"{reserved.NAME} is read-only here", f"sysctl -w {reserved.NAME}=PORTS (on the host)"
+    )
+
+
+def _guards() -> Iterator[Ability]:
+    """Whether a guard answers, by the first way that leads to one; it is let go before it has an order."""
+    answered = ""
+    for way in ways.ways():
+        name = f"guard {way.name}"
+        obstacle = way.obstacle or ("" if answered else _refusal(way))
+        if obstacle:
+            yield Ability(name, False, obstacle, _WAYS[way.name])
+        elif answered:
+            yield Ability(name, None, f"not tried: a guard answers {answered}")
+        else:
+            answered = way.name
+            yield Ability(name, True, "a guard answers")
+
+
+def _refusal(way: Way) -> str:
+    """Why no guard can be had by a way that has no obstacle; "" if one can."""
+    try:
+        connection = way.open()
+    except OSError as error:
+        return error.strerror or str(error)
+    try:
+        answer = connection.receive(_ANSWER_SECONDS)
+        if isinstance(answer, Ready):
+            return ""
+        return answer.message if isinstance(answer, Refused) else connection.last_words()
+    except (ProtocolError, SecurerunError) as error:
+        return str(error)
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _no_interruption() -> Iterator[None]:
+    """Nothing short of SIGKILL ends this process in the middle, so that what it makes goes again."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
