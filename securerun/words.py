@@ -84,14 +84,20 @@ def plan(job: Job, policy: Policy, peers: Peers, entrance: Entrance, options: Op
 
 
 def iptables_rules(policy: Policy) -> str:
-    """What iptables-restore and ip6tables-restore are given, on a host where no run has installed anything yet."""
-    from securerun.firewall import iptables
+    """What iptables-restore and ip6tables-restore are given, on a host where no run has installed anything yet.
+
+    Before it, in ipset's language, the sets that it names, where there are many peers.
+    """
+    from securerun.firewall import ipset, iptables
 
     nothing = iptables.Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
-    texts = (
-        f"# {command} --noflush   (the first run on a host)\n" + iptables.render_install(policy, version, nothing)
-        for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore"))
-    )
+    texts = []
+    for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore")):
+        if iptables.has_set(policy, version):
+            peers = ipset.render(iptables.set_name(policy.run_id, version), policy.peers_of(version))
+            texts.append(f"# ipset restore\n{peers}")
+        rules = iptables.render_install(policy, version, nothing)
+        texts.append(f"# {command} --noflush   (the first run on a host)\n{rules}")
     return "\n".join(texts)
 
 

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from cgroups import inside
 from hosts import Host, Network
 from probe import reach
 
-from securerun.firewall import iptables
+from securerun.firewall import ipset, iptables
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.iptables import Dispatcher, read_dispatcher, render_install, render_removal
 from securerun.firewall.policy import Network as PeerNetwork
@@ -261,9 +262,13 @@ def test_ten_thousand_peers_are_installed_and_removed_whole(node: Host) -> None:
     before = node.snapshot()
     peers = [f"10.{index >> 8 & 255}.{index & 255}.{index % 120 * 2 + 1}" for index in range(10_000)]
     chains(node, "install", RUN, *peers)
-    assert node.snapshot()["iptables-save"].count("-j RETURN") == 10_000
+    with inside(node):
+        assert ipset.size(f"securerun-{RUN}-4") == 10_000
+    assert node.snapshot()["iptables-save"].count("-j RETURN") == 1
     chains(node, "remove", RUN)
     assert node.snapshot() == before
+    with inside(node):
+        assert ipset.size(f"securerun-{RUN}-4") is None
 
 
 def test_no_iptables_is_one_reason_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from cgroups import inside
 from hosts import Host, Network, eventually
 from probe import Endpoint, reach
 
+from securerun.firewall import ipset
 from securerun.firewall.iptables import Dispatcher, render_install
 from securerun.firewall.policy import Policy, PortRange, collapse
 
@@ -370,9 +372,13 @@ def test_ten_thousand_peers_are_installed_and_removed_whole(node: Host) -> None:
     before = saved(node)
     peers = [f"10.{index >> 8}.{index & 255}.1" for index in range(10_000)]
     assert carry_out(node, order("install", RUN, *peers)) == ""
-    assert sum(line.endswith("-j RETURN") for line in saved(node)["iptables-legacy"]) == 10_000
+    with inside(node):
+        assert ipset.size(f"securerun-{RUN}-4") == 10_000
+    assert sum(line.endswith("-j RETURN") for line in saved(node)["iptables-legacy"]) == 1
     remove(node, RUN)
     assert saved(node) == before
+    with inside(node):
+        assert ipset.size(f"securerun-{RUN}-4") is None
 
 
 @pytest.fixture

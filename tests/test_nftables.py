@@ -195,24 +195,30 @@ table inet securerun-0123456789ab {
 		elements = { 29500, 60000-60015 }
 	}
 
-	set peers4 {
+	set hosts4 {
 		type ipv4_addr
-		flags interval
-		elements = { 10.77.0.2, 10.78.0.0/16 }
+		elements = { 10.77.0.2 }
 	}
 
-	set peers6 {
-		type ipv6_addr
+	set networks4 {
+		type ipv4_addr
 		flags interval
+		elements = { 10.78.0.0/16 }
+	}
+
+	set hosts6 {
+		type ipv6_addr
 		elements = { fd77::2 }
 	}
 
 	chain pass {
 		type filter hook input priority -20; policy accept;
 		tcp flags & (syn | ack) != syn accept comment "securerun 0123456789ab"
-		iifname { "eth0", "ib0.10" } tcp dport @ports ip saddr @peers4 meta priority set 5352:4e21 accept \
+		iifname { "eth0", "ib0.10" } tcp dport @ports ip saddr @hosts4 meta priority set 5352:4e21 accept \
 comment "securerun 0123456789ab"
-		iifname { "eth0", "ib0.10" } tcp dport @ports ip6 saddr @peers6 meta priority set 5352:4e21 accept \
+		iifname { "eth0", "ib0.10" } tcp dport @ports ip saddr @networks4 meta priority set 5352:4e21 accept \
+comment "securerun 0123456789ab"
+		iifname { "eth0", "ib0.10" } tcp dport @ports ip6 saddr @hosts6 meta priority set 5352:4e21 accept \
 comment "securerun 0123456789ab"
 	}
 
@@ -333,7 +339,7 @@ def test_ten_thousand_peers_go_in_at_once(hosts: tuple[Host, Host, Host]) -> Non
         chains.install(policy(*node1.addresses, *crowd), None)
     assert reached(node1, node0, [MASTER]) == all_of(node0, [MASTER])
     assert reached(stranger, node0, [MASTER]) == set()
-    listed = node0.run(["nft", "list", "set", "inet", TABLE, "peers4"], check=True).stdout
+    listed = node0.run(["nft", "list", "set", "inet", TABLE, "hosts4"], check=True).stdout
     assert len(re.findall(r"\d+\.\d+\.\d+\.\d+", listed)) == len(crowd) + 1
     with inside(node0):
         chains.remove()

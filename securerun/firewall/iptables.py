@@ -4,6 +4,8 @@ One dispatcher chain a family, `SECURERUN`, serves all runs of a host. INPUT han
 did not come over loopback; everything else costs one rule. In the dispatcher stand first the pass rules of
 every run, then the drops of every run, so two runs with the same port range and different peers agree.
 A pass is RETURN, in the dispatcher itself: back to the host's own rules. It closes and never opens.
+Up to a few peers stand in a rule each; of more, a family's stand in one set (ipset), which one rule names, so that a
+connection from one of 10,000 peers costs what one from ten does. Kernels without such sets get a rule a peer.
 
 What has been installed is read from the rules, not remembered: each rule's comment names its run, and the
 jump's comment tells whether the table or the base chain exists because of us and goes when the last run goes.
@@ -12,14 +14,16 @@ The functions here that change the host expect the caller to hold the host's loc
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Callable
 
-from securerun.firewall import nfnetlink
+from securerun.firewall import ipset, nfnetlink
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
 
@@ -34,6 +38,7 @@ MADE_NOTHING = "securerun"
 # xt_multiport holds 15 ports (XT_MULTI_PORTS); a range counts twice.
 _MULTIPORT_SLOTS = 15
 _FEW_RULES = 16
+_MOST_PEERS_IN_RULES = 32
 _LOGGED_A_SECOND = 1000
 _LOCK_SECONDS = 10
 _COMMAND_SECONDS = 60
@@ -46,7 +51,6 @@ class Family:
     version: int
     restore: str
     save: str
-    writes_nftables: bool
 
     @property
     def netfilter(self) -> int:
@@ -93,11 +97,18 @@ def read_dispatcher(saved: str) -> Dispatcher:
 
 
 def render_install(
-    policy: Policy, version: int, found: Dispatcher, made: str = MADE_NOTHING, log_group: int | None = None
+    policy: Policy,
+    version: int,
+    found: Dispatcher,
+    made: str = MADE_NOTHING,
+    log_group: int | None = None,
+    *,
+    with_sets: bool = True,
 ) -> str:
     """The iptables-restore text that puts this run into the dispatcher, in place of the rules that it has there.
 
-    Makes the dispatcher, and INPUT's jump to it, where they are missing.
+    Makes the dispatcher, and INPUT's jump to it, where they are missing. with_sets: many peers stand in the set of
+    `set_name`, which has to be there, and not in a rule each.
     """
     # Declaring a chain that exists empties it, also under --noflush.
     declaration = [] if found.exists else [f":{CHAIN} - [0:0]"]
@@ -105,14 +116,21 @@ def render_install(
     if not found.jumped_to_first:
         jump.append(f'-I INPUT 1 {JUMP} "{made}" -j {CHAIN}')
     replaced = _without(found.rules_of(policy.run_id), found)
-    return _transaction([*declaration, *jump, *replaced, *passes(policy, version), *drops(policy, log_group)])
+    opening = passes(policy, version, with_sets=with_sets)
+    return _transaction([*declaration, *jump, *replaced, *opening, *drops(policy, log_group)])
 
 
-def passes(policy: Policy, version: int) -> Iterator[str]:
-    """The lines that put the pass rules of one family before everything else in the dispatcher, in their order."""
+def passes(policy: Policy, version: int, *, with_sets: bool = False) -> Iterator[str]:
+    """The lines that put the pass rules of one family before everything else in the dispatcher, in their order.
+
+    with_sets: as for `render_install`.
+    """
     target = "ACCEPT" if policy.accept else "RETURN"
     # In reverse, since each is inserted at position 1.
-    sources = [f"-s {network} " for network in reversed(policy.peers_of(version))]
+    if with_sets and has_set(policy, version):
+        sources = [f"-m set --match-set {set_name(policy.run_id, version)} src "]
+    else:
+        sources = [f"-s {network} " for network in reversed(policy.peers_of(version))]
     entries = [f"-i {interface} " for interface in reversed(policy.interfaces)] or [""]
     for source in sources:
         for entry in entries:
@@ -155,6 +173,53 @@ def _without(rules: Collection[str], found: Dispatcher) -> list[str]:
     return [f"-F {CHAIN}", *(rule for rule in found.rules if rule not in gone)]
 
 
+def set_name(run_id: str, version: int) -> str:
+    """The set with a run's peers of one IP version (IPSET_MAXNAMELEN is 32)."""
+    return f"securerun-{run_id}-{version}"
+
+
+def has_set(policy: Policy, version: int) -> bool:
+    """Whether the peers of one IP version are so many that they stand in a set."""
+    return len(policy.peers_of(version)) > _MOST_PEERS_IN_RULES
+
+
+def install_with_sets(policy: Policy, install: Callable[[bool], None]) -> dict[str, int]:
+    """Have `install(True)` install rules after the sets that they name are made, or `install(False)` rules alone.
+
+    Rules alone where the kernel has no sets, or its iptables no match for them. Returns how many networks are in each
+    set. Raises what `install(False)` raises, and PortChainsUnavailable for a set that can not be removed.
+    """
+    versions = [version for version in (4, 6) if has_set(policy, version)]
+    names = {set_name(policy.run_id, version): policy.peers_of(version) for version in versions}
+    try:
+        for name, peers in names.items():
+            ipset.put(name, peers)
+        install(True)
+    except (OSError, PortChainsUnavailable):
+        names = {}
+        install(False)
+    remove_sets(policy.run_id, names)
+    return {name: len(peers) for name, peers in names.items()}
+
+
+def remove_sets(run_id: str, keep: Collection[str] = ()) -> None:
+    """Remove a run's sets, which no rule may name any more. Raises PortChainsUnavailable."""
+    for name in (set_name(run_id, version) for version in (4, 6)):
+        try:
+            if name not in keep:
+                ipset.destroy(name)
+        except OSError as error:
+            raise PortChainsUnavailable(f"set {name} cannot be removed: {error.strerror}") from error
+
+
+def sets_stand(sizes: dict[str, int]) -> bool:
+    """Whether the sets hold as many networks as were put there. Raises PortChainsUnavailable."""
+    try:
+        return all(ipset.size(name) == size for name, size in sizes.items())
+    except OSError as error:
+        raise PortChainsUnavailable(f"the sets of peers cannot be read: {error.strerror}") from error
+
+
 def families() -> tuple[Family, ...]:
     """The commands of every address family that this kernel speaks.
 
@@ -178,6 +243,7 @@ class IptablesChains:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._families = families()
+        self._sets: dict[str, int] = {}
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
@@ -185,8 +251,7 @@ class IptablesChains:
         Raises PortChainsUnavailable, with nothing of this run left in either family.
         """
         try:
-            for family in self._families:
-                self._install_in(family, policy, log_group)
+            self._sets = install_with_sets(policy, lambda with_sets: self._install(policy, log_group, with_sets))
         except PortChainsUnavailable:
             self.remove()
             raise
@@ -196,26 +261,41 @@ class IptablesChains:
 
         Raises PortChainsUnavailable when the tables cannot be read or written.
         """
-        for family in self._families:
-            _remove_from(family, self._run_id)
+        found = _dispatchers(self._families)
+        texts = {family: render_removal(self._run_id, dispatcher) for family, dispatcher in found.items()}
+        _restore({family: text for family, text in texts.items() if text})
+        remove_sets(self._run_id)
+        for family, dispatcher in found.items():
+            if texts[family]:
+                _remove_what_we_made(family, dispatcher)
 
     def stand(self) -> bool:
-        """Whether INPUT jumps to the dispatcher and this run has rules there, in each family."""
-        found = [_dispatcher(family) for family in self._families]
-        return all(dispatcher.jumps and dispatcher.rules_of(self._run_id) for dispatcher in found)
+        """Whether INPUT jumps to the dispatcher, and this run has rules there and all peers in its sets."""
+        found = _dispatchers(self._families).values()
+        rules = all(dispatcher.jumps and dispatcher.rules_of(self._run_id) for dispatcher in found)
+        return rules and sets_stand(self._sets)
 
-    def _install_in(self, family: Family, policy: Policy, log_group: int | None) -> None:
-        found = _dispatcher(family)
-        foreign = [rule for rule in found.rules if run_of(rule) is None]
-        if foreign:
-            raise PortChainsUnavailable(
-                f"chain {CHAIN} holds a rule that is not securerun's ({foreign[0]}); remove it or use --firewall off"
-            )
-        made = found.made if found.jumps else _will_make(family)
-        _restore(family, render_install(policy, family.version, found, made, log_group))
-        now = _dispatcher(family)
-        if not now.jumped_to_first or not now.rules_of(self._run_id):
-            raise PortChainsUnavailable(f"{family.restore} reported success, but the rules are not there")
+    def _install(self, policy: Policy, log_group: int | None, with_sets: bool) -> None:
+        found = _dispatchers(self._families)
+        _refuse_foreign_rules(found.values())
+        made = _made(found)
+        _restore(
+            {
+                family: render_install(policy, family.version, dispatcher, made[family], log_group, with_sets=with_sets)
+                for family, dispatcher in found.items()
+            }
+        )
+        for family, now in _dispatchers(self._families).items():
+            if not now.jumped_to_first or not now.rules_of(self._run_id):
+                raise PortChainsUnavailable(f"{family.restore} reported success, but the rules are not there")
+
+
+def _refuse_foreign_rules(found: Iterable[Dispatcher]) -> None:
+    foreign = [rule for dispatcher in found for rule in dispatcher.rules if run_of(rule) is None]
+    if foreign:
+        raise PortChainsUnavailable(
+            f"chain {CHAIN} holds a rule that is not securerun's ({foreign[0]}); remove it or use --firewall off"
+        )
 
 
 def _port_matches(policy: Policy) -> Iterator[str]:
@@ -246,9 +326,7 @@ def _transaction(lines: Iterable[str]) -> str:
 
 
 def _family(version: int, command: str) -> Family:
-    restore = _find(f"{command}-restore")
-    answer = _run([restore, "--version"], "")
-    return Family(version, restore, _find(f"{command}-save"), "nf_tables" in answer)
+    return Family(version, _find(f"{command}-restore"), _find(f"{command}-save"))
 
 
 def _find(command: str) -> str:
@@ -267,10 +345,16 @@ def kernel_speaks_ipv6() -> bool:
     return True
 
 
+def _made(found: Mapping[Family, Dispatcher]) -> dict[Family, str]:
+    """For each family, what is there, or is about to be, because of us: the jump's comment says so from then on."""
+    new = [family for family, dispatcher in found.items() if not dispatcher.jumps]
+    versions = _run([[family.restore, "--version"] for family in new])
+    making = {family: _will_make(family) for family, version in zip(new, versions) if "nf_tables" in version}
+    return {family: making.get(family, dispatcher.made) for family, dispatcher in found.items()}
+
+
 def _will_make(family: Family) -> str:
     """What our transaction is about to bring into being beside the dispatcher: legacy tables come with their chains."""
-    if not family.writes_nftables:
-        return MADE_NOTHING
     try:
         if not nfnetlink.table_exists(family.netfilter, "filter"):
             return MADE_TABLE
@@ -281,13 +365,9 @@ def _will_make(family: Family) -> str:
     return MADE_NOTHING
 
 
-def _remove_from(family: Family, run_id: str) -> None:
-    found = _dispatcher(family)
-    text = render_removal(run_id, found)
-    if not text:
-        return
-    _restore(family, text)
-    if found.made == MADE_NOTHING or _dispatcher(family).exists:
+def _remove_what_we_made(family: Family, found: Dispatcher) -> None:
+    """Take the base chain and the table away that were there because of the dispatcher, if it is gone now."""
+    if found.made == MADE_NOTHING or _dispatchers([family])[family].exists:
         return
     try:
         nfnetlink.delete_unused_chain(family.netfilter, "filter", "INPUT")
@@ -297,26 +377,46 @@ def _remove_from(family: Family, run_id: str) -> None:
         raise PortChainsUnavailable(f"an empty filter table was left behind: {error.strerror}") from error
 
 
-def _dispatcher(family: Family) -> Dispatcher:
-    return read_dispatcher(_run([family.save, "-t", "filter"], ""))
+def _dispatchers(asked: Sequence[Family]) -> dict[Family, Dispatcher]:
+    saved = _run([[family.save, "-t", "filter"] for family in asked])
+    return {family: read_dispatcher(text) for family, text in zip(asked, saved)}
 
 
-def _restore(family: Family, text: str) -> None:
-    _run([family.restore, "--noflush", "--wait", str(_LOCK_SECONDS)], text)
+def _restore(texts: Mapping[Family, str]) -> None:
+    wait = ["--noflush", "--wait", str(_LOCK_SECONDS)]
+    _run([[family.restore, *wait] for family in texts], list(texts.values()))
 
 
-def _run(command: list[str], text: str) -> str:
-    """Run one of iptables' commands with a clean environment; its standard output.
+def _run(commands: Sequence[list[str]], texts: Sequence[str] = ()) -> list[str]:
+    """Run some of iptables' commands at once, each with a clean environment and its text; their standard outputs.
 
-    Raises PortChainsUnavailable with the command's own words when it fails.
+    One a family: both together take little longer than one. Raises PortChainsUnavailable with the first failing
+    command's own words, when all have ended.
     """
+    started: list[subprocess.Popen[str]] = []
     try:
-        done = subprocess.run(  # noqa: S603 - an absolute path from _find, arguments of ours
-            command, input=text, capture_output=True, text=True, env=_ENVIRONMENT, timeout=_COMMAND_SECONDS, check=False
-        )
+        for command, text in zip(commands, texts or [""] * len(commands)):
+            started.append(_start(command, text))
+        outputs = [process.communicate(timeout=_COMMAND_SECONDS) for process in started]
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise PortChainsUnavailable(f"{command[0]}: {error}") from error
-    if done.returncode != 0:
-        words = " ".join(done.stderr.split()) or f"ended with status {done.returncode}"
-        raise PortChainsUnavailable(f"{command[0]}: {words}")
-    return done.stdout
+        raise PortChainsUnavailable(f"{commands[0][0]}: {error}") from error
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    for command, process, (_, errors) in zip(commands, started, outputs):
+        if process.returncode != 0:
+            words = " ".join(errors.split()) or f"ended with status {process.returncode}"
+            raise PortChainsUnavailable(f"{command[0]}: {words}")
+    return [output for output, _ in outputs]
+
+
+def _start(command: list[str], text: str) -> subprocess.Popen[str]:
+    """Its input is a file in memory, so that it waits for nobody while another is being read."""
+    with open(os.memfd_create("rules"), "w+", encoding="ascii") as rules:  # noqa: PTH123 - a descriptor
+        rules.write(text)
+        rules.seek(0)
+        return subprocess.Popen(  # noqa: S603 - an absolute path from _find, arguments of ours
+            command, stdin=rules, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_ENVIRONMENT
+        )

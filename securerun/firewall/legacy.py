@@ -42,7 +42,15 @@ from typing import Any, Callable, Protocol
 
 from securerun import packages
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.iptables import CHAIN, Dispatcher, kernel_speaks_ipv6, render_install
+from securerun.firewall.iptables import (
+    CHAIN,
+    Dispatcher,
+    install_with_sets,
+    kernel_speaks_ipv6,
+    remove_sets,
+    render_install,
+    sets_stand,
+)
 from securerun.firewall.policy import Policy
 
 # iptables/xshared.h: XT_LOCK_NAME
@@ -115,6 +123,7 @@ class LegacyChains:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._tables = filter_tables()
+        self._sets: dict[str, int] = {}
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
@@ -123,8 +132,7 @@ class LegacyChains:
         """
         with xtables_lock():
             try:
-                for table in self._tables:
-                    _install_in(table, policy, log_group)
+                self._sets = install_with_sets(policy, lambda with_sets: self._install(policy, log_group, with_sets))
             except PortChainsUnavailable:
                 self._remove()
                 raise
@@ -138,8 +146,12 @@ class LegacyChains:
             self._remove()
 
     def stand(self) -> bool:
-        """Whether INPUT jumps to the dispatcher and this run has rules there, in each family."""
-        return all(self._stands_in(table) for table in self._tables)
+        """Whether INPUT jumps to the dispatcher, and this run has rules there and all peers in its sets."""
+        return all(self._stands_in(table) for table in self._tables) and sets_stand(self._sets)
+
+    def _install(self, policy: Policy, log_group: int | None, with_sets: bool) -> None:
+        for table in self._tables:
+            _install_in(table, policy, log_group, with_sets=with_sets)
 
     def _stands_in(self, table: FilterTable) -> bool:
         with table.reading() as view:
@@ -148,6 +160,7 @@ class LegacyChains:
     def _remove(self) -> None:
         for table in self._tables:
             table.change(lambda view: _take_out(view, self._run_id))
+        remove_sets(self._run_id)
 
 
 @dataclass(frozen=True)
@@ -331,15 +344,15 @@ def _wait_for(descriptor: int) -> None:
         time.sleep(_LOCK_RETRY_SECONDS)
 
 
-def _install_in(table: FilterTable, policy: Policy, log_group: int | None) -> None:
-    table.change(lambda view: _put_in(view, table.version, policy, log_group))
+def _install_in(table: FilterTable, policy: Policy, log_group: int | None, *, with_sets: bool) -> None:
+    table.change(lambda view: _put_in(view, table.version, policy, log_group, with_sets=with_sets))
     with table.reading() as view:
         stands = _jumped_to_first(view) and any(entry.run_id == policy.run_id for entry in view.entries(CHAIN))
     if not stands:
         raise PortChainsUnavailable(f"libiptc reported success, but the IPv{table.version} rules are not there")
 
 
-def _put_in(view: View, version: int, policy: Policy, log_group: int | None) -> None:
+def _put_in(view: View, version: int, policy: Policy, log_group: int | None, *, with_sets: bool) -> None:
     """Add the run to the dispatcher, and the dispatcher where it is missing."""
     foreign = [number for number, entry in enumerate(view.entries(CHAIN), 1) if entry.run_id is None]
     if foreign:
@@ -354,7 +367,7 @@ def _put_in(view: View, version: int, policy: Policy, log_group: int | None) -> 
         view.delete("INPUT", view.jumps())
     # Of the run's rules and of the jumps none is left to be deleted.
     found = Dispatcher(exists=view.has_dispatcher, rules=(), jumps=(), jumped_to_first=first)
-    for line in render_install(policy, version, found, log_group=log_group).splitlines():
+    for line in render_install(policy, version, found, log_group=log_group, with_sets=with_sets).splitlines():
         view.write(line)
 
 

@@ -19,16 +19,18 @@ from dataclasses import dataclass
 _NETLINK_NETFILTER = 12
 _SUBSYSTEM_NFTABLES = 10
 # include/uapi/linux/netfilter/nf_tables.h: enum nf_tables_msg_types
-_GET_TABLE, _DELETE_TABLE, _GET_CHAIN, _DELETE_CHAIN = 1, 2, 4, 5
+_GET_TABLE, _DELETE_TABLE, _GET_CHAIN, _DELETE_CHAIN, _GET_RULE = 1, 2, 4, 5, 7
 # include/uapi/linux/netfilter/nfnetlink.h
 _BATCH_BEGIN, _BATCH_END = 16, 17
-_TABLE_NAME = 1
+_TABLE_NAME, _TABLE_FLAGS = 1, 2
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE = 1, 3, 4, 5, 6
-_HOOK_NUMBER = 1
+_HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
 _INPUT_HOOK = 1  # NF_INET_LOCAL_IN
 _INPUT_FAMILIES = (1, socket.AF_INET, socket.AF_INET6)  # NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
+_RULE_TABLE = 1
 _REQUEST, _ACKNOWLEDGE, _NOT_RECURSIVE, _DUMP = 0x1, 0x4, 0x100, 0x300
 _ERROR_MESSAGE, _DONE_MESSAGE = 2, 3
+_HAS_OWNER = 0x2  # NFT_TABLE_F_OWNER
 _POLICY_ACCEPT = 1
 _TIMEOUT_SECONDS = 5
 _GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
@@ -75,6 +77,27 @@ def input_chains() -> tuple[BaseChain, ...]:
         # Each rule counts as a use of its chain (net/netfilter/nf_tables_api.c, nf_tables_newrule).
         found.append(BaseChain(payload[0], table, name, accepts, _number(chain.get(_CHAIN_USE)) > 0))
     return tuple(found)
+
+
+def table_has_owner(family: int, table: str) -> bool:
+    """Whether this table is there and belongs to a socket. Raises OSError as `chain_exists` does."""
+    found = _get_table(family, table)
+    return found is not None and bool(_number(found.get(_TABLE_FLAGS)) & _HAS_OWNER)
+
+
+def priority_of(family: int, table: str, chain: str) -> int | None:
+    """The priority of a base chain; None where there is none of this name. Raises OSError as `chain_exists` does."""
+    found = _get_chain(family, table, chain)
+    if found is None or _CHAIN_HOOK not in found:
+        return None
+    (priority,) = struct.unpack("!i", attributes(found[_CHAIN_HOOK])[_HOOK_PRIORITY])
+    return int(priority)
+
+
+def count_rules(family: int, table: str, word: str) -> int:
+    """How many rules of a table have this text in them, as in a comment. Raises OSError as `chain_exists` does."""
+    question = _message(_GET_RULE, family, _text(_RULE_TABLE, table), _REQUEST | _DUMP)
+    return sum(word.encode() in rule for rule in _dump(question))
 
 
 def delete_unused_chain(family: int, table: str, chain: str) -> bool:

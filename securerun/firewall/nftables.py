@@ -21,12 +21,13 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from securerun.firewall import nfnetlink
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.libnftables import Nftables, NftablesError
-from securerun.firewall.policy import Network, Policy
+from securerun.firewall.policy import Policy, written_address
 
 # "SRN!" as the two halves of a traffic class: no one sets it by chance.
 TOKEN = "5352:4e21"
@@ -42,7 +43,8 @@ NO_ACCEPT = (
     "nftables cannot accept past the host's own rules: accept ends only its own base chain; leave --accept out or use "
     "--firewall iptables"
 )
-_COMMENTED = 'comment "securerun '
+_RUN_IN_COMMENT = "securerun "
+_COMMENTED = f'comment "{_RUN_IN_COMMENT}'
 _CONTENT = re.compile(r"^\t(chain|set) (\w+) \{$", re.MULTILINE)
 # Data packets cost this rule in each chain. SYN and ACK alone decide: a sender may set FIN and RST too. What is too
 # short to hold flags matches no rule that asks for them and so counts as an opening packet below.
@@ -61,7 +63,8 @@ def render(policy: Policy, log_group: int | None) -> str:
     chains in the block of `create`, so they follow in a block of their own, and its comment would be ignored.
     """
     name = table_name(policy.run_id)
-    blocks = [[f"\t{_OWNER}"], *_sets(policy), *_chains(policy, log_group)]
+    peers = tuple(_peer_sets(policy))
+    blocks = [[f"\t{_OWNER}"], *_sets(policy, peers), *_chains(policy, peers, log_group)]
     return f"create table inet {name} {{ {_OWNER}; {_comment(policy.run_id)}; }}\n{_table(name, blocks)}"
 
 
@@ -72,12 +75,13 @@ def render_lasting(policy: Policy) -> str:
     that a table of ours may hold is declared first.
     """
     name = table_name(policy.run_id)
-    kinds = {"ports": "inet_service", "peers4": "ipv4_addr", "peers6": "ipv6_addr"}
-    sets = (_set(what, kind, ()) for what, kind in kinds.items())
+    every = [_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True)]
+    sets = _sets(replace(policy, ports=()), every)
     chains = (_chain(what, ()) for what in _PRIORITIES)
+    peers = tuple(_peer_sets(policy))
     empty = _table(name, [*sets, *chains])
     flushes = [f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty)]
-    return "\n".join([empty, *flushes, "", _table(name, [*_sets(policy), *_chains(policy, None)])])
+    return "\n".join([empty, *flushes, "", _table(name, [*_sets(policy, peers), *_chains(policy, peers, None)])])
 
 
 def render_lasting_removal(run_id: str) -> str:
@@ -126,7 +130,7 @@ class NftablesChains:
                 self._owner = self._first(rendered)
             else:
                 self._owner.run(render_change(policy, log_group, self._standing))
-                _read_back(self._owner, self.name, rendered)
+                _read_back(self.name, rendered)
         except NftablesError as error:
             raise PortChainsUnavailable(str(error)) from error
         self._standing = rendered
@@ -157,7 +161,7 @@ class NftablesChains:
         owner = Nftables()
         try:
             _create(owner, self.name, rendered)
-            _read_back(owner, self.name, rendered)
+            _read_back(self.name, rendered)
         except NftablesError:
             owner.close()
             raise
@@ -169,24 +173,50 @@ def _table(name: str, blocks: Iterable[Iterable[str]]) -> str:
     return f"table inet {name} {{\n{content}\n}}\n"
 
 
-def _sets(policy: Policy) -> Iterator[list[str]]:
+@dataclass(frozen=True)
+class _PeerSet:
+    """Some of the peers of one IP version: single hosts, or networks, which are intervals."""
+
+    version: int
+    of_networks: bool
+    elements: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{'networks' if self.of_networks else 'hosts'}{self.version}"
+
+
+def _sets(policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[list[str]]:
     yield _set("ports", "inet_service", (_range(first, last) for first, last in policy.joined_ports()))
+    for each in peers:
+        yield _set(each.name, f"ipv{each.version}_addr", each.elements, interval=each.of_networks)
+
+
+def _peer_sets(policy: Policy) -> Iterator[_PeerSet]:
+    """The sets that are not empty. Hosts stand apart: without intervals 10,000 of them take half the time."""
     for version in (4, 6):
-        peers = policy.peers_of(version)
-        if peers:
-            yield _set(f"peers{version}", f"ipv{version}_addr", (_shortest(peer) for peer in peers))
+        hosts, networks = [], []
+        for peer in policy.peers_of(version):
+            if peer.prefixlen == peer.max_prefixlen:
+                hosts.append(written_address(peer.network_address))
+            else:
+                networks.append(str(peer))
+        for of_networks, elements in ((False, hosts), (True, networks)):
+            if elements:
+                yield _PeerSet(version, of_networks, tuple(elements))
 
 
-def _set(name: str, kind: str, elements: Iterable[str]) -> list[str]:
+def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool = True) -> list[str]:
     listed = ", ".join(elements)
     # The language has no empty list of elements.
     content = [f"\t\telements = {{ {listed} }}"] if listed else []
-    return [f"\tset {name} {{", f"\t\ttype {kind}", "\t\tflags interval", *content, "\t}"]
+    flags = ["\t\tflags interval"] * interval
+    return [f"\tset {name} {{", f"\t\ttype {kind}", *flags, *content, "\t}"]
 
 
-def _chains(policy: Policy, log_group: int | None) -> Iterator[list[str]]:
+def _chains(policy: Policy, peers: Sequence[_PeerSet], log_group: int | None) -> Iterator[list[str]]:
     if policy.peers:
-        yield _chain("pass", _rules(policy.run_id, _passes(policy)))
+        yield _chain("pass", _rules(policy.run_id, _passes(policy, peers)))
     yield _chain("close", _rules(policy.run_id, _drops(log_group)))
 
 
@@ -202,12 +232,12 @@ def _hook(priority: int) -> str:
     return f"type filter hook input priority {priority}; policy accept;"
 
 
-def _passes(policy: Policy) -> Iterator[str]:
+def _passes(policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[str]:
     names = ", ".join(f'"{interface}"' for interface in policy.interfaces)
     entry = f"iifname {{ {names} }} " if names else ""
-    for version, family in ((4, "ip"), (6, "ip6")):
-        if policy.peers_of(version):
-            yield f"{entry}tcp dport @ports {family} saddr @peers{version} meta priority set {TOKEN} accept"
+    for each in peers:
+        family = "ip" if each.version == 4 else "ip6"
+        yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {TOKEN} accept"
 
 
 def _drops(log_group: int | None) -> Iterator[str]:
@@ -223,26 +253,25 @@ def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _shortest(network: Network) -> str:
-    return str(network) if network.num_addresses > 1 else str(network.network_address)
-
-
 def _comment(run_id: str) -> str:
     return f'{_COMMENTED}{run_id}"'
 
 
-def _read_back(owner: Nftables, name: str, rendered: str) -> None:
+def _read_back(name: str, rendered: str) -> None:
     """Raise NftablesError unless owner flag, base chains and every rule stand in the kernel.
 
-    libnftables did report success for a table that it had made without its chains (see `render`).
+    libnftables did report success for a table that it had made without its chains (see `render`). The kernel is asked
+    directly: libnftables would read all elements of all sets, whatever it is to list.
     """
-    listed = owner.run(f"list table inet {name}")
-    hooks = (_hook(priority) for priority in (PASS_PRIORITY, CLOSE_PRIORITY))
-    wanted = [_OWNER, *(hook for hook in hooks if hook in rendered)]
-    missing = [line for line in wanted if line not in listed]
-    # The table and each rule carry the comment that names the run.
-    if listed.count(_COMMENTED) != rendered.count(_COMMENTED):
-        missing.append("rules")
+    wanted = {chain: priority for chain, priority in _PRIORITIES.items() if _hook(priority) in rendered}
+    try:
+        missing = [] if nfnetlink.table_has_owner(_INET, name) else [_OWNER]
+        missing += [chain for chain, at in wanted.items() if nfnetlink.priority_of(_INET, name, chain) != at]
+        # Each rule carries the comment that names the run, and so does the table.
+        if nfnetlink.count_rules(_INET, name, _RUN_IN_COMMENT) != rendered.count(_COMMENTED) - 1:
+            missing.append("rules")
+    except OSError as error:
+        raise NftablesError(f"nf_tables cannot be asked: {error.strerror}") from error
     if missing:
         raise NftablesError(f"libnftables reported success, but table inet {name} lacks {', '.join(missing)}")
 

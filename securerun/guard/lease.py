@@ -379,12 +379,7 @@ def _add_chains(lease: Lease) -> None:
 
 def _choose(order: Order, caller: Caller, directory: int) -> PortChains:
     """The backend that the order names, or the best; but one backend a host: one's drop ignores another's pass."""
-    in_use = {
-        layer.backend
-        for record in records.read_all(directory)
-        for layer in record.layers
-        if layer.backend in backends.NAMES and record.network == records.namespace("net")
-    }
+    in_use = records.layers_in(directory, records.namespace("net")) & set(backends.NAMES)
     if order.firewall == "auto":
         if in_use:
             return backends.open_chains(sorted(in_use)[0], order.policy.run_id)

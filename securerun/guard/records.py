@@ -150,7 +150,7 @@ def write_document(directory: int, name: str, document: Mapping[str, Any]) -> No
     descriptor = os.open(partial, flags, 0o600, dir_fd=directory)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(document, file)
+            file.write(json.dumps(document))  # json.dump() goes without the encoder in C
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -182,6 +182,16 @@ def documents(directory: int) -> Iterator[tuple[str, Any]]:
                 run_id = name.partition(".")[0]
                 _plain_fields(document, run_id)
                 yield run_id, document
+
+
+def layers_in(directory: int, network: int) -> set[str]:
+    """The backends of all runs' layers in one network namespace, by the records; who may connect is not looked at."""
+    found: set[str] = set()
+    for _, document in documents(directory):
+        with contextlib.suppress(LookupError, TypeError, ProtocolError):
+            if document["network"] == network:
+                found.update(read_layer(layer).backend for layer in document["layers"])
+    return found
 
 
 def open_to_read() -> int | None:
