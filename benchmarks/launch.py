@@ -1,7 +1,8 @@
-"""How long a whole launch takes with securerun and with torchrun: one node, two workers that do nothing.
+"""How long a whole launch takes with securerun and with torchrun, and where the time goes: workers that do nothing.
 
-Runs as root, in a network namespace of its own, in pairs whose order alternates (AB BA), so that what changes on
-the machine meanwhile meets both. Prints one JSON text; progress goes to standard error.
+Runs as root, in network namespaces of its own: one node and two nodes, two workers each, with static rendezvous and
+with c10d, everything installed that securerun installs by itself. In pairs whose order alternates (AB BA), so that what
+changes on the machine meanwhile meets both. A launch lasts from its start until the output of every node is closed.
 """
 
 from __future__ import annotations
@@ -9,109 +10,116 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from findings import Finding, finding, progress, run
 
-from hosts import Host, Network, eventually
+# After findings, which makes the tests' modules known.
+from hosts import Host, Network, eventually, finish_all  # isort: skip
+from jobs import COMMANDS, rendezvous
 
-GOAL = 0.90
-BIN = Path(sys.executable).parent
+LAUNCHERS = ("torchrun", "securerun")
+GOALS = {"static": 0.80, "c10d": 0.85}
+# c10d waits for a random time of up to 0.3 s: its ratio needs 30 pairs or more to settle.
+PAIRS = {1: 16, 2: 8}
+BREAKDOWNS = 5
+WORKERS = 2
 WORKER = "import os; print('worker', os.environ['RANK'])\n"
-RENDEZVOUS = {
-    "static": ["--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", "--master-port=29500"],
-    # c10d waits for a random time of up to 0.3 s: its ratio needs 30 pairs or more to settle.
-    "c10d": ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29400", "--rdzv-id=launch"],
-}
+_STEPS = Path(__file__).resolve().parent / "steps.py"
+_SECONDS = 180.0
 
 
-class Pair(NamedTuple):
-    torchrun: float
-    securerun: float
+def options_of(kind: str, hosts: Sequence[Host], rank: int) -> list[str]:
+    """torchrun's options for one node."""
+    words = [f"--nnodes={len(hosts)}", f"--nproc-per-node={WORKERS}"]
+    if len(hosts) > 1:
+        return [*words, *rendezvous(kind, hosts[rank], rank, hosts[0])]
+    if kind == "static":
+        return [*words, "--node-rank=0", "--master-addr=127.0.0.1", "--master-port=29500"]
+    return [*words, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29400", "--rdzv-id=launch"]
 
 
-def launch(host: Host, launcher: str, arguments: list[str]) -> float:
-    """Seconds from the start of `launcher` until it has ended and its output is closed."""
+def launch(hosts: Sequence[Host], launcher: Sequence[object], kind: str, script: Path) -> float:
+    """Seconds until the job has ended on every node and all output is closed."""
+    peers = ",".join(host.ipv4 for host in hosts)
+    environment = {"SECURERUN_PEERS": peers} if len(hosts) > 1 else {}
     begin = time.perf_counter()
-    done = host.run([BIN / launcher, *arguments], timeout=120)
+    jobs = [
+        host.popen([*map(str, launcher), *options_of(kind, hosts, rank), str(script)], env=environment)
+        for rank, host in enumerate(hosts)
+    ]
+    done = finish_all(jobs, timeout=_SECONDS)
     seconds = time.perf_counter() - begin
-    if done.returncode != 0 or done.stdout.count("worker") != 2:
-        raise SystemExit(f"{launcher} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
-    # The guard tidies up after the launcher has ended; the next launch shall not pay for that.
-    if not eventually(lambda: not host.processes(), seconds=10):
-        raise SystemExit(f"{launcher} left processes behind: {host.processes()}")
+    for host, job in zip(hosts, done):
+        _require_success(host, job)
     return seconds
 
 
-def measure(host: Host, arguments: list[str], pairs: int) -> list[Pair]:
-    for launcher in Pair._fields:  # once unmeasured, so that files are cached for both
-        launch(host, launcher, arguments)
-    measured = []
+def _require_success(host: Host, job: subprocess.CompletedProcess[str]) -> None:
+    if job.returncode != 0 or job.stdout.count("worker") != WORKERS:
+        raise SystemExit(f"{job.args} ended with status {job.returncode}:\n{job.stdout}{job.stderr}")
+    # The guard tidies up after the launcher has ended; the next launch shall not pay for that.
+    if not eventually(lambda: not host.processes(), seconds=10):
+        raise SystemExit(f"{job.args} left processes behind: {host.processes()}")
+
+
+def measure_pairs(hosts: Sequence[Host], kind: str, script: Path, pairs: int) -> Iterator[Finding]:
+    taken: dict[str, list[float]] = {launcher: [] for launcher in LAUNCHERS}
     for number in range(pairs):
-        order = Pair._fields if number % 2 == 0 else Pair._fields[::-1]
-        measured.append(Pair(**{launcher: launch(host, launcher, arguments) for launcher in order}))
-        print(f"pair {number + 1} of {pairs}: {measured[-1]}", file=sys.stderr)
-    return measured
+        for launcher in LAUNCHERS if number % 2 == 0 else LAUNCHERS[::-1]:
+            taken[launcher].append(launch(hosts, [COMMANDS / launcher], kind, script))
+        progress(f"pair {number + 1} of {pairs}: {', '.join(f'{taken[each][-1]:.2f} s' for each in LAUNCHERS)}")
+    place = f"launch.{len(hosts)}x{WORKERS}.{kind}"
+    words = f"{len(hosts)} node{'s' * (len(hosts) > 1)} with {WORKERS} workers, {kind} rendezvous"
+    plain = finding(f"{place}.torchrun", f"torchrun, {words}", "s", taken["torchrun"])
+    yield plain
+    what = f"securerun with everything installed, {words}"
+    yield finding(f"{place}.securerun", what, "s", taken["securerun"], against=plain, goal=GOALS[kind])
 
 
-def summary(seconds: list[float]) -> dict[str, object]:
-    return {
-        "median": round(statistics.median(seconds), 4),
-        "least": round(min(seconds), 4),
-        "most": round(max(seconds), 4),
-        "seconds": [round(one, 4) for one in seconds],
-    }
+def measure_steps(host: Host, script: Path, directory: Path, times: int) -> Iterator[Finding]:
+    """Where the time goes, on one node with static rendezvous."""
+    found: dict[str, dict[str, list[float]]] = {launcher: {} for launcher in LAUNCHERS}
+    for _ in range(times):
+        for launcher in LAUNCHERS:
+            file = directory / "steps.json"
+            begin = time.monotonic()
+            seconds = launch([host], [sys.executable, _STEPS, launcher, file], "static", script)
+            noted = json.loads(file.read_text())
+            steps = {"start Python": noted["begin"] - begin, **noted["steps"]}
+            steps["exit"] = begin + seconds - noted["end"]
+            steps["all else"] = seconds - sum(steps.values())
+            for step, taken in steps.items():
+                found[launcher].setdefault(step, []).append(taken)
+    for launcher, steps_found in found.items():
+        for step, samples in steps_found.items():
+            yield finding(f"launch.steps.{launcher}.{step}", f"{launcher}, 1 node, static: {step}", "s", samples)
 
 
-def row(rendezvous: str, pairs: list[Pair]) -> dict[str, object]:
-    torchrun, securerun = ([pair[side] for pair in pairs] for side in (0, 1))
-    ratio = statistics.median(securerun) / statistics.median(torchrun)
-    ratios = sorted(pair.securerun / pair.torchrun for pair in pairs)
-    return {
-        "rendezvous": rendezvous,
-        "pairs": len(pairs),
-        "torchrun": summary(torchrun),
-        "securerun": summary(securerun),
-        "ratio_of_medians": round(ratio, 4),
-        "ratios_of_pairs": {
-            "median": round(statistics.median(ratios), 4),
-            "least": round(ratios[0], 4),
-            "most": round(ratios[-1], 4),
-        },
-        "goal": GOAL,
-        "goal_met": ratio <= GOAL,
-    }
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20, help="launches of each launcher (default: 20)")
-    parser.add_argument(
-        "--rendezvous", choices=RENDEZVOUS, action="append", help="only this one (default: all, one after the other)"
-    )
-    options = parser.parse_args()
-    if not 1 <= options.pairs <= 1000:
-        parser.error("--pairs must be between 1 and 1000")
-    return options
+def measure(options: argparse.Namespace) -> Iterator[Finding]:
+    with Network("node0", "node1") as network, tempfile.TemporaryDirectory() as name:
+        script = Path(name) / "worker.py"
+        script.write_text(WORKER)
+        nodes = list(network)
+        for hosts in (nodes[:1], nodes):
+            for kind in GOALS:
+                if len(hosts) == 1 and kind == "static":
+                    for launcher in LAUNCHERS:  # once unmeasured, so that files are cached for both
+                        launch(hosts, [COMMANDS / launcher], kind, script)
+                pairs = options.pairs or (1 if options.quick else PAIRS[len(hosts)])
+                yield from measure_pairs(hosts, kind, script, pairs)
+        yield from measure_steps(nodes[0], script, Path(name), 1 if options.quick else BREAKDOWNS)
 
 
 def main() -> None:
-    options = parse_arguments()
-    with Network("alone") as network, tempfile.TemporaryDirectory() as directory:
-        script = Path(directory) / "worker.py"
-        script.write_text(WORKER)
-        rows = [
-            row(name, measure(network["alone"], [*RENDEZVOUS[name], "--nproc-per-node=2", str(script)], options.pairs))
-            for name in options.rendezvous or RENDEZVOUS
-        ]
-    machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "python": sys.version.split()[0]}
-    print(json.dumps({"launch": rows, "torch": version("torch"), **machine}, indent=2))
+    if os.geteuid() != 0:
+        raise SystemExit("network namespaces need root; run this as root")
+    run("launch", __doc__, measure, pairs=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import socket
-import statistics
 import struct
 import subprocess
 import sys
@@ -22,7 +21,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-GOAL_SECONDS = 2.0
+from findings import Finding, finding, report
+
+GOAL_SECONDS, GOAL_HOSTS = 2.0, 10_000
 DEVICES = 8
 INSIDE = "--inside"
 NAME_SERVER = ("127.0.0.1", 53)
@@ -143,8 +144,8 @@ def name_service(directory: Path) -> Iterator[None]:
             server.kill()
 
 
-def measure_all(hosts: int, runs: int) -> None:
-    """In the namespaces: measure, and print the JSON text."""
+def measure_all(hosts: int, runs: int, into: str) -> None:
+    """In the namespaces: measure, and write what was found."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         table = directory / "hccl.json"
@@ -157,26 +158,27 @@ def measure_all(hosts: int, runs: int) -> None:
         }
         with name_service(directory):
             measured = {step: [run(step, environment) for _ in range(runs)] for step in STEPS}
-        table_mb = table.stat().st_size / 1e6
-    medians = {
-        step: {key: round(statistics.median(one[key] for one in found), 3) for key in found[0]}
-        for step, found in measured.items()
-    }
-    seconds = medians["to_policy"]["seconds"]
-    report = {
-        "hosts": hosts,
-        "runs": runs,
-        "rank_table_mb": round(table_mb, 1),
-        "medians": medians,
-        "all_seconds": [round(one["seconds"], 3) for one in measured["to_policy"]],
-        "ratio_to_one_name_after_the_other": round(seconds / medians["in_sequence"]["seconds"], 3),
-        "goal_seconds": GOAL_SECONDS,
-        "goal_met": seconds < GOAL_SECONDS,
-        "cpus": os.cpu_count(),
-        "kernel": os.uname().release,
-        "python": sys.version.split()[0],
-    }
-    print(json.dumps(report, indent=2))
+    report("peers", list(found_in(measured, hosts)), into or None)
+
+
+def found_in(measured: dict[str, list[dict[str, float]]], hosts: int) -> Iterator[Finding]:
+    """Each step of a launch that this is about, and the whole beside asking for one name after the other."""
+    ours = measured["to_policy"]
+    for step, words in (
+        ("import", "importing"),
+        ("peers", "finding and resolving the peers"),
+        ("policy", "the policy"),
+    ):
+        what = f"{words}, {hosts} hosts of a Slurm list and a rank table"
+        yield finding(f"peers.step.{step}", what, "s", [one[step] for one in ours])
+    words = f"{hosts} names asked for one after the other"
+    sequence = finding("peers.in_sequence", words, "s", [one["seconds"] for one in measured["in_sequence"]])
+    yield sequence
+    seconds = [one["seconds"] for one in ours]
+    what = f"from a folded list of {hosts} hosts and their rank table to a policy"
+    yield finding("peers.to_policy", what, "s", seconds, goal=GOAL_SECONDS * hosts / GOAL_HOSTS)
+    yield finding("peers.against_sequence", what, "s", seconds, against=sequence)
+    yield finding("peers.memory", "most memory of that process", "MiB", [one["peak_rss_mb"] for one in ours])
 
 
 def run(step: str, environment: dict[str, str]) -> dict[str, float]:
@@ -195,11 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=10_000, help="hosts of the job (default: 10000)")
     parser.add_argument("--runs", type=int, default=5, help="measurements of each kind (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="1000 hosts, once: is it right, not how fast is it")
+    parser.add_argument("--json", default="", metavar="FILE", help="write there (default: standard output)")
     options = parser.parse_args()
+    if options.quick:
+        options.hosts, options.runs = 1000, 1
     if not 1 <= options.hosts <= 65_000 or not 1 <= options.runs <= 100:
         parser.error("--hosts must be between 1 and 65000, --runs between 1 and 100")
     command = ["unshare", "--net", "--mount", "--propagation", "private", sys.executable, __file__, INSIDE]
-    words = [*command, "measure_all", str(options.hosts), str(options.runs)]
+    words = [*command, "measure_all", str(options.hosts), str(options.runs), options.json]
     sys.exit(subprocess.run(["/usr/bin/env", *words], check=False).returncode)
 
 
@@ -207,7 +213,7 @@ def inside(words: list[str]) -> None:
     if words[0] == "serve_names":
         serve_names()
     elif words[0] == "measure_all":
-        measure_all(int(words[1]), int(words[2]))
+        measure_all(int(words[1]), int(words[2]), words[3])
     else:
         print(json.dumps(STEPS[words[0]]()))
 

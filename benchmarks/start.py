@@ -1,23 +1,23 @@
 """How long the commands take to start that need no torch, beside a Python that does nothing.
 
 In rounds, each command once a round, in an order that turns from round to round, so that what changes on the machine
-meanwhile meets all of them. Prints one JSON text; progress goes to standard error. Reads, and changes nothing.
+meanwhile meets all of them. Reads, and changes nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from findings import Finding, finding, progress, run
+
 GOAL = 0.2
+ROUNDS = 20
 PYTHON = "python -c pass"
 _COMMANDS = {
     "securerunctl --help": ["--help"],
@@ -66,36 +66,22 @@ def measure(wanted: dict[str, list[str]], rounds: int) -> dict[str, list[Start]]
         turned = names[number % len(names) :] + names[: number % len(names)]
         for name in turned:
             measured[name].append(start(wanted[name]))
-        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        progress(f"round {number + 1} of {rounds}")
     return measured
 
 
-def row(name: str, starts: list[Start], nothing: list[Start]) -> dict[str, object]:
-    seconds = [one.wall for one in starts]
-    median = statistics.median(seconds)
-    return {
-        "command": name,
-        "median": round(median, 4),
-        "least": round(min(seconds), 4),
-        "most": round(max(seconds), 4),
-        "above_python": round(median - statistics.median(one.wall for one in nothing), 4),
-        "median_processor": round(statistics.median(one.processor for one in starts), 4),
-        "goal": GOAL,
-        "goal_met": median < GOAL,
-        "seconds": [round(one, 4) for one in seconds],
-    }
+def found_in(measured: dict[str, list[Start]]) -> Iterator[Finding]:
+    nothing = finding(f"start.{PYTHON}", f"{PYTHON}, from start to end", "s", [one.wall for one in measured[PYTHON]])
+    yield nothing
+    for name, starts in measured.items():
+        if name != PYTHON:
+            yield finding(f"start.{name}", f"{name}, from start to end", "s", [one.wall for one in starts], goal=GOAL)
+        processor = [one.processor for one in starts]
+        yield finding(f"start.processor.{name}", f"{name}: processor time", "s", processor)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="starts of each command (default: 20)")
-    rounds = parser.parse_args().rounds
-    if not 1 <= rounds <= 1000:
-        parser.error("--rounds must be between 1 and 1000")
-    measured = measure(commands(), rounds)
-    rows = [row(name, starts, measured[PYTHON]) for name, starts in measured.items()]
-    machine = {"cpus": os.cpu_count(), "kernel": os.uname().release, "python": sys.version.split()[0]}
-    print(json.dumps({"start": rows, **machine}, indent=2))
+    run("start", __doc__, lambda options: found_in(measure(commands(), 2 if options.quick else ROUNDS)))
 
 
 if __name__ == "__main__":

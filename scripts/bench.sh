@@ -1,12 +1,45 @@
 #!/usr/bin/env bash
-# Sets up and measures. The first argument says what, the others are the benchmark's own: scripts/bench.sh audit --help
-#   launch  a whole launch compared to torchrun; also where none is named
-#   peers   10,000 hosts, from a folded node list and a rank table to a policy
-#   audit   securerunctl audit of a million files compared to find -perm
+# As root: runs benchmarks and writes what they find to benchmarks/results/NAME.json, then draws docs/pictures/*.svg.
+#   scripts/bench.sh                     all of them, about a quarter of an hour
+#   scripts/bench.sh --quick             all of them with few rounds, 3 minutes: whether they work, not how fast it is
+#   scripts/bench.sh layers connect      these
+#   scripts/bench.sh --results DIRECTORY writes there, and draws nothing
+# Each runs with a /run and a cgroup tree of its own. Keep the machine quiet meanwhile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/sbin:/sbin"
-name=launch
-case ${1:-} in launch | peers | audit) name=$1 && shift ;; esac
-scripts/setup.sh
-exec "${SECURERUN_VENV:-.venv}/bin/python" "benchmarks/$name.py" "$@" < /dev/null
+all=(exposure ending start connect layers guard traffic launch peers audit)
+names=() quick=() results=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --quick) quick=(--quick) ;;
+        --results)
+            results=${2:?--results needs a directory}
+            shift
+            ;;
+        -*)
+            echo "bench: unknown option $1; see the head of $0" >&2
+            exit 2
+            ;;
+        *) names+=("$1") ;;
+    esac
+    shift
+done
+[ ${#names[@]} -gt 0 ] || names=("${all[@]}")
+scripts/setup.sh test
+python=${SECURERUN_VENV:-$PWD/.venv}/bin/python
+failed=()
+for name in "${names[@]}"; do
+    if [ ! -e "benchmarks/$name.py" ]; then
+        echo "bench: there is no benchmark $name; there are ${all[*]}" >&2
+        exit 2
+    fi
+    echo "== $name" >&2
+    scripts/isolated.sh "$python" "benchmarks/$name.py" "${quick[@]}" --json "${results:-benchmarks/results}/$name.json" \
+        < /dev/null || failed+=("$name")
+done
+[ -n "$results" ] || "$python" benchmarks/pictures.py
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "bench: failed: ${failed[*]}" >&2
+    exit 1
+fi
