@@ -25,7 +25,9 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ ${#names[@]} -gt 0 ] || names=("${all[@]}")
+if [ ${#names[@]} = 0 ]; then
+    for name in "${all[@]}"; do [ ! -e "benchmarks/$name.py" ] || names+=("$name"); done
+fi
 scripts/setup.sh test
 python=${SECURERUN_VENV:-$PWD/.venv}/bin/python
 failed=()
