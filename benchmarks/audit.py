@@ -2,16 +2,14 @@
 
 Makes the tree in a directory of its own and removes it. Both commands are started the same way, in pairs whose order
 alternates (AB BA), so that what changes on the machine meanwhile meets both; once with a tree in order, and once with
-one in which every file is more open than its row. Prints one JSON text; progress goes to standard error.
+one in which every file is more open than its row. TMPDIR says where.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-GOAL = 2.0
+import findings
+from findings import Finding, finding, progress
+
+GOAL, GOAL_FILES = 2.0, 1_000_000
 FIND = shutil.which("find") or "/usr/bin/find"
 SECURERUNCTL = str(Path(sys.executable).parent / "securerunctl")
 IN_ORDER, TOO_OPEN = 0o640, 0o644
@@ -90,52 +91,37 @@ def measure(top: Path, pairs: int, expected: int) -> list[Pair]:
     for number in range(pairs):
         order = Pair._fields if number % 2 == 0 else Pair._fields[::-1]
         measured.append(Pair(**{name: run(*commands[name]) for name in order}))
-        print(f"pair {number + 1} of {pairs}: {measured[-1]}", file=sys.stderr)
+        progress(f"pair {number + 1} of {pairs}: {measured[-1]}")
     return measured
 
 
-def summary(pairs: list[Pair]) -> dict[str, object]:
-    costs = {name: [pair[at] for pair in pairs] for at, name in enumerate(Pair._fields)}
-    seconds = {name: statistics.median(cost.seconds for cost in of_one) for name, of_one in costs.items()}
-    cpu = {name: statistics.median(cost.cpu for cost in of_one) for name, of_one in costs.items()}
-    ratio = seconds["audit"] / seconds["find"]
-    return {
-        "median_seconds": seconds,
-        "median_cpu_seconds": cpu,
-        "pairs": [{name: pair[at]._asdict() for at, name in enumerate(Pair._fields)} for pair in pairs],
-        "ratio": round(ratio, 3),
-        "ratios_of_pairs": [round(pair.audit.seconds / pair.find.seconds, 3) for pair in pairs],
-        "cpu_ratio": round(cpu["audit"] / cpu["find"], 3),
-        "goal_met": ratio <= GOAL,
-    }
+def found_in(tree: str, pairs: list[Pair], files: int) -> Iterator[Finding]:
+    what = f"a tree of {files} files, {tree}"
+    seconds = {name: [pair[at].seconds for pair in pairs] for at, name in enumerate(Pair._fields)}
+    cpu = {name: [pair[at].cpu for pair in pairs] for at, name in enumerate(Pair._fields)}
+    place = tree.replace(" ", "_")
+    find = finding(f"audit.{place}.find", f"find -perm of {what}", "s", seconds["find"])
+    find_cpu = finding(f"audit.{place}.find.cpu", f"{find.what}: processors' time", "s", cpu["find"])
+    audit = f"securerunctl audit of {what}"
+    yield find
+    yield finding(
+        f"audit.{place}", audit, "s", seconds["audit"], against=find, goal=GOAL if files >= GOAL_FILES else None
+    )
+    yield find_cpu
+    yield finding(f"audit.{place}.cpu", f"{audit}: processors' time", "s", cpu["audit"], against=find_cpu)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=1_000_000, help="files of the tree (default: 1000000)")
-    parser.add_argument("--pairs", type=int, default=6, help="measured pairs for each tree (default: 6)")
-    parser.add_argument("--directory", type=Path, help="where the tree is made (default: where temporary files are)")
-    options = parser.parse_args()
-    if not 1 <= options.files <= 10_000_000 or not 1 <= options.pairs <= 100:
-        parser.error("--files must be between 1 and 10000000, --pairs between 1 and 100")
-    with tempfile.TemporaryDirectory(prefix="securerun-audit-", dir=options.directory) as name:
+def measure_all(options: argparse.Namespace) -> Iterator[Finding]:
+    files, pairs = (20_000, 2) if options.quick else (GOAL_FILES, options.pairs or 6)
+    with tempfile.TemporaryDirectory(prefix="securerun-audit-") as name:
         top = Path(name)
-        print(f"making {options.files} files in {top}", file=sys.stderr)
+        progress(f"making {files} files in {top}")
         top.chmod(0o750)
-        make_tree(top, options.files)
-        trees = {"in_order": summary(measure(top, options.pairs, 0))}
-        change_modes(top, options.files, TOO_OPEN)
-        trees["too_open"] = summary(measure(top, options.pairs, 1))
-    report = {
-        "files": options.files,
-        "trees": trees,
-        "goal": GOAL,
-        "cpus": len(os.sched_getaffinity(0)),
-        "kernel": os.uname().release,
-        "python": sys.version.split()[0],
-    }
-    print(json.dumps(report, indent=2))
+        make_tree(top, files)
+        yield from found_in("in order", measure(top, pairs, 0), files)
+        change_modes(top, files, TOO_OPEN)
+        yield from found_in("too open", measure(top, pairs, 1), files)
 
 
 if __name__ == "__main__":
-    main()
+    findings.run("audit", __doc__, measure_all, pairs=True)
