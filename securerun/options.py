@@ -26,19 +26,32 @@ Value = Union[str, bool]
 Arity = Callable[[str], Optional[int]]
 
 _DAY_SECONDS = 86400
+_HELP_COLUMN = 23
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
+
+
+# The groups of `--help` and of docs/options.md, in their order there.
+WHO, CLOSED, PRIVILEGE, HARDENING, MORE = GROUPS = (
+    "who may connect",
+    "what is closed",
+    "privilege",
+    "hardening",
+    "more",
+)
 
 
 @dataclass(frozen=True)
 class Option:
     """One option: `--name` on the command line, SECURERUN_NAME in the environment, `name` in the site file.
 
+    help: one sentence for `--help`, and behind it what docs/options.md says besides.
     metavar: what stands for the value in `--help`; an option without one is a flag.
     choices: the values that it takes, where they are few.
     example: a right value, for error messages.
     listed: the site file may hold a list of strings instead of one string with commas; of numbers too, if `numbers`.
-    in_file: whether the site file may set it. reversible: a flag that `--no-name` takes back.
+    in_file: whether the site file may set it.
+    group: where `--help` has it, one of GROUPS. reversible: a flag that `--no-name` takes back.
     """
 
     name: str
@@ -49,11 +62,23 @@ class Option:
     listed: bool = False
     numbers: bool = False
     in_file: bool = True
+    group: str = MORE
     reversible: bool = False
 
     @property
     def is_flag(self) -> bool:
         return not self.metavar
+
+    @property
+    def synopsis(self) -> str:
+        """How `--help` writes it: `--peers LIST`, `--[no-]seal-logs`."""
+        return f"--[no-]{self.name}" if self.reversible else f"{self.flag} {self.metavar}".rstrip()
+
+    @property
+    def summary(self) -> str:
+        """What `--help` says of it: the first sentence, and the values that it takes."""
+        sentence = self.help.partition(". ")[0].rstrip(".")
+        return f"{sentence}: {', '.join(self.choices)}." if self.choices else f"{sentence}."
 
     @property
     def key(self) -> str:
@@ -82,118 +107,135 @@ class Option:
 OPTIONS: tuple[Option, ...] = (
     Option(
         "peers",
-        "The other nodes of the job, the only hosts that may connect to it: addresses, networks and host names, with "
-        "commas between; @FILE for a host file with one host a line; `subnet` for the networks of the interface; "
-        "`any` for every host.",
+        "The other nodes: names, addresses, networks, @FILE. The only hosts that may connect to the job, with commas "
+        "between; @FILE is a host file with one host a line, `subnet` stands for the networks of the interface, `any` "
+        "for every host. Without it they come from the batch system, where there is one.",
         metavar="LIST",
         example="--peers node1,node2 or --peers @hostfile.txt",
         listed=True,
+        group=WHO,
     ),
     Option(
         "interface",
-        "The network interfaces that peers come in through, with commas between; `any` for all. Without it: those that "
+        "The network interfaces that peers come in through. With commas between; `any` for all. Without it: those that "
         "HCCL_IF_IP, HCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name, with those that lead to a "
         "peer; any where none of these is set.",
         metavar="NAMES",
         example="--interface eth0",
         listed=True,
+        group=WHO,
+    ),
+    Option(
+        "loopback",
+        "Who may connect over the loopback. `any` process of this host, or only those of the `job`.",
+        metavar="WHO",
+        choices=("any", "job"),
+        example="--loopback job",
+        group=WHO,
+    ),
+    Option(
+        "accept",
+        "Let peers past the rest of the host's firewall. They get ACCEPT, instead of being handed on to its own rules.",
+        group=WHO,
     ),
     Option(
         "ports",
-        "More TCP ports that the job listens on, beside those of the rendezvous and of HCCL: 7000,8000-8010.",
+        "More TCP ports that the job listens on: 7000,8000-8010. Beside those of the rendezvous and of HCCL, which "
+        "are known; the port chains close these before anything listens.",
         metavar="LIST",
         example="--ports 7000,8000-8010",
         listed=True,
         numbers=True,
+        group=CLOSED,
     ),
     Option(
         "firewall",
-        "Where the port chains are installed: `auto` takes iptables where the host has it, else nftables; a name "
+        "Where the port chains are. `auto` takes iptables where the host has it, else nftables; a name "
         "insists on that backend (`legacy` is for hosts whose rules are in legacy tables); `off` leaves the host's "
         "firewall alone, and the shield on the job's processes stays.",
         metavar="BACKEND",
         choices=("auto", "iptables", "nftables", "legacy", "off"),
         example="--firewall auto",
+        group=CLOSED,
     ),
     Option(
         "scope",
-        "What is closed: `process` every port of the job's processes, by the shield; `ports` each port as it appears, "
-        "by the port chains, for hosts that permit no shield. `auto` takes the stronger.",
+        "Every port, or each as it appears. `process` closes every port of the job's processes, by the shield; `ports` "
+        "each port as it appears, by the port chains, for hosts that permit no shield. `auto` takes the stronger.",
         metavar="SCOPE",
         choices=("auto", "process", "ports"),
         example="--scope auto",
+        group=CLOSED,
     ),
     Option(
-        "loopback",
-        "Who may connect over the loopback: `any` process of this host, or only those of the `job`.",
-        metavar="WHO",
-        choices=("any", "job"),
-        example="--loopback job",
+        "unprotected",
+        "Close nothing: every port stays open to every host. For a host where nothing can be installed; the umask is "
+        "set all the same.",
+        group=CLOSED,
+    ),
+    Option(
+        "run-as",
+        "For root: the user that the job is to be. securerun becomes this user, with his groups and no privilege, "
+        "before anything of the job is loaded; the guard stays root's.",
+        metavar="USER",
+        example="--run-as USER",
+        group=PRIVILEGE,
+    ),
+    Option(
+        "umask",
+        "The least umask of launcher and workers, in octal. 0027 by default; a stricter one of your own stays.",
+        metavar="MASK",
+        example="--umask 0027",
+        group=HARDENING,
+    ),
+    Option(
+        "hccl-whitelist",
+        "Have HCCL itself accept the job's nodes alone. HCCL_WHITELIST_DISABLE=0, and a list of the nodes' addresses "
+        "for HCCL_WHITELIST_FILE. A second line that needs no privilege; off by default. All nodes of a job must have "
+        "it or none, or HCCL hangs. Not for peers that are networks, or more than 16 ranks an address.",
+        group=HARDENING,
+    ),
+    Option(
+        "preflight",
+        "What is done about flaws of this host. What departs from the hardening advice, or would keep the job from "
+        "running, is looked for before anything is started: `warn` says so in a line each (the default), `strict` "
+        "starts nothing then (status 78), `off` does not look.",
+        metavar="MODE",
+        choices=("warn", "strict", "off"),
+        example="--preflight strict",
+        group=HARDENING,
+    ),
+    Option(
+        "seal-logs",
+        "Logs become read-only when the job is over. What it wrote below --log-dir is 440 then, its directories 750. "
+        "On by default; --no-seal-logs leaves it writable.",
+        reversible=True,
+        group=HARDENING,
+    ),
+    Option(
+        "weights-only",
+        "torch.load in the workers takes weights, never code. By TORCH_FORCE_WEIGHTS_ONLY_LOAD=1.",
+        group=HARDENING,
     ),
     Option(
         "grace",
-        "Seconds between SIGTERM and SIGKILL for what a failed or killed job leaves behind (10 by default).",
+        "Seconds from SIGTERM to SIGKILL for what is left. What a failed or killed job leaves behind is ended so (10 "
+        "by default).",
         metavar="SECONDS",
         example="--grace 10",
         numbers=True,
     ),
     Option(
-        "umask",
-        "The least umask of launcher and workers, in octal (0027 by default). A stricter one of your own stays.",
-        metavar="MASK",
-        example="--umask 0027",
-    ),
-    Option(
-        "run-as",
-        "For root: become this user, with his groups and no privilege, before anything of the job is loaded; the "
-        "guard stays root's.",
-        metavar="USER",
-        example="--run-as USER",
-    ),
-    Option(
-        "hccl-whitelist",
-        "Have HCCL itself accept the job's nodes alone: HCCL_WHITELIST_DISABLE=0, and a list of the nodes' addresses "
-        "for HCCL_WHITELIST_FILE. A second line that needs no privilege; off by default. All nodes of a job must have "
-        "it or none, or HCCL hangs. Not for peers that are networks, or more than 16 ranks an address.",
-    ),
-    Option(
-        "preflight",
-        "What of this host departs from the hardening advice, or would keep the job from running, is looked for before "
-        "anything is started: `warn` says so in a line each (the default), `strict` starts nothing then (status 78), "
-        "`off` does not look.",
-        metavar="MODE",
-        choices=("warn", "strict", "off"),
-        example="--preflight strict",
-    ),
-    Option(
-        "seal-logs",
-        "When the job is over, what it wrote below --log-dir becomes read-only (440, directories 750). On by default; "
-        "--no-seal-logs leaves it writable.",
-        reversible=True,
-    ),
-    Option(
-        "weights-only",
-        "Have torch.load in the workers take weights alone, never code: TORCH_FORCE_WEIGHTS_ONLY_LOAD=1.",
-    ),
-    Option(
         "launcher",
-        "Which command of torch's this stands in for: `torchrun`, or `torch_npu_run` for Ascend NPUs; `auto` is "
+        "Which command of torch's this stands in for. `torchrun`, or `torch_npu_run` for Ascend NPUs; `auto` is "
         "torch_npu_run where its rendezvous backend `parallel` or --enable_tiered_parallel_tcpstore is asked for.",
         metavar="COMMAND",
         choices=("auto", "torchrun", "torch_npu_run"),
         example="--launcher auto",
     ),
     Option(
-        "accept",
-        "Let peers past the rest of the host's firewall (ACCEPT), instead of handing them on to its own rules.",
-    ),
-    Option(
-        "unprotected",
-        "Start the job where nothing can be installed: the umask is set, every port stays open to every host.",
-    ),
-    Option(
         "report",
-        "When the job has ended, write what it was protected by, who was turned away and how it ended to this file: "
+        "A file for what protected the job and how it ended. Written when the job has ended, with who was turned away: "
         "JSON, or a page for people where the name ends in .html.",
         metavar="FILE",
         example="--report run.html",
@@ -201,7 +243,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "dry-run",
-        "Print the whole plan and start nothing.",
+        "Print the whole plan and start nothing. It needs no privilege.",
         in_file=False,
     ),
 )
@@ -327,26 +369,29 @@ def seconds(text: str, source: str) -> float:
 
 
 def help_text(options: Sequence[Option] = OPTIONS, before: str = "the script") -> str:
-    """The block of `--help` that stands beside torch's own, or that of a command which begins `before` another."""
+    """The block of `--help` that stands beside torch's own, or that of a command which begins `before` another.
+
+    A line an option, so that all of them are seen at once; docs/options.md has the rest.
+    """
     width = help_width()
     flags = " and ".join(option.flag for option in OPTIONS if not option.in_file)
-    lines = [
-        "securerun options:",
-        *textwrap.wrap(
-            f"before {before}, in any order, by their full names; each also as an environment variable "
-            f"(SECURERUN_PEERS, SECURERUN_DRY_RUN, ...) and, {flags} aside, as a key in {SITE_CONFIG}",
-            width,
-            initial_indent="  ",
-            subsequent_indent="  ",
-            break_on_hyphens=False,
-        ),
-        "",
-    ]
-    for option in options:
-        value = "{" + ",".join(option.choices) + "}" if option.choices else option.metavar
-        lines.append("  " + ", ".join([f"{option.flag} {value}".rstrip(), *option.reversals[:1]]))
-        lines += textwrap.wrap(option.help, width, initial_indent=" " * 24, subsequent_indent=" " * 24)
+    introduction = (
+        f"securerun options, before {before}, by their full names; each also as an environment variable "
+        f"(SECURERUN_PEERS) and, {flags} aside, as a key in {SITE_CONFIG}. docs/options.md says more of each."
+    )
+    lines = textwrap.wrap(introduction, width, break_on_hyphens=False)
+    for group in GROUPS:
+        lines += ["", f"{group}:"]
+        for option in options:
+            if option.group == group:
+                lines += _help_lines(option, width)
     return "\n".join(lines) + "\n"
+
+
+def _help_lines(option: Option, width: int) -> list[str]:
+    name = f"  {option.synopsis}"
+    indent = " " * _HELP_COLUMN
+    return textwrap.wrap(option.summary, width, initial_indent=name.ljust(_HELP_COLUMN), subsequent_indent=indent)
 
 
 def help_width() -> int:

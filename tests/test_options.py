@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser
 
 from securerun.errors import UsageError
 from securerun.job.launchers import values_of
-from securerun.options import OPTIONS, Options, help_text, resolve, take
+from securerun.options import GROUPS, OPTIONS, Options, help_text, resolve, take
 
 PARSER = get_args_parser()
 ARITY = values_of(PARSER)
@@ -241,9 +241,23 @@ def test_one_port_in_the_site_file_may_be_a_number(tmp_path: Path) -> None:
 def test_help_names_every_option_and_every_choice() -> None:
     text = help_text()
     for option in OPTIONS:
-        assert all(spelling in text for spelling in (option.flag, *option.reversals[:1]))
+        assert option.synopsis in text
+
+        assert option.synopsis in text
         assert all(choice in text for choice in option.choices)
     assert "/etc/securerun/config.toml" in text
+
+
+def test_help_fits_a_screen_and_has_every_option_in_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_text().splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) < 80
+    assert [line[:-1] for line in lines if line.endswith(":")] == list(GROUPS)
+    for option in OPTIONS:
+        (line,) = (line for line in lines if line.startswith(f"  {option.synopsis} "))
+        heading = next(above for above in reversed(lines[: lines.index(line)]) if above.endswith(":"))
+        assert heading == f"{option.group}:"
 
 
 @pytest.mark.parametrize(
