@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 setup = typer.Typer(
-    help="Print what lets ordinary users have their jobs guarded.", no_args_is_help=True, rich_markup_mode=None
+    help="Print what is installed once: ways to a guard, and completion.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(setup, name="setup")
 
@@ -219,6 +219,18 @@ def systemd(group: str = typer.Option("securerun", help="The group whose members
     from securerun.ctl.setup import print_systemd
 
     print_systemd(group)
+
+
+@setup.command(short_help="Print what has a shell complete securerun's options.")
+def completion(shell: str = typer.Argument(..., help="bash or zsh.")) -> None:
+    """Print a script that has bash or zsh complete securerun's options and torchrun's, their values, and files.
+
+    It is made for the torch that is installed, and starts nothing when Tab is pressed. securerunctl itself is
+    completed by `securerunctl --install-completion`.
+    """
+    from securerun.ctl.completion import print_completion
+
+    print_completion(shell)
 
 
 def main() -> None:
