@@ -1,0 +1,1 @@
+"""The privileged side: the process that holds a lease, and how a launcher speaks to it. Standard library alone."""

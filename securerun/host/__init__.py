@@ -1,0 +1,1 @@
+"""This host as a launcher finds it: umask, accounts, interfaces, routes."""
