@@ -50,7 +50,7 @@ def inspect(launch: Launch, early: Early, log_dir: str | None = None, hear: Hear
     Raises PolicyError where --preflight strict finds anything.
     """
     mode = _mode(launch.options)
-    if mode == OFF:
+    if mode == OFF and launch.options.report is None:
         return ()
     from securerun.host.preflight.firewalls import Reading
 
@@ -68,7 +68,7 @@ def inspect(launch: Launch, early: Early, log_dir: str | None = None, hear: Hear
             launch.policy.interfaces,
             rules,
         )
-        return _found(scene, mode, hear)
+        return _found(scene, mode, hear, _permissions(scene, launch.options))
     finally:
         rules.close()
 
@@ -85,9 +85,19 @@ def tell(findings: Iterable[Finding]) -> None:
         say(str(finding))
 
 
-def _found(scene: Scene, mode: str, hear: Hear = nobody) -> tuple[Finding, ...]:
-    findings = look(scene)
-    hear(Checked(findings))
+def _permissions(scene: Scene, asked: Options) -> tuple[Finding, ...]:
+    """What a report says of the launch's files."""
+    if asked.report is None or asked.dry_run:
+        return ()
+    from securerun.audit import evidence
+    from securerun.host.preflight import files
+
+    return evidence.of_launch(files.of_launch(scene), os.environ)
+
+
+def _found(scene: Scene, mode: str, hear: Hear = nobody, permissions: tuple[Finding, ...] = ()) -> tuple[Finding, ...]:
+    findings = () if mode == OFF else look(scene)
+    hear(Checked(findings, permissions))
     if mode == STRICT:
         require_none(findings)
     return findings

@@ -470,6 +470,22 @@ def test_a_launch_that_is_refused_leaves_a_report_too(node: Host, tmp_path: Path
     assert "10.77.0.0.1" in made["reason"]
 
 
+@pytest.mark.parametrize("preflight", ["warn", "off"])
+def test_the_report_says_which_of_the_jobs_files_are_too_open(node: Host, tmp_path: Path, preflight: str) -> None:
+    opened, closed = tmp_path / "open.sh", tmp_path / "closed.sh"
+    for script, mode in ((opened, 0o755), (closed, 0o550)):
+        script.write_text("#!/bin/sh\n")
+        script.chmod(mode)
+    for script in (opened, closed):
+        options = ["--peers", "localhost", "--preflight", preflight, "--report", str(tmp_path / "report.json")]
+        done = node.run([*EXEC, *options, "--", script])
+        assert done.returncode == 0, done
+        found = json.loads((tmp_path / "report.json").read_text())["permissions"]
+        assert [each["what"] for each in found if each["what"].startswith(f"{tmp_path}/")] == (
+            [f"{opened}: 0755, may be 0550 at most (program)"] if script == opened else []
+        )
+
+
 def test_a_place_where_nothing_can_be_written_starts_nothing(node: Host, tmp_path: Path) -> None:
     before, machine = node.snapshot(), machine_snapshot()
     done = run(node, *ALONE, "--report", str(tmp_path / "missing/run.json"), "--", "echo", "ran")

@@ -41,6 +41,7 @@ _DIRECTORIES: tuple[tuple[str, str, str], ...] = (
     ("TORCH_COMPILE_DEBUG_DIR", "", "debug"),
     ("ASCEND_CACHE_PATH", "", "temp"),
 )
+_SYSTEM = tuple({Path("/usr"), Path("/bin"), Path("/sbin"), Path(sys.prefix), Path(sys.base_prefix)})
 # A script's own options for such directories, as `--tensorboard-dir` and `--profile-save-path` of MindSpeed's.
 _LOG_OPTION = re.compile(r"--[\w-]*(log|tensorboard)[\w-]*(dir|path)", re.IGNORECASE)
 _DEBUG_OPTION = re.compile(r"--[\w-]*(prof|dump|trace)[\w-]*(dir|path)", re.IGNORECASE)
@@ -90,6 +91,18 @@ def open_directories(scene: Scene) -> Iterator[Finding]:
 
 
 CHECKS = (changeable_programs, changeable_configuration, open_keys, open_directories)
+
+
+def of_launch(scene: Scene) -> Iterator[Path]:
+    """The files and directories that are a launch's own: what its command names, its rank table, its logs and caches.
+
+    Not what comes with the system or with Python.
+    """
+    for _, _, path in (*_named(scene), *_rank_table(scene)):
+        if not any(path.resolve().is_relative_to(place) for place in _SYSTEM):
+            yield path
+    for _, path in _directories(scene):
+        yield path
 
 
 def _named(scene: Scene) -> Iterator[tuple[str, str, Path]]:
