@@ -260,6 +260,17 @@ def test_every_script_and_every_link_leads_somewhere(page: Path) -> None:
         assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
 
 
+def test_the_table_of_exposure_has_what_is_in_the_picture() -> None:
+    drawn = re.findall(r">(\d+ of \d+) open<", (CHECKOUT / "docs/pictures/exposure.svg").read_text())
+    rows = re.findall(r"^\|.*?\| (\d+ of \d+)(?: ports)? \| (\d+ of \d+) \|$", README.read_text(), re.MULTILINE)
+    assert [figure for row in rows[:3] for figure in row] == drawn
+
+
+def test_no_page_is_out_of_the_readers_sight() -> None:
+    linked = set(re.findall(r"\]\(([^)#\s]+)", README.read_text()))
+    assert {str(page.relative_to(CHECKOUT)) for page in PAGES} - linked <= {"README.md"}
+
+
 def test_what_other_tests_run_they_do_run() -> None:
     beginnings = {begin for block in different("sh") for begin in ELSEWHERE if block.commands[0].startswith(begin)}
     assert beginnings == set(ELSEWHERE)
