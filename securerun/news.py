@@ -1,4 +1,4 @@
-"""What there is to tell of a launch while it goes on, to whoever keeps a report of it (`securerun.report`).
+"""What there is to tell of a launch while it goes on, to whoever keeps a report of it (`securerun.evidence.report`).
 
 The guard's own messages, what the launcher adds to them, and nothing that takes time to load.
 """

@@ -21,8 +21,8 @@ from securerun.firewall.policy import Policy, PortRange
 from securerun.guard.client import Guard
 from securerun.guard.protocol import Notice, Order, printable
 from securerun.host import interfaces
+from securerun.job.renewal import Renewal
 from securerun.news import Finished, Gone, Hear, Installed, Renewed, nobody
-from securerun.renewal import Renewal
 
 if TYPE_CHECKING:
     from securerun.job.hccl import Entrance
@@ -136,7 +136,7 @@ def reported(asked: Options, command: Sequence[str], began: float) -> Iterator[H
     if asked.report is None or asked.dry_run:
         yield nobody
         return
-    from securerun import report
+    from securerun.evidence import report
 
     with report.kept(asked.report, asked.report_source, command, began) as journal:
         yield journal.hear

@@ -18,12 +18,12 @@ import pytest
 from hosts import Host, Network, eventually, finish
 from users import GUARD, PrivateMachine
 
-from securerun import matrix, matrix_words
 from securerun.errors import SecurerunError
+from securerun.evidence import matrix, matrix_words
+from securerun.evidence.matrix import Connection, Ends
+from securerun.evidence.matrix_words import COLUMNS, FORMATS, LANGUAGES, Setting
 from securerun.firewall.policy import PortRange
 from securerun.job.launchers import Endpoint, Job
-from securerun.matrix import Connection, Ends
-from securerun.matrix_words import COLUMNS, FORMATS, LANGUAGES, Setting
 
 SECURERUNCTL = str(jobs.COMMANDS / "securerunctl")
 ENDS = Ends(("10.77.0.1", "fd77::1"), ("10.77.0.2", "fd77::2"))

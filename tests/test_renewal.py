@@ -16,10 +16,10 @@ import pytest
 from hosts import Host, Network, eventually, finish
 from probe import reach
 
-from securerun import renewal
 from securerun.job import peers as peers_module
+from securerun.job import renewal
 from securerun.job.peers import Peers
-from securerun.renewal import Renewal
+from securerun.job.renewal import Renewal
 
 EXEC = (str(jobs.COMMANDS / "securerunctl"), "exec")
 PORT = 7000

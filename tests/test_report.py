@@ -24,13 +24,13 @@ from hosts import Host, Network, eventually, machine_snapshot
 from probe import reach
 from users import PrivateMachine
 
-from securerun import report, report_html
 from securerun.errors import PolicyError, UsageError
+from securerun.evidence import report, report_html
+from securerun.evidence.report import Ending, Journal
 from securerun.firewall.policy import Denial
 from securerun.guard.protocol import Guarding, Layer, Notice, Released
 from securerun.job.peers import Peers
 from securerun.news import Checked, Finished, Gone, Installed, News, Renewed
-from securerun.report import Ending, Journal
 
 EXEC = (str(jobs.COMMANDS / "securerunctl"), "exec")
 ALONE = (*EXEC, "--peers", "localhost")
@@ -282,7 +282,7 @@ from securerun.ctl import exec
 try:
     exec.execute(sys.argv[1:])
 finally:
-    wanted = {"securerun.report", "securerun.report_html", "securerun.documents"}
+    wanted = {"securerun.evidence.report", "securerun.evidence.report_html", "securerun.evidence.documents"}
     print(*wanted.intersection(sys.modules))
 """
 

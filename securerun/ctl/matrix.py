@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from securerun import matrix, matrix_words
 from securerun.ctl.status import read_runs
 from securerun.errors import PrivilegeError, SecurerunError, UsageError
+from securerun.evidence import matrix, matrix_words
+from securerun.evidence.matrix import Connection, Ends, Found
+from securerun.evidence.matrix_words import Setting
 from securerun.firewall.policy import Network, Policy
 from securerun.guard import records, sockets
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
@@ -20,8 +22,6 @@ from securerun.guard.records import Record
 from securerun.guard.sockets import SocketsUnavailable
 from securerun.host import interfaces
 from securerun.job.launchers import Job
-from securerun.matrix import Connection, Ends, Found
-from securerun.matrix_words import Setting
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 

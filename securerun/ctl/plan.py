@@ -27,7 +27,8 @@ def print_plan(arguments: Sequence[str], form: str) -> None:
 
 def render(launch: Launch, form: str) -> str:
     """The plan in one of the forms that are not for people. Raises PolicyError for one that it does not have."""
-    from securerun import documents, words
+    from securerun import words
+    from securerun.evidence import documents
     from securerun.firewall import nftables, script
 
     if form == "json":

@@ -20,9 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from securerun import documents, report_html, words
+from securerun import words
 from securerun.console import say
 from securerun.errors import UsageError
+from securerun.evidence import documents, report_html
 from securerun.firewall.policy import Denial
 from securerun.guard.protocol import Notice, Released, denial_document, layer_document
 from securerun.news import Checked, Finding, Finished, Gone, Installed, News, Renewed

@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from securerun.evidence.matrix import IN, OUT, WITHIN, Connection
 from securerun.guard.protocol import printable
-from securerun.matrix import IN, OUT, WITHIN, Connection
 
 _SHOWN = 8
 # A spreadsheet takes what begins like this for a formula (OWASP, CSV injection).
