@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -101,6 +103,20 @@ def test_a_layer_is_measured_there_and_back(root_and_tools: None, layer: str) ->
         assert seconds.install > 0
         after = network["alone"].snapshot(legacy=True)
     assert "securerun" not in str(after).lower()
+
+
+def names_in_script() -> list[str]:
+    found = re.search(r"^all=\((.*)\)$", (BENCHMARKS.parent / "scripts" / "bench.sh").read_text(), re.MULTILINE)
+    assert found is not None
+    return found.group(1).split()
+
+
+@pytest.mark.parametrize("name", names_in_script())
+def test_each_benchmark_of_the_script_is_one_command_and_stands_in_the_page(name: str) -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"--json", "--quick"} <= set(re.findall(r"--[a-z]+", done.stdout))
+    assert f"| `{name}` |" in (BENCHMARKS / "README.md").read_text()
 
 
 def test_contiguous_and_random_addresses_are_as_many_as_asked_for() -> None:
