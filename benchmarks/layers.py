@@ -168,9 +168,11 @@ def measure(options: argparse.Namespace) -> Iterator[Finding]:
                 for found in measure_size(network["alone"], size, shape, rounds(size, quick=options.quick)):
                     yield found
                     _, layer, _, kind, count = found.name.split(".")
-                    if kind == "install" and int(count) == GOAL_PEERS:
+                    if layer not in LAYERS or kind != "install":
+                        continue
+                    if int(count) == GOAL_PEERS:
                         at_goal[layer] = found
-                    elif kind == "install" and int(count) == 10 * GOAL_PEERS and layer in at_goal:
+                    elif int(count) == 10 * GOAL_PEERS:
                         what = (
                             f"{layer}, {shape} peers: installing ten times {GOAL_PEERS} peers against installing them"
                         )

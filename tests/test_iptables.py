@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,26 @@ def test_everything_is_as_before_after_the_last_run_on_a_host_without_tables(nod
     chains(node, "remove", RUN)
     assert "SECURERUN" in node.snapshot()["iptables-save"]
     chains(node, "remove", OTHER)
+    assert node.snapshot() == before
+
+
+def test_commands_whose_texts_do_not_say_where_they_are_kept_are_asked(
+    node: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older iptables-save are; what is there because of us is known, and goes, all the same."""
+    before = node.snapshot()
+
+    def silent(saved: str) -> Dispatcher:
+        found = read_dispatcher(saved)
+        assert found.in_nftables
+        return replace(found, in_nftables=False)
+
+    monkeypatch.setattr(iptables, "read_dispatcher", silent)
+    with inside(node):
+        chains = iptables.IptablesChains(RUN)
+        chains.install(policy("10.77.0.2"), None)
+        assert node.snapshot() != before
+        chains.remove()
     assert node.snapshot() == before
 
 

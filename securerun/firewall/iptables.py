@@ -60,12 +60,16 @@ class Family:
 
 @dataclass(frozen=True)
 class Dispatcher:
-    """What a saved filter table says of our chain: its rules, and how INPUT jumps to it."""
+    """What a saved filter table says of our chain: its rules, and how INPUT jumps to it.
+
+    in_nftables: whether it says that it is kept in nf_tables; older commands' texts do not say it.
+    """
 
     exists: bool
     rules: tuple[str, ...]
     jumps: tuple[str, ...]
     jumped_to_first: bool
+    in_nftables: bool = False
 
     @property
     def made(self) -> str:
@@ -93,6 +97,7 @@ def read_dispatcher(saved: str) -> Dispatcher:
         rules=tuple(line for line in lines if line.startswith(f"-A {CHAIN} ")),
         jumps=jumps,
         jumped_to_first=len(jumps) == 1 and entries[0] == jumps[0],
+        in_nftables="(nf_tables)" in lines[0],
     )
 
 
@@ -347,9 +352,10 @@ def kernel_speaks_ipv6() -> bool:
 
 def _made(found: Mapping[Family, Dispatcher]) -> dict[Family, str]:
     """For each family, what is there, or is about to be, because of us: the jump's comment says so from then on."""
-    new = [family for family, dispatcher in found.items() if not dispatcher.jumps]
-    versions = _run([[family.restore, "--version"] for family in new])
-    making = {family: _will_make(family) for family, version in zip(new, versions) if "nf_tables" in version}
+    new = {family: dispatcher for family, dispatcher in found.items() if not dispatcher.jumps}
+    silent = [family for family, dispatcher in new.items() if not dispatcher.in_nftables]
+    versions = dict(zip(silent, _run([[family.restore, "--version"] for family in silent])))
+    making = {family: _will_make(family) for family in new if "nf_tables" in versions.get(family, "nf_tables")}
     return {family: making.get(family, dispatcher.made) for family, dispatcher in found.items()}
 
 
