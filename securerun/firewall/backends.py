@@ -24,6 +24,11 @@ def open_chains(backend: str, run_id: str) -> PortChains:
     return make(run_id)
 
 
+def prepare() -> None:
+    """Load what `auto` takes first, for whoever has time now and none later."""
+    importlib.import_module(_CLASSES[_AUTOMATIC[0]][0])
+
+
 def open_best_chains(run_id: str) -> PortChains:
     """The first backend that this host has. Raises PortChainsUnavailable, with all reasons, where it has none."""
     reasons = []

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
+from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import capabilities, inherited, log, records, site
 from securerun.guard import lease as leases
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         inherited.require_unlimited()
         _drop_privilege(caller)
         answers.send(Ready(os.getpid()))
+        backends.prepare()  # while the launcher imports torch
         order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
             return 0
