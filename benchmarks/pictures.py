@@ -119,13 +119,13 @@ def launch(results: Results) -> Drawing:
         for launcher in launchers
     }
     order = [
-        *("start Python", "start the guard", "import torch", "parse", "policy", "wait for the guard"),
-        *("policy to layers", "torch runs the job", "farewell", "all else", "exit"),
+        *("start Python", "load securerun", "start the guard", "import torch", "parse", "policy", "preflight"),
+        *("wait for the guard", "policy to layers", "torch runs the job", "farewell", "all else", "exit"),
     ]
-    colours = dict(zip(order, ("c5", "c1", "plain", "c2", "c4", "c8", "c1", "c0", "c2", "else", "c7")))
+    colours = dict(zip(order, ("c5", "c8", "c1", "plain", "c2", "c4", "c3", "c8", "c1", "c0", "c2", "else", "c7")))
     longest = max(sum(taken.values()) for taken in steps.values())
     scale = (WIDTH - 150) / longest
-    drawing = Drawing("Where the time of a launch goes (one node, two workers that do nothing)", 300)
+    drawing = Drawing("Where the time of a launch goes (one node, two workers that do nothing)", 330)
     drawing.text(0, 18, drawing.title, kind="title")
     for row, launcher in enumerate(launchers):
         x, y = 90.0, 36.0 + 48 * row
@@ -144,13 +144,13 @@ def launch(results: Results) -> Drawing:
             x += max(taken, 0.0) * scale
         drawing.text(x + 6, y + 22, f"{sum(steps[launcher].values()):.2f} s", kind="value")
     for number, step in enumerate(order):
-        column, row = divmod(number, 4)
+        column, row = divmod(number, 5)
         x, y = 252.0 * column, 156.0 + 30 * row
         drawing.box(x, y - 11, 14, 14, colours[step])
         drawing.text(x + 20, y, step)
         times = "  ·  ".join(_milliseconds(steps[launcher].get(step)) for launcher in launchers)
         drawing.text(x + 240, y, times, kind="note", anchor="end")
-    drawing.text(0, 290, "milliseconds: torchrun · securerun", kind="note")
+    drawing.text(0, 318, "milliseconds: torchrun · securerun", kind="note")
     return drawing
 
 
@@ -249,9 +249,11 @@ def _name_lines(drawing: Drawing, series: Sequence[Series], place_x: Place, plac
     """Names at the lines' ends; of those that end at the right, none over another."""
     free = 0.0
     for y, x, number, one in sorted(_end_of(one, number, place_x, place_y) for number, one in enumerate(series)):
-        if x > right - 1:
-            y = max(y, free)
-            free = y + 13 * _LINE_HEIGHT
+        if x < right - 1:  # above its end: other lines go on there
+            drawing.text(x + 4, y - 10, one.name, kind=f"c{number % 7}", anchor="end")
+            continue
+        y = max(y, free)
+        free = y + 13 * _LINE_HEIGHT
         drawing.text(x + 10, y + 4, one.name, kind=f"c{number % 7}")
 
 

@@ -42,6 +42,13 @@ def import_torch() -> Any:  # noqa: ANN401
     return run
 
 
+def import_securerun() -> tuple[Any, Any, Any]:
+    """What the console script imports."""
+    from securerun import inspection, protection, run
+
+    return inspection, protection, run
+
+
 def torchrun() -> None:
     run = timed("import torch", import_torch)()
     run.parse_args = timed("parse", run.parse_args)
@@ -49,7 +56,7 @@ def torchrun() -> None:
 
 
 def securerun() -> None:
-    from securerun import protection, run
+    inspection, protection, run = timed("load securerun", import_securerun)()
     from securerun.guard.client import Guard
 
     importing = run._import_torch
@@ -61,6 +68,8 @@ def securerun() -> None:
 
     run._import_torch = timed("import torch", import_both)
     run._understand = timed("parse", run._understand)
+    inspection.begin = timed("preflight", inspection.begin)
+    inspection.inspect = timed("preflight", inspection.inspect)
     protection.understand = timed("policy", protection.understand)
     Guard.__init__ = timed("start the guard", Guard.__init__)  # type: ignore[method-assign]
     Guard._ready = timed("wait for the guard", Guard._ready)  # type: ignore[method-assign]
