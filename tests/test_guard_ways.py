@@ -20,7 +20,7 @@ import pytest
 from conversation import SOCKET, WAYS, Conversation, guards, log_of, nothing_left, order, permit, socket_unit
 from hosts import Host, Network, eventually, finish, finish_all, is_alive
 from probe import Probe, reach
-from users import CHECKOUT, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
+from users import CHECKOUT, FIRST_USER, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
 
 HOLDER = str(CHECKOUT / "tests" / "holder.py")
 _STARTED = {"sudo": "guard started by sudo", "socket": "guard started by systemd", "run-as": "guard started directly"}
@@ -160,7 +160,7 @@ def test_without_any_way_the_status_is_77_and_the_three_ways_are_said(
     assert plan.returncode == 0 and "60000-60015" in plan.stdout
 
 
-@pytest.mark.parametrize("named", ["alice", "6001"])
+@pytest.mark.parametrize("named", ["alice", pytest.param(str(FIRST_USER), id="by number")])
 def test_run_as_makes_the_job_that_users_for_good(machine: PrivateMachine, node: Host, alice: User, named: str) -> None:
     script = machine.write("script.py", _IDENTITY, owner=alice)
     with nothing_left(machine, node):
@@ -223,7 +223,7 @@ def test_site_policy_holds_for_the_user_that_root_names(machine: PrivateMachine,
     with nothing_left(machine, node):
         refused = machine.run(node, [jobs.SECURERUN, "--run-as", "alice", *options])
         assert (refused.returncode, refused.stdout) == (78, ""), refused
-        assert "29500 may not be named by user 6001" in refused.stderr
+        assert f"29500 may not be named by user {alice.uid}" in refused.stderr
         assert machine.run(node, [jobs.SECURERUN, *options]).stdout == "ran\n"
 
 
@@ -333,7 +333,7 @@ def test_guard_outlives_the_batch_systems_kill_by_cgroup_and_cleans_up(
 _SITES: list[tuple[str, dict[str, object], str]] = [
     ("", {}, ""),
     ('users = ["alice"]', {}, ""),
-    ("users = [6001]", {}, ""),
+    (f"users = [{FIRST_USER}]", {}, ""),
     ('users = "alice"', {}, ""),
     ("users = []", {}, "may not have a job guarded"),
     ('users = ["bob"]', {}, "may not have a job guarded"),
@@ -463,7 +463,7 @@ def test_user_sees_his_own_runs_and_no_others(machine: PrivateMachine, node: Hos
     bob = machine.add_user("bob")
     control = str(Path(jobs.SECURERUN).with_name("securerunctl"))
     with opened(way, machine, node, alice, bob), nothing_left(machine, node):
-        jobs_of = {user: hold(machine, node, user, "--listen", str(50000 + user.uid)) for user in (alice, bob)}
+        jobs_of = {user: hold(machine, node, user, "--listen", port) for user, port in ((alice, "7001"), (bob, "7002"))}
         for user, job in jobs_of.items():
             done = machine.run(node, [control, "status", "--json"], user=user)
             runs = json.loads(done.stdout)["runs"]

@@ -504,7 +504,7 @@ def test_the_user_of_run_as_writes_the_report_and_no_other(node: Host) -> None:
             assert machine.place(place).exists() == (status == 0)
         path = machine.place(f"{alice.home}/run.json")
         assert json.loads(path.read_text())["user"] == "alice"
-        assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (6001, 0o640)
+        assert (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) == (alice.uid, 0o640)
 
 
 def test_inside_of_a_run_the_report_is_the_business_of_that_run(node: Host, tmp_path: Path) -> None:

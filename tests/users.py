@@ -41,7 +41,8 @@ RECORDS = "/run/securerun"
 _HOMES = "/run/home"
 # Where a directory is made ready before it takes the place of another.
 _NEXT = "/var/log/.next"
-_FIRST_USER = 6001
+# Of each test run others: what a user ends with `kill -9 -1` is all of his, also in the run beside this one.
+FIRST_USER = 10_000 + os.getpid() % 5_000 * 10
 _NODES = ("full", "null", "ptmx", "random", "tty", "urandom", "zero")
 _DELEGATED = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -119,13 +120,13 @@ class PrivateMachine:
 
     def end_users(self) -> None:
         """End all that runs as one of the machine's users."""
-        eventually(lambda: not self._end(lambda pid: _user_of(pid) >= _FIRST_USER), seconds=FAREWELL_SECONDS)
+        eventually(lambda: not self._end(lambda pid: _user_of(pid) >= FIRST_USER), seconds=FAREWELL_SECONDS)
 
     def add_user(self, name: str, *, groups: Sequence[str] = ()) -> User:
         """Make an account with a group of its own name and a home; `groups` are made where they are missing."""
         for group in groups:
             self._system("groupadd", "--force", group)
-        number = _FIRST_USER + self._users
+        number = FIRST_USER + self._users
         self._users += 1
         home = f"{_HOMES}/{name}"
         more = ["--groups", ",".join(groups)] if groups else []
