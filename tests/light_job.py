@@ -49,6 +49,7 @@ CHILDREN = {
     "stubborn": ("::", 0),
     "forked": ("::", 0),
 }
+_LOOK_MILLISECONDS = 100
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -90,7 +91,10 @@ class Launcher:
         poller.register(sys.stdin, select.POLLIN)
         for child in self._children.values():
             poller.register(child.pidfd, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poller.poll()}
+        ready: set[int] = set()
+        while not ready:
+            # Not for ever: a signal that comes just before the system call has its handler run after it.
+            ready = {descriptor for descriptor, _ in poller.poll(_LOOK_MILLISECONDS)}
         for role, child in self._children.items():
             if child.pidfd in ready:
                 raise JobFailed(f"the child {role} ended")
