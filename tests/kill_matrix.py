@@ -243,7 +243,7 @@ class LightJob:
 
     def is_over(self) -> bool:
         """Whether the last process of the job has gone."""
-        if not self.has_ended() or any(is_alive(pid) for pid in self.pids):
+        if not self.has_ended() or any(is_alive(pid) for pid in tuple(self.pids)):
             return False
         with contextlib.suppress(OSError):
             return "populated 0" in (self.cgroup / "cgroup.events").read_text()
