@@ -434,6 +434,28 @@ def test_processes_that_fork_and_end_all_the_time_are_ended(job: Job) -> None:
     assert job.pids() == set()
 
 
+def test_a_process_in_the_middle_of_its_execve_is_known_by_what_it_is_started_with() -> None:
+    """Popen returns when the kernel closes the descriptors of the old program; the environment comes a little later."""
+    for _ in range(200):
+        sleeper = subprocess.Popen(["/bin/sleep", "60"], env={"NAME": "value"})
+        try:
+            assert processes.started_with("NAME=value", [sleeper.pid]) == {sleeper.pid}
+            assert processes.started_with("NAME=val", [sleeper.pid]) == set()
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+
+
+def test_nobody_waits_for_a_process_that_was_started_with_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = job.python("import time; print('ready', flush=True); time.sleep(60)", env={})
+    assert job.line() == "ready"
+    waits: list[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", waits.append)
+        assert processes.started_with("NAME=value", [pid]) == set()
+    assert waits == []
+
+
 RESPAWNER = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

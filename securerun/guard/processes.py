@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from securerun.guard import records
 
@@ -29,6 +30,9 @@ _ROOT = 0
 _KERNEL_THREAD = 0x00200000  # include/linux/sched.h: PF_KTHREAD
 _READ_BYTES = 65536
 _LOOK_SECONDS = 0.02
+# A process is in the middle of execve(2) for far less than 1 ms, unless it waits for a core or a slow disk.
+_EXECVE_LOOKS = 20
+_EXECVE_SECONDS = 0.005
 _STOPPING_ROUNDS = 50
 
 
@@ -85,9 +89,29 @@ def by_run_id(
     living = _living()
     excepted = {os.getpid(), *spare, *({_INIT} - {process.pid for process in known})}
     roots = {process.pid for process in known if living.get(process.pid, _NOBODY).start == process.start}
-    roots |= {pid for pid in living if pid not in excepted and _carries(pid, run_id, user)}
+    # Nobody else's environment is looked at.
+    own = {pid for pid in living if pid not in excepted and _real_user(pid) == user}
+    roots |= started_with(f"{RUN_ID_VARIABLE}={run_id}", own)
     found = _with_descendants(roots - excepted, living, excepted)
     return frozenset(Process(pid, living[pid].start) for pid in found if user == _ROOT or _real_user(pid) == user)
+
+
+def started_with(variable: str, pids: Iterable[int]) -> set[int]:
+    """Those of the processes in whose environment this `NAME=value` was when they were started.
+
+    In the middle of execve(2) an environment cannot be read, though the parent may have been told already that it went
+    well (fs/exec.c: descriptors are closed before the new stack, where the environment lies, is made). So whoever is
+    there is looked at again, for 0.1 s at most: what it runs may come from a file system that never answers.
+    """
+    found, unsettled = set(), set(pids)
+    for _ in range(_EXECVE_LOOKS):
+        environments = {pid: _environment(pid) for pid in unsettled}
+        found |= {pid for pid, environment in environments.items() if variable.encode() in environment.split(b"\0")}
+        unsettled = {pid for pid, environment in environments.items() if not environment and _has_one_yet_to_show(pid)}
+        if not unsettled:
+            break
+        time.sleep(_EXECVE_SECONDS)
+    return found
 
 
 def signal(process: Process, number: int) -> bool:
@@ -142,9 +166,7 @@ def _living() -> dict[int, _Status]:
 
 
 def _status(directory: str) -> _Status | None:
-    text = _read(f"{directory}/stat")
-    # The command in parentheses may hold anything; the fields are numbered from 3 after it (proc(5)).
-    fields = text.rpartition(b")")[2].split()
+    fields = _fields(directory)
     if len(fields) < 20 or int(fields[6]) & _KERNEL_THREAD:
         return None
     # A first thread that has exited shows as a zombie while the others run on.
@@ -153,9 +175,18 @@ def _status(directory: str) -> _Status | None:
     return _Status(parent=int(fields[1]), start=int(fields[19]))
 
 
-def _carries(pid: int, run_id: str, user: int) -> bool:
-    """Whether a process of this user was started with this run's id. Nobody else's environment is looked at."""
-    return _real_user(pid) == user and f"{RUN_ID_VARIABLE}={run_id}".encode() in _environment(pid).split(b"\0")
+def _fields(directory: str) -> list[bytes]:
+    """What stat says of a process, from field 3 on: the command in parentheses before may hold anything (proc(5))."""
+    return _read(f"{directory}/stat").rpartition(b")")[2].split()
+
+
+def _has_one_yet_to_show(pid: int) -> bool:
+    """Whether a process that shows no environment is in the middle of execve(2), or was when it was read."""
+    with contextlib.suppress(OSError, ValueError):
+        Path(f"/proc/{pid}/exe").readlink()  # fails for one that is gone, and for one that may not be looked into
+        start, end = map(int, _fields(f"/proc/{pid}")[47:49])  # env_start, env_end; not set yet, and empty, are two
+        return not end or start != end
+    return False
 
 
 def _environment(pid: int) -> bytes:

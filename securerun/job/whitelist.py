@@ -21,13 +21,13 @@ import json
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Network
+from securerun.guard import processes
 from securerun.host import interfaces
 
 DISABLE, FILE = "HCCL_WHITELIST_DISABLE", "HCCL_WHITELIST_FILE"
@@ -37,7 +37,6 @@ RANKS_AN_ADDRESS = 16
 _OPTION = "--hccl-whitelist"
 _NAME, _PARTIAL = "hccl-whitelist.json", "hccl-whitelist.json.partial"
 _ATTEMPTS = 8
-_EXEC_SECONDS = 0.001
 
 
 def addresses_of(peers: Iterable[Network], nodes: int = 0, ranks: int = 0) -> tuple[str, ...]:
@@ -200,24 +199,8 @@ def _sweep(place: Path) -> None:
 
 def _somebody_was_told_of(path: Path) -> bool:
     """Whether a process of this user was started with this list (proc(5), environ)."""
-    wanted = f"{FILE}={path}".encode()
-    return any(wanted in _environment_of(process).split(b"\0") for process in Path("/proc").glob("[0-9]*"))
-
-
-def _environment_of(process: Path) -> bytes:
-    """What a process was started with; nothing for one that has gone, and for a thread of the kernel.
-
-    In the middle of execve(2) nothing is to be read, though the parent may be told already that it went well
-    (fs/exec.c: descriptors are closed before the new stack, where the environment lies, is made).
-    """
-    with contextlib.suppress(OSError):
-        for _ in range(_ATTEMPTS):
-            found = (process / "environ").read_bytes()
-            if found:
-                return found
-            (process / "exe").readlink()  # fails for what has none and never will
-            time.sleep(_EXEC_SECONDS)
-    return b""
+    pids = (int(process.name) for process in Path("/proc").glob("[0-9]*"))
+    return bool(processes.started_with(f"{FILE}={path}", pids))
 
 
 def _empty(directory: int) -> None:
