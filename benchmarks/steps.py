@@ -75,7 +75,7 @@ def securerun() -> None:
     Guard._ready = timed("wait for the guard", Guard._ready)  # type: ignore[method-assign]
     Guard.guard = timed("policy to layers", Guard.guard)  # type: ignore[method-assign]
     Guard.release = timed("farewell", Guard.release)  # type: ignore[method-assign]
-    run.main()
+    run.command()
 
 
 def write(file: str) -> None:

@@ -110,6 +110,10 @@ install_securerun() {
     requirements > "$note"
 }
 
+# As pip does, but for what is installed as editable; without it, where PYTHONDONTWRITEBYTECODE is set, as in many
+# containers, every launch compiles all that it imports.
+compile_securerun() { "$venv/bin/python" -m compileall -q securerun; }
+
 # For the tests of torch_npu_run. In a directory of its own, since among the packages of the virtual environment
 # `import torch` would load it, in every other test, and fail for want of CANN's libraries.
 install_torch_npu() {
@@ -130,4 +134,5 @@ install_torch_npu() {
 install_system_packages
 make_virtual_environment
 install_securerun
+compile_securerun
 install_torch_npu

@@ -1,6 +1,6 @@
 """`python -m securerun`: the same as the command securerun."""
 
-from securerun.run import main
+from securerun.run import command
 
 if __name__ == "__main__":
-    main()
+    command()

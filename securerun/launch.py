@@ -48,3 +48,4 @@ def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
 
 if __name__ == "__main__":
     main()
+    run.exit_quickly()

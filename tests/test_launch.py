@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -193,3 +194,47 @@ def test_main_takes_what_torchs_main_takes(node: Host, script: str) -> None:
 def test_module_and_command_are_the_same(node: Host, script: str) -> None:
     done = node.run([sys.executable, "-m", "securerun", script, "a"])
     assert (done.returncode, done.stdout) == (0, "ran with a\n"), done
+
+
+UNFINISHED = """
+import atexit, ctypes, sys, threading, time
+from securerun import run
+def late():
+    time.sleep(0.2)
+    print("thread")
+atexit.register(print, "handler")
+threading.Thread(target=late).start()
+ctypes.CDLL(None).printf(b"C, ")
+print("Python", end=", ")
+run.exit_quickly()
+"""
+
+
+def test_a_quick_end_leaves_nothing_undone() -> None:
+    """What Python waits for, calls and writes out at every end; its own text and C's stand in buffers of their own."""
+    done = subprocess.run([sys.executable, "-c", UNFINISHED], capture_output=True, text=True, check=False, env={})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.replace("C, ", "").split()) == ["Python,", "handler", "thread"]
+    assert "C, " in done.stdout
+
+
+def test_a_quick_end_tells_of_output_that_went_nowhere_as_python_does() -> None:
+    program = "{imports}; sys.stdin.readline(); print('lost'); {end}"
+    ends = []
+    for imports, end in (("import sys", "sys.exit()"), ("import sys, securerun.run as run", "run.exit_quickly()")):
+        job = subprocess.Popen(
+            [sys.executable, "-c", program.format(imports=imports, end=end)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={},
+        )
+        assert job.stdin is not None and job.stdout is not None and job.stderr is not None
+        job.stdout.close()
+        job.stdin.write("\n")
+        job.stdin.close()
+        ends.append((job.stderr.read(), job.wait(timeout=30)))
+        job.stderr.close()
+    assert ends[0] == ends[1]
+    assert ends[0][1] == 120

@@ -16,7 +16,7 @@ from pathlib import Path
 import securerun
 from securerun import trust
 from securerun.errors import PolicyError, PrivilegeError, UsageError
-from securerun.guard.start import SOCKET_ARGUMENT
+from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.ways import SOCKET
 
 DEFAULT_GROUP = "securerun"

@@ -23,6 +23,7 @@ from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_
 from securerun.guard.cgroup import CgroupUnavailable, leave_shared_cgroups
 from securerun.guard.channel import Channel
 from securerun.guard.lease import Lease
+from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
     Message,
@@ -37,7 +38,6 @@ from securerun.guard.protocol import (
     encode,
 )
 from securerun.guard.site import SitePolicy
-from securerun.guard.start import SOCKET_ARGUMENT
 from securerun.guard.watch import Watch
 
 NAME = "securerun-guard"

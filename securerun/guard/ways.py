@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from securerun.guard import capabilities, start
+from securerun.guard import capabilities, program
 from securerun.guard.protocol import MAXIMUM_BYTES, Message, decode, encode
 
 DIRECTLY = "directly"
@@ -174,7 +174,7 @@ def _open_directly() -> Connection:
         }
     ):
         # SUDO_UID of the shell that this root came from would mean another way.
-        return _start(start.command(), {name: value for name, value in os.environ.items() if name != "SUDO_UID"})
+        return _start(program.command(), {name: value for name, value in os.environ.items() if name != "SUDO_UID"})
 
 
 def _open_by_sudo() -> Connection:
