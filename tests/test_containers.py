@@ -8,21 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import Host, Network, cgroup2_mount, eventually
+from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
+from hosts import Host, Network, eventually
 from probe import reach
 from test_faults import Held
 
-HOLDER = Path(__file__).parent / "holder.py"
-# docker run's own (moby, oci/caps/defaults.go), which ascend-docker-runtime leaves as they are.
-_DEFAULT = (
-    "+chown,+dac_override,+fsetid,+fowner,+mknod,+net_raw,+setgid,+setuid,+setfcap,+setpcap,+net_bind_service,"
-    "+sys_chroot,+kill,+audit_write"
-)
-# A cgroup file system is read-only in a container without --privileged. The guard ends with the container's first
-# process, so that one gives it time to clean up.
-_READ_ONLY = 'mount -o remount,ro,bind "$0"'
-_WRITABLE = ":"
-_AND_RUN = '; "$@"; status=$?; while ls /run/securerun; do sleep 0.1; done > /dev/null 2>&1; exit $status'
+HOLDING = (sys.executable, str(Path(__file__).parent / "holder.py"))
+LISTENING = (*HOLDING, "--listen", "7001")
 
 
 @pytest.fixture
@@ -33,23 +25,14 @@ def node(network: Network) -> Iterator[Host]:
     assert eventually(lambda: node.snapshot() == before, seconds=2)
 
 
-def container(capabilities: str, mount: str, *command: str) -> list[str]:
-    """`command` as a container runs it: as root of few capabilities, in a pid and a mount namespace."""
-    wrap = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", mount + _AND_RUN]
-    limited = ["setpriv", f"--bounding-set=-all,{capabilities}", "--inh-caps=-all", *command]
-    return [*wrap, str(cgroup2_mount()), *limited]
-
-
 def test_default_capabilities_are_refused_with_77_and_what_is_missing(node: Host) -> None:
-    done = node.run(container(_DEFAULT, _READ_ONLY, sys.executable, str(HOLDER)), timeout=30)
+    done = node.run(container(DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, *HOLDING), timeout=30)
     assert done.returncode == 77, done
     assert "CAP_NET_ADMIN" in done.stdout and "--unprotected" in done.stdout
 
 
 def test_net_admin_alone_gives_scope_ports(network: Network, node: Host) -> None:
-    holder = _held(
-        node, container(f"{_DEFAULT},+net_admin", _READ_ONLY, sys.executable, str(HOLDER), "--listen", "7001")
-    )
+    holder = _held(node, container(f"{DOCKER_CAPABILITIES},+net_admin", READ_ONLY_CGROUPS, *LISTENING))
     assert holder.start["guarding"] == ["iptables"]
     assert "no shield" in " ".join(holder.start["notes"])
     target = (node.ipv4, 7001)
@@ -58,8 +41,7 @@ def test_net_admin_alone_gives_scope_ports(network: Network, node: Host) -> None
 
 
 def test_net_admin_and_bpf_with_a_writable_cgroup_give_the_shield(network: Network, node: Host) -> None:
-    command = container(f"{_DEFAULT},+net_admin,+bpf", _WRITABLE, sys.executable, str(HOLDER), "--listen", "7001")
-    holder = _held(node, command)
+    holder = _held(node, container(f"{DOCKER_CAPABILITIES},+net_admin,+bpf", WRITABLE_CGROUPS, *LISTENING))
     assert holder.start["guarding"] == ["shield", "iptables"], holder.start
     target = (node.ipv4, 7001)
     assert reach(network["stranger"], [target]) == {target: False}

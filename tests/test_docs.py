@@ -18,11 +18,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
 from hosts import Host, Network, eventually, finish_all, kill_group, machine_snapshot
-from test_containers import _DEFAULT as DOCKER_CAPABILITIES
-from test_containers import _READ_ONLY as READ_ONLY_CGROUPS
-from test_containers import _WRITABLE as WRITABLE_CGROUPS
-from test_containers import container
 from users import CHECKOUT, COMMANDS, PrivateMachine
 
 README, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"

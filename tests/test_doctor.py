@@ -10,9 +10,9 @@ from typing import Any
 
 import jobs
 import pytest
+from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
 from hosts import Host, Network, eventually, machine_snapshot
 from sandbox import apart, cover
-from test_containers import _DEFAULT, _READ_ONLY, _WRITABLE, container
 from users import GUARD, PrivateMachine
 
 from securerun.ctl import doctor
@@ -159,9 +159,9 @@ def test_ordinary_user_learns_whether_a_guard_is_to_be_had(network: Network, mac
 @pytest.mark.parametrize(
     ("capabilities", "mount", "shield"),
     [
-        (_DEFAULT, _READ_ONLY, False),
-        (f"{_DEFAULT},+net_admin", _READ_ONLY, False),
-        (f"{_DEFAULT},+net_admin,+bpf", _WRITABLE, True),
+        (DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, False),
+        (f"{DOCKER_CAPABILITIES},+net_admin", READ_ONLY_CGROUPS, False),
+        (f"{DOCKER_CAPABILITIES},+net_admin,+bpf", WRITABLE_CGROUPS, True),
     ],
     ids=["default", "net_admin", "bpf"],
 )

@@ -16,12 +16,10 @@ import jobs
 import pytest
 import slurm
 import yaml
+from containers import DOCKER_CAPABILITIES, WRITABLE_CGROUPS, container
 from hosts import Host, Network, eventually, finish_all, require_root_and_tools
 from probe import Probe, reach
 from slurm import Cluster
-from test_containers import _DEFAULT as DOCKER_CAPABILITIES
-from test_containers import _WRITABLE as WRITABLE_CGROUPS
-from test_containers import container
 from test_two_nodes import nothing_left_behind
 
 EXAMPLES = jobs.TRAIN.parent
