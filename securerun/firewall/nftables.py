@@ -241,8 +241,8 @@ def _passes(policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[str]:
 
 
 def _drops(log_group: int | None) -> Iterator[str]:
-    yield 'iifname "lo" accept'
     yield f"meta priority {TOKEN} accept"
+    yield 'iifname "lo" accept'
     if log_group is not None:
         limit = f"limit rate {_LOGGED_A_SECOND}/second burst {_LOGGED_A_SECOND} packets"
         yield f"tcp dport @ports {limit} log group {log_group}"
