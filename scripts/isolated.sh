@@ -19,12 +19,18 @@ if [ -z "$hierarchy" ]; then
 fi
 cgroup=$hierarchy/securerun-tests-$$
 mkdir "$cgroup"
+# shellcheck disable=SC2329 # called at the end
+remove() {
+    for _ in 1 2 3 4 5; do
+        find "$cgroup" -depth -type d -exec rmdir {} + 2> /dev/null && break
+        sleep 0.5
+    done
+}
+trap remove EXIT
+# Whoever ends this ends the group, as terminals and timeout(1) do; what is left is removed when the command has ended.
+trap : INT TERM HUP
 status=0
 # shellcheck disable=SC2016 # likewise; a process joins before it makes this cgroup its root (cgroup_namespaces(7))
 sh -c 'echo $$ > "$0/cgroup.procs" && exec "$@"' "$cgroup" \
     unshare --mount --cgroup sh -e -c "$inside" "$hierarchy" "$@" || status=$?
-for _ in 1 2 3 4 5; do
-    find "$cgroup" -depth -type d -exec rmdir {} + 2> /dev/null && break
-    sleep 0.5
-done
 exit "$status"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable
 
-from securerun import enclosing
+from securerun import enclosing, signals
 from securerun.console import say
 from securerun.enclosing import Enclosing
 from securerun.firewall.policy import Policy, PortRange
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from securerun.job.peers import Peers
     from securerun.options import Options
 
-_HELD_BACK = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _COMMAND_SHOWN = 1000
 
 
@@ -213,10 +211,9 @@ def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], N
         failed = False
     finally:
         # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
-        hear(Finished(failed))
-        _say_farewell(guard, policy, failed, hear)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with signals.held_back():
+            hear(Finished(failed))
+            _say_farewell(guard, policy, failed, hear)
 
 
 def _whitelist(job: Job, asked: Options, found: Peers, ranks: int) -> tuple[str, ...]:

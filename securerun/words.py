@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from securerun.firewall.policy import shown
 from securerun.guard.protocol import printable
 from securerun.guard.ways import DIRECTLY
 
@@ -213,9 +214,9 @@ def _in_order(network: Network) -> tuple[int, int]:
 
 
 def _addresses(networks: Sequence[Network]) -> str:
-    shown = [str(n.network_address) if n.prefixlen == n.max_prefixlen else str(n) for n in networks[:_NETWORKS_NAMED]]
+    named = ", ".join(map(shown, networks[:_NETWORKS_NAMED]))
     more = f" and {len(networks) - _NETWORKS_NAMED} more" if len(networks) > _NETWORKS_NAMED else ""
-    return f"{', '.join(shown)}{more}"
+    return named + more
 
 
 def _ports(policy: Policy) -> str:

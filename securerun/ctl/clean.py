@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from securerun.ctl.status import open_records, user_name
+from securerun.ctl.status import open_records
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import reaper, records, reserved
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.protocol import printable
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
+from securerun.host.account import name_of
 
 # Tables of nftables go with the guard that owns them.
 _OUTLIVING = ("iptables", "legacy")
@@ -100,7 +101,7 @@ def _clean_run(directory: int, record: Record, outcome: Outcome, dry_run: bool) 
 
 def _named(record: Record) -> str:
     command = f" ({record.command})" if record.command else ""
-    return f"run {record.run_id} of {user_name(record.user)}{command}"
+    return f"run {record.run_id} of {name_of(record.user)}{command}"
 
 
 def _remains(record: Record) -> Iterator[str]:

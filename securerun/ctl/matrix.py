@@ -7,23 +7,20 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 
 from securerun.ctl.status import read_runs
 from securerun.errors import PrivilegeError, SecurerunError, UsageError
 from securerun.evidence import matrix, matrix_words
 from securerun.evidence.matrix import Connection, Ends, Found
 from securerun.evidence.matrix_words import Setting
-from securerun.firewall.policy import Network, Policy
-from securerun.guard import records, sockets
+from securerun.firewall.policy import Network, Policy, shown
+from securerun.guard import records, reserved, sockets
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.records import Record
 from securerun.guard.sockets import SocketsUnavailable
 from securerun.host import interfaces
 from securerun.job.launchers import Job
-
-_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def print_matrix(arguments: Sequence[str], run_id: str | None, language: str, form: str) -> None:
@@ -101,7 +98,7 @@ def _ends(policy: Policy) -> Ends:
     wanted = policy.interfaces or _towards(policy.peers) or interfaces.names()
     every = interfaces.addresses_of(interfaces.names())
     own = interfaces.addresses_of(wanted) or every or ("127.0.0.1",)
-    return Ends(own, tuple(peer for peer in map(_shortest, policy.peers) if peer not in every))
+    return Ends(own, tuple(peer for peer in map(shown, policy.peers) if peer not in every))
 
 
 def _towards(peers: Iterable[Network]) -> tuple[str, ...]:
@@ -109,10 +106,6 @@ def _towards(peers: Iterable[Network]) -> tuple[str, ...]:
     first = {network.version: str(network.network_address) for network in reversed(list(peers))}
     found = (interfaces.towards([address]) for address in first.values())
     return tuple(dict.fromkeys(name for name in found if name))
-
-
-def _shortest(network: Network) -> str:
-    return str(network) if network.num_addresses > 1 else str(network.network_address)
 
 
 def _store(job: Job, ends: Ends) -> tuple[tuple[str, ...], bool]:
@@ -135,9 +128,9 @@ def _store(job: Job, ends: Ends) -> tuple[tuple[str, ...], bool]:
 
 def _setting() -> Setting:
     try:
-        first, last = _EPHEMERAL.read_text(encoding="ascii").split()
+        first, last = reserved.handed_out()
         ephemeral = f"{first}-{last}"
-    except (OSError, ValueError):
+    except reserved.ReservationUnavailable:
         ephemeral = ""
     try:
         torch = metadata.version("torch")

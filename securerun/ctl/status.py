@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pwd
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from securerun.firewall.policy import Policy
 from securerun.guard import records
 from securerun.guard.protocol import denial_document, layer_document, policy_document, printable
 from securerun.guard.records import Record
+from securerun.host.account import name_of
 
 if TYPE_CHECKING:
     from securerun.guard.client import Guard
@@ -104,7 +104,7 @@ def document(record: Record) -> dict[str, Any]:
         "run_id": record.run_id,
         "pid": record.launcher,
         "guard_pid": record.guard,
-        "user": user_name(record.user),
+        "user": name_of(record.user),
         "started": _started(record).isoformat(timespec="seconds"),
         "command": record.command,
         "state": state(record),
@@ -124,14 +124,6 @@ def state(record: Record) -> str:
 
 
 @cache
-def user_name(user: int) -> str:
-    """The name of a user id, or the number where it has none."""
-    try:
-        return pwd.getpwuid(user).pw_name
-    except (KeyError, OverflowError):
-        return str(user)
-
-
 def _json_lines(indent: int | None = None) -> Iterator[str]:
     yield json.dumps({"runs": [document(record) for record in read_runs()]}, indent=indent)
 
@@ -154,7 +146,7 @@ def _table_lines() -> Iterator[str]:
 def _row(record: Record) -> tuple[str, ...]:
     started = _started(record).strftime("%Y-%m-%d %H:%M:%S")
     pid = str(record.launcher)
-    return (record.run_id, state(record), user_name(record.user), pid, started, printable(record.command))
+    return (record.run_id, state(record), name_of(record.user), pid, started, printable(record.command))
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

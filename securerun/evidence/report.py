@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import socket
 import stat
 import time
@@ -26,6 +25,7 @@ from securerun.errors import UsageError
 from securerun.evidence import documents, report_html
 from securerun.firewall.policy import Denial
 from securerun.guard.protocol import Notice, Released, denial_document, layer_document
+from securerun.host.account import name_of
 from securerun.news import Checked, Finding, Finished, Gone, Installed, News, Renewed
 from securerun.protection import Launch
 
@@ -110,7 +110,7 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
         "securerun": _version("securerun"),
         "torch": _version("torch"),
         "host": socket.gethostname(),
-        "user": _user(),
+        "user": name_of(os.geteuid()),
         "command_line": list(journal.command),
         "began": _time(journal.began),
         "ended": _time(ending.at),
@@ -224,13 +224,6 @@ def _finding(finding: Finding) -> dict[str, str]:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
 
 
 def _version(package: str) -> str | None:

@@ -142,17 +142,9 @@ def _ask(question: bytes) -> bytes | None:
 
 
 def _dump(question: bytes) -> Iterator[bytes]:
-    """The payload of each message of a dump (RFC 3549, 2.3.2)."""
+    """The payload of each message of a dump."""
     with open_channel() as channel:
-        channel.send(question)
-        while True:
-            for kind, payload in messages(channel.recv(65536)):
-                if kind == _DONE_MESSAGE:
-                    return
-                if kind == _ERROR_MESSAGE:
-                    (negative,) = struct.unpack_from("=i", payload)
-                    raise OSError(-negative, os.strerror(-negative))
-                yield payload
+        yield from (payload for _, payload in dumped(channel, question))
 
 
 def _delete(kind: int, family: int, name: bytes) -> bool:
@@ -189,6 +181,19 @@ def _batch(kind: int) -> bytes:
 def framed(kind: int, payload: bytes, flags: int) -> bytes:
     """One netlink message with its header (RFC 3549, 2.3.2)."""
     return struct.pack("=IHHII", 16 + len(payload), kind, flags, 0, 0) + payload
+
+
+def dumped(channel: socket.socket, question: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and payload of each message of a dump (RFC 3549, 2.3.2). Raises OSError for what the kernel reports."""
+    channel.send(question)
+    while True:
+        for kind, payload in messages(channel.recv(65536)):
+            if kind == _DONE_MESSAGE:
+                return
+            if kind == _ERROR_MESSAGE:
+                (negative,) = struct.unpack_from("=i", payload)
+                raise OSError(-negative, os.strerror(-negative))
+            yield kind, payload
 
 
 def messages(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -114,6 +114,11 @@ class Policy:
         return joined
 
 
+def shown(network: Network) -> str:
+    """A network for people: that of one host as its address."""
+    return str(network) if network.num_addresses > 1 else str(network.network_address)
+
+
 def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
     """The fewest networks that hold the same addresses, IPv4 before IPv6, each in ascending order.
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import pwd
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
-from securerun import threads
+from securerun import signals
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Network, Policy
 from securerun.guard.processes import RUN_ID_VARIABLE
@@ -196,7 +195,7 @@ class Guard:
         return None
 
     def _listen(self) -> None:
-        threads.start(self._hear, "securerun")
+        signals.start_deaf_thread(self._hear, "securerun")
 
     def _hear(self) -> None:
         while True:
@@ -230,19 +229,14 @@ class Guard:
         return True
 
 
-def _user_name() -> str:
-    """Who asks, or the number where passwd has no name for it (a container's --user 12345)."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
-
-
 def _no_way(obstacles: list[str]) -> str:
     """Several lines, since there are several ways, and each takes another person."""
+    from securerun.host.account import name_of
+
+    user = name_of(os.getuid())
     return "\n".join(
         [
-            f"no guard is to be had as user {_user_name()}, so nothing was started. One of these gives one:",
+            f"no guard is to be had as user {user}, so nothing was started. One of these gives one:",
             "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
             "  an administrator permits the guard by sudo: securerunctl setup sudoers",
             "  an administrator has systemd start it: securerunctl setup systemd",

@@ -62,7 +62,7 @@ def choose(directory: int, planned: Iterable[PortRange], run_id: str) -> Choice:
     Raises ReservationUnavailable.
     """
     current = _read()
-    free = _ephemeral() - (current - _ours(directory, current))
+    free = _all_handed_out() - (current - _ours(directory, current))
     chosen = _wanted(directory, without=run_id)
     own: Ports = frozenset()
     left_out = []
@@ -126,12 +126,21 @@ def lacking(ports: Iterable[PortRange]) -> Ranges:
     Raises ReservationUnavailable.
     """
     numbers = frozenset(number for port in ports for number in range(port.first, port.last + 1))
-    return tuple(_ranges(numbers & _ephemeral() - _read()))
+    return tuple(_ranges(numbers & _all_handed_out() - _read()))
 
 
 def with_others(ports: Ranges) -> Ranges:
     """The whole list with these ports in it, as a write has to give it. Raises ReservationUnavailable."""
     return tuple(_ranges(_read() - {_MARK} | _numbers(ports)))
+
+
+def handed_out() -> tuple[int, int]:
+    """The first and the last of the ports that the kernel hands out by itself. Raises ReservationUnavailable."""
+    try:
+        first, last = map(int, _RANGE.read_text(encoding="ascii").split())
+    except (OSError, ValueError) as error:
+        raise ReservationUnavailable(f"{_RANGE} cannot be read: {error}") from error
+    return first, last
 
 
 def listed(ports: Ranges) -> str:
@@ -245,13 +254,9 @@ def _pieces(ports: Ports) -> Iterator[bytes]:
     yield piece.encode() + b"\n"
 
 
-def _ephemeral() -> Ports:
-    """The ports that the kernel hands out by itself."""
-    try:
-        first, last = _RANGE.read_text(encoding="ascii").split()
-    except (OSError, ValueError) as error:
-        raise ReservationUnavailable(f"{_RANGE} cannot be read: {error}") from error
-    return frozenset(range(int(first), int(last) + 1))
+def _all_handed_out() -> Ports:
+    first, last = handed_out()
+    return frozenset(range(first, last + 1))
 
 
 def _parse(text: str) -> Ports:

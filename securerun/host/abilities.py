@@ -10,11 +10,10 @@ import ipaddress
 import os
 import re
 import secrets
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from securerun import packages
+from securerun import packages, signals
 from securerun.errors import SecurerunError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChainsUnavailable
@@ -104,7 +103,7 @@ def _shield() -> Ability:
     """Hang the shield on a cgroup made for it, prove it, and take both away again."""
     policy = Policy(secrets.token_hex(6), (), (_EXAMPLE_PEER,), ())
     try:
-        with _no_interruption():
+        with signals.held_back():  # what is made goes again
             name = _try_shield(policy)
     except (CgroupUnavailable, ShieldUnavailable) as error:
         if os.geteuid() != 0:
@@ -206,13 +205,3 @@ def _refusal(way: Way) -> str:
         return str(error)
     finally:
         connection.close()
-
-
-@contextlib.contextmanager
-def _no_interruption() -> Iterator[None]:
-    """Nothing short of SIGKILL ends this process in the middle, so that what it makes goes again."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -29,6 +29,14 @@ class Account:
     groups: tuple[int, ...]
 
 
+def name_of(user: int) -> str:
+    """The name of a user id, or the number where passwd has none for it (a container's --user 12345)."""
+    try:
+        return pwd.getpwuid(user).pw_name
+    except (KeyError, OverflowError):
+        return str(user)
+
+
 def find_account(name: str, source: str) -> Account:
     """The account of a user name or id. Raises UsageError where there is none, and for root's."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections import defaultdict
@@ -10,13 +9,12 @@ from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from typing import Union
 
-from securerun.firewall.nfnetlink import attributes, framed, messages
+from securerun.firewall.nfnetlink import attributes, dumped, framed
 
 Network = Union[IPv4Network, IPv6Network]
 
 # include/uapi/linux/netlink.h, rtnetlink.h
 _NETLINK_ROUTE = 0
-_ERROR, _DONE = 2, 3
 _NEW_ROUTE, _GET_ROUTE = 24, 26
 _REQUEST, _DUMP = 0x1, 0x300
 # struct rtmsg: family, length of the destination, of the source, type of service, table, protocol, scope, type, flags
@@ -109,13 +107,5 @@ def _payloads(family: int) -> Iterator[bytes]:
     """The routes of one family, each as the kernel's message holds it. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_ROUTE) as channel:
         channel.settimeout(_TIMEOUT_SECONDS)
-        channel.send(framed(_GET_ROUTE, _ROUTE.pack(family, *([0] * 8)), _REQUEST | _DUMP))
-        while True:
-            for kind, payload in messages(channel.recv(1 << 17)):
-                if kind == _DONE:
-                    return
-                if kind == _ERROR:
-                    (negative,) = struct.unpack_from("=i", payload)
-                    raise OSError(-negative, os.strerror(-negative))
-                if kind == _NEW_ROUTE:
-                    yield payload
+        question = framed(_GET_ROUTE, _ROUTE.pack(family, *([0] * 8)), _REQUEST | _DUMP)
+        yield from (payload for kind, payload in dumped(channel, question) if kind == _NEW_ROUTE)

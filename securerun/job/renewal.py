@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
-from securerun import threads
+from securerun import signals
 
 if TYPE_CHECKING:
     from securerun.job.peers import Peers
@@ -49,7 +49,7 @@ class Renewal:
     def __enter__(self) -> Renewal:
         """Begin to ask, in a thread."""
         if self._found.named:
-            threads.start(self._ask_again_and_again, "securerun-names")
+            signals.start_deaf_thread(self._ask_again_and_again, "securerun-names")
         return self
 
     def __exit__(self, *_: object) -> None:

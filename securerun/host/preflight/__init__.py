@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Callable
 
-from securerun.errors import PolicyError
+from securerun.errors import PolicyError, PrivilegeError
 from securerun.guard.protocol import printable
 
 if TYPE_CHECKING:
@@ -79,6 +79,6 @@ def require_none(findings: Sequence[Finding]) -> None:
 
 
 def _made_by(check: Check, scene: Scene) -> Iterator[Finding]:
-    # A file that goes away meanwhile, or lies where this user may not look, is nothing to tell of.
-    with contextlib.suppress(OSError):
+    # What goes away meanwhile, or lies where this user may not look, is nothing to tell of.
+    with contextlib.suppress(OSError, PrivilegeError):
         yield from check(scene)

@@ -22,10 +22,7 @@ def unreserved(scene: Scene) -> Iterator[Finding]:
         return
     from securerun.guard import reserved
 
-    try:
-        ports = reserved.lacking(scene.ports)
-    except reserved.ReservationUnavailable:
-        return
+    ports = reserved.lacking(scene.ports)
     if ports:
         listed = reserved.listed(ports)
         yield Finding(
