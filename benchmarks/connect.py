@@ -143,7 +143,7 @@ def measure_latency(peer: Host, targets: list[Target], rounds: int) -> Iterator[
 def _through(target: Target) -> str:
     if target.layer not in LAYERS:
         return f"through no layer ({target.name})"
-    return f"through {target.layer} with {target.peers} peers"
+    return f"through {target.layer} with {target.peers} peer{'s' * (target.peers > 1)}"
 
 
 def mac_of(host: Host) -> str:

@@ -95,7 +95,7 @@ def measure_idle(jobs: dict[int, Idle], seconds: float) -> Iterator[Finding]:
     before = {count: job.processor_seconds() for count, job in jobs.items()}
     time.sleep(seconds)
     for count, job in jobs.items():
-        words = f"guard of an idle job with {count} peers"
+        words = f"guard of an idle job with {count} peer{'s' * (count > 1)}"
         used = (job.processor_seconds() - before[count]) * 1000 * 60 / seconds
         what = f"{words}: processor time of a minute, measured over {seconds:g} s"
         yield finding(f"guard.processor.{count}", what, "ms", [used], goal=GOAL_MILLISECONDS_A_MINUTE)

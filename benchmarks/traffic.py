@@ -206,7 +206,7 @@ def measure_data(hosts: tuple[Host, Host], *, quick: bool) -> Iterator[Finding]:
     with new_cgroup() as first, new_cgroup() as second:
         ranks = Ranks(hosts, (first, second))
         _measure_layer(ranks, {})  # once unmeasured
-        for number in range(2 if quick else 12):
+        for number in range(2 if quick else 36):
             turn = number % len(LAYERS)
             for layer in LAYERS[turn:] + LAYERS[:turn]:
                 with around(layer, hosts, (first, second)):

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# As root: runs benchmarks and writes what they find to benchmarks/results/NAME.json, then draws docs/pictures/*.svg.
+# As root: runs benchmarks and writes what they find to benchmarks/results/NAME.json, then docs/benchmarks.md and
+# docs/pictures/*.svg from that.
 #   scripts/bench.sh                     all of them, about a quarter of an hour
-#   scripts/bench.sh --quick             all of them with few rounds, 3 minutes: whether they work, not how fast it is
 #   scripts/bench.sh layers connect      these
-#   scripts/bench.sh --results DIRECTORY writes there, and draws nothing
+#   scripts/bench.sh --results DIRECTORY writes there, and no page
+#   scripts/bench.sh --quick             few rounds, 3 minutes: whether they work, not how fast it is; no result is kept
 # Each runs with a /run and a cgroup tree of its own. Keep the machine quiet meanwhile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,6 +29,10 @@ done
 if [ ${#names[@]} = 0 ]; then
     for name in "${all[@]}"; do [ ! -e "benchmarks/$name.py" ] || names+=("$name"); done
 fi
+if [ ${#quick[@]} -gt 0 ] && [ -z "$results" ]; then
+    results=$(mktemp -d)
+    trap 'rm -r "$results"' EXIT
+fi
 scripts/setup.sh test
 python=${SECURERUN_VENV:-$PWD/.venv}/bin/python
 failed=()
@@ -40,7 +45,10 @@ for name in "${names[@]}"; do
     scripts/isolated.sh "$python" "benchmarks/$name.py" "${quick[@]}" --json "${results:-benchmarks/results}/$name.json" \
         < /dev/null || failed+=("$name")
 done
-[ -n "$results" ] || "$python" benchmarks/pictures.py
+if [ -z "$results" ]; then
+    "$python" benchmarks/pictures.py
+    "$python" benchmarks/page.py
+fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "bench: failed: ${failed[*]}" >&2
     exit 1
