@@ -192,7 +192,7 @@ def measure_flood(network: Network, peer: Host, target: Target, seconds: float) 
         f"{name}.failed", f"connects of a peer that failed under it, {_through(target)}", "%", [share], goal=goal
     )
     if latencies:
-        yield finding(f"{name}.latency", f"connect() of a peer under it, {_through(target)}", "us", latencies[:2000])
+        yield finding(f"{name}.latency", f"connect() of a peer under it, {_through(target)}", "us", latencies[:400])
 
 
 def _is_connected(attempt: socket.socket) -> bool:

@@ -20,9 +20,9 @@ PICTURES = {"exposure": "exposure", "launch": "launch", "layers": "install", "co
 _HEAD = """\
 # What was measured
 
-Written by `scripts/bench.sh`, which measures all of it anew; [benchmarks/README.md](../benchmarks/README.md) says what each
-benchmark does, and why some goals are missed. A ratio is that of two medians from one run, in turns; where there is one,
-the goal is for it. The middle half of the samples stands in parentheses.
+Written by `scripts/bench.sh`, which measures all of it anew; [benchmarks/README.md](../benchmarks/README.md) says
+what each benchmark does, and why some goals are missed. A ratio is that of two medians from one run, in turns; where
+there is one, the goal is for it. The middle half of the samples stands in parentheses.
 """
 
 
@@ -34,23 +34,24 @@ def page(results: Path) -> str:
 
 
 def _section(name: str, path: Path) -> Iterator[str]:
-    machine = json.loads(path.read_text())["machine"]
-    yield f"## {name}"
-    yield ""
-    yield (
-        f"{machine['cpus']} processors, Linux {machine['kernel']}, Python {machine['python']}, torch {machine['torch']}; "
-        f"all samples: [{path.name}](../benchmarks/results/{path.name})"
+    yield from (
+        f"## {name}",
+        "",
+        f"{_machine(path)}; all samples: [{path.name}](../benchmarks/results/{path.name})",
+        "",
     )
-    yield ""
     if name in PICTURES:
-        picture = PICTURES[name]
-        yield f'<img src="pictures/{picture}.svg" width="720" alt="The figures of the table below, drawn: {picture}.">'
-        yield ""
-    yield "| what | median | ratio | goal | |"
-    yield "|---|---|---|---|---|"
-    found = findings.read(path)
-    yield from map(_row, _worth_a_row(found))
+        drawn = f"pictures/{PICTURES[name]}.svg"
+        yield from (f'<img src="{drawn}" width="720" alt="Drawn from the same results as the table below.">', "")
+    yield from ("| what | median | ratio | goal | |", "|---|---|---|---|---|")
+    yield from map(_row, _worth_a_row(findings.read(path)))
     yield ""
+
+
+def _machine(path: Path) -> str:
+    machine = json.loads(path.read_text())["machine"]
+    versions = f"Linux {machine['kernel']}, Python {machine['python']}, torch {machine['torch']}"
+    return f"{machine['cpus']} processors, {versions}"
 
 
 def _worth_a_row(found: dict[str, Finding]) -> Iterable[Finding]:

@@ -18,6 +18,7 @@ import connect  # noqa: E402
 import exposure  # noqa: E402
 import findings  # noqa: E402
 import layers  # noqa: E402
+import page  # noqa: E402
 import pictures  # noqa: E402
 from findings import Finding, finding  # noqa: E402
 from hosts import Network  # noqa: E402
@@ -87,6 +88,26 @@ def test_pictures_of_what_was_not_measured_are_left_alone(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "argv", ["pictures.py", "--results", str(tmp_path), "--into", str(tmp_path / "drawn")])
     pictures.main()
     assert list((tmp_path / "drawn").iterdir()) == []
+
+
+def test_page_and_pictures_show_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever measures anew, or changes what is drawn, commits the page and the pictures with it."""
+    docs = BENCHMARKS.parent / "docs"
+    assert (docs / "benchmarks.md").read_text() == page.page(BENCHMARKS / "results")
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--into", str(tmp_path)])
+    pictures.main()
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in (docs / "pictures").iterdir()}
+    for file in tmp_path.iterdir():
+        assert file.read_text() == (docs / "pictures" / file.name).read_text(), file.name
+
+
+def test_every_benchmark_has_its_section_and_a_missed_goal_its_reason() -> None:
+    text = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    assert set(re.findall(r"^## (.*)$", text, re.MULTILINE)) == set(names_in_script())
+    reasons = (BENCHMARKS / "README.md").read_text().partition("## What is missed, and why")[2]
+    for name in names_in_script():
+        missed = [each for each in findings.read(BENCHMARKS / "results" / f"{name}.json").values() if each.met is False]
+        assert not missed or f"**`{name}`" in reasons, missed
 
 
 def test_a_bar_of_ports_has_as_many_squares_as_there_were_ports() -> None:
