@@ -123,7 +123,6 @@ def state(record: Record) -> str:
     return "draining" if record.draining else "guarding"
 
 
-@cache
 def _json_lines(indent: int | None = None) -> Iterator[str]:
     yield json.dumps({"runs": [document(record) for record in read_runs()]}, indent=indent)
 

@@ -7,6 +7,7 @@ import os
 import pwd
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from securerun.errors import PrivilegeError, UsageError
@@ -29,6 +30,7 @@ class Account:
     groups: tuple[int, ...]
 
 
+@cache
 def name_of(user: int) -> str:
     """The name of a user id, or the number where passwd has none for it (a container's --user 12345)."""
     try:
