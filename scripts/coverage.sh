@@ -38,9 +38,20 @@ coverage.process_startup()
 sys.path.remove("$packages")
 END
 
+# A virtual environment of links, with all packages and commands but securerun's own.
 "$python" -m venv --without-pip "$place/.venv"
-ln -s "$(dirname "$(dirname "$python")")/npu" "$place/.venv/npu"
-echo "$packages" > "$place/.venv/lib/$(basename "$(dirname "$packages")")/site-packages/packages.pth"
+venv=$(dirname "$(dirname "$python")")
+ln -s "$venv/npu" "$place/.venv/npu"
+find "$packages" -mindepth 1 -maxdepth 1 ! -name '*securerun*' \
+    -exec ln -s -t "$place/.venv/lib/$(basename "$(dirname "$packages")")/site-packages" {} +
+for command in "$venv"/bin/*; do
+    name=${command##*/}
+    case $name in activate* | Activate* | securerun* | python*) continue ;; esac
+    cp "$command" "$place/.venv/bin/$name"
+    if head -c 2 "$command" | grep -q '#!'; then
+        sed -i "1s|$venv/bin/|$place/.venv/bin/|" "$place/.venv/bin/$name"
+    fi
+done
 cd "$place"
 "$python" -m pip --python "$place/.venv/bin/python" install --quiet --no-deps --no-build-isolation --editable .
 set -- --dist loadfile --tx "$(nproc)*popen//python=$place/scripts/isolated.sh $place/.venv/bin/python" "$@"
