@@ -405,6 +405,38 @@ def test_caller_that_closes_its_end_at_once_leaves_nothing(ground: Ground, way: 
     talk.process.kill()
 
 
+@pytest.mark.parametrize(
+    "said", [b"nonsense\n", b'{"report": {}}\n', b'{"peers": {"networks": ["10.77.0.3/8"]}}\n', order()], ids=repr
+)
+def test_launcher_that_says_what_it_must_not_is_believed_no_more(ground: Ground, said: bytes | dict[str, Any]) -> None:
+    """Its job is guarded to its end, as that of a launcher that is gone."""
+    talk = ground.talk(ground.alice, "sudo")
+    talk.say(order(peers=[ground.peer.ipv4]))
+    assert "guarding" in talk.hear_verdict()
+    talk.say(said)
+    assert eventually(lambda: "sent what it must not" in log_of(ground.machine))
+    talk.say({"peers": {"networks": [ground.stranger.ipv4]}})
+    time.sleep(0.2)
+    assert "peer networks now" not in log_of(ground.machine)
+    talk.hang_up()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_peers_that_the_site_forbids_are_not_let_in_later_either(ground: Ground, way: str) -> None:
+    ground.machine.configure('peers = ["10.77.0.2/32"]\n')
+    target = (ground.node.ipv4, 29500)
+    with server(ground, ground.alice, 29500):
+        talk = ground.talk(ground.alice, way)
+        talk.say(order(peers=[ground.peer.ipv4]))
+        assert "guarding" in talk.hear_verdict()
+        talk.say({"peers": {"networks": [ground.stranger.ipv4]}})
+        (words,) = talk.hear()["notice"]["words"]
+        assert ground.stranger.ipv4 in words and "may not be named a peer" in words
+        assert reach(ground.stranger, [target]) == {target: False}
+        assert reach(ground.peer, [target]) == {target: True}
+        talk.release()
+
+
 # The guard's patience is minutes; here it is a second.
 _IMPATIENT = """
 import sys

@@ -32,7 +32,7 @@ _IPV6_FRAGMENT, _IPV6_AUTHENTICATION = 44, 51
 class DropLog:
     """One netfilter log group, held by this process; counts (source, port) of the packets logged to it.
 
-    Raises OSError when the group is somebody else's (EBUSY) or the kernel has no nfnetlink_log.
+    Raises OSError when the group is somebody else's (EPERM) or the kernel has no nfnetlink_log.
     """
 
     def __init__(self, group: int) -> None:

@@ -1,0 +1,250 @@
+"""The job's cgroup on the real kernel: who is in it, how it is killed and removed, and what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import pytest
+from cgroups import in_child, new_cgroup
+from hosts import cgroup2_mount, eventually, require_root_and_tools
+from sandbox import apart
+
+from securerun.guard import cgroup
+from securerun.guard.cgroup import (
+    CgroupUnavailable,
+    JobCgroup,
+    cgroup_of,
+    make_job_cgroup,
+    open_job_cgroup,
+    path_of_job_cgroup,
+)
+
+_MS_PRIVATE = 16384 | 1 << 18
+_OUR_VIEW_ALONE = {"_VIEWS": (("/proc/self/mountinfo", ""),)}
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture
+def job() -> Iterator[JobCgroup]:
+    """A cgroup as a guard makes it; all that is in it is killed afterwards."""
+    require_root_and_tools()
+    made = make_job_cgroup(path_of_job_cgroup(os.getpid(), secrets.token_hex(6)))
+    yield made
+    with suppress(OSError):
+        made.kill()
+    with suppress(CgroupUnavailable):
+        made.remove()
+    made.close()
+
+
+def directory_of(job: JobCgroup) -> Path:
+    mount = cgroup2_mount()
+    assert mount is not None
+    return mount / job.path.lstrip("/")
+
+
+@pytest.fixture
+def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def sleep_in(directory: Path, sleepers: list[subprocess.Popen[bytes]]) -> int:
+    process = subprocess.Popen(["sleep", "60"])
+    sleepers.append(process)
+    (directory / "cgroup.procs").write_text(str(process.pid))
+    return process.pid
+
+
+# Where it is
+
+
+def test_it_lies_below_the_launchers_own_and_is_found_again(job: JobCgroup) -> None:
+    assert PurePosixPath(job.path).parent == PurePosixPath(cgroup_of(os.getpid()))
+    again = open_job_cgroup(job.path)
+    assert again is not None
+    assert os.fstat(again.descriptor).st_ino == os.fstat(job.descriptor).st_ino
+    again.close()
+
+
+def test_one_that_does_not_exist_is_not_opened(job: JobCgroup) -> None:
+    assert open_job_cgroup(f"{job.path}/none") is None
+    assert open_job_cgroup("no/absolute/path") is None
+
+
+def test_another_users_is_neither_taken_nor_opened(job: JobCgroup) -> None:
+    """Whoever the parent is delegated to can put a directory of his own in the place of ours."""
+    os.chown(job.descriptor, 65534, -1)
+    assert open_job_cgroup(job.path) is None
+
+
+def test_a_launcher_whose_cgroup_lies_above_what_is_seen_gets_none() -> None:
+    require_root_and_tools()
+    with new_cgroup() as outer, new_cgroup(outer) as inner:
+
+        def work() -> str:
+            launcher = os.getppid()
+            inner.enter()
+            assert _libc.unshare(0x02000000) == 0  # CLONE_NEWCGROUP
+            with pytest.raises(CgroupUnavailable, match="lies outside of what this cgroup namespace shows") as refusal:
+                path_of_job_cgroup(launcher, "0123456789ab")
+            return str(refusal.value)
+
+        assert "/.." in in_child(work)
+
+
+def test_names_too_long_for_a_record_are_refused(
+    sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_root_and_tools()
+    monkeypatch.setattr(cgroup, "_LONGEST_PATH", 10)
+    with new_cgroup() as long:
+        pid = sleep_in(long.path, sleepers)
+        with pytest.raises(CgroupUnavailable, match="longer than 10 characters"):
+            path_of_job_cgroup(pid, "0123456789ab")
+        sleepers[0].kill()
+        sleepers[0].wait()
+
+
+def test_a_process_that_is_gone_has_none() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    with pytest.raises(CgroupUnavailable, match="cannot be read"):
+        cgroup_of(process.pid)
+
+
+def test_where_none_is_mounted_a_private_mount_serves() -> None:
+    """Nobody else sees it; and where none may be mounted, that is said."""
+    require_root_and_tools()
+    run_id = secrets.token_hex(6)
+
+    def unmount_all() -> None:
+        assert _libc.unshare(0x00020000) == 0  # CLONE_NEWNS
+        assert _libc.mount(b"none", b"/", None, _MS_PRIVATE, None) == 0
+        for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+            if " - cgroup" in line:
+                assert _libc.umount2(line.split()[4].encode(), 2) == 0
+
+    def work() -> str:
+        vars(cgroup).update(_OUR_VIEW_ALONE)
+        made = make_job_cgroup(f"/securerun-{run_id}")
+        try:
+            assert made.populated() is False
+        finally:
+            made.remove()
+        return made.path
+
+    assert apart(work, before=unmount_all) == f"/securerun-{run_id}"
+
+    def refused() -> str:
+        vars(cgroup).update(_VIEWS=(("/proc/self/no such file", ""),))
+        with pytest.raises(CgroupUnavailable) as refusal:
+            make_job_cgroup(f"/securerun-{run_id}")
+        return str(refusal.value)
+
+    assert "none may be mounted" in apart(refused, before=unmount_all, user=65534)
+
+
+def test_a_read_only_hierarchy_is_refused_in_words() -> None:
+    require_root_and_tools()
+    mount = cgroup2_mount()
+
+    def make_read_only() -> None:
+        assert _libc.mount(b"none", str(mount).encode(), None, 4096 | 32 | 1, None) == 0  # MS_BIND MS_REMOUNT MS_RDONLY
+
+    def work() -> str:
+        vars(cgroup).update(_OUR_VIEW_ALONE)
+        with pytest.raises(CgroupUnavailable) as refusal:
+            make_job_cgroup("/securerun-0123456789ab")
+        return str(refusal.value)
+
+    def bind_and_make_read_only() -> None:
+        assert _libc.mount(str(mount).encode(), str(mount).encode(), None, 4096, None) == 0
+        make_read_only()
+
+    assert "mounted read-only" in apart(work, before=bind_and_make_read_only)
+
+
+# Who is in it
+
+
+def test_all_below_it_belongs_to_it(job: JobCgroup, sleepers: list[subprocess.Popen[bytes]]) -> None:
+    below = directory_of(job) / "made-by-the-job" / "deeper"
+    below.mkdir(parents=True)
+    pids = {sleep_in(directory_of(job), sleepers), sleep_in(below, sleepers)}
+    assert job.populated()
+    assert job.processes() == pids
+    assert job.ids() == {path.stat().st_ino for path in (directory_of(job), below.parent, below)}
+    job.kill()
+    assert eventually(lambda: not job.populated())
+    assert {process.wait() for process in sleepers} == {-signal.SIGKILL}
+    job.remove()
+    assert not directory_of(job).exists()
+    assert job.populated() is False
+
+
+def test_below_a_threaded_one_it_is_threaded_and_is_killed_one_by_one(
+    sleepers: list[subprocess.Popen[bytes]],
+) -> None:
+    require_root_and_tools()
+    with new_cgroup() as launchers:
+        (launchers.path / "cgroup.type").write_text("threaded")
+        place = PurePosixPath("/") / launchers.path.relative_to(str(cgroup2_mount())) / "securerun-0123456789ab"
+        job = make_job_cgroup(str(place))
+        assert (directory_of(job) / "cgroup.type").read_text() == "threaded\n"
+        sleeper = subprocess.Popen(["sleep", "60"])
+        sleepers.append(sleeper)
+        (directory_of(job) / "cgroup.threads").write_text(str(sleeper.pid))
+        assert job.processes() == {sleeper.pid}
+        job.kill()
+        assert sleeper.wait(timeout=10) == -signal.SIGKILL
+        job.remove()
+        job.close()
+
+
+def test_what_may_not_be_moved_is_told(job: JobCgroup) -> None:
+    with pytest.raises(CgroupUnavailable, match="may not be moved between cgroups"):
+        job.enter(0x7FFFFFFF)
+    (directory_of(job) / "cgroup.freeze").write_text("0")
+    job.expel(0x7FFFFFFF)
+
+
+def test_a_guard_that_was_started_in_it_leaves_it(job: JobCgroup) -> None:
+    def work() -> tuple[str, str]:
+        job.enter(os.getpid())
+        inside = cgroup_of(os.getpid())
+        job.leave()
+        return inside, cgroup_of(os.getpid())
+
+    inside, outside = in_child(work)
+    assert inside == job.path
+    assert not PurePosixPath(outside).is_relative_to(job.path)
+
+
+def test_one_that_somebody_is_in_is_not_removed(
+    job: JobCgroup, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "_REMOVAL_SECONDS", 0.05)
+    sleep_in(directory_of(job), sleepers)
+    with pytest.raises(CgroupUnavailable, match="cannot be removed"):
+        job.remove()
+    assert directory_of(job).exists()
+
+
+def test_its_removal_waits_for_the_kernel(job: JobCgroup, sleepers: list[subprocess.Popen[bytes]]) -> None:
+    """A cgroup is busy for a moment after its last process was killed."""
+    pid = sleep_in(directory_of(job), sleepers)
+    os.kill(pid, signal.SIGKILL)
+    job.remove()
+    assert not directory_of(job).exists()
+    job.remove()  # once more does no harm

@@ -1,0 +1,170 @@
+"""The launcher's side of the guard, with guards that die, refuse, or speak another version's language.
+
+Each stand-in is a process that says what a line of Python has it say, by the channel of a real one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import queue
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from securerun.errors import PrivilegeError
+from securerun.firewall.policy import Policy
+from securerun.guard import client, ways
+from securerun.guard.client import Guard, Refusal
+from securerun.guard.processes import RUN_ID_VARIABLE
+from securerun.guard.protocol import (
+    Guarding,
+    Layer,
+    Message,
+    Notice,
+    Order,
+    Ready,
+    Refused,
+    Released,
+    Run,
+    Runs,
+    encode,
+)
+from securerun.guard.ways import Way
+
+ORDER = Order(Policy("0123456789ab", (), (ipaddress.IPv4Network("10.77.0.2"),)), "auto", "auto", 0.0, "test")
+GUARDING = Guarding((Layer("shield", "test"),))
+READ = "sys.stdin.readline()"
+DIE = "sys.exit(3)"
+PATIENCE_SECONDS = 30.0
+
+
+def say(*messages: Message) -> str:
+    return f"os.write(1, {b''.join(map(encode, messages))!r})"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
+    """What the next guards do, one text each; the last one's is that of all after it."""
+    monkeypatch.setenv(RUN_ID_VARIABLE, "")
+    scripts: queue.Queue[str] = queue.Queue()
+    last = [DIE]
+
+    def open_one() -> ways.Connection:
+        if not scripts.empty():
+            last[0] = scripts.get()
+        return ways._start([sys.executable, "-I", "-S", "-c", f"import os, sys\n{last[0]}"], {})
+
+    monkeypatch.setattr(client, "ways", lambda: (Way("by a test", "", open_one),))
+    return scripts
+
+
+def will(scripts: queue.Queue[str], *each: Sequence[str]) -> None:
+    for steps in each:
+        scripts.put("\n".join(steps))
+
+
+def test_without_any_guard_the_ways_to_one_are_named(stand_in: queue.Queue[str]) -> None:
+    will(stand_in, ["print('it may not', file=sys.stderr)", DIE])
+    with pytest.raises(PrivilegeError) as refusal:
+        Guard().guard(ORDER, lambda _: None)
+    assert "securerunctl setup sudoers" in str(refusal.value)
+    assert "by a test: it may not" in str(refusal.value)
+
+
+def test_a_way_that_cannot_be_opened_is_named_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot() -> ways.Connection:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    found = (Way("shut", "it is shut", cannot), Way("broken", "", cannot))
+    monkeypatch.setattr(client, "ways", lambda: found)
+    with pytest.raises(PrivilegeError, match="Tried: it is shut; broken: No such file or directory"):
+        Guard().guard(ORDER, lambda _: None)
+
+
+def test_a_refusal_keeps_its_words_and_its_status(stand_in: queue.Queue[str]) -> None:
+    will(stand_in, [say(Ready(1)), READ, say(Refused(78, "not with me"))])
+    with pytest.raises(Refusal, match="not with me") as refusal:
+        Guard().guard(ORDER, lambda _: None)
+    assert refusal.value.status == 78
+    will(stand_in, [say(Refused(77, "never"))])
+    with pytest.raises(Refusal, match="never"):
+        Guard().guard(ORDER, lambda _: None)
+
+
+def test_a_guard_of_another_version_is_no_guard(stand_in: queue.Queue[str]) -> None:
+    will(stand_in, [r"os.write(1, b'{\"ready\": 1, \"securerun\": 0}\n')"])
+    with pytest.raises(PrivilegeError, match="is not of this securerun"):
+        Guard().guard(ORDER, lambda _: None)
+
+
+def test_guards_that_die_over_the_order_are_replaced_a_few_times_and_no_more(stand_in: queue.Queue[str]) -> None:
+    will(stand_in, [say(Ready(1)), READ, DIE])
+    guard = Guard()
+    with pytest.raises(PrivilegeError, match="the guard ended without an answer: it ended with status 3"):
+        guard.guard(ORDER, lambda _: None)
+    assert guard._replaced == client._REPLACEMENTS
+    assert not os.environ[RUN_ID_VARIABLE]
+
+
+def test_a_guard_that_dies_over_the_order_is_replaced_by_one_that_takes_over(stand_in: queue.Queue[str]) -> None:
+    adopting = ["import json", f"assert json.loads({READ})['order']['adopt'] is True"]
+    released = [READ, say(Released(()))]
+    will(stand_in, [say(Ready(1)), READ, DIE], [say(Ready(1)), *adopting, say(GUARDING), *released])
+    guard = Guard()
+    assert guard.guard(ORDER, lambda _: None) == GUARDING
+    assert os.environ[RUN_ID_VARIABLE] == ORDER.policy.run_id
+    assert guard.release(failed=False) == Released(())
+
+
+def told_by(guard: Guard) -> queue.Queue[Notice]:
+    told: queue.Queue[Notice] = queue.Queue()
+    guard.guard(ORDER, told.put)
+    return told
+
+
+def test_a_guard_that_dies_meanwhile_is_replaced_and_that_is_said(stand_in: queue.Queue[str]) -> None:
+    will(
+        stand_in,
+        [say(Ready(1)), READ, say(GUARDING), DIE],
+        [say(Ready(2)), READ, say(Guarding((), ("no chains",))), READ, say(Released(()))],
+    )
+    guard = Guard()
+    told = told_by(guard)
+    assert told.get(timeout=PATIENCE_SECONDS).words == ("the guard died; another has taken over", "no chains")
+    assert guard.release(failed=True) == Released(())
+
+
+def test_guards_that_die_again_and_again_are_given_up_and_that_is_said(stand_in: queue.Queue[str]) -> None:
+    will(stand_in, [say(Ready(1)), READ, say(GUARDING), DIE])
+    guard = Guard()
+    told = told_by(guard)
+    words = [told.get(timeout=PATIENCE_SECONDS).words[0] for _ in range(client._REPLACEMENTS + 1)]
+    assert words[:-1] == ["the guard died; another has taken over"] * client._REPLACEMENTS
+    assert words[-1] == "guards die again and again; what stands stays, but nobody looks after it"
+    assert guard.release(failed=False) is None
+
+
+def test_when_no_other_may_take_over_that_is_said(stand_in: queue.Queue[str]) -> None:
+    will(stand_in, [say(Ready(1)), READ, say(GUARDING), DIE], [say(Refused(77, "you have too many"))])
+    guard = Guard()
+    told = told_by(guard)
+    assert told.get(timeout=PATIENCE_SECONDS).words == ("the guard died and no other can take over: you have too many",)
+    assert guard.release(failed=False) is None
+
+
+def test_peers_of_a_job_that_is_not_guarded_yet_are_nobodys_business(stand_in: queue.Queue[str]) -> None:
+    will(stand_in, [READ])
+    Guard().change_peers((ipaddress.IPv4Network("10.77.0.9"),))
+
+
+@pytest.mark.parametrize("answer", ["pass", say(Ready(2)), say(Runs(2)) + "\n" + say(Run({"run": 1}))])
+def test_a_report_that_breaks_off_is_told_from_an_empty_one(stand_in: queue.Queue[str], answer: str) -> None:
+    will(stand_in, [say(Ready(1)), READ, answer])
+    guard = Guard()
+    if "runs" in answer:
+        assert guard.report() == ({"run": 1},)
+        return
+    with pytest.raises(PrivilegeError, match="ended without an answer"):
+        guard.report()

@@ -1,0 +1,222 @@
+"""The ways to a guard, one by one: what stands in the way of each, and guards that do not answer as they should."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cgroups import in_child
+
+from securerun.guard import capabilities, ways
+from securerun.guard.protocol import ProtocolError, Ready, Release, encode
+from securerun.guard.ways import Connection
+
+SHORT_SECONDS = 0.05
+
+
+def guard_that(script: str) -> Connection:
+    """A process in the place of a guard: what it does is a line of Python."""
+    return ways._start([sys.executable, "-I", "-S", "-c", f"import os, sys, time\n{script}"], {})
+
+
+@pytest.fixture
+def pipes() -> Iterator[tuple[Connection, int]]:
+    """A connection, and the end that a guard would write to; nobody reads its orders."""
+    orders_read, orders = os.pipe()
+    answers, answers_write = os.pipe()
+    os.close(orders_read)
+    connection = Connection(orders, answers, None, None)
+    yield connection, answers_write
+    connection.close()
+    os.close(answers_write)
+
+
+def test_a_guard_that_is_gone_takes_no_order(pipes: tuple[Connection, int]) -> None:
+    connection, _ = pipes
+    assert connection.send(Release(failed=False)) is False
+
+
+def test_a_guard_that_says_nothing_is_waited_for_no_longer_than_asked(pipes: tuple[Connection, int]) -> None:
+    connection, far = pipes
+    assert connection.receive(SHORT_SECONDS) is None
+    os.write(far, encode(Ready(7))[:-3])
+    assert connection.receive(SHORT_SECONDS) is None
+    os.write(far, encode(Ready(7))[-3:])
+    assert connection.receive(SHORT_SECONDS) == Ready(7)
+
+
+def test_an_answer_without_an_end_is_none(pipes: tuple[Connection, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    connection, far = pipes
+    monkeypatch.setattr(ways, "MAXIMUM_BYTES", 100)
+    os.write(far, b"x" * 200)
+    assert connection.receive(SHORT_SECONDS) is None
+
+
+def test_what_another_version_says_is_not_guessed_at(pipes: tuple[Connection, int]) -> None:
+    connection, far = pipes
+    os.write(far, b'{"securerun": 99, "hello": true}\n')
+    with pytest.raises(ProtocolError):
+        connection.receive(SHORT_SECONDS)
+
+
+def test_a_connection_that_is_reset_is_an_end() -> None:
+    near, far = socket.socketpair()
+    descriptor = near.detach()
+    connection = Connection(descriptor, descriptor, None, None)
+    assert connection.send(Release(failed=False))
+    far.close()  # with an order unread: the other end gets ECONNRESET (unix(7))
+    assert connection.receive(SHORT_SECONDS) is None
+    assert connection.last_words() == "it closed the connection"
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("print('first\\nno permission for this', file=sys.stderr)", "no permission for this"),
+        ("sys.exit(7)", "it ended with status 7"),
+    ],
+)
+def test_what_a_guard_ended_with_is_told(script: str, words: str) -> None:
+    connection = guard_that(script)
+    assert connection.receive(None) is None
+    assert connection.last_words() == words
+    connection.close()
+
+
+def test_a_guard_that_hangs_is_told_from_one_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_LAST_WORDS_SECONDS", SHORT_SECONDS)
+    connection = guard_that("sys.stdin.read()")
+    connection.reap()
+    assert connection.last_words() == "it does not answer"
+    connection.close()
+    assert connection._process is not None
+    assert connection._process.wait(timeout=20) == 0
+
+
+def test_no_end_of_a_connection_is_a_standard_stream_of_the_job() -> None:
+    """A launcher that was started with one closed would hand the guard's pipes on to every worker."""
+
+    def work() -> list[int]:
+        for standard in (0, 1, 2):
+            os.close(standard)
+        connection = guard_that("sys.stdin.read()")
+        ends = [connection._orders, connection._answers, connection._words]
+        connection.close()
+        return [end for end in ends if end is not None]
+
+    assert min(in_child(work)) > 2
+
+
+# Obstacles
+
+
+def test_without_sudo_or_a_guard_of_roots_that_way_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_SYSTEM_DIRECTORIES", (tmp_path,))
+    assert ways.sudo_program() is None
+    assert ways._obstacle_to_sudo() == "sudo is not installed"
+    (tmp_path / "sudo").touch()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert ways.guard_program() is None
+    assert "securerun-guard of root's" in ways._obstacle_to_sudo()
+    guard = tmp_path / "securerun-guard"
+    guard.touch()
+    os.chown(guard, 65534, -1)
+    assert ways.guard_program() is None
+    os.chown(guard, 0, -1)
+    assert ways._obstacle_to_sudo() == ""
+
+
+def become_nobody_with(held: set[int]) -> None:
+    """In a child. The tester's Python may lie where nobody can look, so what is read from it is read before."""
+    codecs.lookup("ascii")
+    assert capabilities._libc.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+    os.setresuid(65534, 65534, 65534)
+    capabilities._set(effective=held, inheritable=(), permitted=held)
+
+
+@pytest.mark.parametrize(
+    ("held", "way_is_open"),
+    [
+        ({capabilities.NET_ADMIN, capabilities.BPF}, True),
+        ({capabilities.NET_ADMIN, capabilities.SYS_ADMIN}, True),
+        ({capabilities.NET_ADMIN}, False),
+        ({capabilities.BPF}, False),
+    ],
+)
+def test_the_direct_way_takes_both_capabilities(held: set[int], way_is_open: bool) -> None:
+    def work() -> str:
+        become_nobody_with(held)
+        return ways._obstacle_to_direct()
+
+    assert (in_child(work) == "") is way_is_open
+
+
+def test_what_a_user_lends_to_its_guard_it_has_afterwards_as_before() -> None:
+    """Programs that are started in between have it, as ambient capabilities (capabilities(7)); later ones do not."""
+    lent = {capabilities.NET_ADMIN, capabilities.BPF}
+
+    def sets() -> dict[str, str]:
+        lines = subprocess.run(["/bin/grep", "^Cap", "/proc/self/status"], capture_output=True, text=True, check=True)
+        return dict(line.split() for line in lines.stdout.splitlines())
+
+    def work() -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+        become_nobody_with(lent)
+        before = sets()
+        with capabilities.handed_on({*lent, capabilities.SYS_ADMIN}):
+            meanwhile = sets()
+        return before, meanwhile, sets()
+
+    before, meanwhile, afterwards = in_child(work)
+    number = sum(1 << capability for capability in lent)
+    assert int(meanwhile["CapEff:"], 16) == number
+    assert int(before["CapEff:"], 16) == int(afterwards["CapEff:"], 16) == 0
+
+
+# systemd's socket
+
+
+def serve(path: Path, user: int) -> int:
+    """A process of a user's that listens there; its pid."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        os.setresuid(user, user, user)
+        listener.listen()
+        os.write(told, b"!")
+        listener.accept()[0].recv(1)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(told)
+    return child
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+def test_a_socket_that_is_not_served_by_root_is_no_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int
+) -> None:
+    place = tmp_path / "securerun.sock"
+    monkeypatch.setattr(ways, "SOCKET", place)
+    assert ways._obstacle_to_socket() == f"there is no {place}"
+    server = serve(place, user)
+    try:
+        assert ways._obstacle_to_socket() == ""
+        if user == 0:
+            connection = ways._open_socket()
+            assert connection.last_words() == "it closed the connection"
+            connection.close()
+        else:
+            with pytest.raises(PermissionError, match=f"is served by user {user}, not by root"):
+                ways._open_socket()
+    finally:
+        os.kill(server, 9)
+        os.waitpid(server, 0)
