@@ -432,6 +432,7 @@ def test_peers_that_the_site_forbids_are_not_let_in_later_either(ground: Ground,
         talk.say({"peers": {"networks": [ground.stranger.ipv4]}})
         (words,) = talk.hear()["notice"]["words"]
         assert ground.stranger.ipv4 in words and "may not be named a peer" in words
+        assert "peer networks now" not in log_of(ground.machine)
         assert reach(ground.stranger, [target]) == {target: False}
         assert reach(ground.peer, [target]) == {target: True}
         talk.release()

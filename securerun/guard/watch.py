@@ -175,8 +175,12 @@ class Watch:
 
     def _change_peers(self, message: Peers) -> None:
         """Let other networks in from now on; whatever is wrong with them, the old ones stay."""
-        self._attempt(lambda: self._lease.change_peers(message.networks))
-        self._log(f"run {self._lease.policy.run_id}: open to {len(self._lease.policy.peers)} peer networks now")
+
+        def change() -> None:
+            self._lease.change_peers(message.networks)
+            self._log(f"run {self._lease.policy.run_id}: open to {len(message.networks)} peer networks now")
+
+        self._attempt(change)
 
     def _release(self, failed: bool) -> None:
         self._released = True
