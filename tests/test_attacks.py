@@ -406,7 +406,9 @@ def test_caller_that_closes_its_end_at_once_leaves_nothing(ground: Ground, way: 
 
 
 @pytest.mark.parametrize(
-    "said", [b"nonsense\n", b'{"report": {}}\n', b'{"peers": {"networks": ["10.77.0.3/8"]}}\n', order()], ids=repr
+    "said",
+    [b"nonsense\n", b'{"report": {}}\n', b'{"peers": {"networks": ["10.77.0.3/8"]}}\n', order(run_id="0123456789ab")],
+    ids=["nonsense", "report", "peers", "order"],
 )
 def test_launcher_that_says_what_it_must_not_is_believed_no_more(ground: Ground, said: bytes | dict[str, Any]) -> None:
     """Its job is guarded to its end, as that of a launcher that is gone."""
