@@ -227,6 +227,28 @@ def test_site_policy_holds_for_the_user_that_root_names(machine: PrivateMachine,
         assert machine.run(node, [jobs.SECURERUN, *options]).stdout == "ran\n"
 
 
+def with_capabilities(user: User, capabilities: str, *command: str) -> list[str]:
+    """As an ordinary user, with ambient capabilities (capabilities(7)) as systemd or a container gives them."""
+    identity = [f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
+    return ["setpriv", *identity, f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}", *command]
+
+
+def test_ordinary_user_with_the_capabilities_is_guarded_directly(
+    machine: PrivateMachine, node: Host, alice: User
+) -> None:
+    """Beside the two that the layers take, DAC_OVERRIDE for /run and for cgroups that are not hers."""
+    script = machine.write("script.py", "import os; print('ran as', os.getuid())", owner=alice)
+    capabilities = "+net_admin,+bpf,+dac_override"
+    with nothing_left(machine, node):
+        done = machine.run(node, with_capabilities(alice, capabilities, str(jobs.SECURERUN), str(script)))
+        refused = machine.run(node, with_capabilities(alice, "+net_admin,+bpf", str(jobs.SECURERUN), str(script)))
+    assert (done.returncode, done.stdout) == (0, f"ran as {alice.uid}\n"), done
+    assert "guard started directly" in done.stderr
+    assert "closed to all others by shield" in done.stderr
+    assert (refused.returncode, refused.stdout) == (77, ""), refused
+    assert "/run/securerun: Permission denied" in refused.stderr
+
+
 def test_root_that_came_by_sudo_is_root(machine: PrivateMachine, node: Host, alice: User) -> None:
     machine.allow_sudo("alice ALL=(root) NOPASSWD: ALL")
     script = machine.write("script.py", "import os; print('ran as', os.getuid())", owner=alice)
