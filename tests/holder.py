@@ -89,7 +89,9 @@ def tell(notice: Notice) -> None:
 
 
 def say(**fields: object) -> None:
-    print(json.dumps(fields), flush=True)
+    # In one piece: print() writes the end of the line by itself, and two threads speak.
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
