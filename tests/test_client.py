@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+from cgroups import in_child
 
 from securerun.errors import PrivilegeError
 from securerun.firewall.policy import Policy
@@ -157,6 +158,34 @@ def test_when_no_other_may_take_over_that_is_said(stand_in: queue.Queue[str]) ->
 def test_peers_of_a_job_that_is_not_guarded_yet_are_nobodys_business(stand_in: queue.Queue[str]) -> None:
     will(stand_in, [READ])
     Guard().change_peers((ipaddress.IPv4Network("10.77.0.9"),))
+
+
+def test_what_the_job_forks_lets_go_of_the_guard_once_and_of_nothing_else(stand_in: queue.Queue[str]) -> None:
+    """A worker's own descriptors take the numbers of those, and a DataLoader of the worker's forks with them."""
+    will(stand_in, [say(Ready(1)), READ, say(GUARDING), READ, say(Released(()))])
+    guard = Guard()
+    guard.guard(ORDER, lambda _: None)
+    connection = guard._connection
+    assert connection is not None
+    ends = (connection._orders, connection._answers, connection._words)
+    the_guards = {end for end in ends if end is not None}
+
+    def work() -> tuple[set[int], list[int]]:
+        own = [os.open("/dev/null", os.O_RDONLY) for _ in range(64)]
+        return the_guards & set(own), in_child(lambda: [end for end in own if not is_open(end)])
+
+    taken, lost = in_child(work)
+    assert taken == the_guards
+    assert lost == []
+    assert guard.release(failed=False) == Released(())
+
+
+def is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("answer", ["pass", say(Ready(2)), say(Runs(2)) + "\n" + say(Run({"run": 1}))])

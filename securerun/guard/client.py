@@ -123,8 +123,9 @@ class Guard:
         """Say that the job is over; who was turned away, or None when no guard answers any more."""
         with self._change:
             self._releasing = Release(failed)
-            if self._connection is not None:
-                self._connection.send(self._releasing)
+            if self._connection is None:
+                return self._released
+            self._connection.send(self._releasing)
         self._farewell.wait(_FAREWELL_SECONDS)
         return self._released
 
@@ -136,7 +137,6 @@ class Guard:
     def _try_next_way(self) -> None:
         """Open the next way that has no obstacle; without any, there is no connection."""
         self._hang_up()
-        self._connection = None
         while self._untried and self._connection is None:
             way = self._untried.pop(0)
             self._way = way.name
@@ -149,8 +149,10 @@ class Guard:
                 self._obstacles.append(f"{way.name}: {error.strerror or error}")
 
     def _hang_up(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        """Once: in a forked child, and in what that forks, the numbers soon belong to descriptors of others."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def _ready(self) -> Connection:
         """A guard that waits for its order, by the first way that leads to one. Raises PrivilegeError, Refusal."""
