@@ -12,11 +12,11 @@ from pathlib import Path
 
 import findings
 from findings import Finding
+from pictures import CHECKOUT, PICTURES
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 # In the order of benchmarks/README.md.
 BENCHMARKS = ("exposure", "launch", "layers", "connect", "traffic", "ending", "guard", "start", "peers", "audit")
-PICTURES = {"exposure": "exposure", "launch": "launch", "layers": "install", "connect": "connect"}
+_PICTURE_OF = {benchmark: picture for picture, (benchmark, _) in PICTURES.items()}
 _HEAD = """\
 # What was measured
 
@@ -40,8 +40,8 @@ def _section(name: str, path: Path) -> Iterator[str]:
         f"{_machine(path)}; all samples: [{path.name}](../benchmarks/results/{path.name})",
         "",
     )
-    if name in PICTURES:
-        drawn = f"pictures/{PICTURES[name]}.svg"
+    if name in _PICTURE_OF:
+        drawn = f"pictures/{_PICTURE_OF[name]}.svg"
         yield from (f'<img src="{drawn}" width="720" alt="Drawn from the same results as the table below.">', "")
     yield from ("| what | median | ratio | goal | |", "|---|---|---|---|---|")
     yield from map(_row, _worth_a_row(findings.read(path)))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from securerun.firewall.policy import shown
+from securerun.firewall.policy import Denial, Network, Policy, shown
 from securerun.guard.protocol import printable
 from securerun.guard.ways import DIRECTLY
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
-    from securerun.firewall.policy import Denial, Network, Policy
     from securerun.guard.protocol import Guarding, Notice
     from securerun.job.hccl import Entrance
     from securerun.job.launchers import Job

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 from cgroups import in_child, leave_for_a_new_network
+from sandbox import NOBODY
 
 from securerun.errors import PrivilegeError
 from securerun.guard import caller
 from securerun.guard.caller import SUDO_USER_VARIABLE, Caller, find_ancestor, find_peer
-
-NOBODY = 65534
 
 
 @pytest.fixture

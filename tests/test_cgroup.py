@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from cgroups import in_child, new_cgroup
+from containers import READ_ONLY_CGROUPS
 from hosts import cgroup2_mount, eventually, require_root_and_tools
-from sandbox import apart
+from sandbox import NOBODY, apart
 
 from securerun.guard import cgroup
 from securerun.guard.cgroup import (
@@ -26,7 +27,6 @@ from securerun.guard.cgroup import (
     path_of_job_cgroup,
 )
 
-_MS_PRIVATE = 16384 | 1 << 18
 _OUR_VIEW_ALONE = {"_VIEWS": (("/proc/self/mountinfo", ""),)}
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -85,7 +85,7 @@ def test_one_that_does_not_exist_is_not_opened(job: JobCgroup) -> None:
 
 def test_another_users_is_neither_taken_nor_opened(job: JobCgroup) -> None:
     """Whoever the parent is delegated to can put a directory of his own in the place of ours."""
-    os.chown(job.descriptor, 65534, -1)
+    os.chown(job.descriptor, NOBODY, -1)
     assert open_job_cgroup(job.path) is None
 
 
@@ -130,8 +130,6 @@ def test_where_none_is_mounted_a_private_mount_serves() -> None:
     run_id = secrets.token_hex(6)
 
     def unmount_all() -> None:
-        assert _libc.unshare(0x00020000) == 0  # CLONE_NEWNS
-        assert _libc.mount(b"none", b"/", None, _MS_PRIVATE, None) == 0
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if " - cgroup" in line:
                 assert _libc.umount2(line.split()[4].encode(), 2) == 0
@@ -153,15 +151,14 @@ def test_where_none_is_mounted_a_private_mount_serves() -> None:
             make_job_cgroup(f"/securerun-{run_id}")
         return str(refusal.value)
 
-    assert "none may be mounted" in apart(refused, before=unmount_all, user=65534)
+    assert "none may be mounted" in apart(refused, before=unmount_all, user=NOBODY)
 
 
 def test_a_read_only_hierarchy_is_refused_in_words() -> None:
     require_root_and_tools()
-    mount = cgroup2_mount()
 
     def make_read_only() -> None:
-        assert _libc.mount(b"none", str(mount).encode(), None, 4096 | 32 | 1, None) == 0  # MS_BIND MS_REMOUNT MS_RDONLY
+        subprocess.run(["sh", "-c", READ_ONLY_CGROUPS, str(cgroup2_mount())], check=True)
 
     def work() -> str:
         vars(cgroup).update(_OUR_VIEW_ALONE)
@@ -169,11 +166,7 @@ def test_a_read_only_hierarchy_is_refused_in_words() -> None:
             make_job_cgroup("/securerun-0123456789ab")
         return str(refusal.value)
 
-    def bind_and_make_read_only() -> None:
-        assert _libc.mount(str(mount).encode(), str(mount).encode(), None, 4096, None) == 0
-        make_read_only()
-
-    assert "mounted read-only" in apart(work, before=bind_and_make_read_only)
+    assert "mounted read-only" in apart(work, before=make_read_only)
 
 
 # Who is in it

@@ -10,6 +10,7 @@ from typing import Callable
 import pytest
 from cgroups import in_child, inside
 from hosts import Host, Network
+from sandbox import NOBODY
 
 from securerun.firewall import nfnetlink
 from securerun.firewall.nfnetlink import Deletions
@@ -72,7 +73,7 @@ def test_only_what_nobody_uses_is_deleted(node: Host) -> None:
 )
 def test_what_an_ordinary_user_may_not_ask_is_an_error_and_no_answer(node: Host, ask: Callable[[], object]) -> None:
     def work() -> int | None:
-        os.setresuid(65534, 65534, 65534)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
         with pytest.raises(OSError, match="not permitted") as refusal:
             ask()
         return refusal.value.errno

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cgroups import in_child
+from sandbox import NOBODY
 
 from securerun.guard import capabilities, ways
 from securerun.guard.protocol import ProtocolError, Ready, Release, encode
@@ -127,7 +128,7 @@ def test_without_sudo_or_a_guard_of_roots_that_way_is_closed(tmp_path: Path, mon
     assert "securerun-guard of root's" in ways._obstacle_to_sudo()
     guard = tmp_path / "securerun-guard"
     guard.touch()
-    os.chown(guard, 65534, -1)
+    os.chown(guard, NOBODY, -1)
     assert ways.guard_program() is None
     os.chown(guard, 0, -1)
     assert ways._obstacle_to_sudo() == ""
@@ -137,7 +138,7 @@ def become_nobody_with(held: set[int]) -> None:
     """In a child. The tester's Python may lie where nobody can look, so what is read from it is read before."""
     codecs.lookup("ascii")
     assert capabilities._libc.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
-    os.setresuid(65534, 65534, 65534)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
     capabilities._set(effective=held, inheritable=(), permitted=held)
 
 
@@ -200,7 +201,7 @@ def serve(path: Path, user: int) -> int:
     return child
 
 
-@pytest.mark.parametrize("user", [0, 65534])
+@pytest.mark.parametrize("user", [0, NOBODY])
 def test_a_socket_that_is_not_served_by_root_is_no_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int
 ) -> None:
