@@ -249,6 +249,23 @@ def test_ordinary_user_with_the_capabilities_is_guarded_directly(
     assert "/run/securerun: Permission denied" in refused.stderr
 
 
+def test_ordinary_user_with_two_capabilities_needs_a_place_for_records_and_a_cgroup_of_his_own(
+    machine: PrivateMachine, node: Host, alice: User
+) -> None:
+    script = machine.write("script.py", "import os; print('ran as', os.getuid())", owner=alice)
+    place = machine.place(RECORDS)
+    place.mkdir(mode=0o700)
+    os.chown(place, alice.uid, alice.gid)
+    command = with_capabilities(alice, "+net_admin,+bpf", str(jobs.SECURERUN), str(script))
+    with delegated_cgroup(alice) as cgroup:
+        done = machine.run(node, command, cgroup=cgroup)
+        assert (done.returncode, done.stdout) == (0, f"ran as {alice.uid}\n"), done
+        assert "guard started directly" in done.stderr
+        assert "closed to all others by shield" in done.stderr
+        assert eventually(lambda: not list(place.iterdir()))
+    place.rmdir()
+
+
 def test_root_that_came_by_sudo_is_root(machine: PrivateMachine, node: Host, alice: User) -> None:
     machine.allow_sudo("alice ALL=(root) NOPASSWD: ALL")
     script = machine.write("script.py", "import os; print('ran as', os.getuid())", owner=alice)
