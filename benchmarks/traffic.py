@@ -29,11 +29,11 @@ from cgroups import Cgroup, inside, new_cgroup, socket_made_in  # isort: skip
 from hosts import Host, Network
 from layers import addresses
 
-from securerun.firewall import bpf
 from securerun.firewall.backends import open_chains
-from securerun.firewall.bpf import R0, AttachFlags, AttachType, Program, assemble, calculate, leave
 from securerun.firewall.policy import Policy, PortRange, collapse
 from securerun.firewall.shield import Shield
+from securerun.linux import bpf
+from securerun.linux.bpf import R0, AttachFlags, AttachType, Program, assemble, calculate, leave
 
 GOAL_NANOSECONDS = 5.0
 PORT = 29500

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable
 
-from securerun import enclosing, signals
+from securerun import enclosing
 from securerun.console import say
 from securerun.enclosing import Enclosing
 from securerun.firewall.policy import Policy, PortRange
@@ -21,6 +21,7 @@ from securerun.guard.client import Guard
 from securerun.guard.protocol import Notice, Order, printable
 from securerun.host import interfaces
 from securerun.job.renewal import Renewal
+from securerun.linux import signals
 from securerun.news import Finished, Gone, Hear, Installed, Renewed, nobody
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from test_audit import NET_RAW, NOBODY, put
 from users import PrivateMachine
 
 from securerun.audit import mend, undolog, workers
-from securerun.audit.birth import birth_of
 from securerun.audit.findings import Finding, findings_of
 from securerun.audit.kinds import Kinds, read_rows
 from securerun.audit.mend import Plan
@@ -31,6 +30,7 @@ from securerun.ctl.audit import Request, audit, undo
 from securerun.errors import SecurerunError, UsageError
 from securerun.host import permissions
 from securerun.host.permissions import Kind
+from securerun.linux.statx import birth_of
 
 SECURERUNCTL = str(jobs.COMMANDS / "securerunctl")
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)

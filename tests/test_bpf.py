@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cgroups import Cgroup, in_child, new_cgroup
 
-from securerun.firewall import bpf
-from securerun.firewall.bpf import (
+from securerun.linux import bpf
+from securerun.linux.bpf import (
     R0,
     R1,
     R2,

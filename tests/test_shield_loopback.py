@@ -24,7 +24,20 @@ from hosts import Host, Network, cgroup2_mount
 from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
 
 from securerun.firewall import shield
-from securerun.firewall.bpf import (
+from securerun.firewall.policy import Policy, collapse
+from securerun.firewall.shield import (
+    CLOSED_LOOPBACK_PROGRAM,
+    HEADER_PROGRAM,
+    Shield,
+    ShieldUnavailable,
+    adopt,
+    attach_first_of,
+    describe,
+    noting_program,
+    prove,
+    refuse_conflicts,
+)
+from securerun.linux.bpf import (
     R0,
     AttachFlags,
     AttachType,
@@ -38,19 +51,6 @@ from securerun.firewall.bpf import (
     calculate,
     leave,
     verifier_log,
-)
-from securerun.firewall.policy import Policy, collapse
-from securerun.firewall.shield import (
-    CLOSED_LOOPBACK_PROGRAM,
-    HEADER_PROGRAM,
-    Shield,
-    ShieldUnavailable,
-    adopt,
-    attach_first_of,
-    describe,
-    noting_program,
-    prove,
-    refuse_conflicts,
 )
 
 Result = TypeVar("Result")

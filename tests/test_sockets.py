@@ -21,8 +21,8 @@ import pytest
 from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
 from hosts import Network, cgroup2_mount
 
-from securerun.guard import sockets
-from securerun.guard.sockets import Listener, SocketDiagnosis, SocketsUnavailable
+from securerun.linux import sock_diag
+from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
 
 IPPROTO_MPTCP = 262
 IPPROTO_SCTP = 132
@@ -52,7 +52,7 @@ def listener(family: int = socket.AF_INET, address: str = "127.0.0.1", protocol:
 
 def found_of(*listening: socket.socket) -> list[Listener]:
     """What is found of these listeners, in their order; raises KeyError if one is not found."""
-    found = {one.inode: one for one in sockets.listeners()}
+    found = {one.inode: one for one in sock_diag.listeners()}
     return [found[inode_of(one)] for one in listening]
 
 
@@ -66,9 +66,9 @@ def port_of(made: socket.socket) -> int:
 
 def outside_of(cgroup: Cgroup, pid: int) -> set[int]:
     """The ports of the process that the job's cgroup does not cover."""
-    found = sockets.listeners()
-    ids = sockets.cgroup_ids(cgroup.descriptor)
-    return {one.port for one in sockets.outside(found, sockets.sockets_of([pid]), ids)}
+    found = sock_diag.listeners()
+    ids = sock_diag.cgroup_ids(cgroup.descriptor)
+    return {one.port for one in sock_diag.outside(found, sock_diag.sockets_of([pid]), ids)}
 
 
 # What listens
@@ -96,7 +96,7 @@ def test_an_mptcp_listener_is_found_once_with_the_inode_that_the_process_holds()
     except OSError:
         pytest.skip("this kernel has no MPTCP")
     with made:
-        assert [one.inode for one in sockets.listeners() if one.port == port_of(made)] == [inode_of(made)]
+        assert [one.inode for one in sock_diag.listeners() if one.port == port_of(made)] == [inode_of(made)]
 
 
 def test_connections_and_sockets_that_do_not_listen_are_not_found() -> None:
@@ -104,7 +104,7 @@ def test_connections_and_sockets_that_do_not_listen_are_not_found() -> None:
         bound.bind(("127.0.0.1", 0))
         far, _ = made.accept()
         with far:
-            inodes = {one.inode for one in sockets.listeners()}
+            inodes = {one.inode for one in sock_diag.listeners()}
             assert inode_of(made) in inodes
             assert not inodes & {inode_of(near), inode_of(far), inode_of(bound)}
 
@@ -172,7 +172,7 @@ def done(number: int = 0, flags: int = 0) -> bytes:
 
 def test_answers_of_several_datagrams_are_one_answer() -> None:
     parts = iter([message(20, b"a" * 72) + message(20, b"b" * 75) + b"\0", message(20, b"c" * 72), done()])
-    answers, interrupted = sockets.read_dump(lambda: next(parts))
+    answers, interrupted = sock_diag.read_dump(lambda: next(parts))
     assert [answer[:1] for answer in answers] == [b"a", b"b", b"c"]
     assert not interrupted
 
@@ -181,13 +181,13 @@ def test_answers_of_several_datagrams_are_one_answer() -> None:
 def test_an_inconsistent_answer_is_noticed(marked: int) -> None:
     flags = [0x10 if part == marked else 0 for part in range(2)]
     parts = iter([message(20, b"a" * 72, flags[0]), done(flags=flags[1])])
-    assert sockets.read_dump(lambda: next(parts))[1]
+    assert sock_diag.read_dump(lambda: next(parts))[1]
 
 
 def test_an_inconsistent_answer_is_asked_for_again(diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sockets.read_dump
+    real = sock_diag.read_dump
     verdicts = iter([True, True, False, False])
-    monkeypatch.setattr(sockets, "read_dump", lambda receive: (real(receive)[0], next(verdicts)))
+    monkeypatch.setattr(sock_diag, "read_dump", lambda receive: (real(receive)[0], next(verdicts)))
     with listener() as made:
         assert inode_of(made) in {one.inode for one in diagnosis.listeners()}
     assert list(verdicts) == []
@@ -197,19 +197,19 @@ def test_an_inconsistent_answer_is_asked_for_again(diagnosis: SocketDiagnosis, m
 def test_a_message_that_is_cut_short_is_refused(length: int) -> None:
     data = message(20, b"a" * 72)[:length]
     with pytest.raises(SocketsUnavailable, match=NOT_WHOLE):
-        sockets.read_dump(lambda: data)
+        sock_diag.read_dump(lambda: data)
 
 
 @pytest.mark.parametrize("data", [struct.pack("=IHHII", 0, 20, 0, 0, 0), message(3, b""), message(2, b"\0\0")])
 def test_a_message_that_cannot_be_is_refused(data: bytes) -> None:
     with pytest.raises(SocketsUnavailable, match=NOT_WHOLE):
-        sockets.read_dump(lambda: data)
+        sock_diag.read_dump(lambda: data)
 
 
 @pytest.mark.parametrize("kind", [2, 3])
 def test_an_error_is_raised_whichever_message_carries_it(kind: int) -> None:
     with pytest.raises(PermissionError):
-        sockets.read_dump(lambda: message(kind, struct.pack("=i", -1)))
+        sock_diag.read_dump(lambda: message(kind, struct.pack("=i", -1)))
 
 
 def test_a_protocol_that_is_not_built_in_is_said_to_be_so(
@@ -235,7 +235,7 @@ def test_an_answer_about_a_socket_that_is_cut_short_is_refused_and_the_next_is_r
     diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as changed:
-        changed.setattr(sockets, "read_dump", lambda _: ([b"\2\n" + b"\0" * 69], False))
+        changed.setattr(sock_diag, "read_dump", lambda _: ([b"\2\n" + b"\0" * 69], False))
         with pytest.raises(SocketsUnavailable, match="not whole"):
             diagnosis.listeners()
     with listener() as made:
@@ -247,27 +247,27 @@ def test_a_kernel_that_does_not_tell_the_cgroup_accuses_nobody(
 ) -> None:
     answer = struct.pack("=BBBB", socket.AF_INET, 10, 0, 0) + struct.pack("!H", 6000) + b"\0" * 62
     answers = iter([[answer + struct.pack("=I", 77)], []])
-    monkeypatch.setattr(sockets, "read_dump", lambda _: (next(answers), False))
+    monkeypatch.setattr(sock_diag, "read_dump", lambda _: (next(answers), False))
     found = diagnosis.listeners()
     assert found == (Listener(ipaddress.ip_address("0.0.0.0"), 6000, 0, 77, None),)  # noqa: S104
-    assert sockets.held(found, {77: 1}) == found
-    assert sockets.outside(found, {77: 1}, {5}) == ()
+    assert sock_diag.held(found, {77: 1}) == found
+    assert sock_diag.outside(found, {77: 1}, {5}) == ()
 
 
 def test_an_answer_about_a_socket_in_another_state_is_passed_over(
     diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     established = struct.pack("=BB70x", socket.AF_INET, 1)
-    monkeypatch.setattr(sockets, "read_dump", lambda _: ([established], False))
+    monkeypatch.setattr(sock_diag, "read_dump", lambda _: ([established], False))
     assert diagnosis.listeners() == ()
 
 
 def test_no_look_leaves_a_descriptor_behind(cgroup: Cgroup) -> None:
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
-        sockets.listeners()
-        sockets.sockets_of([os.getpid()])
-        sockets.cgroup_ids(cgroup.descriptor)
+        sock_diag.listeners()
+        sock_diag.sockets_of([os.getpid()])
+        sock_diag.cgroup_ids(cgroup.descriptor)
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -276,26 +276,26 @@ def test_no_look_leaves_a_descriptor_behind(cgroup: Cgroup) -> None:
 
 def test_the_sockets_of_a_process_are_found_by_inode() -> None:
     with listener() as made, socket.socketpair()[0] as other:
-        holders = sockets.sockets_of([os.getpid()])
+        holders = sock_diag.sockets_of([os.getpid()])
         assert holders[inode_of(made)] == os.getpid()
         assert inode_of(other) in holders
-        assert [one.port for one in sockets.held(found_of(made), holders)] == [port_of(made)]
-        assert sockets.held(found_of(made), sockets.sockets_of([1])) == ()
+        assert [one.port for one in sock_diag.held(found_of(made), holders)] == [port_of(made)]
+        assert sock_diag.held(found_of(made), sock_diag.sockets_of([1])) == ()
 
 
 def test_a_process_that_is_gone_holds_nothing_and_hides_no_other() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     with listener() as made:
-        assert inode_of(made) in sockets.sockets_of([gone.pid, os.getpid()])
-        assert sockets.sockets_of([gone.pid]) == {}
+        assert inode_of(made) in sock_diag.sockets_of([gone.pid, os.getpid()])
+        assert sock_diag.sockets_of([gone.pid]) == {}
 
 
 def test_a_process_that_waits_to_be_reaped_holds_nothing() -> None:
     ended = subprocess.Popen(["true"])
     try:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-        assert sockets.sockets_of([ended.pid]) == {}
+        assert sock_diag.sockets_of([ended.pid]) == {}
     finally:
         ended.wait()
 
@@ -307,7 +307,7 @@ def test_descriptors_are_found_after_the_first_thread_has_exited() -> None:
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
-            assert inode_of(made) in sockets.sockets_of([child.pid])
+            assert inode_of(made) in sock_diag.sockets_of([child.pid])
         finally:
             child.kill()
             child.communicate()
@@ -332,7 +332,7 @@ ctypes.CDLL(None).syscall({60 if platform.machine() == "x86_64" else 93}, 0)
 def test_a_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")):
         with socket_made_in(cgroup, lambda family=family, address=address: listener(family, address)) as made:  # type: ignore[misc]
-            assert found_of(made)[0].cgroup_id == sockets.cgroup_id(cgroup.descriptor)
+            assert found_of(made)[0].cgroup_id == sock_diag.cgroup_id(cgroup.descriptor)
 
 
 def test_an_mptcp_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
@@ -341,7 +341,7 @@ def test_an_mptcp_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> N
     except AssertionError:
         pytest.skip("this kernel has no MPTCP")
     with made:
-        assert found_of(made)[0].cgroup_id == sockets.cgroup_id(cgroup.descriptor)
+        assert found_of(made)[0].cgroup_id == sock_diag.cgroup_id(cgroup.descriptor)
 
 
 def test_the_number_is_the_one_that_the_kernel_opens_the_directory_by(cgroup: Cgroup) -> None:
@@ -351,25 +351,25 @@ def test_the_number_is_the_one_that_the_kernel_opens_the_directory_by(cgroup: Cg
     library = ctypes.CDLL(None, use_errno=True)
     empty_path = 0x1000
     assert library.name_to_handle_at(cgroup.descriptor, b"", handle, ctypes.byref(mount), empty_path) == 0
-    assert struct.unpack_from("=Q", handle, 8)[0] == sockets.cgroup_id(cgroup.descriptor)
+    assert struct.unpack_from("=Q", handle, 8)[0] == sock_diag.cgroup_id(cgroup.descriptor)
 
 
 def test_cgroups_below_count_as_the_jobs(cgroup: Cgroup) -> None:
     with new_cgroup(cgroup) as below, new_cgroup(below) as deepest, new_cgroup() as foreign:
-        ids = sockets.cgroup_ids(cgroup.descriptor)
-        assert ids == {sockets.cgroup_id(one.descriptor) for one in (cgroup, below, deepest)}
+        ids = sock_diag.cgroup_ids(cgroup.descriptor)
+        assert ids == {sock_diag.cgroup_id(one.descriptor) for one in (cgroup, below, deepest)}
         with socket_made_in(deepest, listener) as inner, socket_made_in(foreign, listener) as other:
-            holders = sockets.sockets_of([os.getpid()])
-            assert sockets.outside(found_of(inner, other), holders, ids) == tuple(found_of(other))
+            holders = sock_diag.sockets_of([os.getpid()])
+            assert sock_diag.outside(found_of(inner, other), holders, ids) == tuple(found_of(other))
 
 
 def test_a_socket_outlives_the_directory_of_its_cgroup_and_keeps_its_number(cgroup: Cgroup) -> None:
     with new_cgroup(cgroup) as below:
-        ids = sockets.cgroup_ids(cgroup.descriptor)
+        ids = sock_diag.cgroup_ids(cgroup.descriptor)
         made = socket_made_in(below, listener)
     with made:
         assert found_of(made)[0].cgroup_id in ids
-        assert found_of(made)[0].cgroup_id not in sockets.cgroup_ids(cgroup.descriptor)
+        assert found_of(made)[0].cgroup_id not in sock_diag.cgroup_ids(cgroup.descriptor)
 
 
 def test_cgroups_nested_deeper_than_a_path_can_name_do_no_harm(cgroup: Cgroup) -> None:
@@ -379,8 +379,8 @@ def test_cgroups_nested_deeper_than_a_path_can_name_do_no_harm(cgroup: Cgroup) -
         for _ in range(depth):
             os.mkdir(name, dir_fd=descriptors[-1])
             descriptors.append(os.open(name, os.O_RDONLY, dir_fd=descriptors[-1]))
-        found = sockets.cgroup_ids(cgroup.descriptor)
-        assert {sockets.cgroup_id(descriptor) for descriptor in descriptors[:30]} <= found
+        found = sock_diag.cgroup_ids(cgroup.descriptor)
+        assert {sock_diag.cgroup_id(descriptor) for descriptor in descriptors[:30]} <= found
     finally:
         while len(descriptors) > 1:
             os.close(descriptors.pop())
@@ -392,7 +392,7 @@ def test_made_inside_then_moved_out_is_covered(cgroup: Cgroup) -> None:
     mount = cgroup2_mount()
     assert mount is not None
     with socket_made_in(cgroup, listener, leave_to=mount) as made:
-        assert found_of(made)[0].inode in sockets.sockets_of([os.getpid()])
+        assert found_of(made)[0].inode in sock_diag.sockets_of([os.getpid()])
         assert port_of(made) not in outside_of(cgroup, os.getpid())
 
 
@@ -438,7 +438,7 @@ def test_nobody_elses_listener_is_outside(cgroup: Cgroup) -> None:
         process = subprocess.Popen(["sleep", "60"], pass_fds=[foreign.fileno()])
         foreign.close()
         try:
-            assert foreign_port in {one.port for one in sockets.listeners()}
+            assert foreign_port in {one.port for one in sock_diag.listeners()}
             assert in_child(work) == set()
         finally:
             process.kill()

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from securerun import trust
 from securerun.errors import UsageError
 from securerun.host.permissions import Kind
+from securerun.linux import trust
 
 BUILT_IN = Path(__file__).with_name("kinds.txt")
 SITE_FILE = Path("/etc/securerun/kinds")

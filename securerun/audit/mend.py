@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from securerun.audit.birth import birth_of
 from securerun.audit.findings import Finding, Identity, Problem, identity_of
 from securerun.audit.tree import Root, Way
 from securerun.host import permissions
+from securerun.linux.statx import birth_of
 
 # Neither a link is followed nor is anything of the file read: it may be a pipe, or somebody's tape.
 _THIS_FILE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -6,9 +6,9 @@ import os
 import stat
 from collections.abc import Iterator
 
-from securerun import trust
 from securerun.audit.findings import Finding, Problem, Wrong, identity_of
 from securerun.audit.scan import Settings, owner_problems
+from securerun.linux import trust
 
 
 def look_above(settings: Settings) -> Iterator[Finding]:

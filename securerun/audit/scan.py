@@ -19,12 +19,12 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Callable, Generic, NamedTuple, TypeVar
 
-from securerun.audit.birth import birth_of
 from securerun.audit.findings import Batch, Entry, Identity, Problem, Wrong, identity_of
 from securerun.audit.kinds import HEAD, Kinds
 from securerun.audit.tree import Root, Way
 from securerun.host import permissions
 from securerun.host.permissions import Kind
+from securerun.linux.statx import birth_of
 
 T = TypeVar("T")
 

@@ -14,13 +14,14 @@ from securerun.evidence import matrix, matrix_words
 from securerun.evidence.matrix import Connection, Ends, Found
 from securerun.evidence.matrix_words import Setting
 from securerun.firewall.policy import Network, Policy, shown
-from securerun.guard import records, reserved, sockets
+from securerun.guard import records, reserved
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.records import Record
-from securerun.guard.sockets import SocketsUnavailable
 from securerun.host import interfaces
 from securerun.job.launchers import Job
+from securerun.linux import sock_diag
+from securerun.linux.sock_diag import SocketsUnavailable
 
 
 def print_matrix(arguments: Sequence[str], run_id: str | None, language: str, form: str) -> None:
@@ -70,14 +71,14 @@ def _find(run_id: str | None) -> Record:
 def _listeners(record: Record) -> Iterator[Found]:
     """What the processes of a run listen on, in the order of ports."""
     try:
-        listeners = sockets.listeners()
+        listeners = sock_diag.listeners()
     except SocketsUnavailable as error:
         raise SecurerunError(str(error)) from error
     processes = _processes(record)
     if processes and not any(os.access(f"/proc/{pid}/fd", os.R_OK) for pid in processes):
         raise PrivilegeError(f"the processes of run {record.run_id} may not be looked into; run as root")
-    by_launcher = sockets.sockets_of([record.launcher])
-    held = sockets.held(listeners, sockets.sockets_of(processes))
+    by_launcher = sock_diag.sockets_of([record.launcher])
+    held = sock_diag.held(listeners, sock_diag.sockets_of(processes))
     for listener in sorted(held, key=lambda one: (one.port, str(one.address))):
         yield Found(listener.address, listener.port, listener.inode in by_launcher)
 

@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import securerun
-from securerun import trust
 from securerun.errors import PolicyError, PrivilegeError, UsageError
 from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.ways import SOCKET
+from securerun.linux import trust
 
 DEFAULT_GROUP = "securerun"
 _PROGRAM = "securerun-guard"

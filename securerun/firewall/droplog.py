@@ -13,8 +13,8 @@ import socket
 import struct
 from collections import Counter
 
-from securerun.firewall import nfnetlink
 from securerun.firewall.policy import Address, Denial
+from securerun.linux import netlink
 
 # include/uapi/linux/netfilter/nfnetlink_log.h
 _SUBSYSTEM_LOG = 4
@@ -38,11 +38,11 @@ class DropLog:
     def __init__(self, group: int) -> None:
         self.group = group
         self._seen: Counter[tuple[Address, int]] = Counter()
-        self._channel = nfnetlink.open_channel()
+        self._channel = netlink.open_channel()
         try:
-            self._configure(nfnetlink.attribute(_COMMAND, struct.pack("=B", _BIND)))
-            self._configure(nfnetlink.attribute(_MODE, struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0)))
-            self._configure(nfnetlink.attribute(_THRESHOLD, struct.pack("!I", 1)))
+            self._configure(netlink.attribute(_COMMAND, struct.pack("=B", _BIND)))
+            self._configure(netlink.attribute(_MODE, struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0)))
+            self._configure(netlink.attribute(_THRESHOLD, struct.pack("!I", 1)))
         except OSError:
             self._channel.close()
             raise
@@ -75,18 +75,18 @@ class DropLog:
     def _configure(self, setting: bytes) -> None:
         header = struct.pack("!BBH", socket.AF_UNSPEC, 0, self.group)
         kind = _SUBSYSTEM_LOG << 8 | _CONFIGURE
-        self._channel.send(nfnetlink.framed(kind, header + setting, _REQUEST | _ACKNOWLEDGE))
-        for answer, payload in nfnetlink.messages(self._channel.recv(65536)):
+        self._channel.send(netlink.framed(kind, header + setting, _REQUEST | _ACKNOWLEDGE))
+        for answer, payload in netlink.messages(self._channel.recv(65536)):
             if answer == _ERROR_MESSAGE:
                 (negative,) = struct.unpack_from("=i", payload)
                 if negative:
                     raise OSError(-negative, os.strerror(-negative))
 
     def _count(self, data: bytes) -> None:
-        for kind, payload in nfnetlink.messages(data):
+        for kind, payload in netlink.messages(data):
             if kind != _SUBSYSTEM_LOG << 8 | _PACKET:
                 continue
-            opening = source_and_port(nfnetlink.attributes(payload[4:]).get(_PAYLOAD, b""))
+            opening = source_and_port(netlink.attributes(payload[4:]).get(_PAYLOAD, b""))
             if opening is None:
                 continue
             if opening in self._seen or len(self._seen) < _REMEMBERED:

@@ -23,9 +23,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Callable
 
-from securerun.firewall import ipset, nfnetlink
+from securerun.firewall import ipset
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
+from securerun.linux import netlink
 
 CHAIN = "SECURERUN"
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -362,9 +363,9 @@ def _made(found: Mapping[Family, Dispatcher]) -> dict[Family, str]:
 def _will_make(family: Family) -> str:
     """What our transaction is about to bring into being beside the dispatcher: legacy tables come with their chains."""
     try:
-        if not nfnetlink.table_exists(family.netfilter, "filter"):
+        if not netlink.table_exists(family.netfilter, "filter"):
             return MADE_TABLE
-        if not nfnetlink.chain_exists(family.netfilter, "filter", "INPUT"):
+        if not netlink.chain_exists(family.netfilter, "filter", "INPUT"):
             return MADE_CHAIN
     except OSError as error:
         raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
@@ -376,9 +377,9 @@ def _remove_what_we_made(family: Family, found: Dispatcher) -> None:
     if found.made == MADE_NOTHING or _dispatchers([family])[family].exists:
         return
     try:
-        nfnetlink.delete_unused_chain(family.netfilter, "filter", "INPUT")
+        netlink.delete_unused_chain(family.netfilter, "filter", "INPUT")
         if found.made == MADE_TABLE:
-            nfnetlink.delete_empty_table(family.netfilter, "filter")
+            netlink.delete_empty_table(family.netfilter, "filter")
     except OSError as error:
         raise PortChainsUnavailable(f"an empty filter table was left behind: {error.strerror}") from error
 

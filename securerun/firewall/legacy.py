@@ -40,7 +40,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Protocol
 
-from securerun import packages
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.iptables import (
     CHAIN,
@@ -52,6 +51,7 @@ from securerun.firewall.iptables import (
     sets_stand,
 )
 from securerun.firewall.policy import Policy
+from securerun.linux import packages
 
 # iptables/xshared.h: XT_LOCK_NAME
 _LOCK = Path("/run/xtables.lock")

@@ -21,7 +21,7 @@ import socket
 import stat
 from pathlib import Path
 
-from securerun.firewall import nfnetlink
+from securerun.linux import netlink
 
 LIBRARY = "libnftables.so.1"
 _PACKAGES = "libnftables1 (Debian, Ubuntu) or nftables (openEuler, CentOS, Kylin)"
@@ -130,7 +130,7 @@ def _load() -> ctypes.CDLL:
 
 def _require_netfilter() -> None:
     try:
-        nfnetlink.open_channel().close()
+        netlink.open_channel().close()
     except OSError as error:
         raise NftablesError(f"no netlink socket to netfilter: {error.strerror}") from error
 

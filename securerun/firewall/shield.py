@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import Callable
 
 from securerun.errors import PolicyError
-from securerun.firewall.bpf import (
+from securerun.firewall.policy import Denial, Network, Policy, collapse
+from securerun.linux.bpf import (
     R0,
     R1,
     R2,
@@ -64,7 +65,6 @@ from securerun.firewall.bpf import (
     map_reference,
     store,
 )
-from securerun.firewall.policy import Denial, Network, Policy, collapse
 
 
 class ShieldUnavailable(Exception):

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
-from securerun import signals
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Network, Policy
 from securerun.guard.processes import RUN_ID_VARIABLE
@@ -29,6 +28,7 @@ from securerun.guard.protocol import (
     Runs,
 )
 from securerun.guard.ways import DIRECTLY, Connection, Way, ways
+from securerun.linux import signals
 
 _READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0

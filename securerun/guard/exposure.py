@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
-from securerun.guard import sockets
 from securerun.guard.lease import Lease
-from securerun.guard.sockets import Listener, SocketDiagnosis, SocketsUnavailable
+from securerun.linux import sock_diag
+from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
 
 # What is held changes without any listener being made: one can be inherited or received.
 _FULL_LOOK_SECONDS = 1.0
@@ -49,12 +49,12 @@ class Exposure:
 
     def _exposed(self, found: tuple[Listener, ...]) -> tuple[Listener, ...]:
         reachable = [listener for listener in found if not listener.address.is_loopback]
-        holders = sockets.sockets_of(process.pid for process in self._lease.processes())
+        holders = sock_diag.sockets_of(process.pid for process in self._lease.processes())
         cgroup = self._lease.cgroup
         if self._lease.shield is None or cgroup is None:
-            return sockets.held(reachable, holders)
-        self._cgroups |= sockets.cgroup_ids(cgroup.descriptor)
-        return sockets.outside(reachable, holders, self._cgroups)
+            return sock_diag.held(reachable, holders)
+        self._cgroups |= sock_diag.cgroup_ids(cgroup.descriptor)
+        return sock_diag.outside(reachable, holders, self._cgroups)
 
     def _close(self, ports: list[int]) -> tuple[str, ...]:
         listed = ", ".join(map(str, ports))

@@ -35,7 +35,7 @@ from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
 from securerun.guard.site import SitePolicy, require_permitted_peers
-from securerun.guard.sockets import SocketDiagnosis, SocketsUnavailable
+from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8
 _LAST_LOG_GROUP = 65535

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Network, collapse
-from securerun.guard import sockets
 from securerun.guard.caller import ROOT
 from securerun.guard.records import Record
 from securerun.guard.site import SitePolicy
-from securerun.guard.sockets import SocketsUnavailable
+from securerun.linux import sock_diag
+from securerun.linux.sock_diag import SocketsUnavailable
 
 
 def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None:
@@ -41,7 +41,7 @@ def require_harmless(run: Record, known: Iterable[Record]) -> None:
     _require_harmless_peers(run, found)
     guarded = [port for record in found for port in record.policy.ports]
     with contextlib.suppress(SocketsUnavailable):
-        for listener in sockets.listeners():
+        for listener in sock_diag.listeners():
             if listener.user == run.user or listener.address.is_loopback:
                 continue
             if any(listener.port in port for port in guarded):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import capabilities, inherited, log, records, site
+from securerun.guard import inherited, log, records, site
 from securerun.guard import lease as leases
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
 from securerun.guard.cgroup import CgroupUnavailable, leave_shared_cgroups
@@ -39,6 +39,7 @@ from securerun.guard.protocol import (
 )
 from securerun.guard.site import SitePolicy
 from securerun.guard.watch import Watch
+from securerun.linux import capabilities
 
 NAME = "securerun-guard"
 _INPUT, _OUTPUT = 0, 1

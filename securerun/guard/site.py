@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from securerun import packages, trust
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import LAST_PORT, Network, Policy, PortRange
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.protocol import Order
+from securerun.linux import packages, trust
 
 FILE = Path("/etc/securerun/guard.toml")
 # A network wider than these is half the world rather than the nodes of a job.

@@ -15,7 +15,6 @@ from typing import Callable, Protocol
 
 from securerun.errors import SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.nfnetlink import Deletions
 from securerun.firewall.policy import Address, Denial
 from securerun.firewall.shield import ShieldUnavailable
 from securerun.guard import processes
@@ -24,7 +23,8 @@ from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.processes import Process
 from securerun.guard.protocol import Message, Notice, Peers, ProtocolError, Release, Released
-from securerun.guard.sockets import SocketsUnavailable
+from securerun.linux.netlink import Deletions
+from securerun.linux.sock_diag import SocketsUnavailable
 
 # At most one line a source in this time, or a port scanner fills the job's log.
 _QUIET_SECONDS = 60.0

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from securerun.guard import capabilities, program
+from securerun.guard import program
 from securerun.guard.protocol import MAXIMUM_BYTES, Message, decode, encode
+from securerun.linux import capabilities
 
 DIRECTLY = "directly"
 SOCKET = Path("/run/securerun.sock")

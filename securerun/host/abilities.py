@@ -13,16 +13,16 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from securerun import packages, signals
 from securerun.errors import SecurerunError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import capabilities, cgroup, reserved, ways
+from securerun.guard import cgroup, reserved, ways
 from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.protocol import ProtocolError, Ready, Refused
 from securerun.guard.ways import Way
+from securerun.linux import capabilities, packages, signals
 
 _LEAST_KERNEL = (4, 15)
 _SOCKET_KERNEL = (5, 1)

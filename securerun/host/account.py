@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from securerun.errors import PrivilegeError, UsageError
-from securerun.guard import capabilities
+from securerun.linux import capabilities
 
 _PR_SET_DUMPABLE = 4
 # What was root's own, or tells how root came to be root.

@@ -66,7 +66,7 @@ def leading_to(networks: Iterable[Network]) -> tuple[str, ...]:
     Where the hosts' own routes are the same, which is what networks are made for, their packets come in through these
     and no others. Raises OSError where the kernel does not tell its routes.
     """
-    from securerun.host.routes import Routes  # few launches ask
+    from securerun.linux.routes import Routes  # few launches ask
 
     devices = Routes().devices_to(networks)
     return tuple(name for index, name in socket.if_nameindex() if index in devices)

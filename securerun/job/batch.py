@@ -164,7 +164,7 @@ def _find_scontrol() -> str | None:
 
 def _may_run(command: Path) -> bool:
     """Root runs only what nobody else could have put there."""
-    from securerun import trust
+    from securerun.linux import trust
 
     try:
         return os.geteuid() != 0 or trust.weak_point(command) is None

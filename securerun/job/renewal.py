@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
-from securerun import signals
+from securerun.linux import signals
 
 if TYPE_CHECKING:
     from securerun.job.peers import Peers

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from securerun.guard import sockets
-from securerun.guard.sockets import Connection, Listener, SocketDiagnosis, SocketsUnavailable
 from securerun.host.preflight import Finding, Scene
+from securerun.linux import sock_diag
+from securerun.linux.sock_diag import Connection, Listener, SocketDiagnosis, SocketsUnavailable
 
 _NAMED = 8
 # A range as wide as what the kernel gives to connections is for the port chains, and no list of ports to listen on.
@@ -73,7 +73,7 @@ def _is_in_the_way(listener: Listener, scene: Scene) -> bool:
 
 def _holders() -> dict[int, int]:
     """The process of each socket, by inode; without those that this user may not look into."""
-    return sockets.sockets_of(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return sock_diag.sockets_of(int(path.name) for path in Path("/proc").glob("[0-9]*"))
 
 
 def _command(pid: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from typing import Union
 
-from securerun.firewall.nfnetlink import attributes, dumped, framed
+from securerun.linux.netlink import attributes, dumped, framed
 
 Network = Union[IPv4Network, IPv6Network]
 

@@ -15,8 +15,8 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from securerun.firewall import nfnetlink
 from securerun.firewall.policy import Address
+from securerun.linux import netlink
 
 # include/uapi/linux/netlink.h, sock_diag.h
 _NETLINK_SOCK_DIAG = 4
@@ -256,7 +256,7 @@ def _open_channel() -> socket.socket:
 
 def _question(family: int, states: int, chosen: bytes) -> bytes:
     question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, states)
-    return nfnetlink.framed(_SOCK_DIAG_BY_FAMILY, question + chosen, _REQUEST | _DUMP)
+    return netlink.framed(_SOCK_DIAG_BY_FAMILY, question + chosen, _REQUEST | _DUMP)
 
 
 def _port_filter(first: int, last: int) -> bytes:
@@ -266,7 +266,7 @@ def _port_filter(first: int, last: int) -> bytes:
     """
     pieces = (_FILTER.pack(_PORT_AT_LEAST, 8, 20), _FILTER.pack(0, 0, first))
     more = (_FILTER.pack(_PORT_AT_MOST, 8, 12), _FILTER.pack(0, 0, last))
-    return nfnetlink.attribute(_FILTER_ATTRIBUTE, b"".join((*pieces, *more)))
+    return netlink.attribute(_FILTER_ATTRIBUTE, b"".join((*pieces, *more)))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -303,7 +303,7 @@ def _listener(answer: bytes) -> Listener | None:
     size = 4 if answer[0] == socket.AF_INET else 16
     (port,) = _PORT.unpack_from(answer)
     user, inode = _USER_AND_INODE.unpack_from(answer)
-    cgroup = nfnetlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
+    cgroup = netlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
     number = _CGROUP_NUMBER.unpack(cgroup)[0] if len(cgroup) == _CGROUP_NUMBER.size else None
     return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, user, inode, number)
 

@@ -1,0 +1,1 @@
+"""Asks Linux: its sockets, rules, processes, programs and files. Nothing here knows of securerun."""
