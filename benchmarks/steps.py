@@ -44,9 +44,10 @@ def import_torch() -> Any:  # noqa: ANN401
 
 def import_securerun() -> tuple[Any, Any, Any]:
     """What the console script imports."""
-    from securerun import inspection, protection, run
+    from securerun import inspection, run
+    from securerun.protection import guarded
 
-    return inspection, protection, run
+    return inspection, guarded, run
 
 
 def torchrun() -> None:
@@ -57,7 +58,7 @@ def torchrun() -> None:
 
 def securerun() -> None:
     inspection, protection, run = timed("load securerun", import_securerun)()
-    from securerun.guard.client import Guard
+    from securerun.protection.client import Guard
 
     importing = run._import_torch
 

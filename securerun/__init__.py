@@ -14,19 +14,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from securerun.guard.client import guarded
-    from securerun.protection import policy
+    from securerun.protection.client import guarded
+    from securerun.protection.guarded import policy
 
 __all__ = ["guarded", "policy"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module holds
     if name == "guarded":
-        from securerun.guard.client import guarded
+        from securerun.protection.client import guarded
 
         return guarded
     if name == "policy":
-        from securerun.protection import policy
+        from securerun.protection.guarded import policy
 
         return policy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from securerun.console import say
 from securerun.host.preflight import OFF, STRICT, WARN, Finding, Scene, look, require_none
-from securerun.news import Checked, Hear, nobody
+from securerun.protection.events import Checked, Hear, nobody
 
 if TYPE_CHECKING:
     from securerun.host.preflight.firewalls import Reading
     from securerun.job.launchers import Job
     from securerun.options import Options
-    from securerun.protection import Launch
+    from securerun.protection.guarded import Launch
 
 # Where one node's agents meet, only the first node's listens there; with every other backend any agent may.
 _FIRST_NODE_LISTENS = frozenset({"static", "parallel", "env"})

@@ -19,14 +19,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
-from securerun import enclosing, inspection, protection
+from securerun import inspection
 from securerun.console import say, spoken_errors
-from securerun.enclosing import Enclosing
 from securerun.errors import UsageError
-from securerun.guard.client import Guard
 from securerun.host import system, umask
 from securerun.inspection import Early
-from securerun.protection import Launch
+from securerun.protection import enclosing, guarded
+from securerun.protection.client import Guard
+from securerun.protection.enclosing import Enclosing
+from securerun.protection.guarded import Launch
 
 if TYPE_CHECKING:
     from securerun.job.launchers import Command, Job, Launcher
@@ -117,22 +118,22 @@ def _launch(arguments: Sequence[str], ready: _Ready, as_command: bool, only: Lau
         if as_command:
             sys.argv[1:] = command.arguments
         in_force = umask.tighten(asked.umask, asked.umask_source)
-        protection.forbid_code_in_weights(asked)
+        guarded.forbid_code_in_weights(asked)
         if ready.around is not None:
-            protection.rely_on(ready.around, asked)
+            guarded.rely_on(ready.around, asked)
             if not asked.dry_run:
                 found = inspection.inspect_inner(_job(command), asked, ready.early, command.namespace.log_dir)
                 inspection.tell(found)
                 _run(command, asked)
                 return
-        with protection.reported(asked, [*sys.argv[:1], *arguments], ready.began) as hear:
-            launch = protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
+        with guarded.reported(asked, [*sys.argv[:1], *arguments], ready.began) as hear:
+            launch = guarded.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
             found = inspection.inspect(launch, ready.early, command.namespace.log_dir, hear)
             if asked.dry_run:
                 inspection.tell(found)
-                protection.print_plan(launch)
+                guarded.print_plan(launch)
                 return
-            with protection.protected(launch, ready.guard, hear), _closing_what_frames_hold():
+            with guarded.protected(launch, ready.guard, hear), _closing_what_frames_hold():
                 inspection.tell(found)
                 _run(command, asked)
 
@@ -149,7 +150,7 @@ def plan(arguments: Sequence[str]) -> Launch:
     command, asked = _understand(arguments, None)
     _require_same_user(asked, user)
     in_force = umask.tighten(asked.umask, asked.umask_source)
-    launch = protection.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
+    launch = guarded.understand(_job(command), asked, in_force, ranks=_ranks(command, asked))
     if asked.preflight is not None:
         inspection.tell(inspection.inspect(launch, early, command.namespace.log_dir))
     return launch

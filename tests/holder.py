@@ -25,8 +25,8 @@ from hosts import cgroup2_mount
 
 from securerun.errors import SecurerunError
 from securerun.firewall.policy import Network, Policy, PortRange, collapse
-from securerun.guard.client import Guard
 from securerun.guard.protocol import Notice, Order
+from securerun.protection.client import Guard
 
 
 def main() -> None:

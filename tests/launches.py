@@ -12,7 +12,7 @@ from securerun.job.hccl import Entrance
 from securerun.job.launchers import Endpoint, Job
 from securerun.job.peers import Peers
 from securerun.options import Options
-from securerun.protection import Launch
+from securerun.protection.guarded import Launch
 
 RUN = "0123456789ab"
 PORTS = (PortRange(29500, 29500, "master port (static rendezvous)"), PortRange(60000, 60015, "HCCL"))

@@ -155,8 +155,8 @@ def main() -> None:
 
 def _mark_moments(launcher: Launcher) -> None:
     """Let the tester in between the guard's start and its order, and tell when the lease is being given back."""
-    from securerun.guard import client
     from securerun.guard.protocol import Guarding, Order, Released
+    from securerun.protection import client
 
     class MarkedGuard(client.Guard):
         def guard(self, order: Order, tell: Callable[[Notice], None]) -> Guarding:

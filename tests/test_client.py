@@ -16,8 +16,6 @@ from cgroups import in_child
 
 from securerun.errors import PrivilegeError
 from securerun.firewall.policy import Policy
-from securerun.guard import client, ways
-from securerun.guard.client import Guard, Refusal
 from securerun.guard.processes import RUN_ID_VARIABLE
 from securerun.guard.protocol import (
     Guarding,
@@ -32,7 +30,9 @@ from securerun.guard.protocol import (
     Runs,
     encode,
 )
-from securerun.guard.ways import Way
+from securerun.protection import client, ways
+from securerun.protection.client import Guard, Refusal
+from securerun.protection.ways import Way
 
 ORDER = Order(Policy("0123456789ab", (), (ipaddress.IPv4Network("10.77.0.2"),)), "auto", "auto", 0.0, "test")
 GUARDING = Guarding((Layer("shield", "test"),))

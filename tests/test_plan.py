@@ -19,7 +19,7 @@ from probe import reach
 from securerun.ctl.plan import render
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
-from securerun.protection import Launch
+from securerun.protection.guarded import Launch
 
 SECURERUNCTL = str(jobs.COMMANDS / "securerunctl")
 SHELLCHECK = str(jobs.COMMANDS / "shellcheck")

@@ -30,7 +30,7 @@ from securerun.evidence.report import Ending, Journal
 from securerun.firewall.policy import Denial
 from securerun.guard.protocol import Guarding, Layer, Notice, Released
 from securerun.job.peers import Peers
-from securerun.news import Checked, Finished, Gone, Installed, News, Renewed
+from securerun.protection.events import Checked, Finished, Gone, Installed, News, Renewed
 
 EXEC = (str(jobs.COMMANDS / "securerunctl"), "exec")
 ALONE = (*EXEC, "--peers", "localhost")

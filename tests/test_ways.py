@@ -14,10 +14,10 @@ import pytest
 from cgroups import in_child
 from sandbox import NOBODY
 
-from securerun.guard import ways
 from securerun.guard.protocol import ProtocolError, Ready, Release, encode
-from securerun.guard.ways import Connection
 from securerun.linux import capabilities
+from securerun.protection import ways
+from securerun.protection.ways import Connection
 
 SHORT_SECONDS = 0.05
 

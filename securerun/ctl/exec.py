@@ -13,17 +13,18 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from securerun import enclosing, inspection, options, protection, words
+from securerun import inspection, options
 from securerun.console import say, spoken_errors
 from securerun.ctl import child
 from securerun.errors import SecurerunError, UsageError
 from securerun.guard import processes
-from securerun.guard.client import Guard
 from securerun.host import account, system, umask
 from securerun.inspection import Early
 from securerun.job import environment
 from securerun.job.launchers import Job
 from securerun.options import OPTIONS, Options
+from securerun.protection import enclosing, guarded, words
+from securerun.protection.client import Guard
 
 _USAGE = "securerunctl exec [OPTIONS] -- COMMAND [ARGUMENTS]"
 _HELP = """\
@@ -97,27 +98,27 @@ def _execute(arguments: Sequence[str]) -> int:
         account.become(account.find_account(asked.run_as, asked.run_as_source))
     in_force = umask.tighten(asked.umask, asked.umask_source)
     program = _find(command[0])
-    protection.forbid_code_in_weights(asked)
+    guarded.forbid_code_in_weights(asked)
     job = environment.describe_job(os.environ, command)
     if around is not None:
-        protection.rely_on(around, asked)
+        guarded.rely_on(around, asked)
         if not asked.dry_run:
             inspection.tell(inspection.inspect_inner(job, asked, early))
             _become(program, command)
     if asked.dry_run:
-        launch = protection.understand(job, asked, in_force, environment.known_ports(os.environ))
+        launch = guarded.understand(job, asked, in_force, environment.known_ports(os.environ))
         inspection.tell(inspection.inspect(launch, early))
-        protection.print_plan(launch)
+        guarded.print_plan(launch)
         return 0
     return _run(job, asked, in_force, guard, program, early, began)
 
 
 def _run(job: Job, asked: Options, in_force: int, guard: Guard | None, program: str, early: Early, began: float) -> int:
     try:
-        with protection.reported(asked, job.command, began) as hear:
-            launch = protection.understand(job, asked, in_force, environment.known_ports(os.environ))
+        with guarded.reported(asked, job.command, began) as hear:
+            launch = guarded.understand(job, asked, in_force, environment.known_ports(os.environ))
             found = inspection.inspect(launch, early, hear=hear)
-            with protection.protected(launch, guard, hear, may_leave_job=True):
+            with guarded.protected(launch, guard, hear, may_leave_job=True):
                 inspection.tell(found)
                 status = _run_child(program, job.command)
                 if not asked.unprotected:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from securerun import run
 from securerun.console import say
 from securerun.errors import PolicyError
-from securerun.protection import Launch
+from securerun.protection.guarded import Launch
 
 
 def print_plan(arguments: Sequence[str], form: str) -> None:
@@ -27,9 +27,9 @@ def print_plan(arguments: Sequence[str], form: str) -> None:
 
 def render(launch: Launch, form: str) -> str:
     """The plan in one of the forms that are not for people. Raises PolicyError for one that it does not have."""
-    from securerun import words
     from securerun.evidence import documents
     from securerun.firewall import nftables, script
+    from securerun.protection import words
 
     if form == "json":
         return json.dumps(documents.of_launch(launch), indent=2) + "\n"

@@ -16,8 +16,8 @@ from pathlib import Path
 import securerun
 from securerun.errors import PolicyError, PrivilegeError, UsageError
 from securerun.guard.program import SOCKET_ARGUMENT
-from securerun.guard.ways import SOCKET
 from securerun.linux import trust
+from securerun.protection.ways import SOCKET
 
 DEFAULT_GROUP = "securerun"
 _PROGRAM = "securerun-guard"

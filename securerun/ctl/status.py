@@ -23,7 +23,7 @@ from securerun.guard.records import Record
 from securerun.host.account import name_of
 
 if TYPE_CHECKING:
-    from securerun.guard.client import Guard
+    from securerun.protection.client import Guard
 
 _NO_RUNS = "no runs on this host"
 _HEADINGS = ("RUN", "STATE", "USER", "PID", "STARTED", "COMMAND")
@@ -63,13 +63,13 @@ def read_runs() -> tuple[Record, ...]:
 @cache
 def _guard() -> Guard:
     """One guard for all the looks of a watch; root needs none, nor what it takes to speak to one."""
-    from securerun.guard.client import Guard
+    from securerun.protection.client import Guard
 
     return Guard()
 
 
 def _read_own_runs() -> tuple[Record, ...]:
-    from securerun.guard.client import Refusal
+    from securerun.protection.client import Refusal
 
     try:
         return tuple(records.understood(document) for document in _guard().report())

@@ -7,7 +7,7 @@ from typing import Any
 
 from securerun.guard.protocol import policy_document
 from securerun.options import OPTIONS, Options
-from securerun.protection import Launch
+from securerun.protection.guarded import Launch
 
 _DEFAULT = "default"
 

@@ -19,15 +19,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from securerun import words
 from securerun.console import say
 from securerun.errors import UsageError
 from securerun.evidence import documents, report_html
 from securerun.firewall.policy import Denial
 from securerun.guard.protocol import Notice, Released, denial_document, layer_document
 from securerun.host.account import name_of
-from securerun.news import Checked, Finding, Finished, Gone, Installed, News, Renewed
-from securerun.protection import Launch
+from securerun.protection import words
+from securerun.protection.events import Checked, Finding, Finished, Gone, Installed, News, Renewed
+from securerun.protection.guarded import Launch
 
 Kind = TypeVar("Kind")
 

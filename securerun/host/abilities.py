@@ -18,11 +18,12 @@ from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import cgroup, reserved, ways
+from securerun.guard import cgroup, reserved
 from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.protocol import ProtocolError, Ready, Refused
-from securerun.guard.ways import Way
 from securerun.linux import capabilities, packages, signals
+from securerun.protection import ways
+from securerun.protection.ways import Way
 
 _LEAST_KERNEL = (4, 15)
 _SOCKET_KERNEL = (5, 1)

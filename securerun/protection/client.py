@@ -27,8 +27,8 @@ from securerun.guard.protocol import (
     Run,
     Runs,
 )
-from securerun.guard.ways import DIRECTLY, Connection, Way, ways
 from securerun.linux import signals
+from securerun.protection.ways import DIRECTLY, Connection, Way, ways
 
 _READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0

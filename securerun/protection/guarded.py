@@ -13,16 +13,16 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable
 
-from securerun import enclosing
 from securerun.console import say
-from securerun.enclosing import Enclosing
 from securerun.firewall.policy import Policy, PortRange
-from securerun.guard.client import Guard
 from securerun.guard.protocol import Notice, Order, printable
 from securerun.host import interfaces
 from securerun.job.renewal import Renewal
 from securerun.linux import signals
-from securerun.news import Finished, Gone, Hear, Installed, Renewed, nobody
+from securerun.protection import enclosing
+from securerun.protection.client import Guard
+from securerun.protection.enclosing import Enclosing
+from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed, nobody
 
 if TYPE_CHECKING:
     from securerun.job.hccl import Entrance
@@ -110,8 +110,8 @@ def policy(
 
 def print_plan(launch: Launch) -> None:
     """Print all that a launch would do, on standard output."""
-    from securerun import words
-    from securerun.guard import cgroup, ways
+    from securerun.guard import cgroup
+    from securerun.protection import ways, words
 
     for warning in launch.peers.warnings:
         say(warning)
@@ -162,7 +162,7 @@ def rely_on(run: Enclosing, asked: Options) -> None:
 
     Raises PolicyError for a launch that insists on more than that run has.
     """
-    from securerun import words
+    from securerun.protection import words
 
     say(words.relying(run.run_id, enclosing.without_effect(asked, run)))
 
@@ -186,7 +186,7 @@ def forbid_code_in_weights(asked: Options) -> None:
 @contextmanager
 def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], None], hear: Hear) -> Iterator[None]:
     """Have this process guarded; let the guard go when the job is over, and say who was turned away."""
-    from securerun import words
+    from securerun.protection import words
 
     policy, asked = launch.policy, launch.options
     command = printable(" ".join(launch.job.command)[:_COMMAND_SHOWN])
@@ -247,7 +247,7 @@ def _whitelisted(launch: Launch, may_leave_job: bool) -> Iterator[Callable[[Peer
 @contextmanager
 def _unprotected(hear: Hear) -> Iterator[None]:
     """Warn before and after, so that it stands at both ends of a long log."""
-    from securerun import words
+    from securerun.protection import words
 
     say(words.unprotected())
     failed = True
@@ -271,7 +271,7 @@ def _listed(value: str | Iterable[int | str]) -> str:
 
 def _teller(renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
     """What takes the news from the guard, while the job runs."""
-    from securerun import words
+    from securerun.protection import words
 
     def tell(notice: Notice) -> None:
         hear(notice)
@@ -284,7 +284,7 @@ def _teller(renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
 
 
 def _say_farewell(guard: Guard, policy: Policy, failed: bool, hear: Hear) -> None:
-    from securerun import words
+    from securerun.protection import words
 
     released = guard.release(failed)
     hear(released or Gone())

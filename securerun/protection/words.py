@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from securerun.firewall.policy import Denial, Network, Policy, shown
 from securerun.guard.protocol import printable
-from securerun.guard.ways import DIRECTLY
+from securerun.protection.ways import DIRECTLY
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice

@@ -13,7 +13,7 @@ from securerun.guard.protocol import Guarding, Notice, Released
 
 if TYPE_CHECKING:
     from securerun.job.peers import Peers
-    from securerun.protection import Launch
+    from securerun.protection.guarded import Launch
 
 
 class Finding(Protocol):
