@@ -27,9 +27,9 @@ from users import PrivateMachine, User
 
 from securerun.errors import SecurerunError
 from securerun.guard.channel import Channel
+from securerun.guard.limits import SitePolicy, require_permitted
 from securerun.guard.protocol import Order, ProtocolError
 from securerun.guard.server import Orders
-from securerun.guard.site import SitePolicy, require_permitted
 
 _EXAMPLES = 500
 _DOCUMENTS = 200  # an example

@@ -30,11 +30,11 @@ from securerun.guard.cgroup import (
     open_job_cgroup,
     path_of_job_cgroup,
 )
+from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
-from securerun.guard.site import SitePolicy, require_permitted_peers
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Network, collapse
 from securerun.guard.caller import ROOT
+from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Record
-from securerun.guard.site import SitePolicy
 from securerun.linux import sock_diag
 from securerun.linux.sock_diag import SocketsUnavailable
 

@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import inherited, log, records, site
+from securerun.guard import inherited, limits, log, records
 from securerun.guard import lease as leases
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
 from securerun.guard.cgroup import CgroupUnavailable, leave_shared_cgroups
 from securerun.guard.channel import Channel
 from securerun.guard.lease import Lease
+from securerun.guard.limits import SitePolicy
 from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
@@ -37,7 +38,6 @@ from securerun.guard.protocol import (
     decode,
     encode,
 )
-from securerun.guard.site import SitePolicy
 from securerun.guard.watch import Watch
 from securerun.linux import capabilities
 
@@ -199,7 +199,7 @@ def _read_site_policy(caller: Caller) -> SitePolicy:
     """What the site permits; root needs no permission, and is served where the file cannot be read too."""
     if caller.user == ROOT:
         return SitePolicy()
-    permitted, ignored = site.read_site_policy()
+    permitted, ignored = limits.read_site_policy()
     if ignored:
         _log(ignored)
     return permitted
@@ -209,7 +209,7 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
     """Validate first, act after."""
     caller.identify_again()
     permitted = _read_site_policy(caller)
-    site.require_permitted(permitted, order, caller)
+    limits.require_permitted(permitted, order, caller)
     caller.require_same_network()
     if not by_socket:
         # Whom this cgroup is delegated to could freeze a guard that holds the host's lock, so out of it before that;

@@ -65,9 +65,9 @@ def changeable_configuration(scene: Scene) -> Iterator[Finding]:
     """securerun's own files: root's, and nobody else's."""
     if not SITE_CONFIG.parent.is_dir():
         return
-    from securerun.guard import site
+    from securerun.guard import limits
 
-    for path in (SITE_CONFIG, site.FILE):
+    for path in (SITE_CONFIG, limits.FILE):
         weakness = _weakness(path, {_ROOT})
         if weakness is not None:
             yield _changeable("config", path, weakness, f"whoever can change it decides what {path} says to every job")
