@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from securerun.firewall.policy import Policy, PortRange, collapse
-from securerun.job.hccl import Entrance
+from securerun.job.entrance import Entrance
 from securerun.job.launchers import Endpoint, Job
 from securerun.job.peers import Peers
 from securerun.options import Options

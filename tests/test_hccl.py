@@ -18,19 +18,19 @@ from probe import reach
 from test_interfaces import IN_NAMESPACE, needs_namespace
 
 from securerun.errors import PolicyError
-from securerun.job import hccl
+from securerun.job import entrance as entrances
 from securerun.options import Options
 
 CODE = """
 import ipaddress, json, sys
 from securerun.errors import PolicyError
-from securerun.job import hccl
+from securerun.job import entrance as entrances
 from securerun.options import Options
 
 environment, interface, peers = json.loads(sys.argv[1])
 try:
     networks = [ipaddress.ip_network(peer) for peer in peers]
-    print(hccl.entrance(Options(interface=interface), environment, networks))
+    print(entrances.entrance(Options(interface=interface), environment, networks))
 except PolicyError as error:
     print("refused:", error)
 """
@@ -182,7 +182,7 @@ def test_routes_that_cannot_be_told_are_no_reason_to_keep_a_peer_out(monkeypatch
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr("securerun.host.interfaces.leading_to", refuse)
-    found = hccl.entrance(Options(), {"HCCL_SOCKET_IFNAME": "lo"}, [ipaddress.ip_network("10.77.0.2")])
+    found = entrances.entrance(Options(), {"HCCL_SOCKET_IFNAME": "lo"}, [ipaddress.ip_network("10.77.0.2")])
     assert found.names == ()
     assert "lo" in found.reason and "Operation not permitted" in found.reason
 
@@ -204,14 +204,14 @@ def test_routes_that_cannot_be_told_are_no_reason_to_keep_a_peer_out(monkeypatch
 def test_peers_without_an_address_that_hccl_uses_are_warned_of(
     environment: dict[str, str], peers: list[str], expected: str | None
 ) -> None:
-    found = list(hccl.warnings(environment, [ipaddress.ip_network(peer) for peer in peers]))
+    found = list(entrances.warnings(environment, [ipaddress.ip_network(peer) for peer in peers]))
     assert [words.startswith(expected or "") for words in found] == ([True] if expected else [])
 
 
 @pytest.mark.parametrize("family", ["AF_UNIX", "ipv6", "10"])
 def test_a_family_that_hccl_does_not_know_is_refused(family: str) -> None:
     with pytest.raises(PolicyError, match="write AF_INET or AF_INET6"):
-        list(hccl.warnings({"HCCL_SOCKET_FAMILY": family}, []))
+        list(entrances.warnings({"HCCL_SOCKET_FAMILY": family}, []))
 
 
 # --- on the wire

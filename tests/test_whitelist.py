@@ -20,14 +20,14 @@ from hosts import Host, Network, environment, eventually, finish
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Network as Peers
-from securerun.job import whitelist
+from securerun.job import hccl_whitelist
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2", "fd77::2")
 
 # Makes a list and keeps it until the end of input; FORK has a child go on after the launcher.
 HOLD = """
 import os, sys
-from securerun.job.whitelist import whitelisted
+from securerun.job.hccl_whitelist import whitelisted
 with whitelisted(("10.77.0.2",), os.environ) as made:
     if "fork" in sys.argv and not os.fork():
         sys.stdin.read()
@@ -89,7 +89,7 @@ def end(process: subprocess.Popen[str]) -> None:
 def test_the_list_is_there_for_the_block_and_the_environment_as_before_afterwards(place: Path) -> None:
     for before in ({}, {"HCCL_WHITELIST_DISABLE": "1", "HCCL_WHITELIST_FILE": "/etc/mine"}):
         variables = {"OTHER": "1", **before}
-        with whitelist.whitelisted(ADDRESSES, variables) as made:
+        with hccl_whitelist.whitelisted(ADDRESSES, variables) as made:
             assert variables == {
                 "OTHER": "1",
                 "HCCL_WHITELIST_DISABLE": "0",
@@ -104,7 +104,7 @@ def test_the_list_is_there_for_the_block_and_the_environment_as_before_afterward
 def test_nobody_else_can_read_it_whatever_the_umask() -> None:
     before = os.umask(0)
     try:
-        with whitelist.whitelisted(ADDRESSES, {}) as made:
+        with hccl_whitelist.whitelisted(ADDRESSES, {}) as made:
             assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
             assert stat.S_IMODE(made.path.parent.stat().st_mode) == 0o700
             assert made.path.parent.stat().st_uid == os.geteuid()
@@ -114,14 +114,14 @@ def test_nobody_else_can_read_it_whatever_the_umask() -> None:
 
 def test_it_goes_with_an_error_too(place: Path) -> None:
     variables: dict[str, str] = {}
-    with pytest.raises(ZeroDivisionError), whitelist.whitelisted(ADDRESSES, variables):
+    with pytest.raises(ZeroDivisionError), hccl_whitelist.whitelisted(ADDRESSES, variables):
         raise ZeroDivisionError
     assert variables == {}
     assert list(place.iterdir()) == []
 
 
 def test_it_can_change_while_it_is_read() -> None:
-    with whitelist.whitelisted(ADDRESSES, {}) as made, made.path.open() as reader:
+    with hccl_whitelist.whitelisted(ADDRESSES, {}) as made, made.path.open() as reader:
         made.change(["10.77.0.9"])
         assert json.load(reader)["host_ip"] == list(ADDRESSES)
         assert host_ip(made.path) == ["10.77.0.9"]
@@ -135,7 +135,7 @@ def test_what_a_killed_launcher_left_goes_with_the_next(place: Path) -> None:
     process.communicate()
     (place / f"securerun-{os.geteuid()}-empty").mkdir(mode=0o700)  # killed before there was a file in it
     assert path.exists()
-    with whitelist.whitelisted(ADDRESSES, {}) as made:
+    with hccl_whitelist.whitelisted(ADDRESSES, {}) as made:
         assert list(place.iterdir()) == [made.path.parent]
     assert list(place.iterdir()) == []
 
@@ -143,27 +143,27 @@ def test_what_a_killed_launcher_left_goes_with_the_next(place: Path) -> None:
 def test_what_a_job_that_goes_on_may_still_read_stays_until_it_ends(place: Path) -> None:
     """As with a command that returns while its workers go on: `securerunctl exec -- msrun --join=False`."""
     variables = environment()
-    with whitelist.whitelisted(ADDRESSES, variables, may_leave_job=True) as made:
+    with hccl_whitelist.whitelisted(ADDRESSES, variables, may_leave_job=True) as made:
         worker = subprocess.Popen(["sleep", "60"], env=variables)
     try:
         assert host_ip(made.path) == list(ADDRESSES)
-        with whitelist.whitelisted(ADDRESSES, {}):
+        with hccl_whitelist.whitelisted(ADDRESSES, {}):
             assert host_ip(made.path) == list(ADDRESSES)
     finally:
         worker.kill()
         worker.wait()
-    with whitelist.whitelisted(ADDRESSES, environment(), may_leave_job=True):
+    with hccl_whitelist.whitelisted(ADDRESSES, environment(), may_leave_job=True):
         pass
     assert list(place.iterdir()) == []
 
 
 def test_a_job_that_failed_or_was_waited_for_leaves_no_list_to_anyone(place: Path) -> None:
     variables = environment()
-    with whitelist.whitelisted(ADDRESSES, variables):
+    with hccl_whitelist.whitelisted(ADDRESSES, variables):
         left = subprocess.Popen(["sleep", "60"], env=variables)
     try:
         assert list(place.iterdir()) == []
-        with pytest.raises(ZeroDivisionError), whitelist.whitelisted(ADDRESSES, variables, may_leave_job=True):
+        with pytest.raises(ZeroDivisionError), hccl_whitelist.whitelisted(ADDRESSES, variables, may_leave_job=True):
             raise ZeroDivisionError
         assert list(place.iterdir()) == []
     finally:
@@ -173,7 +173,7 @@ def test_a_job_that_failed_or_was_waited_for_leaves_no_list_to_anyone(place: Pat
 
 def test_what_a_live_launcher_has_stays(place: Path) -> None:
     process, path = hold()
-    with whitelist.whitelisted(ADDRESSES, {}):
+    with hccl_whitelist.whitelisted(ADDRESSES, {}):
         assert host_ip(path) == ["10.77.0.2"]
     assert host_ip(path) == ["10.77.0.2"]
     end(process)
@@ -183,14 +183,14 @@ def test_what_a_live_launcher_has_stays(place: Path) -> None:
 def test_what_a_process_of_a_killed_launcher_may_still_read_stays(place: Path) -> None:
     process, path = hold("fork")
     process.kill()
-    with whitelist.whitelisted(ADDRESSES, {}):
+    with hccl_whitelist.whitelisted(ADDRESSES, {}):
         assert host_ip(path) == ["10.77.0.2"]
     process.communicate()  # the end of input is the child's
     assert eventually(lambda: _sweeps(path))
 
 
 def _sweeps(path: Path) -> bool:
-    with whitelist.whitelisted(ADDRESSES, {}):
+    with hccl_whitelist.whitelisted(ADDRESSES, {}):
         return not path.exists()
 
 
@@ -225,7 +225,7 @@ def test_what_another_sweeps_away_before_it_is_locked_is_made_again(
         lock(directory, operation)
 
     monkeypatch.setattr(fcntl, "flock", sweep_first)
-    with whitelist.whitelisted(ADDRESSES, {}) as made:
+    with hccl_whitelist.whitelisted(ADDRESSES, {}) as made:
         assert host_ip(made.path) == list(ADDRESSES)
         assert list(place.iterdir()) == [made.path.parent] != swept
 
@@ -245,7 +245,7 @@ def test_things_of_others_in_the_directory_stay(place: Path) -> None:
     full.mkdir(mode=0o700)
     (full / "mine").touch()
     before = {path: path.is_dir() and sorted(path.iterdir()) for path in place.iterdir()}
-    with whitelist.whitelisted(ADDRESSES, {}):
+    with hccl_whitelist.whitelisted(ADDRESSES, {}):
         pass
     assert {path: path.is_dir() and sorted(path.iterdir()) for path in place.iterdir()} == before
 
@@ -253,7 +253,7 @@ def test_things_of_others_in_the_directory_stay(place: Path) -> None:
 def test_where_no_file_can_be_made_the_user_is_told_what_to_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(place / "gone"))
     with pytest.raises(PrivilegeError, match="no file can be made in .*gone .*; set TMPDIR"):
-        whitelist.Whitelist(ADDRESSES)
+        hccl_whitelist.Whitelist(ADDRESSES)
 
 
 # --- what stands in it
@@ -262,14 +262,14 @@ def test_where_no_file_can_be_made_the_user_is_told_what_to_do(place: Path, monk
 def test_this_hosts_own_addresses_and_the_peers_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     own = ("127.0.0.1", "10.77.0.1", "fd77::1")
     monkeypatch.setattr("securerun.host.interfaces.own_addresses", lambda: own)
-    found = whitelist.addresses_of(networks("10.77.0.1", "10.77.0.2", "fd77::2"), nodes=2, ranks=8)
+    found = hccl_whitelist.addresses_of(networks("10.77.0.1", "10.77.0.2", "fd77::2"), nodes=2, ranks=8)
     assert found == (*own, "10.77.0.2", "fd77::2")
 
 
 @pytest.mark.parametrize("network", ["10.77.0.0/24", "10.77.0.2/31", "fd77::/64", "0.0.0.0/0"])
 def test_a_network_among_the_peers_is_refused(network: str) -> None:
     with pytest.raises(PolicyError, match=rf"{network} is a network; name each node .* out on all nodes") as error:
-        whitelist.addresses_of(networks("10.77.0.9", network), nodes=2, ranks=8)
+        hccl_whitelist.addresses_of(networks("10.77.0.9", network), nodes=2, ranks=8)
     assert error.value.status == 78
 
 
@@ -287,17 +287,17 @@ def test_a_network_among_the_peers_is_refused(network: str) -> None:
 )
 def test_a_job_that_would_hang_is_refused(peers: Sequence[str], nodes: int, ranks: int, refused: bool) -> None:
     if not refused:
-        assert set(peers) <= set(whitelist.addresses_of(networks(*peers), nodes, ranks))
+        assert set(peers) <= set(hccl_whitelist.addresses_of(networks(*peers), nodes, ranks))
         return
     with pytest.raises(PolicyError, match="accepts 16 connections of an address, and this job has .* leave") as error:
-        whitelist.addresses_of(networks(*peers), nodes, ranks)
+        hccl_whitelist.addresses_of(networks(*peers), nodes, ranks)
     assert error.value.status == 78
 
 
 def test_ranks_as_torch_counts_them() -> None:
-    assert whitelist.ranks_of("4") == 4
-    assert whitelist.ranks_of("cpu") == os.cpu_count()
-    assert whitelist.ranks_of("nonsense") == 0
+    assert hccl_whitelist.ranks_of("4") == 4
+    assert hccl_whitelist.ranks_of("cpu") == os.cpu_count()
+    assert hccl_whitelist.ranks_of("nonsense") == 0
 
 
 # --- behind securerun
@@ -371,7 +371,7 @@ def test_a_command_that_returns_while_its_job_goes_on_leaves_it_the_list(network
 
 
 def _is_swept(place: Path) -> bool:
-    with whitelist.whitelisted(ADDRESSES, {}) as made:
+    with hccl_whitelist.whitelisted(ADDRESSES, {}) as made:
         return list(place.glob("securerun-*")) == [made.path.parent]
 
 

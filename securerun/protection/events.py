@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Finding(Protocol):
-    """Something about this host or its files that departs from the advice (`securerun.host.preflight.Finding`).
+    """Something about this host or its files that departs from the advice (`securerun.preflight.Finding`).
 
     name: which check; what is found; why that matters; the command that mends it.
     """

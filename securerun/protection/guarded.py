@@ -25,7 +25,7 @@ from securerun.protection.enclosing import Enclosing
 from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed, nobody
 
 if TYPE_CHECKING:
-    from securerun.job.hccl import Entrance
+    from securerun.job.entrance import Entrance
     from securerun.job.launchers import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
@@ -59,7 +59,7 @@ def understand(job: Job, asked: Options, umask: int, known: Iterable[PortRange] 
     Raises PolicyError or UsageError.
     """
     from securerun import options
-    from securerun.job import hccl, peers, ports
+    from securerun.job import entrance, peers, ports
 
     interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
     grace = options.seconds(asked.grace, asked.grace_source)
@@ -68,17 +68,17 @@ def understand(job: Job, asked: Options, umask: int, known: Iterable[PortRange] 
     found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=say)
     if found.ports:
         planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, (*known, *found.ports))
-    found = replace(found, warnings=(*found.warnings, *hccl.warnings(os.environ, found.networks)))
-    entrance = hccl.entrance(asked, os.environ, found.networks)
+    found = replace(found, warnings=(*found.warnings, *entrance.warnings(os.environ, found.networks)))
+    way_in = entrance.entrance(asked, os.environ, found.networks)
     policy = Policy(
         secrets.token_hex(6),
         planned,
         found.networks,
-        entrance.names,
+        way_in.names,
         asked.accept,
         close_loopback=asked.loopback == "job",
     )
-    return Launch(job, asked, found, entrance, policy, _whitelist(job, asked, found, ranks), umask, grace)
+    return Launch(job, asked, found, way_in, policy, _whitelist(job, asked, found, ranks), umask, grace)
 
 
 def policy(
@@ -120,9 +120,9 @@ def print_plan(launch: Launch) -> None:
     plan = words.plan(launch.job, launch.policy, launch.peers, launch.entrance, launch.options, launch.umask, origin)
     print(plan, end="")
     if launch.whitelist:
-        from securerun.job import whitelist
+        from securerun.job import hccl_whitelist
 
-        print(f"\n# {whitelist.FILE}\n{whitelist.content(launch.whitelist)}")
+        print(f"\n# {hccl_whitelist.FILE}\n{hccl_whitelist.content(launch.whitelist)}")
 
 
 @contextmanager
@@ -220,9 +220,9 @@ def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], N
 def _whitelist(job: Job, asked: Options, found: Peers, ranks: int) -> tuple[str, ...]:
     if not asked.hccl_whitelist:
         return ()
-    from securerun.job import whitelist
+    from securerun.job import hccl_whitelist
 
-    return whitelist.addresses_of(found.listed, job.max_nodes, ranks)
+    return hccl_whitelist.addresses_of(found.listed, job.max_nodes, ranks)
 
 
 @contextmanager
@@ -231,15 +231,15 @@ def _whitelisted(launch: Launch, may_leave_job: bool) -> Iterator[Callable[[Peer
     if not launch.whitelist:
         yield lambda _: None
         return
-    from securerun.job import whitelist
+    from securerun.job import hccl_whitelist
 
     def change(now: Peers) -> None:
         try:
-            made.change(whitelist.addresses_of(now.listed))
+            made.change(hccl_whitelist.addresses_of(now.listed))
         except OSError as error:
             say(f"HCCL's list cannot be changed ({error}), so HCCL turns the new addresses away")
 
-    with whitelist.whitelisted(launch.whitelist, os.environ, may_leave_job=may_leave_job) as made:
+    with hccl_whitelist.whitelisted(launch.whitelist, os.environ, may_leave_job=may_leave_job) as made:
         say(f"HCCL accepts {len(launch.whitelist)} addresses by {made.path}; every node needs --hccl-whitelist")
         yield change
 

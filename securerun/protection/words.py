@@ -11,7 +11,7 @@ from securerun.protection.ways import DIRECTLY
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice
-    from securerun.job.hccl import Entrance
+    from securerun.job.entrance import Entrance
     from securerun.job.launchers import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
