@@ -31,7 +31,8 @@ import sys, time
 sys.path.insert(0, sys.argv[2])
 from layers import PORTS, RUN, addresses
 from securerun.firewall.policy import Policy, collapse
-from securerun.guard.client import Guard, Order
+from securerun.guard.protocol import Order
+from securerun.protection.client import Guard
 policy = Policy(sys.argv[3], PORTS, collapse(addresses(int(sys.argv[1]), "random")))
 guard = Guard()
 time.sleep(0.5)  # as importing torch takes longer than a guard needs to be ready

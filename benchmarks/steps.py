@@ -44,7 +44,8 @@ def import_torch() -> Any:  # noqa: ANN401
 
 def import_securerun() -> tuple[Any, Any, Any]:
     """What the console script imports."""
-    from securerun import inspection, run
+    from securerun import run
+    from securerun.preflight import inspection
     from securerun.protection import guarded
 
     return inspection, guarded, run

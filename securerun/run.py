@@ -19,11 +19,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
-from securerun import inspection
 from securerun.console import say, spoken_errors
 from securerun.errors import UsageError
 from securerun.host import system, umask
-from securerun.inspection import Early
+from securerun.preflight import inspection
+from securerun.preflight.inspection import Early
 from securerun.protection import enclosing, guarded
 from securerun.protection.client import Guard
 from securerun.protection.enclosing import Enclosing
@@ -225,9 +225,9 @@ def _ranks(command: Command, asked: Options) -> int:
     """How many ranks this node has, where somebody asks."""
     if not asked.hccl_whitelist:
         return 0
-    from securerun.job import whitelist
+    from securerun.job import hccl_whitelist
 
-    return whitelist.ranks_of(command.namespace.nproc_per_node)
+    return hccl_whitelist.ranks_of(command.namespace.nproc_per_node)
 
 
 def _import_torch() -> Decorator:

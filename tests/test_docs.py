@@ -213,7 +213,7 @@ def test_the_site_files_are_taken(stage: Stage, block: Block) -> None:
     path = block.text.splitlines()[0].removeprefix("# ")
     reader = {
         "/etc/securerun/config.toml": "securerunctl exec --dry-run -- true",
-        "/etc/securerun/guard.toml": "python -c 'from securerun.guard import site; print(site.read_site_policy())'",
+        "/etc/securerun/guard.toml": "python -c 'from securerun.guard import limits; print(limits.read_site_policy())'",
     }[path]
     stage.machine.write(path, block.text)
     try:

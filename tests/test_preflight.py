@@ -16,10 +16,10 @@ import pytest
 from hosts import Host
 from sandbox import NOBODY, apart, cover, cover_directory
 
+from securerun import preflight
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
-from securerun.host import preflight
-from securerun.host.preflight import Check, Finding, Scene, files, ports, surroundings
+from securerun.preflight import Check, Finding, Scene, files, ports, surroundings
 
 _ADDR_NO_RANDOMIZE = 0x0040000
 HCCL = PortRange(60000, 60015, "HCCL")
@@ -428,7 +428,7 @@ _LISTEN = "import socket, sys; s = socket.create_server(('', 60000)); print('lis
 def test_worker_whose_launcher_is_gone_is_told_and_others_are_not(tmp_path: Path) -> None:
     """In a pid namespace of its own, whose first process takes orphans over."""
     look = (
-        "from securerun.host.preflight import Scene, remains\n"
+        "from securerun.preflight import Scene, remains\n"
         "for finding in remains.orphans(Scene(0o027, {})): print(finding.name, finding.what, finding.mend, sep='|')"
     )
     script = (

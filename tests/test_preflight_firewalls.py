@@ -16,8 +16,8 @@ from probe import reach
 from sandbox import NOBODY, apart, cover_directory
 
 from securerun.firewall.policy import PortRange
-from securerun.host.preflight import Finding, Scene
-from securerun.host.preflight.firewalls import Reading, turned_away
+from securerun.preflight import Finding, Scene
+from securerun.preflight.firewalls import Reading, turned_away
 
 PORT = 29500
 RANDOM = 46883  # the middle of 32768-60999, which the kernel has by default

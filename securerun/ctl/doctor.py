@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from securerun import preflight
 from securerun.firewall.policy import Network, PortRange
 from securerun.guard.protocol import printable
-from securerun.host import abilities, interfaces, preflight, umask
-from securerun.host.abilities import Ability
-from securerun.host.preflight import Finding, Scene
-from securerun.host.preflight.firewalls import Reading
+from securerun.host import interfaces, umask
 from securerun.job import environment, ports
+from securerun.preflight import Finding, Scene, abilities
+from securerun.preflight.abilities import Ability
+from securerun.preflight.firewalls import Reading
 
 _STATES = {True: "yes", False: "no", None: "?"}
 _NPU_DEVICES = "davinci*"

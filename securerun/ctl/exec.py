@@ -13,16 +13,17 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from securerun import inspection, options
+from securerun import options
 from securerun.console import say, spoken_errors
 from securerun.ctl import child
 from securerun.errors import SecurerunError, UsageError
 from securerun.guard import processes
 from securerun.host import account, system, umask
-from securerun.inspection import Early
 from securerun.job import environment
 from securerun.job.launchers import Job
 from securerun.options import OPTIONS, Options
+from securerun.preflight import inspection
+from securerun.preflight.inspection import Early
 from securerun.protection import enclosing, guarded, words
 from securerun.protection.client import Guard
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from securerun.console import say
-from securerun.host.preflight import OFF, STRICT, WARN, Finding, Scene, look, require_none
+from securerun.preflight import OFF, STRICT, WARN, Finding, Scene, look, require_none
 from securerun.protection.events import Checked, Hear, nobody
 
 if TYPE_CHECKING:
-    from securerun.host.preflight.firewalls import Reading
     from securerun.job.launchers import Job
     from securerun.options import Options
+    from securerun.preflight.firewalls import Reading
     from securerun.protection.guarded import Launch
 
 # Where one node's agents meet, only the first node's listens there; with every other backend any agent may.
@@ -39,7 +39,7 @@ def begin(asked: Options, umask: int, *, reads_rules: bool) -> Early:
     """Begin what takes other programs: that overlaps the import of torch, and comes before --run-as takes effect."""
     if not reads_rules or _mode(asked) == OFF:
         return Early(umask)
-    from securerun.host.preflight.firewalls import Reading
+    from securerun.preflight.firewalls import Reading
 
     return Early(umask, Reading())
 
@@ -52,7 +52,7 @@ def inspect(launch: Launch, early: Early, log_dir: str | None = None, hear: Hear
     mode = _mode(launch.options)
     if mode == OFF and launch.options.report is None:
         return ()
-    from securerun.host.preflight.firewalls import Reading
+    from securerun.preflight.firewalls import Reading
 
     rules = early.rules or Reading()
     try:
@@ -89,10 +89,10 @@ def _permissions(scene: Scene, asked: Options) -> tuple[Finding, ...]:
     """What a report says of the launch's files."""
     if asked.report is None or asked.dry_run:
         return ()
-    from securerun.audit import evidence
-    from securerun.host.preflight import files
+    from securerun.audit import glance
+    from securerun.preflight import files
 
-    return evidence.of_launch(files.of_launch(scene), os.environ)
+    return glance.of_launch(files.of_launch(scene), os.environ)
 
 
 def _found(scene: Scene, mode: str, hear: Hear = nobody, permissions: tuple[Finding, ...] = ()) -> tuple[Finding, ...]:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from securerun.firewall.policy import Address, Network
 from securerun.host import interfaces
-from securerun.host.preflight import Finding, Scene
 from securerun.linux import netlink
+from securerun.preflight import Finding, Scene
 
 if TYPE_CHECKING:
-    from securerun.host.preflight.rules import Entrance, Packet
+    from securerun.preflight.rules import Entrance, Packet
 
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
 _ENVIRONMENT = {"PATH": _DIRECTORIES, "LC_ALL": "C"}
@@ -107,7 +107,7 @@ class Reading:
         """Tables that iptables understands come in its own words; nft knows its matches by no more than their names."""
         if not self._texts:
             return
-        from securerun.host.preflight.rules import read_listed, read_saved
+        from securerun.preflight.rules import read_listed, read_saved
 
         saved: set[str] = set()
         for text in sorted(self._texts, key=lambda text: text.version is None):
@@ -144,7 +144,7 @@ CHECKS = (turned_away,)
 
 def _packets(scene: Scene) -> Iterator[Packet]:
     """What peers would send first, to some ports of the plan and to one of those that are chosen at random."""
-    from securerun.host.preflight.rules import Packet
+    from securerun.preflight.rules import Packet
 
     numbers = [planned.first for planned in scene.ports[:_PORTS_TRIED]] + [_random_port()]
     tried = 0

@@ -16,7 +16,7 @@ from securerun.guard.protocol import printable
 
 if TYPE_CHECKING:
     from securerun.firewall.policy import Network, PortRange
-    from securerun.host.preflight.firewalls import Reading
+    from securerun.preflight.firewalls import Reading
 
 WARN, STRICT, OFF = "warn", "strict", "off"
 
@@ -64,7 +64,7 @@ Check = Callable[[Scene], Iterable[Finding]]
 
 def look(scene: Scene) -> tuple[Finding, ...]:
     """All findings, in the order of the documentation's table."""
-    from securerun.host.preflight import files, firewalls, ports, remains, surroundings
+    from securerun.preflight import files, firewalls, ports, remains, surroundings
 
     groups = (surroundings.CHECKS, files.CHECKS, ports.CHECKS, firewalls.CHECKS, remains.CHECKS)
     return tuple(finding for checks in groups for check in checks for finding in _made_by(check, scene))

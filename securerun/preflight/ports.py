@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from securerun.host.preflight import Finding, Scene
 from securerun.linux import sock_diag
 from securerun.linux.sock_diag import Connection, Listener, SocketDiagnosis, SocketsUnavailable
+from securerun.preflight import Finding, Scene
 
 _NAMED = 8
 # A range as wide as what the kernel gives to connections is for the port chains, and no list of ports to listen on.

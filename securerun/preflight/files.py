@@ -12,11 +12,11 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from securerun.host.preflight import Finding, Scene
 from securerun.job import ranktable
 from securerun.linux import trust
 from securerun.linux.trust import WeakPoint
 from securerun.options import SITE_CONFIG
+from securerun.preflight import Finding, Scene
 
 _ROOT = 0
 _OVERFLOW_USER = Path("/proc/sys/kernel/overflowuid")

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from securerun.host import umask
-from securerun.host.preflight import Finding, Scene
 from securerun.job import weights
 from securerun.linux import packages
+from securerun.preflight import Finding, Scene
 
 _RANDOMIZE = Path("/proc/sys/kernel/randomize_va_space")
 _CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from securerun.guard import records
-from securerun.host.preflight import Finding, Scene
+from securerun.preflight import Finding, Scene
 
 # torch/distributed/elastic/agent/server/local_elastic_agent.py gives it to every worker.
 _WORKERS_VARIABLE = b"TORCHELASTIC_RUN_ID="
