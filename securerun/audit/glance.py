@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
+from securerun import preflight
 from securerun.audit import report
 from securerun.audit.findings import Finding, Problem, findings_of
 from securerun.audit.kinds import Kinds, read_rows
 from securerun.audit.parents import look_above
 from securerun.audit.scan import Directory, Scan, Settings
 from securerun.audit.tree import Root, open_roots
-from securerun.host import preflight
 
 # About 50 ms of looking, and more lines than anybody reads.
 _MOST_SEEN = 20_000
