@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/ground"))
 
 # Of the samples, as `statistics.quantiles` counts them: the middle half lies between.
 _QUARTERS = 4

@@ -17,11 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from checkout import COMMANDS
 from findings import Finding, finding, progress, run
 
 # After findings, which makes the tests' modules known.
 from hosts import Host, Network, eventually, finish_all  # isort: skip
-from jobs import COMMANDS, rendezvous
+from jobs import rendezvous
 
 LAUNCHERS = ("torchrun", "securerun")
 GOALS = {"static": 0.80, "c10d": 0.85}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # As root: sets up, then kills every part of a job at every moment by every signal under every backend, and looks
-# whether a stranger gets in or anything is left. Arguments go to tests/kill_matrix.py:
+# whether a stranger gets in or anything is left. Arguments go to tests/ground/kill_matrix.py:
 #   scripts/kill-matrix.sh                                         all cells
 #   scripts/kill-matrix.sh --repeat 3 --seed 7                     all cells three times
 #   scripts/kill-matrix.sh --only 'guard/training/KILL/iptables'   one cell; * and ? match more
@@ -12,4 +12,4 @@ if [ "$(id -u)" != 0 ]; then
     exit 1
 fi
 scripts/setup.sh test
-exec "${SECURERUN_VENV:-.venv}/bin/python" tests/kill_matrix.py "$@" < /dev/null
+exec "${SECURERUN_VENV:-.venv}/bin/python" tests/ground/kill_matrix.py "$@" < /dev/null

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT / "tests"))
+sys.path.insert(0, str(CHECKOUT / "tests/ground"))
 
 from hosts import Host, MachineState, Network, eventually, finish_all, machine_snapshot  # noqa: E402
 from probe import Probe  # noqa: E402

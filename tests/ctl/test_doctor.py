@@ -1,0 +1,183 @@
+"""securerunctl doctor: what is to be mended, what a host can do, and that nothing of the looking stays."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import COMMANDS
+from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
+from hosts import Host, Network, eventually, machine_snapshot
+from sandbox import apart, cover
+from users import GUARD, PrivateMachine
+
+from securerun.ctl import doctor
+from securerun.guard import records
+
+SECURERUNCTL = str(COMMANDS / "securerunctl")
+_ABILITIES = (
+    *("kernel", "capabilities", "cgroup", "shield", "iptables", "nftables", "legacy", "reserved-ports"),
+    *("guard directly", "guard by sudo", "guard by systemd"),
+)
+
+
+def understood(text: str) -> tuple[dict[str, dict[str, Any]], list[dict[str, str]]]:
+    """The abilities by name, and the findings, of what --json prints, after a look at every field."""
+    document = json.loads(text)
+    assert list(document) == ["findings", "host"]
+    for finding in document["findings"]:
+        assert list(finding) == ["name", "what", "why", "mend"]
+        assert all(isinstance(value, str) and value for value in finding.values()), finding
+    for ability in document["host"]:
+        assert list(ability) == ["name", "works", "what", "mend"]
+        assert ability["works"] in (True, False, None) and ability["what"]
+        assert ability["mend"] or ability["works"] is not False, ability
+    assert tuple(ability["name"] for ability in document["host"]) == _ABILITIES
+    return {ability["name"]: ability for ability in document["host"]}, document["findings"]
+
+
+def examined(host: Host, *command: str, umask: int = 0o027, env: dict[str, str] | None = None) -> tuple[int, str]:
+    done = host.run([*command, SECURERUNCTL, "doctor", "--json"], umask=umask, env=env)
+    assert done.stderr == "", done
+    return done.returncode, done.stdout
+
+
+def test_root_can_do_everything_and_nothing_of_the_trial_stays(node: Host) -> None:
+    before, machine = node.snapshot(), machine_snapshot()
+    status, text = examined(node, umask=0o022)
+    host, findings = understood(text)
+    assert {name for name, ability in host.items() if ability["works"] is False} <= {
+        "guard by systemd",
+        "guard by sudo",
+    }
+    assert "proven" in host["shield"]["what"]
+    assert host["kernel"]["what"].startswith(f"Linux {os.uname().release}")
+    assert status == 1
+    (umask,) = (finding for finding in findings if finding["name"] == "umask")
+    assert (umask["what"], umask["mend"]) == ("the shell's umask is 0022", "umask 0027")
+    # The guard that answered takes note of the end of its input.
+    assert eventually(lambda: (node.snapshot(), machine_snapshot()) == (before, machine), seconds=5)
+    assert eventually(lambda: not node.processes(), seconds=5)
+
+
+def test_text_has_the_same_as_json_in_lines(node: Host) -> None:
+    done = node.run([SECURERUNCTL, "doctor"], umask=0o022)
+    assert (done.returncode, done.stderr) == (1, ""), done
+    host, _, findings = done.stdout.partition("\n\n")
+    assert [line.split("  ")[0].strip() for line in host.splitlines()] == [*_ABILITIES]
+    assert "umask: the shell's umask is 0022: " in findings
+    assert all("mend it by `" in line for line in findings.splitlines())
+
+
+def test_status_is_0_where_nothing_is_to_be_mended(node: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    def look() -> tuple[int, str]:
+        os.umask(0o077)
+        os.environ.clear()
+        status = doctor.examine(as_json=True)
+        return status, capsys.readouterr().out
+
+    def arrange() -> None:
+        cover("/proc/sys/kernel/randomize_va_space", "2")
+        cover("/proc/sys/kernel/core_pattern", "|/bin/true")
+        # Workers of other tests that were killed this moment are none of this one's.
+        cover("/proc/1/cmdline", "python")
+
+    status, text = apart(look, before=arrange, host=node)
+    assert (status, understood(text)[1]) == (0, []), text
+
+
+@pytest.mark.parametrize(("variable", "told"), [("HCCL_IF_BASE_PORT", True), ("NCCL_DEBUG", False)])
+def test_ports_of_hccl_count_where_there_is_a_word_of_it(node: Host, variable: str, told: bool) -> None:
+    _, findings = understood(examined(node, env={variable: "60000"})[1])
+    found = [finding for finding in findings if finding["name"] == "unreserved-ports"]
+    assert bool(found) == told
+    if told:
+        assert found[0]["mend"] == "sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015"
+
+
+def test_rules_that_turn_this_networks_hosts_away_are_found(node: Host) -> None:
+    node.run(
+        ["nft", "-f", "-"], text_input="table inet a { chain b { type filter hook input priority 0; policy drop; }; }"
+    )
+    try:
+        status, text = examined(node)
+    finally:
+        node.run(["nft", "flush", "ruleset"], check=True)
+    found = [finding["what"] for finding in understood(text)[1] if finding["name"] == "firewall"]
+    assert status == 1 and any(
+        "chain b of nft (table inet a) turns 10.77.0.254 and 1 more away" in what for what in found
+    ), text
+
+
+def test_run_that_was_killed_with_its_guard_is_found_until_it_is_cleaned(node: Host) -> None:
+    script = (
+        "import os, signal\nfrom securerun import guarded\nfrom securerun.firewall.policy import Policy\n"
+        "from securerun.guard import records\n"
+        "with guarded(Policy('0123456789ab', (), ())):\n"
+        "    (run,) = records.read_host()\n"
+        "    os.kill(run.guard, signal.SIGKILL)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    python = str(COMMANDS / "python")
+    node.run([python, "-c", script])
+    assert eventually(lambda: bool(records.read_host()))
+    status, text = examined(node)
+    found = [finding for finding in understood(text)[1] if "0123456789ab" in finding["what"]]
+    assert status == 1 and [(one["name"], one["mend"]) for one in found] == [("remains", "securerunctl clean")], text
+    assert node.run([SECURERUNCTL, "clean"]).returncode == 0
+    assert "0123456789ab" not in examined(node)[1]
+
+
+@pytest.fixture
+def machine(network: Network) -> Iterator[PrivateMachine]:
+    with PrivateMachine() as machine:
+        yield machine
+
+
+@pytest.mark.parametrize("way", ["none", "sudo"])
+def test_ordinary_user_learns_whether_a_guard_is_to_be_had(network: Network, machine: PrivateMachine, way: str) -> None:
+    node, alice = network["node0"], machine.add_user("alice")
+    if way == "sudo":
+        machine.allow_sudo(f"alice ALL=(root) NOPASSWD:NOSETENV: {GUARD}")
+    done = machine.run(node, [SECURERUNCTL, "doctor", "--json"], user=alice)
+    host, findings = understood(done.stdout)
+    assert done.stderr == ""
+    assert host["shield"]["works"] is None and host["capabilities"]["works"] is False
+    assert host["guard directly"]["works"] is False
+    assert host["guard by sudo"]["works"] is (way == "sudo")
+    guards = [finding for finding in findings if finding["name"] == "guard"]
+    assert bool(guards) == (way == "none")
+    if guards:
+        assert done.returncode == 1 and guards[0]["mend"] == "securerunctl setup sudoers"
+        assert host["guard by sudo"]["mend"] == "securerunctl setup sudoers"
+    assert machine.records() is None
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "mount", "shield"),
+    [
+        (DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, False),
+        (f"{DOCKER_CAPABILITIES},+net_admin", READ_ONLY_CGROUPS, False),
+        (f"{DOCKER_CAPABILITIES},+net_admin,+bpf", WRITABLE_CGROUPS, True),
+    ],
+    ids=["default", "net_admin", "bpf"],
+)
+def test_container_learns_what_it_must_be_given(node: Host, capabilities: str, mount: str, shield: bool) -> None:
+    done = node.run(container(capabilities, mount, SECURERUNCTL, "doctor", "--json"), timeout=60)
+    host, findings = understood(done.stdout)
+    assert host["shield"]["works"] is shield, host
+    assert host["capabilities"]["works"] is shield
+    assert ("shield" in {finding["name"] for finding in findings}) is not shield
+    assert host["reserved-ports"]["works"] in (True, False)
+    if not shield:
+        assert "docker run" in host["shield"]["mend"]
+
+
+def test_torch_is_not_imported(node: Host, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import sys; sys.exit('torch was imported')")
+    done = node.run([SECURERUNCTL, "doctor"], env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode in (0, 1) and "torch was imported" not in done.stderr, done

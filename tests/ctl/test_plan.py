@@ -1,0 +1,357 @@
+"""securerunctl plan: each form is the real thing, loaded in hosts of their own, and closes what securerun closes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import launches
+import pytest
+from checkout import COMMANDS, GROUND
+from hosts import Host, Network, finish
+from probe import reach
+
+from securerun.ctl.plan import render
+from securerun.errors import PolicyError
+from securerun.firewall.policy import PortRange
+from securerun.protection.guarded import Launch
+
+SECURERUNCTL = str(COMMANDS / "securerunctl")
+SHELLCHECK = str(COMMANDS / "shellcheck")
+BACKENDS = ("iptables", "nftables", "legacy")
+PLANNED = (29500, 60000, 60007, 60015)
+# Not in the plan: what a rule for ports must leave alone.
+OTHER = 60016
+
+LISTEN = """
+import socket, sys
+both = dict(family=socket.AF_INET6, dualstack_ipv6=True)
+listeners = [socket.create_server(("::", int(port)), **both) for port in sys.argv[1:]]
+print("listening", flush=True)
+sys.stdin.read()
+"""
+
+# Loads a text as libnftables is given it by the guard, and owns the table until the end of input.
+OWN = """
+import sys
+from securerun.firewall.libnftables import Nftables
+owner = Nftables()
+owner.run(open(sys.argv[1]).read())
+print("loaded", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def listening_network() -> Iterator[Network]:
+    """Two nodes and a stranger; on node0 something listens on every planned port, and on another."""
+    with Network("node0", "node1", "stranger") as hosts:
+        listener = start(hosts["node0"], LISTEN, *map(str, (*PLANNED, OTHER)))
+        yield hosts
+        finish(listener, text_input="")
+
+
+@pytest.fixture(scope="module")
+def one_network(root_and_tools: None) -> Iterator[Network]:
+    with listening_network() as network:
+        yield network
+
+
+@pytest.fixture
+def network(one_network: Network) -> Iterator[Network]:
+    """The network of this file, without a rule before the test and after it."""
+    yield one_network
+    one_network["node0"].run(["nft", "flush", "ruleset"], check=True)
+
+
+@pytest.fixture(scope="module")
+def legacy_network(root_and_tools: None) -> Iterator[Network]:
+    """One for legacy tables: they stay registered, and iptables warns of them ever after."""
+    with listening_network() as network:
+        yield network
+
+
+def start(host: Host, program: str, *words: str) -> subprocess.Popen[str]:
+    """A program that has said that it is ready, and ends with its input."""
+    process = host.popen([sys.executable, "-c", program, *words], stdin=subprocess.PIPE, stderr=None)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    return process
+
+
+def reached(network: Network, origin: str) -> set[int]:
+    """The ports of node0 that a host can connect to, each over both families or over none."""
+    node = network["node0"]
+    targets = [(address, port) for address in node.addresses for port in (*PLANNED, OTHER)]
+    found = reach(network[origin], targets)
+    by_port = {port: {found[address, port] for address in node.addresses} for port in (*PLANNED, OTHER)}
+    assert all(len(answers) == 1 for answers in by_port.values()), found
+    return {port for port, answers in by_port.items() if answers == {True}}
+
+
+def assert_closed(network: Network) -> None:
+    """As under securerun: a peer connects to every port, a stranger to no planned one."""
+    assert reached(network, "stranger") == {OTHER}
+    assert reached(network, "node1") == {*PLANNED, OTHER}
+
+
+def assert_open(network: Network) -> None:
+    assert reached(network, "stranger") == {*PLANNED, OTHER}
+
+
+class Script:
+    """A script as an administrator has it: a file, run by sh in a host."""
+
+    def __init__(self, host: Host, path: Path, launch: Launch) -> None:
+        path.write_text(render(launch, "sh"))
+        self.host, self.path = host, path
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.host.run(["sh", self.path, *words])
+
+    def up(self) -> None:
+        done = self.run("up")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
+
+    def down(self) -> None:
+        done = self.run("down")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
+
+
+def snapshot(host: Host, backend: str) -> dict[str, str]:
+    if backend == "legacy":  # a legacy table shows only after somebody has used it
+        for tool in ("iptables-legacy", "ip6tables-legacy"):
+            host.run([tool, "-S"], check=True)
+    return host.snapshot(legacy=backend == "legacy")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_script_closes_what_securerun_closes_and_leaves_the_host_as_it_was(
+    request: pytest.FixtureRequest, tmp_path: Path, backend: str
+) -> None:
+    network: Network = request.getfixturevalue("legacy_network" if backend == "legacy" else "network")
+    node = network["node0"]
+    before = snapshot(node, backend)
+    assert_open(network)
+    script = Script(node, tmp_path / "ports.sh", launches.launch(firewall=backend))
+    script.up()
+    assert_closed(network)
+    once = snapshot(node, backend)
+    script.up()
+    assert snapshot(node, backend) == once
+    assert_closed(network)
+    script.down()
+    assert snapshot(node, backend) == before
+    assert_open(network)
+    script.down()
+    assert snapshot(node, backend) == before
+
+
+@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+def test_a_later_script_for_the_same_ports_takes_the_place_of_the_first(
+    network: Network, tmp_path: Path, backend: str
+) -> None:
+    node = network["node0"]
+    before = node.snapshot()
+    first = Script(node, tmp_path / "first.sh", launches.launch(firewall=backend))
+    later = Script(node, tmp_path / "later.sh", launches.launch((), firewall=backend))
+    first.up()
+    later.up()
+    assert reached(network, "node1") == reached(network, "stranger") == {OTHER}
+    first.down()
+    assert node.snapshot() == before
+
+
+@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+def test_scripts_of_two_jobs_with_other_peers_and_a_common_port_agree(
+    network: Network, tmp_path: Path, backend: str
+) -> None:
+    node = network["node0"]
+    before = node.snapshot()
+    ours = Script(node, tmp_path / "ours.sh", launches.launch(firewall=backend))
+    ports = (PortRange(60000, 60015, "HCCL"), PortRange(7000, 7000, "master port"))
+    theirs = Script(
+        node, tmp_path / "theirs.sh", launches.launch(network["stranger"].addresses, ports, firewall=backend)
+    )
+    ours.up()
+    theirs.up()
+    assert reached(network, "node1") == {*PLANNED, OTHER}
+    assert reached(network, "stranger") == {*PLANNED, OTHER} - {29500}
+    ours.down()
+    assert reached(network, "node1") == {29500, OTHER}
+    theirs.down()
+    assert node.snapshot() == before
+
+
+def test_a_script_and_a_run_of_securerun_agree_whichever_ends_first(network: Network, tmp_path: Path) -> None:
+    node = network["node0"]
+    before = node.snapshot()
+    script = Script(node, tmp_path / "ports.sh", launches.launch())
+    chains = [sys.executable, str(GROUND / "chains.py")]
+    for first_to_end in ("script", "run"):
+        script.up()
+        node.run([*chains, "install", launches.RUN, *network["stranger"].addresses], check=True)
+        assert reached(network, "node1") == reached(network, "stranger") == {*PLANNED, OTHER}
+        ends: dict[str, Callable[[], object]] = {
+            "script": script.down,
+            "run": lambda: node.run([*chains, "remove", launches.RUN], check=True),
+        }
+        ends.pop(first_to_end)()
+        (other,) = ends.values()
+        assert reached(network, "stranger" if first_to_end == "script" else "node1") == {*PLANNED, OTHER}
+        assert reached(network, "node1" if first_to_end == "script" else "stranger") == {OTHER}
+        other()
+        assert node.snapshot() == before
+
+
+def test_the_rules_of_others_stay_and_the_jump_comes_first_again(network: Network, tmp_path: Path) -> None:
+    node = network["node0"]
+    for tool in ("iptables", "ip6tables"):
+        node.run([tool, "-A", "INPUT", "-p", "udp", "--dport", "53", "-j", "DROP"], check=True)
+    before = node.snapshot()
+    script = Script(node, tmp_path / "ports.sh", launches.launch())
+    script.up()
+    for tool in ("iptables", "ip6tables"):  # somebody opens everything, above our jump
+        node.run([tool, "-I", "INPUT", "1", "-p", "tcp", "-j", "ACCEPT"], check=True)
+    assert_open(network)
+    script.up()
+    assert_closed(network)
+    for tool in ("iptables", "ip6tables"):
+        node.run([tool, "-D", "INPUT", "-p", "tcp", "-j", "ACCEPT"], check=True)
+    script.down()
+    assert node.snapshot() == before
+
+
+def test_an_interface_and_accept_reach_the_rules(network: Network, tmp_path: Path) -> None:
+    node = network["node0"]
+    before = node.snapshot()
+    wrong = Script(node, tmp_path / "lo.sh", launches.launch(interfaces=("lo",)))
+    wrong.up()
+    assert reached(network, "node1") == {OTHER}
+    right = Script(node, tmp_path / "eth0.sh", launches.launch(interfaces=("lo", "eth0"), accept=True))
+    right.up()
+    assert_closed(network)
+    assert "-j ACCEPT" in node.run(["iptables", "-S", "SECURERUN"]).stdout
+    right.down()
+    assert node.snapshot() == before
+
+
+def test_a_script_says_what_is_wrong(network: Network, tmp_path: Path) -> None:
+    script = Script(network["node0"], tmp_path / "ports.sh", launches.launch())
+    for words in ((), ("start",), ("",)):
+        done = script.run(*words)
+        assert (done.returncode, "usage: " in done.stderr) == (2, True), done
+    done = network["node0"].run(["sh", "-s", "up"], user="nobody", text_input=script.path.read_text())
+    assert done.returncode == 1, done
+    assert "only root" in done.stderr
+    assert "\n" not in done.stderr.strip()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("peers", [launches.PEERS, ()])
+def test_scripts_are_what_shellcheck_takes_for_plain_posix_shell(
+    tmp_path: Path, backend: str, peers: tuple[str, ...]
+) -> None:
+    path = tmp_path / "ports.sh"
+    path.write_text(render(launches.launch(peers, firewall=backend), "sh"))
+    done = subprocess.run([SHELLCHECK, "--shell=sh", path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+
+
+def test_no_command_line_gets_out_of_the_comment_that_it_stands_in() -> None:
+    hostile = "x\n touch /tmp/owned\r\u2028id\x1b[2J`id`$(id)\nEND"
+    plain = render(launches.launch(), "sh").splitlines()
+    told = render(launches.with_command(launches.launch(), hostile), "sh").splitlines()
+    assert [line for line in told if line not in plain] == [line for line in told if line.startswith("# command ")]
+    assert len(told) == len(plain)
+
+
+def test_the_iptables_form_is_what_the_tools_load(network: Network) -> None:
+    node = network["node0"]
+    texts = render(launches.launch(), "iptables").split("# ip6tables-restore")
+    for tool, text in zip(("iptables-restore", "ip6tables-restore"), (texts[0], f"#{texts[1]}")):
+        node.run([tool, "--noflush"], text_input=text, check=True)
+    assert_closed(network)
+
+
+def test_the_nft_form_is_what_libnftables_loads(network: Network, tmp_path: Path) -> None:
+    node = network["node0"]
+    before = node.snapshot()
+    path = tmp_path / "plan.nft"
+    path.write_text(render(launches.launch(), "nft"))
+    owner = start(node, OWN, str(path))
+    assert_closed(network)
+    finish(owner, text_input="")
+    assert node.snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "words"),
+    [
+        ("nft", {"accept": True}, "--accept"),
+        ("sh", {"accept": True, "firewall": "nftables"}, "--accept"),
+        ("sh", {"firewall": "off"}, "--firewall off"),
+        ("sh", {"ports": ()}, "--ports"),
+    ],
+)
+def test_a_form_that_a_plan_does_not_have_is_refused(form: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PolicyError) as refusal:
+        render(launches.launch(**options), form)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_json_has_the_policy_and_where_each_part_of_it_comes_from() -> None:
+    made = launches.launch(loopback="job", origins={"peers": "--peers", "loopback": "SECURERUN_LOOPBACK"})
+    document = json.loads(render(made, "json"))
+    assert document["policy"] == {
+        "run_id": launches.RUN,
+        "ports": [
+            {"first": 29500, "last": 29500, "purpose": "master port (static rendezvous)"},
+            {"first": 60000, "last": 60015, "purpose": "HCCL"},
+        ],
+        "peers": ["10.77.0.2/32", "fd77::2/128"],
+        "interfaces": [],
+        "accept": False,
+        "close_loopback": True,
+    }
+    assert document["command"] == list(launches.COMMAND)
+    assert document["rendezvous"]["endpoint"] == "10.77.0.1:29500"
+    assert document["peers"] == {"source": "--peers", "names": {}, "warnings": []}
+    assert document["options"]["peers"] == {"value": "10.77.0.2,fd77::2", "origin": "--peers"}
+    assert document["options"]["loopback"] == {"value": "job", "origin": "SECURERUN_LOOPBACK"}
+    assert document["options"]["umask"] == {"value": "0027", "origin": "default"}
+
+
+def test_the_command_reads_a_launch_and_takes_nothing_of_the_script(tmp_path: Path) -> None:
+    arguments = ["--peers", "10.77.0.2", "--nnodes=2", "--master-port=7001", "train.py", "--format", "none"]
+    environment = {"PATH": "/usr/bin:/bin", "SECURERUN_GRACE": "3"}
+    done = subprocess.run(
+        [SECURERUNCTL, "plan", "--format", "json", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    document = json.loads(done.stdout)
+    assert document["command"] == ["train.py", "--format", "none"]
+    assert document["options"]["grace"] == {"value": "3", "origin": "SECURERUN_GRACE"}
+    assert document["options"]["peers"] == {"value": "10.77.0.2", "origin": "--peers"}
+    assert document["policy"]["ports"][0]["first"] == 7001
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--format", "pdf", "--", "train.py"], 2, "pdf"),
+        (["--format", "sh", "--", "--peers", "10.77.0.0.1", "train.py"], 78, "10.77.0.0.1"),
+    ],
+)
+def test_a_plan_of_nothing_right_is_refused_in_words(arguments: list[str], status: int, words: str) -> None:
+    done = subprocess.run([SECURERUNCTL, "plan", *arguments], capture_output=True, text=True)
+    assert done.returncode == status, done
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
