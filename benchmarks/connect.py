@@ -28,8 +28,9 @@ from hosts import Host, Network
 from layers import addresses
 
 from securerun.firewall.backends import open_chains
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
 from securerun.firewall.shield import Shield
+from securerun.linux.networks import collapse
 
 PORT = 29500
 PORTS = (PortRange(PORT, PORT, "master port"), PortRange(60000, 60015, "HCCL"))

@@ -27,8 +27,9 @@ from hosts import Host, Network
 
 from securerun.firewall import nftables
 from securerun.firewall.backends import open_chains
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
 from securerun.firewall.shield import Shield
+from securerun.linux.networks import collapse
 
 GOAL_PEERS, GOAL_MILLISECONDS = 10_000, 60.0
 # 100,000 may cost what ten times 10,000 cost; a little more is noise.

@@ -30,10 +30,11 @@ from hosts import Host, Network
 from layers import addresses
 
 from securerun.firewall.backends import open_chains
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
 from securerun.firewall.shield import Shield
 from securerun.linux import bpf
 from securerun.linux.bpf import R0, AttachFlags, AttachType, Program, assemble, calculate, leave
+from securerun.linux.networks import collapse
 
 GOAL_NANOSECONDS = 5.0
 PORT = 29500

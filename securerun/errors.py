@@ -29,3 +29,10 @@ class PolicyError(SecurerunError):
     """The policy cannot be right: unknown peers, weak umask, bad port (EX_CONFIG of sysexits.h)."""
 
     status = 78
+
+
+class Unavailable(Exception):
+    """Something cannot be had on this host: a cgroup, a shield, port chains, a look at sockets.
+
+    The message is one line and says why. Whoever asked for it goes on without, or gives up with a SecurerunError.
+    """

@@ -10,8 +10,8 @@ from typing import Any
 
 from securerun.audit.findings import Batch, Finding, Problem, Wrong
 from securerun.audit.tree import Root
-from securerun.guard.protocol import printable
 from securerun.host.permissions import ROWS, Kind
+from securerun.text import printable
 
 _TYPES = {
     stat.S_IFREG: "file",

@@ -25,8 +25,8 @@ from securerun.audit.scan import Directory, Outcome, Settings
 from securerun.audit.tree import Root, open_roots
 from securerun.audit.workers import look
 from securerun.errors import UsageError
-from securerun.guard.protocol import printable
 from securerun.host.permissions import Kind
+from securerun.text import printable
 
 T = TypeVar("T")
 

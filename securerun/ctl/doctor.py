@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from securerun import preflight
-from securerun.firewall.policy import Network, PortRange
-from securerun.guard.protocol import printable
+from securerun.firewall.policy import PortRange
 from securerun.host import interfaces, umask
 from securerun.job import environment, ports
+from securerun.linux.networks import Network
 from securerun.preflight import Finding, Scene, abilities
 from securerun.preflight.abilities import Ability
 from securerun.preflight.firewalls import Reading
+from securerun.text import printable
 
 _STATES = {True: "yes", False: "no", None: "?"}
 _NPU_DEVICES = "davinci*"

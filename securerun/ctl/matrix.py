@@ -13,7 +13,7 @@ from securerun.errors import PrivilegeError, SecurerunError, UsageError
 from securerun.evidence import matrix, matrix_words
 from securerun.evidence.matrix import Connection, Ends, Found
 from securerun.evidence.matrix_words import Setting
-from securerun.firewall.policy import Network, Policy, shown
+from securerun.firewall.policy import Policy
 from securerun.guard import records, reserved
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.processes import JobProcesses, Process
@@ -21,6 +21,7 @@ from securerun.guard.records import Record
 from securerun.host import interfaces
 from securerun.job.launchers import Job
 from securerun.linux import sock_diag
+from securerun.linux.networks import Network, shown
 from securerun.linux.sock_diag import SocketsUnavailable
 
 

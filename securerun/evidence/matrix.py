@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from securerun.firewall.policy import Address, PortRange
+from securerun.firewall.policy import PortRange
 from securerun.guard.exposure import OPENED_MEANWHILE
 from securerun.job.launchers import Job
+from securerun.linux.networks import Address
 
 # Which end of a connection is this node.
 IN, OUT, WITHIN = "in", "out", "within"

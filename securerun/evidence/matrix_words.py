@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from securerun.evidence.matrix import IN, OUT, WITHIN, Connection
-from securerun.guard.protocol import printable
+from securerun.text import printable
 
 _SHOWN = 8
 # A spreadsheet takes what begins like this for a formula (OWASP, CSV injection).

@@ -28,6 +28,7 @@ from securerun.host.account import name_of
 from securerun.protection import words
 from securerun.protection.events import Checked, Finding, Finished, Gone, Installed, News, Renewed
 from securerun.protection.guarded import Launch
+from securerun.text import count
 
 Kind = TypeVar("Kind")
 
@@ -174,7 +175,7 @@ def _turned_away(denied: Sequence[Denial]) -> str:
         return "nobody was turned away"
     sources = len({denial.source for denial in denied})
     packets = sum(denial.packets for denial in denied)
-    return f"turned away: {words.count(packets, 'attempt')} of {words.count(sources, 'host')}"
+    return f"turned away: {count(packets, 'attempt')} of {count(sources, 'host')}"
 
 
 def _event(at: float, journal: Journal, kind: str, text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from securerun.guard.protocol import printable
+from securerun.text import printable
 
 Document = Mapping[str, Any]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from securerun.errors import Unavailable
 from securerun.firewall.policy import Policy
 
 
-class PortChainsUnavailable(Exception):
+class PortChainsUnavailable(Unavailable):
     """This host cannot have port chains of this backend. The message is one line and says why."""
 
 

@@ -13,8 +13,9 @@ import socket
 import struct
 from collections import Counter
 
-from securerun.firewall.policy import Address, Denial
+from securerun.firewall.policy import Denial
 from securerun.linux import netlink
+from securerun.linux.networks import Address
 
 # include/uapi/linux/netfilter/nfnetlink_log.h
 _SUBSYSTEM_LOG = 4

@@ -15,8 +15,8 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from securerun.firewall.policy import Network
 from securerun.linux import netlink
+from securerun.linux.networks import Network
 
 _SUBSYSTEM = 6  # NFNL_SUBSYS_IPSET
 # enum ipset_cmd

@@ -26,8 +26,9 @@ from dataclasses import dataclass, replace
 
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.libnftables import Nftables, NftablesError
-from securerun.firewall.policy import Policy, written_address
+from securerun.firewall.policy import Policy
 from securerun.linux import netlink
+from securerun.linux.networks import written_address
 
 # "SRN!" as the two halves of a traffic class: no one sets it by chance.
 TOKEN = "5352:4e21"

@@ -25,8 +25,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Callable
 
-from securerun.errors import PolicyError
-from securerun.firewall.policy import Denial, Network, Policy, collapse
+from securerun.errors import PolicyError, Unavailable
+from securerun.firewall.policy import Denial, Policy
 from securerun.linux.bpf import (
     R0,
     R1,
@@ -65,9 +65,10 @@ from securerun.linux.bpf import (
     map_reference,
     store,
 )
+from securerun.linux.networks import Network, collapse
 
 
-class ShieldUnavailable(Exception):
+class ShieldUnavailable(Unavailable):
     """There can be no shield here, or none that is proven; the message is one line that says why."""
 
 

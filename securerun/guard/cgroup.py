@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from securerun.errors import Unavailable
+
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CLONE_NEWNS = 0x00020000
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
@@ -32,7 +34,7 @@ _VIEWS = (("/proc/self/mountinfo", ""), ("/proc/1/mountinfo", "/proc/1/root"))
 _REMOVAL_INTERVAL_SECONDS = 0.005
 
 
-class CgroupUnavailable(Exception):
+class CgroupUnavailable(Unavailable):
     """The job can have no cgroup of its own here. The message is one line and says why."""
 
 

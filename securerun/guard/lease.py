@@ -18,7 +18,7 @@ from securerun.errors import PrivilegeError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import Denial, Network, Policy, PortRange, merged
+from securerun.firewall.policy import Denial, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
 from securerun.guard import neighbours, processes, reaper, records, reserved
 from securerun.guard.caller import ROOT, Caller
@@ -35,6 +35,7 @@ from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Layer, Order
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
+from securerun.linux.networks import Network
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import LAST_PORT, Network, Policy, PortRange
+from securerun.firewall.policy import LAST_PORT, Policy, PortRange
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.protocol import Order
 from securerun.linux import packages, trust
+from securerun.linux.networks import Network
 
 FILE = Path("/etc/securerun/guard.toml")
 # A network wider than these is half the world rather than the nodes of a job.

@@ -9,7 +9,7 @@ import stat
 import time
 from pathlib import Path
 
-from securerun.guard.protocol import printable
+from securerun.text import printable
 
 SYSTEM_LOG = "/dev/log"
 FILE = Path("/var/log/securerun.log")

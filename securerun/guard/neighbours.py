@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Iterable
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import Network, collapse
 from securerun.guard.caller import ROOT
 from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Record
 from securerun.linux import sock_diag
+from securerun.linux.networks import Network, collapse
 from securerun.linux.sock_diag import SocketsUnavailable
 
 

@@ -27,7 +27,8 @@ from typing import Any, Callable, Union
 
 from securerun.errors import PolicyError
 from securerun.firewall.backends import NAMES as BACKENDS
-from securerun.firewall.policy import Denial, Network, Policy, PortRange
+from securerun.firewall.policy import Denial, Policy, PortRange
+from securerun.linux.networks import Network
 
 VERSION = 1
 FIREWALLS = ("auto", *BACKENDS, "off")
@@ -173,14 +174,6 @@ def decode(line: bytes) -> Message:
         return _READERS[name](body)
     except (PolicyError, ValueError) as error:
         raise ProtocolError(f"{name}: {error}") from error
-
-
-def printable(text: str) -> str:
-    """Text of a user's, without what would steer a terminal or break a line of a log."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in text
-    )
 
 
 def policy_document(policy: Policy) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from securerun.errors import PolicyError, PrivilegeError
+from securerun.errors import PolicyError, PrivilegeError, Unavailable
 from securerun.firewall.policy import LAST_PORT, PortRange
 from securerun.guard import records
 from securerun.guard.records import Record
@@ -42,7 +42,7 @@ Ports = frozenset[int]
 Ranges = tuple[tuple[int, int], ...]
 
 
-class ReservationUnavailable(PrivilegeError):
+class ReservationUnavailable(PrivilegeError, Unavailable):
     """The list of reserved ports cannot be read or written. The message is a part of a sentence, without its end."""
 
 

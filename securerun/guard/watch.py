@@ -15,7 +15,7 @@ from typing import Callable, Protocol
 
 from securerun.errors import SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.policy import Address, Denial
+from securerun.firewall.policy import Denial
 from securerun.firewall.shield import ShieldUnavailable
 from securerun.guard import processes
 from securerun.guard.cgroup import CgroupUnavailable
@@ -24,6 +24,7 @@ from securerun.guard.lease import Lease
 from securerun.guard.processes import Process
 from securerun.guard.protocol import Message, Notice, Peers, ProtocolError, Release, Released
 from securerun.linux.netlink import Deletions
+from securerun.linux.networks import Address
 from securerun.linux.sock_diag import SocketsUnavailable
 
 # At most one line a source in this time, or a port scanner fills the job's log.

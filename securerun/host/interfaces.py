@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterable, Sequence
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import Network, collapse
+from securerun.linux.networks import Network, collapse
 
 ANY = "any"
 

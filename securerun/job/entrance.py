@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import Network, Policy
+from securerun.firewall.policy import Policy
 from securerun.guard.protocol import MAXIMUM_INTERFACES
 from securerun.host import interfaces
+from securerun.linux.networks import Network
 from securerun.options import Options
 
 ADDRESS = "HCCL_IF_IP"

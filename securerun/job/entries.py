@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import Address, Network, collapse
+from securerun.linux.networks import Address, Network, collapse
 
 # Takes one line for the user.
 Tell = Callable[[str], None]

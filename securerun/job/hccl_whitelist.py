@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import Network
 from securerun.guard import processes
 from securerun.host import interfaces
+from securerun.linux.networks import Network
 
 DISABLE, FILE = "HCCL_WHITELIST_DISABLE", "HCCL_WHITELIST_FILE"
 # HOST_SOCKET_CONN_LIMIT in hccl_socket.h

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Callable
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import Network, PortRange, collapse
+from securerun.firewall.policy import PortRange
 from securerun.host import interfaces
 from securerun.job import batch, entries, ports, ranktable, resolver
 from securerun.job.entries import ANY, Entry, Tell
 from securerun.job.launchers import UNKNOWN_NODES, Job
 from securerun.job.resolver import Outcome, Resolver
+from securerun.linux.networks import Network, collapse
 from securerun.options import SITE_CONFIG, Options
 
 EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))

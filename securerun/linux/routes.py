@@ -6,12 +6,9 @@ import socket
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from ipaddress import IPv4Network, IPv6Network
-from typing import Union
 
 from securerun.linux.netlink import attributes, dumped, framed
-
-Network = Union[IPv4Network, IPv6Network]
+from securerun.linux.networks import Network
 
 # include/uapi/linux/netlink.h, rtnetlink.h
 _NETLINK_ROUTE = 0

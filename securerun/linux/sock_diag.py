@@ -15,8 +15,9 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from securerun.firewall.policy import Address
+from securerun.errors import Unavailable
 from securerun.linux import netlink
+from securerun.linux.networks import Address
 
 # include/uapi/linux/netlink.h, sock_diag.h
 _NETLINK_SOCK_DIAG = 4
@@ -48,7 +49,7 @@ _ATTEMPTS = 4
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class SocketsUnavailable(Exception):
+class SocketsUnavailable(Unavailable):
     """The kernel does not tell which sockets listen. The message is one line and says why."""
 
 

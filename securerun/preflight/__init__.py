@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Callable
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.guard.protocol import printable
+from securerun.text import printable
 
 if TYPE_CHECKING:
-    from securerun.firewall.policy import Network, PortRange
+    from securerun.firewall.policy import PortRange
+    from securerun.linux.networks import Network
     from securerun.preflight.firewalls import Reading
 
 WARN, STRICT, OFF = "warn", "strict", "off"

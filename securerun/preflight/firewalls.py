@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from securerun.firewall.policy import Address, Network
 from securerun.host import interfaces
 from securerun.linux import netlink
+from securerun.linux.networks import Address, Network
 from securerun.preflight import Finding, Scene
 
 if TYPE_CHECKING:

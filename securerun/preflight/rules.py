@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
-from securerun.firewall.policy import Address
+from securerun.linux.networks import Address
 
 ACCEPT, DROP, UNKNOWN = "accept", "drop", "unknown"
 _NEXT, _RETURN = "next", "return"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
-from securerun.firewall.policy import Network, Policy
+from securerun.firewall.policy import Policy
 from securerun.guard.processes import RUN_ID_VARIABLE
 from securerun.guard.protocol import (
     Guarding,
@@ -28,6 +28,7 @@ from securerun.guard.protocol import (
     Runs,
 )
 from securerun.linux import signals
+from securerun.linux.networks import Network
 from securerun.protection.ways import DIRECTLY, Connection, Way, ways
 
 _READY_SECONDS = 30.0

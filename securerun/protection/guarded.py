@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Callable
 
 from securerun.console import say
 from securerun.firewall.policy import Policy, PortRange
-from securerun.guard.protocol import Notice, Order, printable
+from securerun.guard.protocol import Notice, Order
 from securerun.host import interfaces
 from securerun.job.renewal import Renewal
 from securerun.linux import signals
@@ -23,6 +23,7 @@ from securerun.protection import enclosing
 from securerun.protection.client import Guard
 from securerun.protection.enclosing import Enclosing
 from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed, nobody
+from securerun.text import printable
 
 if TYPE_CHECKING:
     from securerun.job.entrance import Entrance

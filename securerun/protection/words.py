@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from securerun.firewall.policy import Denial, Network, Policy, shown
-from securerun.guard.protocol import printable
+from securerun.firewall.policy import Denial, Policy
+from securerun.linux.networks import Network, shown
 from securerun.protection.ways import DIRECTLY
+from securerun.text import count, printable
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice
@@ -224,8 +225,3 @@ def _ports(policy: Policy) -> str:
 
 def _listed(parts: Iterable[str]) -> str:
     return ", ".join(parts)
-
-
-def count(number: int, thing: str) -> str:
-    """A number of things, in words."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -14,8 +14,9 @@ from probe import reach
 
 from securerun.firewall import ipset, iptables
 from securerun.firewall.backends import open_chains
-from securerun.firewall.policy import Network as PeerNetwork
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
+from securerun.linux.networks import Network as PeerNetwork
+from securerun.linux.networks import collapse
 
 RUN, OTHER = "0123456789ab", "ba9876543210"
 SET, SET6 = f"securerun-{RUN}-4", f"securerun-{RUN}-6"

@@ -15,8 +15,9 @@ from probe import reach
 from securerun.firewall import ipset, iptables
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.iptables import Dispatcher, read_dispatcher, render_install, render_removal
-from securerun.firewall.policy import Network as PeerNetwork
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
+from securerun.linux.networks import Network as PeerNetwork
+from securerun.linux.networks import collapse
 
 RUN, OTHER = "0123456789ab", "ba9876543210"
 EMPTY = Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)

@@ -22,7 +22,8 @@ from probe import Endpoint, reach
 
 from securerun.firewall import ipset
 from securerun.firewall.iptables import Dispatcher, render_install
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
+from securerun.linux.networks import collapse
 
 RUN, OTHER = "0123456789ab", "ba9876543210"
 COMMANDS = ("iptables-legacy", "ip6tables-legacy")

@@ -27,7 +27,8 @@ from securerun.firewall import libnftables
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.nftables import TOKEN, NftablesChains, render, table_name
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
+from securerun.linux.networks import collapse
 
 RUN, OTHER_RUN = "0123456789ab", "ba9876543210"
 TABLE = table_name(RUN)

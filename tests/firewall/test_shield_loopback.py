@@ -24,7 +24,7 @@ from hosts import Host, Network, cgroup2_mount
 from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
 
 from securerun.firewall import shield
-from securerun.firewall.policy import Policy, collapse
+from securerun.firewall.policy import Policy
 from securerun.firewall.shield import (
     CLOSED_LOOPBACK_PROGRAM,
     HEADER_PROGRAM,
@@ -52,6 +52,7 @@ from securerun.linux.bpf import (
     leave,
     verifier_log,
 )
+from securerun.linux.networks import collapse
 
 Result = TypeVar("Result")
 

@@ -21,7 +21,7 @@ from hosts import Host, Network, cgroup2_mount, eventually
 from packets import ACK, CWR, ECE, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
 
 from securerun.firewall import shield
-from securerun.firewall.policy import Denial, Policy, collapse
+from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.shield import (
     HEADER_PROGRAM,
     SOCKET_PROGRAM,
@@ -35,6 +35,7 @@ from securerun.firewall.shield import (
     refuse_conflicts,
 )
 from securerun.linux.bpf import R0, AttachFlags, AttachType, Program, assemble, attached, calculate, leave
+from securerun.linux.networks import collapse
 
 PROGRAMS = pytest.mark.parametrize("program", [SOCKET_PROGRAM, HEADER_PROGRAM], ids=lambda program: program.name)
 FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])

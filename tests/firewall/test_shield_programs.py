@@ -21,9 +21,10 @@ from packets import ACK, FRAGMENT, SYN, TCP, UDP, Flow
 
 from securerun.errors import PolicyError
 from securerun.firewall import shield
-from securerun.firewall.policy import Denial, Policy, collapse
+from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.shield import HEADER_PROGRAM, SOCKET_PROGRAM, Shield, ShieldProgram, attach_first_of, describe
 from securerun.linux.bpf import AttachType, Instruction, Program, assemble, attached, verifier_log
+from securerun.linux.networks import collapse
 
 PROGRAMS = (SOCKET_PROGRAM, HEADER_PROGRAM)
 HERE4, HERE6 = ipaddress.ip_address("10.77.0.1"), ipaddress.ip_address("fd77::1")

@@ -15,7 +15,8 @@ import sys
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.iptables import IptablesChains
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
+from securerun.linux.networks import collapse
 
 PORTS = (PortRange(29500, 29500, "master port"), PortRange(60000, 60015, "HCCL"))
 LOG_GROUP = 4711

@@ -24,8 +24,9 @@ from pathlib import Path
 from hosts import cgroup2_mount
 
 from securerun.errors import SecurerunError
-from securerun.firewall.policy import Network, Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
 from securerun.guard.protocol import Notice, Order
+from securerun.linux.networks import Network, collapse
 from securerun.protection.client import Guard
 
 

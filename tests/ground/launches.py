@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.firewall.policy import Policy, PortRange
 from securerun.job.entrance import Entrance
 from securerun.job.launchers import Endpoint, Job
 from securerun.job.peers import Peers
+from securerun.linux.networks import collapse
 from securerun.options import Options
 from securerun.protection.guarded import Launch
 

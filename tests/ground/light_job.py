@@ -190,7 +190,8 @@ def _parse() -> argparse.Namespace:
 def _policy(options: argparse.Namespace) -> Policy:
     import ipaddress
 
-    from securerun.firewall.policy import Policy, PortRange, collapse
+    from securerun.firewall.policy import Policy, PortRange
+    from securerun.linux.networks import collapse
 
     ports = (PortRange(options.port, options.port, "master port"), PortRange(60000, 60015, "HCCL"))
     peers = collapse(ipaddress.ip_network(peer) for peer in options.peers.split(",") if peer)

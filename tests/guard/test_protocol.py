@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from securerun.firewall.policy import Denial, Policy, PortRange, collapse
+from securerun.firewall.policy import Denial, Policy, PortRange
 from securerun.guard import protocol
 from securerun.guard.protocol import (
     Guarding,
@@ -30,6 +30,7 @@ from securerun.guard.protocol import (
     decode,
     encode,
 )
+from securerun.linux.networks import collapse
 
 POLICY = Policy(
     "0123456789ab",

@@ -20,8 +20,8 @@ from checkout import COMMANDS
 from hosts import Host, Network, environment, eventually, finish
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import Network as Peers
 from securerun.job import hccl_whitelist
+from securerun.linux.networks import Network as Peers
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2", "fd77::2")
 

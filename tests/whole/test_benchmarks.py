@@ -24,7 +24,8 @@ import pictures  # noqa: E402
 from findings import Finding, finding  # noqa: E402
 from hosts import Network  # noqa: E402
 
-from securerun.firewall.policy import Policy, collapse  # noqa: E402
+from securerun.firewall.policy import Policy  # noqa: E402
+from securerun.linux.networks import collapse  # noqa: E402
 
 FIELDS = {"name", "what", "unit", "samples", "median", "spread", "ratio", "against", "goal", "goal_of", "met"}
 
