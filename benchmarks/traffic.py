@@ -33,7 +33,8 @@ from securerun.firewall.backends import open_chains
 from securerun.firewall.policy import Policy, PortRange
 from securerun.firewall.shield import Shield
 from securerun.linux import bpf
-from securerun.linux.bpf import R0, AttachFlags, AttachType, Program, assemble, calculate, leave
+from securerun.linux.assembler import R0, assemble, calculate, leave
+from securerun.linux.bpf import AttachFlags, AttachType, Program
 from securerun.linux.networks import collapse
 
 GOAL_NANOSECONDS = 5.0

@@ -27,7 +27,7 @@ from typing import Callable
 
 from securerun.errors import PolicyError, Unavailable
 from securerun.firewall.policy import Denial, Policy
-from securerun.linux.bpf import (
+from securerun.linux.assembler import (
     R0,
     R1,
     R2,
@@ -38,22 +38,14 @@ from securerun.linux.bpf import (
     R8,
     R9,
     R10,
-    AttachFlags,
-    AttachType,
     Helper,
     Label,
-    Map,
-    MapShape,
-    MapType,
-    Program,
     Register,
     Remark,
     Statement,
     Symbol,
-    VerifierError,
     assemble,
     atomic_add,
-    attached,
     calculate,
     call,
     from_network_order,
@@ -65,6 +57,7 @@ from securerun.linux.bpf import (
     map_reference,
     store,
 )
+from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, MapType, Program, VerifierError, attached
 from securerun.linux.networks import Network, collapse
 
 

@@ -37,21 +37,8 @@ from securerun.firewall.shield import (
     prove,
     refuse_conflicts,
 )
-from securerun.linux.bpf import (
-    R0,
-    AttachFlags,
-    AttachType,
-    Instruction,
-    Map,
-    MapShape,
-    Program,
-    Statement,
-    assemble,
-    attached,
-    calculate,
-    leave,
-    verifier_log,
-)
+from securerun.linux.assembler import R0, Instruction, Statement, assemble, calculate, leave
+from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, attached, verifier_log
 from securerun.linux.networks import collapse
 
 Result = TypeVar("Result")

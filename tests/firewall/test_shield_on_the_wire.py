@@ -34,7 +34,8 @@ from securerun.firewall.shield import (
     prove,
     refuse_conflicts,
 )
-from securerun.linux.bpf import R0, AttachFlags, AttachType, Program, assemble, attached, calculate, leave
+from securerun.linux.assembler import R0, assemble, calculate, leave
+from securerun.linux.bpf import AttachFlags, AttachType, Program, attached
 from securerun.linux.networks import collapse
 
 PROGRAMS = pytest.mark.parametrize("program", [SOCKET_PROGRAM, HEADER_PROGRAM], ids=lambda program: program.name)

@@ -23,7 +23,8 @@ from securerun.errors import PolicyError
 from securerun.firewall import shield
 from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.shield import HEADER_PROGRAM, SOCKET_PROGRAM, Shield, ShieldProgram, attach_first_of, describe
-from securerun.linux.bpf import AttachType, Instruction, Program, assemble, attached, verifier_log
+from securerun.linux.assembler import Instruction, assemble
+from securerun.linux.bpf import AttachType, Program, attached, verifier_log
 from securerun.linux.networks import collapse
 
 PROGRAMS = (SOCKET_PROGRAM, HEADER_PROGRAM)

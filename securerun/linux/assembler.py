@@ -1,0 +1,226 @@
+"""A small assembler of eBPF programs, as far as a program on a cgroup needs one.
+
+Pure: it asks the kernel nothing, and knows nothing of what the programs are for. Numbers and layouts are those of
+include/uapi/linux/bpf.h; they are the same on every architecture.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+
+@dataclass(frozen=True)
+class Register:
+    """r0 to r10; r10 is the frame pointer, below which lie 512 bytes of stack."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"r{self.number}"
+
+
+R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 = (Register(number) for number in range(11))
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A number that is known only when the program is assembled, by a name that a person understands."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"[{self.name}]"
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where a jump can go."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}:"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A word to the reader of a listing; nothing to the kernel."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return f"; {self.text}"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its text, and its fields as the kernel wants them, but for what assemble() fills in.
+
+    target: the label to jump to. symbol: the symbol whose number becomes the immediate value.
+    """
+
+    text: str
+    opcode: int
+    destination: int = 0
+    source: int = 0
+    offset: int = 0
+    immediate: int = 0
+    target: str = ""
+    symbol: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def slots(self) -> int:
+        """How many of the kernel's 8-byte instructions this one takes."""
+        return 2 if self.opcode == _LOAD_64_BIT_IMMEDIATE else 1
+
+
+Operand = Union[Register, Symbol, int]
+Statement = Union[Instruction, Label, Remark]
+
+
+class Helper(enum.IntEnum):
+    """Functions of the kernel that a program can call: arguments in r1 to r5, result in r0 (enum bpf_func_id)."""
+
+    MAP_LOOKUP_ELEM = 1
+    MAP_UPDATE_ELEM = 2
+    SKB_LOAD_BYTES = 26
+
+
+_ARITHMETIC = {"+=": 0x07, "|=": 0x47, "&=": 0x57, "<<=": 0x67, "=": 0xB7}
+_COMPARISONS = {"==": 0x15, ">": 0x25, ">=": 0x35, "&": 0x45, "!=": 0x55, "<": 0xA5}
+_WIDTHS = {1: 0x10, 2: 0x08, 4: 0x00, 8: 0x18}
+_FROM_REGISTER = 0x08
+_LOAD = 0x61
+_STORE_IMMEDIATE = 0x62
+_STORE_REGISTER = 0x63
+_ATOMIC_ADD = 0xC3
+_BIG_ENDIAN = 0xDC
+_JUMP = 0x05
+_CALL = 0x85
+_EXIT = 0x95
+_LOAD_64_BIT_IMMEDIATE = 0x18
+_MAP_DESCRIPTOR = 1
+
+
+def calculate(destination: Register, operator: str, operand: Register | int) -> Instruction:
+    """`destination operator operand` in 64 bits; `=` copies."""
+    text = f"{destination} {operator} {operand}"
+    if isinstance(operand, Register):
+        opcode = _ARITHMETIC[operator] | _FROM_REGISTER
+        return Instruction(text, opcode, destination.number, operand.number)
+    return Instruction(text, _ARITHMETIC[operator], destination.number, immediate=operand)
+
+
+def from_network_order(destination: Register, width: int) -> Instruction:
+    """Turns `width` bytes of a register from the network's byte order into the host's."""
+    text = f"{destination} = be{8 * width} {destination}"
+    return Instruction(text, _BIG_ENDIAN, destination.number, immediate=8 * width)
+
+
+def load(destination: Register, width: int, base: Register, offset: int) -> Instruction:
+    """Reads `width` bytes at base + offset, the rest of the register becomes zero."""
+    text = f"{destination} = {_memory(width, base, offset)}"
+    return Instruction(text, _LOAD | _WIDTHS[width], destination.number, base.number, offset)
+
+
+def store(width: int, base: Register, offset: int, value: Register | int) -> Instruction:
+    """Writes the lower `width` bytes of the value to base + offset."""
+    text = f"{_memory(width, base, offset)} = {value}"
+    if isinstance(value, Register):
+        return Instruction(text, _STORE_REGISTER | _WIDTHS[width], base.number, value.number, offset)
+    return Instruction(text, _STORE_IMMEDIATE | _WIDTHS[width], base.number, 0, offset, value)
+
+
+def atomic_add(width: int, base: Register, offset: int, value: Register) -> Instruction:
+    """Adds to the 4 or 8 bytes at base + offset, undisturbed by other processors."""
+    text = f"lock {_memory(width, base, offset)} += {value}"
+    return Instruction(text, _ATOMIC_ADD | _WIDTHS[width], base.number, value.number, offset)
+
+
+def jump(target: str) -> Instruction:
+    """Goes on at the label."""
+    return Instruction(f"goto {target}", _JUMP, target=target)
+
+
+def jump_if(left: Register, comparison: str, right: Operand, target: str) -> Instruction:
+    """Goes on at the label when `left comparison right` holds, unsigned, in 64 bits; `&` asks for common bits."""
+    text = f"if {left} {comparison} {right} goto {target}"
+    opcode = _COMPARISONS[comparison]
+    if isinstance(right, Register):
+        return Instruction(text, opcode | _FROM_REGISTER, left.number, right.number, target=target)
+    if isinstance(right, Symbol):
+        return Instruction(text, opcode, left.number, target=target, symbol=right.name)
+    return Instruction(text, opcode, left.number, immediate=right, target=target)
+
+
+def map_reference(destination: Register, name: Symbol) -> Instruction:
+    """Puts a map into a register, for a helper; the symbol stands for the map's descriptor."""
+    text = f"{destination} = map{name}"
+    return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, _MAP_DESCRIPTOR, symbol=name.name)
+
+
+def call(helper: Helper) -> Instruction:
+    """Calls a helper; r1 to r5 are lost."""
+    return Instruction(f"call {helper.name.lower()}", _CALL, immediate=int(helper))
+
+
+def leave() -> Instruction:
+    """Ends the program with the value of r0."""
+    return Instruction("exit", _EXIT)
+
+
+def assemble(program: Sequence[Statement], symbols: Mapping[str, int]) -> bytes:
+    """The program as the kernel takes it, 8 bytes an instruction. ValueError: a label or symbol is missing or twice."""
+    labels = _label_positions(program)
+    code = bytearray()
+    for statement in program:
+        if isinstance(statement, Instruction):
+            code += _encode(statement, len(code) // 8, labels, symbols)
+    return bytes(code)
+
+
+def listing(program: Sequence[Statement]) -> str:
+    """The program for people: a line for each label and, indented, for each instruction and remark."""
+    return "\n".join(str(line) if isinstance(line, Label) else f"    {line}" for line in program)
+
+
+def _memory(width: int, base: Register, offset: int) -> str:
+    return f"*(u{8 * width} *)({base} {'-' if offset < 0 else '+'} {abs(offset)})"
+
+
+def _label_positions(program: Sequence[Statement]) -> dict[str, int]:
+    positions: dict[str, int] = {}
+    position = 0
+    for statement in program:
+        if isinstance(statement, Instruction):
+            position += statement.slots
+        elif isinstance(statement, Label):
+            if statement.name in positions:
+                raise ValueError(f"label {statement.name} is there twice")
+            positions[statement.name] = position
+    return positions
+
+
+def _encode(instruction: Instruction, position: int, labels: Mapping[str, int], symbols: Mapping[str, int]) -> bytes:
+    offset, immediate = instruction.offset, instruction.immediate
+    if instruction.target:
+        if instruction.target not in labels:
+            raise ValueError(f"{instruction}: there is no such label")
+        offset = labels[instruction.target] - position - instruction.slots
+    if instruction.symbol:
+        if instruction.symbol not in symbols:
+            raise ValueError(f"{instruction}: nothing is known of [{instruction.symbol}]")
+        immediate = symbols[instruction.symbol]
+    registers = instruction.source << 4 | instruction.destination
+    try:
+        code = struct.pack("<BBhi", instruction.opcode, registers, offset, immediate)
+    except struct.error as error:
+        raise ValueError(f"{instruction}: {error}") from error
+    return code + bytes(8 * (instruction.slots - 1))
