@@ -4,8 +4,9 @@
      "unit": "us", "samples": [...], "median": 31.0, "spread": [30.2, 33.1], "ratio": 1.01,
      "against": "connect.none", "goal": 1.03, "goal_of": "ratio", "met": true}, ...]}
 
-A finding with a ratio was measured beside what it is compared to, in turns. Goals are judged by what `goal_of` names:
-the ratio where there is one, since it says the same on another machine, else the median.
+Each finding is a line of its own. A finding with a ratio was measured beside what it is compared to, in turns. Goals
+are judged by what `goal_of` names: the ratio where there is one, since it says the same on another machine, else the
+median.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -93,12 +94,18 @@ def report(benchmark: str, found: Iterable[Finding], into: str | None) -> None:
     for each in found:
         progress(_line(each))
         listed.append(asdict(each))
-    text = json.dumps({"benchmark": benchmark, "machine": machine(), "findings": listed}, indent=1)
+    text = as_text(benchmark, machine(), listed)
     if into is None:
-        print(text)
+        print(text, end="")
         return
     Path(into).parent.mkdir(parents=True, exist_ok=True)
-    Path(into).write_text(f"{text}\n")
+    Path(into).write_text(text)
+
+
+def as_text(benchmark: str, measured_on: Mapping[str, object], found: Iterable[Mapping[str, object]]) -> str:
+    """Return the JSON text of what was found, a finding a line: a diff shows those that changed and nothing else."""
+    head = f'{{"benchmark": {json.dumps(benchmark)}, "machine": {json.dumps(measured_on)}, "findings": ['
+    return "\n".join([head, ",\n".join(map(json.dumps, found)), "]}", ""])
 
 
 def read(path: Path) -> dict[str, Finding]:

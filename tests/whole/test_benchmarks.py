@@ -49,6 +49,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert findings.read(path) == {each.name: each for each in found}
 
 
+def test_each_finding_is_one_line(tmp_path: Path) -> None:
+    """Measuring anew changes a line for each finding, and none for each sample."""
+    findings.report("some", [finding(name, name, "s", [1.0, 2.0]) for name in "abc"], str(tmp_path / "some.json"))
+    for file in (tmp_path / "some.json", *sorted((BENCHMARKS / "results").glob("*.json"))):
+        document = json.loads(file.read_text())
+        first, *lines, last = file.read_text().splitlines()
+        assert [json.loads(line.removesuffix(",")) for line in lines] == document["findings"], file.name
+        assert json.loads(f"{first}{last}") == {**document, "findings": []}, file.name
+
+
 def stored() -> dict[str, list[Finding]]:
     """What every benchmark that a picture is drawn from might have found."""
     names = ("none", "control", *(f"{layer}.{count}" for layer in connect.LAYERS for count in connect.COUNTS))
