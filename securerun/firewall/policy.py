@@ -19,6 +19,7 @@ from securerun.linux.networks import Address, Network, collapse, written_address
 
 FIRST_PORT = 1
 LAST_PORT = 65535
+SHIELD = "shield"
 
 # The run id stands in rule comments, file names and cgroup names, so it is hexadecimal and nothing else.
 _RUN_ID = re.compile(r"[0-9a-f]{12}")
@@ -108,6 +109,19 @@ class Policy:
             else:
                 joined.append((first, last))
         return joined
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One thing that stands in the kernel: backend `shield` or that of port chains, and the name to look for there."""
+
+    backend: str
+    name: str
+
+    @property
+    def is_shield(self) -> bool:
+        """Whether it closes every port of the job's cgroup; port chains close the planned ones."""
+        return self.backend == SHIELD
 
 
 @dataclass(frozen=True)

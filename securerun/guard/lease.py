@@ -18,7 +18,7 @@ from securerun.errors import PrivilegeError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import Denial, Policy, PortRange, merged
+from securerun.firewall.policy import SHIELD, Denial, Layer, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
 from securerun.guard import neighbours, processes, reaper, records, reserved
 from securerun.guard.caller import ROOT, Caller
@@ -32,7 +32,7 @@ from securerun.guard.cgroup import (
 )
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.processes import JobProcesses, Process
-from securerun.guard.protocol import Guarding, Layer, Order
+from securerun.guard.protocol import Guarding, Order
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
 from securerun.linux.networks import Network
@@ -67,7 +67,7 @@ class Lease:
         """The layers that stand."""
         layers = []
         if self.shield is not None and self.cgroup is not None:
-            layers.append(Layer("shield", f"{self.shield.name} filter on {self.cgroup.path}"))
+            layers.append(Layer(SHIELD, f"{self.shield.name} filter on {self.cgroup.path}"))
         if self.chains is not None:
             layers.append(Layer(self.chains.backend, self.chains.name))
         return Guarding(tuple(layers), self.notes)

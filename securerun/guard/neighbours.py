@@ -70,8 +70,7 @@ def require_unweakened(run: Record, known: Iterable[Record]) -> None:
 
 def _require_harmless_peers(run: Record, found: Iterable[Record]) -> None:
     for record in found:
-        bare = record.layers and not any(layer.backend == "shield" for layer in record.layers)
-        if bare and not _are_within(run.policy.peers, record.policy.peers):
+        if record.is_bare and not _are_within(run.policy.peers, record.policy.peers):
             raise PolicyError(
                 f"run {record.run_id} of user {record.user} has ports of this plan and no shield, so this job's peers "
                 "could reach it; choose other ports"

@@ -27,7 +27,7 @@ from typing import Any, Callable, Union
 
 from securerun.errors import PolicyError
 from securerun.firewall.backends import NAMES as BACKENDS
-from securerun.firewall.policy import Denial, Policy, PortRange
+from securerun.firewall.policy import Denial, Layer, Policy, PortRange
 from securerun.linux.networks import Network
 
 VERSION = 1
@@ -109,19 +109,16 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One thing that stands in the kernel: backend `shield` or `iptables`, and the name to look for there."""
-
-    backend: str
-    name: str
-
-
-@dataclass(frozen=True)
 class Guarding:
     """The layers that stand, proven. notes: what a person should know about layers that do not."""
 
     layers: tuple[Layer, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_shield(self) -> bool:
+        """Whether the shield is one of them: then no port of the job is open to strangers, planned or not."""
+        return any(layer.is_shield for layer in self.layers)
 
 
 @dataclass(frozen=True)

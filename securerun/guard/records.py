@@ -21,10 +21,9 @@ from types import FrameType
 from typing import Any
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import Denial, Policy, PortRange
+from securerun.firewall.policy import Denial, Layer, Policy, PortRange
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
-    Layer,
     ProtocolError,
     denial_document,
     layer_document,
@@ -76,6 +75,11 @@ class Record:
     def run_id(self) -> str:
         """The run's id."""
         return self.policy.run_id
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the run stands, and without a shield."""
+        return bool(self.layers) and not any(layer.is_shield for layer in self.layers)
 
     @property
     def guard_lives(self) -> bool:

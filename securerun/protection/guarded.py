@@ -202,7 +202,7 @@ def _guarded(guard: Guard, launch: Launch, change_whitelist: Callable[[Peers], N
     order = Order(policy, asked.firewall, asked.scope, launch.grace, command)
     guarding = guard.guard(order, _teller(renewal, hear))
     hear(Installed(guarding, guard.way))
-    shield = any(layer.backend == "shield" for layer in guarding.layers)
+    shield = guarding.has_shield
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(asked, shield=shield)
     for line in words.start(policy, launch.peers, launch.entrance, guarding, launch.umask, guard.way):
         say(line)

@@ -31,9 +31,9 @@ def start(policy: Policy, peers: Peers, entrance: Entrance, guarding: Guarding, 
     run = f"run {policy.run_id}: "
     yield f"{run}open to {open_to(policy, peers, entrance)}; umask {umask:04o}; guard started {way}"
     for layer in guarding.layers:
-        what = "every TCP port of this job" if layer.backend == "shield" else f"TCP ports {_ports(policy)}"
+        what = "every TCP port of this job" if layer.is_shield else f"TCP ports {_ports(policy)}"
         yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
-    if not any(layer.backend == "shield" for layer in guarding.layers):
+    if not guarding.has_shield:
         yield f"{run}scope ports: every other port of this job is closed within 0.2 s of its appearing"
     for note in guarding.notes:
         yield f"{run}{note}"

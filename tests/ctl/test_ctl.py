@@ -30,9 +30,8 @@ from checkout import COMMANDS
 from hosts import RECORDS, Host, Network, cgroup2_mount, environment, eventually, finish, is_alive, machine_snapshot
 
 from securerun.ctl import app
-from securerun.firewall.policy import Denial, Policy, PortRange
+from securerun.firewall.policy import Denial, Layer, Policy, PortRange
 from securerun.guard import records
-from securerun.guard.protocol import Layer
 from securerun.guard.records import Record
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")

@@ -28,8 +28,8 @@ from users import PrivateMachine
 from securerun.errors import PolicyError, UsageError
 from securerun.evidence import report, report_html
 from securerun.evidence.report import Ending, Journal
-from securerun.firewall.policy import Denial
-from securerun.guard.protocol import Guarding, Layer, Notice, Released
+from securerun.firewall.policy import Denial, Layer
+from securerun.guard.protocol import Guarding, Notice, Released
 from securerun.job.peers import Peers
 from securerun.protection.events import Checked, Finished, Gone, Installed, News, Renewed
 

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from securerun.firewall.policy import Denial, Policy, PortRange
+from securerun.firewall.policy import Denial, Layer, Policy, PortRange
 from securerun.guard import protocol
 from securerun.guard.protocol import (
     Guarding,
-    Layer,
     Message,
     Notice,
     Order,

@@ -15,21 +15,9 @@ import pytest
 from cgroups import in_child
 
 from securerun.errors import PrivilegeError
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import Layer, Policy
 from securerun.guard.processes import RUN_ID_VARIABLE
-from securerun.guard.protocol import (
-    Guarding,
-    Layer,
-    Message,
-    Notice,
-    Order,
-    Ready,
-    Refused,
-    Released,
-    Run,
-    Runs,
-    encode,
-)
+from securerun.guard.protocol import Guarding, Message, Notice, Order, Ready, Refused, Released, Run, Runs, encode
 from securerun.protection import client, ways
 from securerun.protection.client import Guard, Refusal
 from securerun.protection.ways import Way
