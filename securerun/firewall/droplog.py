@@ -23,6 +23,8 @@ _CONFIGURE, _PACKET = 1, 0
 _COMMAND, _MODE, _THRESHOLD, _PAYLOAD = 1, 2, 5, 9
 _BIND, _COPY_PACKET = 1, 2
 _REQUEST, _ACKNOWLEDGE, _ERROR_MESSAGE = 0x1, 0x4, 2
+# How many dropped packets a second the rules of any backend hand out at most.
+LOGGED_A_SECOND = 1000
 # Enough for an IPv6 header, extension headers of the usual size and the ports behind them.
 _COPIED_BYTES = 256
 _REMEMBERED = 4096

@@ -25,7 +25,8 @@ from typing import Callable
 
 from securerun.firewall import ipset
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.policy import Policy
+from securerun.firewall.droplog import LOGGED_A_SECOND
+from securerun.firewall.policy import RUN_ID, Policy
 from securerun.linux import netlink
 
 CHAIN = "SECURERUN"
@@ -40,7 +41,7 @@ MADE_NOTHING = "securerun"
 _MULTIPORT_SLOTS = 15
 _FEW_RULES = 16
 _MOST_PEERS_IN_RULES = 32
-_LOGGED_A_SECOND = 1000
+_COMMENT = re.compile(rf'--comment "securerun ({RUN_ID.pattern})"')
 _LOCK_SECONDS = 10
 _COMMAND_SECONDS = 60
 
@@ -84,7 +85,7 @@ class Dispatcher:
 
 def run_of(rule: str) -> str | None:
     """The run id in a saved rule's comment, or None when it is not a run's."""
-    found = re.search(r'--comment "securerun ([0-9a-f]{12})"', rule)
+    found = _COMMENT.search(rule)
     return found.group(1) if found else None
 
 
@@ -149,7 +150,7 @@ def drops(policy: Policy, log_group: int | None) -> Iterator[str]:
     comment = _comment(policy.run_id)
     for ports in _port_matches(policy):
         if log_group is not None:
-            limit = f"-m limit --limit {_LOGGED_A_SECOND}/sec --limit-burst {_LOGGED_A_SECOND}"
+            limit = f"-m limit --limit {LOGGED_A_SECOND}/sec --limit-burst {LOGGED_A_SECOND}"
             yield f"-A {CHAIN} {ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
         yield f"-A {CHAIN} {ports} {comment} -j DROP"
 

@@ -50,7 +50,7 @@ from securerun.firewall.iptables import (
     render_install,
     sets_stand,
 )
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import RUN_ID, Policy
 from securerun.linux import packages
 
 # iptables/xshared.h: XT_LOCK_NAME
@@ -67,7 +67,7 @@ _SONAMES = {
 }
 # include/uapi/linux/netfilter/x_tables.h: struct xt_entry_match as user space sees it
 _MATCH_HEADER = struct.Struct("=H29sB")
-_OUR_COMMENT = re.compile(r"securerun ([0-9a-f]{12})")
+_OUR_COMMENT = re.compile(rf"securerun ({RUN_ID.pattern})")
 _REMEDY = "install it with `pip install 'securerun[legacy]'` or use another --firewall"
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.droplog import LOGGED_A_SECOND
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.policy import Policy
 from securerun.linux import netlink
@@ -37,7 +38,6 @@ CLOSE_PRIORITY = -10
 _PRIORITIES = {"pass": PASS_PRIORITY, "close": CLOSE_PRIORITY}
 # include/uapi/linux/netfilter.h: NFPROTO_INET
 _INET = 1
-_LOGGED_A_SECOND = 1000
 _NOT_PERMITTED = os.strerror(errno.EPERM)
 _OWNER = "flags owner"
 NO_ACCEPT = (
@@ -245,7 +245,7 @@ def _drops(log_group: int | None) -> Iterator[str]:
     yield f"meta priority {TOKEN} accept"
     yield 'iifname "lo" accept'
     if log_group is not None:
-        limit = f"limit rate {_LOGGED_A_SECOND}/second burst {_LOGGED_A_SECOND} packets"
+        limit = f"limit rate {LOGGED_A_SECOND}/second burst {LOGGED_A_SECOND} packets"
         yield f"tcp dport @ports {limit} log group {log_group}"
     yield "tcp dport @ports counter drop"
 

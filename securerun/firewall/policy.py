@@ -22,7 +22,7 @@ LAST_PORT = 65535
 SHIELD = "shield"
 
 # The run id stands in rule comments, file names and cgroup names, so it is hexadecimal and nothing else.
-_RUN_ID = re.compile(r"[0-9a-f]{12}")
+RUN_ID = re.compile(r"[0-9a-f]{12}")
 # include/uapi/linux/if.h: IFNAMSIZ is 16 with the closing NUL. The kernel allows more characters than these, a leading
 # dash too, but the name becomes a word of iptables' and nft's language.
 _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}")
@@ -78,7 +78,7 @@ class Policy:
     close_loopback: bool = False
 
     def __post_init__(self) -> None:
-        if not _RUN_ID.fullmatch(self.run_id):
+        if not RUN_ID.fullmatch(self.run_id):
             raise PolicyError(f"run id {self.run_id!r} is not 12 hexadecimal digits")
         for interface in self.interfaces:
             if not _INTERFACE.fullmatch(interface):

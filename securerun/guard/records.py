@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import Denial, Layer, Policy, PortRange
+from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, PortRange
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
     ProtocolError,
@@ -34,9 +34,9 @@ from securerun.guard.protocol import (
 )
 
 DIRECTORY = Path("/run/securerun")
-_RECORD_NAME = re.compile(r"[0-9a-f]{12}\.json")
+_RECORD_NAME = re.compile(rf"{RUN_ID.pattern}\.json")
 # Of a record, or of a ledger of securerun.guard.reserved.
-_PARTIAL_NAME = re.compile(r"\.([0-9a-f]{12}\.json|reserved-[0-9]+\.ledger)\.partial")
+_PARTIAL_NAME = re.compile(rf"\.({RUN_ID.pattern}\.json|reserved-[0-9]+\.ledger)\.partial")
 # proc(5): starttime is field 22, and the first after the command is field 3.
 _START_TIME = 22 - 3
 _LOCK_SECONDS = 30.0

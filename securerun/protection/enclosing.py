@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from securerun.errors import PolicyError
+from securerun.firewall.policy import RUN_ID
 from securerun.guard import records
 from securerun.guard.cgroup import CgroupUnavailable, cgroup_of
 from securerun.guard.processes import RUN_ID_VARIABLE
@@ -23,7 +23,6 @@ from securerun.options import Options
 # What a lease was asked for, for launchers inside of it to compare; for their messages, never for what is closed.
 TERMS_VARIABLE = "SECURERUN_LEASE"
 
-_RUN_ID = re.compile(r"[0-9a-f]{12}")
 # The options that are a lease's own. The others (umask, user, launcher) are in force inside of it as well.
 _TERMS = ("peers", "interface", "ports", "firewall", "scope", "loopback", "grace", "accept", "hccl_whitelist")
 _DEFAULTS = Options()
@@ -45,7 +44,7 @@ class Enclosing:
 def find(environment: Mapping[str, str]) -> Enclosing | None:
     """The run that the environment names, if this process is proven to be in it."""
     run_id = environment.get(RUN_ID_VARIABLE, "")
-    if not _RUN_ID.fullmatch(run_id):
+    if not RUN_ID.fullmatch(run_id):
         return None
     if not _is_in_cgroup_of(run_id) and not _is_known_by_environment(run_id):
         return None
