@@ -14,7 +14,7 @@ import struct
 from collections import Counter
 
 from securerun.firewall.policy import Denial
-from securerun.linux import netlink
+from securerun.linux import nf_tables
 from securerun.linux.networks import Address
 
 # include/uapi/linux/netfilter/nfnetlink_log.h
@@ -41,11 +41,11 @@ class DropLog:
     def __init__(self, group: int) -> None:
         self.group = group
         self._seen: Counter[tuple[Address, int]] = Counter()
-        self._channel = netlink.open_channel()
+        self._channel = nf_tables.open_channel()
         try:
-            self._configure(netlink.attribute(_COMMAND, struct.pack("=B", _BIND)))
-            self._configure(netlink.attribute(_MODE, struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0)))
-            self._configure(netlink.attribute(_THRESHOLD, struct.pack("!I", 1)))
+            self._configure(nf_tables.attribute(_COMMAND, struct.pack("=B", _BIND)))
+            self._configure(nf_tables.attribute(_MODE, struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0)))
+            self._configure(nf_tables.attribute(_THRESHOLD, struct.pack("!I", 1)))
         except OSError:
             self._channel.close()
             raise
@@ -78,18 +78,18 @@ class DropLog:
     def _configure(self, setting: bytes) -> None:
         header = struct.pack("!BBH", socket.AF_UNSPEC, 0, self.group)
         kind = _SUBSYSTEM_LOG << 8 | _CONFIGURE
-        self._channel.send(netlink.framed(kind, header + setting, _REQUEST | _ACKNOWLEDGE))
-        for answer, payload in netlink.messages(self._channel.recv(65536)):
+        self._channel.send(nf_tables.framed(kind, header + setting, _REQUEST | _ACKNOWLEDGE))
+        for answer, payload in nf_tables.messages(self._channel.recv(65536)):
             if answer == _ERROR_MESSAGE:
                 (negative,) = struct.unpack_from("=i", payload)
                 if negative:
                     raise OSError(-negative, os.strerror(-negative))
 
     def _count(self, data: bytes) -> None:
-        for kind, payload in netlink.messages(data):
+        for kind, payload in nf_tables.messages(data):
             if kind != _SUBSYSTEM_LOG << 8 | _PACKET:
                 continue
-            opening = source_and_port(netlink.attributes(payload[4:]).get(_PAYLOAD, b""))
+            opening = source_and_port(nf_tables.attributes(payload[4:]).get(_PAYLOAD, b""))
             if opening is None:
                 continue
             if opening in self._seen or len(self._seen) < _REMEMBERED:

@@ -15,7 +15,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from securerun.linux import netlink
+from securerun.linux import nf_tables
 from securerun.linux.networks import Network
 
 _SUBSYSTEM = 6  # NFNL_SUBSYS_IPSET
@@ -74,17 +74,17 @@ def size(name: str) -> int | None:
     """How many networks are in the set; None where there is no such set, or no ipset at all. Raises OSError."""
     if not _is_loaded():
         return None
-    body = _text(_NAME, name) + netlink.attribute(_FLAGS | _NETWORK_ORDER, struct.pack("!I", _ONLY_HEADER))
-    with netlink.open_channel() as channel:
+    body = _text(_NAME, name) + nf_tables.attribute(_FLAGS | _NETWORK_ORDER, struct.pack("!I", _ONLY_HEADER))
+    with nf_tables.open_channel() as channel:
         channel.send(_message(_LIST, body, _REQUEST | _DUMP))
         while True:
-            for kind, payload in netlink.messages(channel.recv(65536)):
+            for kind, payload in nf_tables.messages(channel.recv(65536)):
                 if kind == _DONE:
                     return None
                 if kind == _ERROR:
                     _require_absence(payload)
                     return None
-                data = netlink.attributes(netlink.attributes(payload[4:])[_DATA])
+                data = nf_tables.attributes(nf_tables.attributes(payload[4:])[_DATA])
                 return int.from_bytes(data[_ELEMENTS], "big")
 
 
@@ -131,7 +131,7 @@ def _make(name: str, networks: Sequence[Network]) -> None:
     version = networks[0].version
     _create(name, version, len(networks))
     try:
-        with netlink.open_channel() as channel:
+        with nf_tables.open_channel() as channel:
             for begin in range(0, len(networks), _ENTRIES_A_MESSAGE):
                 _exchange(channel, _ADD, _entries(name, networks[begin : begin + _ENTRIES_A_MESSAGE]))
     except OSError:
@@ -144,22 +144,22 @@ def _create(name: str, version: int, count: int) -> None:
     while buckets < count:
         buckets *= 2
     sizes = ((_HASH_SIZE, buckets), (_MOST_ELEMENTS, count))
-    data = b"".join(netlink.attribute(kind | _NETWORK_ORDER, struct.pack("!I", size)) for kind, size in sizes)
+    data = b"".join(nf_tables.attribute(kind | _NETWORK_ORDER, struct.pack("!I", size)) for kind, size in sizes)
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     body = [
         _text(_NAME, name),
         _text(_TYPE, _KIND),
-        netlink.attribute(_REVISION, b"\0"),
-        netlink.attribute(_FAMILY, bytes([family])),
-        netlink.attribute(_DATA | _NESTED, data),
+        nf_tables.attribute(_REVISION, b"\0"),
+        nf_tables.attribute(_FAMILY, bytes([family])),
+        nf_tables.attribute(_DATA | _NESTED, data),
     ]
     _command(_CREATE, b"".join(body), _EXCLUSIVE)
 
 
 def _entries(name: str, networks: Iterable[Network]) -> bytes:
-    entries = netlink.attribute(_ENTRIES | _NESTED, b"".join(_entry(network) for network in networks))
+    entries = nf_tables.attribute(_ENTRIES | _NESTED, b"".join(_entry(network) for network in networks))
     # The kernel writes the number of the entry that it refuses into its answer, and wants to be given a place.
-    line = netlink.attribute(_LINE, bytes(4))
+    line = nf_tables.attribute(_LINE, bytes(4))
     return _text(_NAME, name) + line + entries
 
 
@@ -176,11 +176,11 @@ def _head(size: int, kind: int) -> bytes:
 
 # What stands before an address, by the bits that it has, and behind it, by the length of its prefix.
 _HEADS = {32: _head(4, _IPV4), 128: _head(16, _IPV6)}
-_PREFIXES = tuple(netlink.attribute(_PREFIX, bytes([length])) for length in range(129))
+_PREFIXES = tuple(nf_tables.attribute(_PREFIX, bytes([length])) for length in range(129))
 
 
 def _command(kind: int, body: bytes, flags: int = 0) -> None:
-    with netlink.open_channel() as channel:
+    with nf_tables.open_channel() as channel:
         _exchange(channel, kind, body, flags)
 
 
@@ -197,7 +197,7 @@ def _exchange(channel: socket.socket, kind: int, body: bytes, flags: int = 0) ->
 def _answers(channel: socket.socket) -> Iterator[tuple[int, bytes]]:
     while True:
         # The answer carries a copy of what it answers.
-        yield from netlink.messages(channel.recv(1 << 17))
+        yield from nf_tables.messages(channel.recv(1 << 17))
 
 
 def _require_absence(payload: bytes) -> None:
@@ -213,8 +213,10 @@ def _words(number: int) -> str:
 
 def _message(kind: int, body: bytes, flags: int) -> bytes:
     header = struct.pack("!BBH", socket.AF_INET, 0, 0)
-    return netlink.framed(_SUBSYSTEM << 8 | kind, header + netlink.attribute(_PROTOCOL, bytes([_SPOKEN])) + body, flags)
+    return nf_tables.framed(
+        _SUBSYSTEM << 8 | kind, header + nf_tables.attribute(_PROTOCOL, bytes([_SPOKEN])) + body, flags
+    )
 
 
 def _text(kind: int, value: str) -> bytes:
-    return netlink.attribute(kind, value.encode() + b"\0")
+    return nf_tables.attribute(kind, value.encode() + b"\0")

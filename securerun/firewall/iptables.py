@@ -27,7 +27,7 @@ from securerun.firewall import ipset
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.droplog import LOGGED_A_SECOND
 from securerun.firewall.policy import RUN_ID, Policy
-from securerun.linux import netlink
+from securerun.linux import nf_tables
 
 CHAIN = "SECURERUN"
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -364,9 +364,9 @@ def _made(found: Mapping[Family, Dispatcher]) -> dict[Family, str]:
 def _will_make(family: Family) -> str:
     """What our transaction is about to bring into being beside the dispatcher: legacy tables come with their chains."""
     try:
-        if not netlink.table_exists(family.netfilter, "filter"):
+        if not nf_tables.table_exists(family.netfilter, "filter"):
             return MADE_TABLE
-        if not netlink.chain_exists(family.netfilter, "filter", "INPUT"):
+        if not nf_tables.chain_exists(family.netfilter, "filter", "INPUT"):
             return MADE_CHAIN
     except OSError as error:
         raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
@@ -378,9 +378,9 @@ def _remove_what_we_made(family: Family, found: Dispatcher) -> None:
     if found.made == MADE_NOTHING or _dispatchers([family])[family].exists:
         return
     try:
-        netlink.delete_unused_chain(family.netfilter, "filter", "INPUT")
+        nf_tables.delete_unused_chain(family.netfilter, "filter", "INPUT")
         if found.made == MADE_TABLE:
-            netlink.delete_empty_table(family.netfilter, "filter")
+            nf_tables.delete_empty_table(family.netfilter, "filter")
     except OSError as error:
         raise PortChainsUnavailable(f"an empty filter table was left behind: {error.strerror}") from error
 

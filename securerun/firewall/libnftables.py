@@ -21,7 +21,7 @@ import socket
 import stat
 from pathlib import Path
 
-from securerun.linux import netlink
+from securerun.linux import nf_tables
 
 LIBRARY = "libnftables.so.1"
 _PACKAGES = "libnftables1 (Debian, Ubuntu) or nftables (openEuler, CentOS, Kylin)"
@@ -130,7 +130,7 @@ def _load() -> ctypes.CDLL:
 
 def _require_netfilter() -> None:
     try:
-        netlink.open_channel().close()
+        nf_tables.open_channel().close()
     except OSError as error:
         raise NftablesError(f"no netlink socket to netfilter: {error.strerror}") from error
 

@@ -23,8 +23,8 @@ from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.processes import Process
 from securerun.guard.protocol import Message, Notice, Peers, ProtocolError, Release, Released
-from securerun.linux.netlink import Deletions
 from securerun.linux.networks import Address
+from securerun.linux.nf_tables import Deletions
 from securerun.linux.sock_diag import SocketsUnavailable
 
 # At most one line a source in this time, or a port scanner fills the job's log.

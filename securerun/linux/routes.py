@@ -7,8 +7,8 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from securerun.linux.netlink import attributes, dumped, framed
 from securerun.linux.networks import Network
+from securerun.linux.nf_tables import attributes, dumped, framed
 
 # include/uapi/linux/netlink.h, rtnetlink.h
 _NETLINK_ROUTE = 0

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from securerun.errors import Unavailable
-from securerun.linux import netlink
+from securerun.linux import nf_tables
 from securerun.linux.networks import Address
 
 # include/uapi/linux/netlink.h, sock_diag.h
@@ -257,7 +257,7 @@ def _open_channel() -> socket.socket:
 
 def _question(family: int, states: int, chosen: bytes) -> bytes:
     question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, states)
-    return netlink.framed(_SOCK_DIAG_BY_FAMILY, question + chosen, _REQUEST | _DUMP)
+    return nf_tables.framed(_SOCK_DIAG_BY_FAMILY, question + chosen, _REQUEST | _DUMP)
 
 
 def _port_filter(first: int, last: int) -> bytes:
@@ -267,7 +267,7 @@ def _port_filter(first: int, last: int) -> bytes:
     """
     pieces = (_FILTER.pack(_PORT_AT_LEAST, 8, 20), _FILTER.pack(0, 0, first))
     more = (_FILTER.pack(_PORT_AT_MOST, 8, 12), _FILTER.pack(0, 0, last))
-    return netlink.attribute(_FILTER_ATTRIBUTE, b"".join((*pieces, *more)))
+    return nf_tables.attribute(_FILTER_ATTRIBUTE, b"".join((*pieces, *more)))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -304,7 +304,7 @@ def _listener(answer: bytes) -> Listener | None:
     size = 4 if answer[0] == socket.AF_INET else 16
     (port,) = _PORT.unpack_from(answer)
     user, inode = _USER_AND_INODE.unpack_from(answer)
-    cgroup = netlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
+    cgroup = nf_tables.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
     number = _CGROUP_NUMBER.unpack(cgroup)[0] if len(cgroup) == _CGROUP_NUMBER.size else None
     return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, user, inode, number)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from securerun.host import interfaces
-from securerun.linux import netlink
+from securerun.linux import nf_tables
 from securerun.linux.networks import Address, Network
 from securerun.preflight import Finding, Scene
 
@@ -28,7 +28,7 @@ _ENVIRONMENT = {"PATH": _DIRECTORIES, "LC_ALL": "C"}
 # Which legacy tables there are; to list one that is not would register it in the kernel.
 _LEGACY_TABLES = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
-_FAMILIES = {4: netlink.IPV4, 6: netlink.IPV6}
+_FAMILIES = {4: nf_tables.IPV4, 6: nf_tables.IPV6}
 _OUR_CHAIN = "SECURERUN"
 _OUR_TABLES = "securerun-"
 _FIREWALLD = Path("/run/firewalld.pid")
@@ -81,7 +81,7 @@ class Reading:
             with contextlib.suppress(OSError):
                 if "filter" in path.read_text(encoding="ascii").split():
                     self._start(f"{_COMMANDS[version]}-legacy-save", "-t", "filter", version=version)
-        chains = [chain for chain in netlink.input_chains() if not chain.table.startswith(_OUR_TABLES)]
+        chains = [chain for chain in nf_tables.input_chains() if not chain.table.startswith(_OUR_TABLES)]
         judged = [chain for chain in chains if chain.rules or not chain.accepts]
         for version, family in _FAMILIES.items():
             if any((chain.family, chain.table, chain.name) == (family, "filter", "INPUT") for chain in judged):

@@ -12,8 +12,8 @@ from cgroups import in_child, inside
 from hosts import Host, Network
 from sandbox import NOBODY
 
-from securerun.linux import netlink
-from securerun.linux.netlink import Deletions
+from securerun.linux import nf_tables
+from securerun.linux.nf_tables import Deletions
 
 INET = 1
 TABLE = """
@@ -36,37 +36,37 @@ def node(network: Network) -> Iterator[Host]:
 
 
 def test_what_is_there_is_told_from_what_is_not(node: Host) -> None:
-    assert netlink.table_exists(INET, "t") and not netlink.table_exists(INET, "u")
-    assert netlink.chain_exists(INET, "t", "plain") and not netlink.chain_exists(INET, "t", "other")
-    assert not netlink.table_has_owner(INET, "t") and not netlink.table_has_owner(INET, "u")
-    assert netlink.priority_of(INET, "t", "base") == 5
-    assert netlink.priority_of(INET, "t", "empty") == -5
-    assert netlink.priority_of(INET, "t", "plain") is None
-    assert netlink.priority_of(INET, "u", "base") is None
-    assert (netlink.count_rules(INET, "t", "mine"), netlink.count_rules(INET, "t", "yours")) == (1, 0)
-    found = {(chain.table, chain.name): (chain.accepts, chain.rules) for chain in netlink.input_chains()}
+    assert nf_tables.table_exists(INET, "t") and not nf_tables.table_exists(INET, "u")
+    assert nf_tables.chain_exists(INET, "t", "plain") and not nf_tables.chain_exists(INET, "t", "other")
+    assert not nf_tables.table_has_owner(INET, "t") and not nf_tables.table_has_owner(INET, "u")
+    assert nf_tables.priority_of(INET, "t", "base") == 5
+    assert nf_tables.priority_of(INET, "t", "empty") == -5
+    assert nf_tables.priority_of(INET, "t", "plain") is None
+    assert nf_tables.priority_of(INET, "u", "base") is None
+    assert (nf_tables.count_rules(INET, "t", "mine"), nf_tables.count_rules(INET, "t", "yours")) == (1, 0)
+    found = {(chain.table, chain.name): (chain.accepts, chain.rules) for chain in nf_tables.input_chains()}
     assert found == {("t", "base"): (True, True), ("t", "empty"): (True, False), ("t", "strict"): (False, False)}
 
 
 def test_only_what_nobody_uses_is_deleted(node: Host) -> None:
-    assert not netlink.delete_unused_chain(INET, "t", "base")
-    assert not netlink.delete_unused_chain(INET, "t", "strict")
-    assert not netlink.delete_unused_chain(INET, "t", "other")
-    assert netlink.delete_unused_chain(INET, "t", "empty")
-    assert not netlink.chain_exists(INET, "t", "empty")
-    assert not netlink.delete_empty_table(INET, "t")
-    assert not netlink.delete_empty_table(INET, "u")
+    assert not nf_tables.delete_unused_chain(INET, "t", "base")
+    assert not nf_tables.delete_unused_chain(INET, "t", "strict")
+    assert not nf_tables.delete_unused_chain(INET, "t", "other")
+    assert nf_tables.delete_unused_chain(INET, "t", "empty")
+    assert not nf_tables.chain_exists(INET, "t", "empty")
+    assert not nf_tables.delete_empty_table(INET, "t")
+    assert not nf_tables.delete_empty_table(INET, "u")
     node.run(["nft", "flush table inet t; delete chain inet t base; delete chain inet t strict"], check=True)
     node.run(["nft", "delete chain inet t plain"], check=True)
-    assert netlink.delete_empty_table(INET, "t")
+    assert nf_tables.delete_empty_table(INET, "t")
 
 
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda: netlink.table_exists(INET, "t"),
-        netlink.input_chains,
-        lambda: netlink.delete_empty_table(INET, "t"),
+        lambda: nf_tables.table_exists(INET, "t"),
+        nf_tables.input_chains,
+        lambda: nf_tables.delete_empty_table(INET, "t"),
         lambda: Deletions("t", "base", "mine"),
     ],
     ids=["ask", "dump", "delete", "listen"],
@@ -101,5 +101,5 @@ def test_of_all_deletions_those_that_concern_us_are_heard(node: Host) -> None:
 
 @pytest.mark.parametrize("data", [b"", bytes(15), b"\x0f" + bytes(30), b"\x03\x00\x00\x00"])
 def test_what_is_no_message_and_no_attribute_ends_the_reading(data: bytes) -> None:
-    assert list(netlink.messages(data)) == []
-    assert netlink.attributes(data[:4] if data[:1] == b"\x03" else b"") == {}
+    assert list(nf_tables.messages(data)) == []
+    assert nf_tables.attributes(data[:4] if data[:1] == b"\x03" else b"") == {}
