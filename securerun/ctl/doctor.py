@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from securerun import preflight
-from securerun.firewall.policy import PortRange
+from securerun.firewall.policy import PortRange, Purpose
 from securerun.host import interfaces, umask
 from securerun.job import environment, ports
 from securerun.linux.networks import Network
@@ -68,7 +68,7 @@ def _ports() -> Iterator[PortRange]:
     """The ports of a job started from this shell, HCCL's only where there is an NPU or a word of HCCL."""
     job = environment.describe_job(os.environ, ())
     for planned in ports.plan_ports(job, os.environ, None, known=environment.known_ports(os.environ)):
-        if planned.purpose != "HCCL" or _has_npu():
+        if planned.purpose != Purpose.HCCL or _has_npu():
             yield planned
 
 

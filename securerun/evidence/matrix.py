@@ -6,26 +6,26 @@ seen from this node: a peer connects to it, it connects to a peer, or nothing le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from securerun.firewall.policy import PortRange
-from securerun.guard.exposure import OPENED_MEANWHILE
+from securerun.firewall.policy import PortRange, Purpose
 from securerun.job.launchers import Job
 from securerun.linux.networks import Address
 
 # Which end of a connection is this node.
 IN, OUT, WITHIN = "in", "out", "within"
 
-# What a port is for, by the purpose that the port plan gives it (`securerun.job.ports`, `securerun.job.environment`).
-_PLANNED = {
-    "rendezvous store (c10d)": "c10d",
-    "master port (static rendezvous)": "static",
-    "parallel store (torch_npu_run)": "parallel",
-    "rendezvous endpoint": "endpoint",
-    "master port": "static",
-    "HCCL": "hccl",
-    "HCCL (rank table)": "hccl",
+# What connects to a planned port, by its purpose; "added" for one that another version has given it.
+_PLANNED: Mapping[Purpose | str, str] = {
+    Purpose.C10D_STORE: "c10d",
+    Purpose.STATIC_STORE: "static",
+    Purpose.PARALLEL_STORE: "parallel",
+    Purpose.ENDPOINT: "endpoint",
+    Purpose.MASTER_PORT: "static",
+    Purpose.HCCL: "hccl",
+    Purpose.RANK_TABLE: "hccl",
+    Purpose.ADDED: "added",
 }
 _STORES = ("c10d", "static", "parallel", "endpoint")
 # The ports that nobody can plan: torch's second store, and what the collectives open.
@@ -103,7 +103,7 @@ def planned(
 def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> list[Connection]:
     """The matrix of a job that runs here: its plan, and what listens now. found: all listeners of its processes."""
     rows = []
-    plan = [ports for ports in ports if ports.purpose != OPENED_MEANWHILE]
+    plan = [ports for ports in ports if ports.purpose != Purpose.OPENED_MEANWHILE]
     for kind, ranges in _by_kind(plan):
         texts = tuple(map(str, ranges))
         now = tuple(str(one) for one in found if any(one.port in ports for ports in ranges))

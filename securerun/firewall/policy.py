@@ -7,6 +7,7 @@ get a `PolicyError` instead of an object when a field cannot be right.
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import re
 from collections import Counter
@@ -29,23 +30,59 @@ _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}")
 _PURPOSE = re.compile(r"[\x20-\x7e]{1,80}")
 
 
+class Purpose(str, enum.Enum):
+    """What a job needs a port for. The value is what people read, and what stands in orders and records."""
+
+    C10D_STORE = "rendezvous store (c10d)"
+    STATIC_STORE = "master port (static rendezvous)"
+    PARALLEL_STORE = "parallel store (torch_npu_run)"
+    ENDPOINT = "rendezvous endpoint"
+    MASTER_PORT = "master port"
+    HCCL = "HCCL"
+    RANK_TABLE = "HCCL (rank table)"
+    ADDED = "added with --ports"
+    OPENED_MEANWHILE = "opened while the job runs"
+
+    # In every Python it is written as its value; by itself, in some, as `Purpose.HCCL`.
+    __str__ = str.__str__
+
+
+def purpose_of(text: str) -> Purpose | str:
+    """Return the purpose that is written like this, or the text itself where it is none of these.
+
+    Orders and records are written by a securerun that may be older or newer than who reads them, and any printable text
+    has always been a purpose there. The ports are closed all the same, and people read what was written; nothing else
+    goes by it. To refuse it would leave the rules of a killed run on the host, and its ports out of `status`.
+    """
+    try:
+        return Purpose(text)
+    except ValueError:
+        return text
+
+
+def require_ports(first: int, last: int) -> None:
+    """Raise PolicyError for a port outside 1-65535, and for crossed ends."""
+    for port in (first, last):
+        if not FIRST_PORT <= port <= LAST_PORT:
+            raise PolicyError(f"port {port} is outside {FIRST_PORT}-{LAST_PORT}; name a TCP port in that range")
+    if first > last:
+        raise PolicyError(f"port range {first}-{last} is crossed; write {last}-{first}")
+
+
 @dataclass(frozen=True, order=True)
 class PortRange:
     """TCP ports `first` to `last`, both included, and what the job needs them for.
 
+    purpose: text that is no Purpose comes from another version alone (`purpose_of`).
     Raises PolicyError for a port outside 1-65535, crossed ends or an unprintable purpose.
     """
 
     first: int
     last: int
-    purpose: str
+    purpose: Purpose | str
 
     def __post_init__(self) -> None:
-        for port in (self.first, self.last):
-            if not FIRST_PORT <= port <= LAST_PORT:
-                raise PolicyError(f"port {port} is outside {FIRST_PORT}-{LAST_PORT}; name a TCP port in that range")
-        if self.first > self.last:
-            raise PolicyError(f"port range {self.first}-{self.last} is crossed; write {self.last}-{self.first}")
+        require_ports(self.first, self.last)
         if not _PURPOSE.fullmatch(self.purpose):
             raise PolicyError(f"purpose {self.purpose!r} of port {self.first} is not printable text")
 

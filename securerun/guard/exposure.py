@@ -10,15 +10,13 @@ import time
 from collections.abc import Iterable
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import PortRange
+from securerun.firewall.policy import PortRange, Purpose
 from securerun.guard.lease import Lease
 from securerun.linux import sock_diag
 from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
 
 # What is held changes without any listener being made: one can be inherited or received.
 _FULL_LOOK_SECONDS = 1.0
-# The purpose, in the port plan, of a port that nobody had planned.
-OPENED_MEANWHILE = "opened while the job runs"
 
 
 class Exposure:
@@ -96,4 +94,6 @@ def open_exposure(lease: Lease) -> Exposure | None:
 
 
 def _unplanned(ports: Iterable[int], planned: tuple[PortRange, ...]) -> list[PortRange]:
-    return [PortRange(port, port, OPENED_MEANWHILE) for port in ports if not any(port in known for known in planned)]
+    return [
+        PortRange(port, port, Purpose.OPENED_MEANWHILE) for port in ports if not any(port in known for known in planned)
+    ]

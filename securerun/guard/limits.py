@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import LAST_PORT, Policy, PortRange
+from securerun.firewall.policy import LAST_PORT, Policy, require_ports
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.protocol import Order
 from securerun.linux import packages, trust
@@ -182,8 +182,9 @@ def _ports(key: str, value: object) -> tuple[tuple[int, int], ...]:
         first, _, last = word.partition("-")
         if not (first.isdecimal() and (last or first).isdecimal()):
             raise ValueError(f'{key}: {word!r} is no port or range; write {key} = ["1024-65535"]')
-        port = PortRange(int(first), int(last or first), "site policy")
-        ranges.append((port.first, port.last))
+        ends = int(first), int(last or first)
+        require_ports(*ends)
+        ranges.append(ends)
     return tuple(ranges)
 
 

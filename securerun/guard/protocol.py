@@ -27,7 +27,7 @@ from typing import Any, Callable, Union
 
 from securerun.errors import PolicyError
 from securerun.firewall.backends import NAMES as BACKENDS
-from securerun.firewall.policy import Denial, Layer, Policy, PortRange
+from securerun.firewall.policy import Denial, Layer, Policy, PortRange, purpose_of
 from securerun.linux.networks import Network
 
 VERSION = 1
@@ -323,7 +323,7 @@ def read_denial(document: object) -> Denial:
 def _read_port(document: object) -> PortRange:
     port = _object(document, "a port range")
     _exactly(port, "first", "last", "purpose")
-    return PortRange(_number(port, "first"), _number(port, "last"), _text(port, "purpose"))
+    return PortRange(_number(port, "first"), _number(port, "last"), purpose_of(_text(port, "purpose")))
 
 
 def _read_network(document: object) -> Network:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, PortRange
+from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, require_ports
 from securerun.guard.protocol import (
     MAXIMUM_BYTES,
     ProtocolError,
@@ -321,8 +321,10 @@ def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
 def reserved_ports(document: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """The ports that a record's document reserves. Raises ValueError, TypeError, AttributeError or PolicyError."""
     # Guards from before there was this field reserved nothing.
-    ranges = [PortRange(first, last, "reserved") for first, last in document.get("reserved", ())]
-    return tuple((ports.first, ports.last) for ports in ranges)
+    ranges = tuple((first, last) for first, last in document.get("reserved", ()))
+    for first, last in ranges:
+        require_ports(first, last)
+    return ranges
 
 
 def _content(directory: int, name: str) -> bytes:

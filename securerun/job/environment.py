@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from securerun.firewall.policy import LAST_PORT, PortRange
+from securerun.firewall.policy import LAST_PORT, PortRange, Purpose
 from securerun.job.launchers import C10D_PORT, UNKNOWN_NODES, Endpoint, Job
 
 _NODES = re.compile(r"([1-9][0-9]{0,5})(?::([1-9][0-9]{0,5}))?")
@@ -42,7 +42,7 @@ def known_ports(environment: Mapping[str, str]) -> tuple[PortRange, ...]:
     `tcp://10.96.0.7:2222` for a Service `master`) says nothing.
     """
     port = _port(environment)
-    return (PortRange(port, port, "master port"),) if port else ()
+    return (PortRange(port, port, Purpose.MASTER_PORT),) if port else ()
 
 
 def _nodes(environment: Mapping[str, str]) -> tuple[int, int]:

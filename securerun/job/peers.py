@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Callable
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import PortRange
+from securerun.firewall.policy import PortRange, Purpose
 from securerun.host import interfaces
 from securerun.job import batch, entries, ports, ranktable, resolver
 from securerun.job.entries import ANY, Entry, Tell
@@ -325,7 +325,7 @@ def _is_this_host(names: Iterable[str]) -> bool:
 
 def _ports_of(table: ranktable.RankTable) -> tuple[PortRange, ...]:
     numbers = table.ports(_own_addresses)
-    return ports.ranges(numbers, "HCCL (rank table)")
+    return ports.ranges(numbers, Purpose.RANK_TABLE)
 
 
 def _with_ports_of_table(peers: Peers, launch: _Launch) -> Peers:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import FIRST_PORT, LAST_PORT, PortRange
+from securerun.firewall.policy import FIRST_PORT, LAST_PORT, PortRange, Purpose
 from securerun.job.launchers import Job
 
 # HCCL_IF_BASE_PORT in the CANN environment variable reference: 1024-65520, 60000 by default, 16 ports from there on
@@ -25,10 +25,10 @@ HCCL_PORTS_SINCE_8_3 = 32
 # it takes precedence over HCCL_IF_BASE_PORT.
 HCCL_RANGE = "HCCL_HOST_SOCKET_PORT_RANGE"
 
-_ENDPOINT_PURPOSES = {
-    "c10d": "rendezvous store (c10d)",
-    "static": "master port (static rendezvous)",
-    "parallel": "parallel store (torch_npu_run)",
+_STORES = {
+    "c10d": Purpose.C10D_STORE,
+    "static": Purpose.STATIC_STORE,
+    "parallel": Purpose.PARALLEL_STORE,
 }
 # CANN's own files say `version=8.3.RC1` or `Version=8.3.0.1.200`; a few hundred bytes each.
 _CANN_VERSION = re.compile(r"^version=(\d+)\.(\d+)", re.IGNORECASE | re.MULTILINE)
@@ -56,7 +56,7 @@ def plan_ports(
     return tuple(sorted(planned.values()))
 
 
-def ranges(numbers: Iterable[int], purpose: str) -> tuple[PortRange, ...]:
+def ranges(numbers: Iterable[int], purpose: Purpose) -> tuple[PortRange, ...]:
     """Ports as ranges, in ascending order; those that follow one another are one range.
 
     Raises PolicyError for what is no TCP port.
@@ -73,12 +73,12 @@ def ranges(numbers: Iterable[int], purpose: str) -> tuple[PortRange, ...]:
 def _endpoint(job: Job) -> Iterator[PortRange]:
     endpoint = job.meeting_point
     if endpoint is not None and endpoint.port:
-        yield PortRange(endpoint.port, endpoint.port, _ENDPOINT_PURPOSES.get(job.backend, "rendezvous endpoint"))
+        yield PortRange(endpoint.port, endpoint.port, _STORES.get(job.backend, Purpose.ENDPOINT))
 
 
 def _added(extra: str | None, source: str) -> Iterator[PortRange]:
     if extra is not None:
-        yield from _parse(extra, "added with --ports", source)
+        yield from _parse(extra, Purpose.ADDED, source)
 
 
 def _hccl(environment: Mapping[str, str]) -> Iterator[PortRange]:
@@ -88,10 +88,10 @@ def _hccl(environment: Mapping[str, str]) -> Iterator[PortRange]:
     if ranges == "auto":
         return
     if ranges:
-        yield from _parse(ranges, "HCCL", HCCL_RANGE)
+        yield from _parse(ranges, Purpose.HCCL, HCCL_RANGE)
         return
     count = HCCL_PORTS_SINCE_8_3 if _cann_version(environment) >= (8, 3) else HCCL_PORTS
-    yield PortRange(base, min(base + count - 1, LAST_PORT), "HCCL")
+    yield PortRange(base, min(base + count - 1, LAST_PORT), Purpose.HCCL)
 
 
 def _hccl_base(text: str) -> int:
@@ -105,7 +105,7 @@ def _hccl_base(text: str) -> int:
     return int(text)
 
 
-def _parse(text: str, purpose: str, source: str) -> Iterator[PortRange]:
+def _parse(text: str, purpose: Purpose, source: str) -> Iterator[PortRange]:
     """The ranges in a list such as `7000,8000-8010`."""
     words = [word for word in re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text)) if word]
     if not words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import ipaddress
 import json
 import re
 import subprocess
@@ -22,7 +23,7 @@ from securerun.errors import SecurerunError
 from securerun.evidence import matrix, matrix_words
 from securerun.evidence.matrix import Connection, Ends
 from securerun.evidence.matrix_words import COLUMNS, FORMATS, LANGUAGES, Setting
-from securerun.firewall.policy import PortRange
+from securerun.firewall.policy import PortRange, Purpose
 from securerun.job.launchers import Endpoint, Job
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
@@ -146,6 +147,23 @@ def test_a_job_of_one_node_stays_on_it() -> None:
 def test_ports_that_the_user_added_are_the_scripts() -> None:
     found = planned(STATIC, PortRange(7000, 7010, "added with --ports"))
     assert [(row.kind, row.ports) for row in found][:2] == [("added", ("7000-7010",))] * 2
+
+
+def test_every_purpose_of_a_plan_has_a_kind() -> None:
+    found = {purpose: planned(STATIC, PortRange(7000, 7010, purpose))[0].kind for purpose in Purpose}
+    # A port that was opened meanwhile is in no plan.
+    assert [one for one, kind in found.items() if kind == "added"] == [Purpose.ADDED, Purpose.OPENED_MEANWHILE]
+    assert {*found.values()} <= LANGUAGES["en"].kinds.keys()
+
+
+def test_a_purpose_that_is_not_known_is_a_port_that_somebody_added() -> None:
+    assert kinds(planned(STATIC, PortRange(7000, 7010, "store of some later torch")))[0] == ("added", "in")
+
+
+def test_a_port_that_was_closed_meanwhile_is_shown_as_what_listens_there() -> None:
+    found = matrix.Found(ipaddress.ip_address("10.77.0.1"), 40000, of_launcher=False)
+    for ports in ((), (PortRange(40000, 40000, Purpose.OPENED_MEANWHILE),)):
+        assert matrix.running(ports, ENDS, [found])[0].kind == "collective"
 
 
 def test_a_job_that_is_open_to_every_host_is_not_called_closed() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import PortRange
+from securerun.firewall.policy import PortRange, Purpose
 from securerun.job.launchers import Endpoint, Job
 from securerun.job.ports import plan_ports, ranges
 
@@ -109,7 +109,7 @@ def test_added_ports_are_sorted_in_and_identical_ranges_stand_once() -> None:
 
 
 def test_what_a_rank_table_knows_is_sorted_in() -> None:
-    known = ranges([16666, 16665, 16700, 60000, 16666], "HCCL (rank table)")
+    known = ranges([16666, 16665, 16700, 60000, 16666], Purpose.RANK_TABLE)
     assert [str(ports) for ports in known] == ["16665-16666", "16700", "60000"]
     plan = plan_ports(job(port=29400), {"HCCL_HOST_SOCKET_PORT_RANGE": "60000"}, "16700", known=known)
     assert [(str(ports), ports.purpose) for ports in plan] == [
@@ -121,10 +121,10 @@ def test_what_a_rank_table_knows_is_sorted_in() -> None:
 
 
 def test_no_ports_are_no_ranges_and_every_port_is_one() -> None:
-    assert ranges([], "x") == ()
-    assert ranges(range(1, 65536), "x") == (PortRange(1, 65535, "x"),)
+    assert ranges([], Purpose.RANK_TABLE) == ()
+    assert ranges(range(1, 65536), Purpose.ADDED) == (PortRange(1, 65535, Purpose.ADDED),)
     with pytest.raises(PolicyError, match="65536"):
-        ranges([65536], "x")
+        ranges([65536], Purpose.RANK_TABLE)
 
 
 @pytest.mark.parametrize(
