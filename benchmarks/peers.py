@@ -93,7 +93,7 @@ def to_policy() -> dict[str, float]:
     start = time.perf_counter()
     from securerun.firewall.policy import Policy
     from securerun.job import peers, ports
-    from securerun.job.launchers import Endpoint, Job
+    from securerun.job.job import Endpoint, Job
     from securerun.options import Options
 
     hosts = int(os.environ["HOSTS"])

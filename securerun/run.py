@@ -30,7 +30,8 @@ from securerun.protection.enclosing import Enclosing
 from securerun.protection.guarded import Launch
 
 if TYPE_CHECKING:
-    from securerun.job.launchers import Command, Job, Launcher
+    from securerun.job.job import Job
+    from securerun.job.launchers import Command, Launcher
     from securerun.options import Options
 
 Decorator = Callable[[Callable[..., None]], Callable[..., Any]]

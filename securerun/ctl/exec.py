@@ -20,7 +20,7 @@ from securerun.errors import SecurerunError, UsageError
 from securerun.guard import processes
 from securerun.host import account, system, umask
 from securerun.job import environment
-from securerun.job.launchers import Job
+from securerun.job.job import Job
 from securerun.options import OPTIONS, Options
 from securerun.preflight import inspection
 from securerun.preflight.inspection import Early

@@ -19,7 +19,7 @@ from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.records import Record
 from securerun.host import interfaces
-from securerun.job.launchers import Job
+from securerun.job.job import Job
 from securerun.linux import sock_diag
 from securerun.linux.networks import Network, shown
 from securerun.linux.sock_diag import SocketsUnavailable

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from securerun.firewall.policy import PortRange, Purpose
-from securerun.job.launchers import Job
+from securerun.job.job import Job
 from securerun.linux.networks import Address
 
 # Which end of a connection is this node.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from securerun.firewall.policy import LAST_PORT, PortRange, Purpose
-from securerun.job.launchers import C10D_PORT, UNKNOWN_NODES, Endpoint, Job
+from securerun.job.job import C10D_PORT, UNKNOWN_NODES, Endpoint, Job
 
 _NODES = re.compile(r"([1-9][0-9]{0,5})(?::([1-9][0-9]{0,5}))?")
 _ENDPOINT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]/]+))(?::(?P<port>[0-9]{1,5}))?")

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import ipaddress
 import os
 import re
 import sys
@@ -22,10 +21,9 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from securerun.errors import UsageError
+from securerun.job.job import C10D_PORT, Endpoint, Job
 from securerun.options import Arity
 
-# torch/distributed/elastic/rendezvous/c10d_rendezvous_backend.py, DEFAULT_PORT; a test holds it to the installed torch.
-C10D_PORT = 29400
 # torch/distributed/elastic/rendezvous/etcd_rendezvous.py and etcd_rendezvous_backend.py, _create_etcd_client
 ETCD_PORT = 2379
 # torch/distributed/run.py, run(): the port of static rendezvous where the parser has no default for it (2.12)
@@ -38,69 +36,9 @@ _MASTER_ADDR = "127.0.0.1"
 PARALLEL = "parallel"
 _TIERED = "enable_tiered_parallel_tcpstore"
 
-# Of a job whose command nobody has read (`securerun.job.environment`).
-UNKNOWN_NODES = 0
-
 _NO_PORT = -1
 # argparse.ArgumentParser._negative_number_matcher: such a token is a positional argument, not an option.
 _NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where the agents of a job meet. No port, or port 0, is one that torch chooses at random."""
-
-    host: str
-    port: int | None
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only processes of this host can meet here."""
-        if self.host.lower() == "localhost":
-            return True
-        try:
-            address = ipaddress.ip_address(self.host)
-        except ValueError:
-            return False
-        # Before Python 3.13, ::ffff:127.0.0.1 does not count as loopback by itself.
-        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-        return (mapped or address).is_loopback
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}" if self.port else host
-
-
-@dataclass(frozen=True)
-class Job:
-    """One launch on this node.
-
-    backend: the rendezvous: static, c10d, etcd, etcd-v2, parallel (torch_npu's), or one that a plug-in brings.
-    endpoint: where the agents meet; None where that is no address, as with a file store.
-    min_nodes, max_nodes: how many agents; both UNKNOWN_NODES where nothing says so.
-    command: the script, or module, and its arguments.
-    """
-
-    backend: str
-    endpoint: Endpoint | None
-    min_nodes: int
-    max_nodes: int
-    node_rank: int
-    command: tuple[str, ...]
-
-    @property
-    def nodes(self) -> str:
-        """How many nodes, in words."""
-        if self.max_nodes == UNKNOWN_NODES:
-            return "an unknown number of nodes"
-        if self.min_nodes != self.max_nodes:
-            return f"{self.min_nodes} to {self.max_nodes} nodes"
-        return "1 node" if self.max_nodes == 1 else f"{self.max_nodes} nodes"
-
-    @property
-    def meeting_point(self) -> Endpoint | None:
-        """The endpoint, if it is a port of the job's own: an etcd server is somebody else's."""
-        return None if self.backend in {"etcd", "etcd-v2"} else self.endpoint
 
 
 @dataclass(frozen=True)

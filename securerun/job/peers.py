@@ -19,7 +19,7 @@ from securerun.firewall.policy import PortRange, Purpose
 from securerun.host import interfaces
 from securerun.job import batch, entries, ports, ranktable, resolver
 from securerun.job.entries import ANY, Entry, Tell
-from securerun.job.launchers import UNKNOWN_NODES, Job
+from securerun.job.job import UNKNOWN_NODES, Job
 from securerun.job.resolver import Outcome, Resolver
 from securerun.linux.networks import Network, collapse
 from securerun.options import SITE_CONFIG, Options

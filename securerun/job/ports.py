@@ -12,7 +12,7 @@ from pathlib import Path
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import FIRST_PORT, LAST_PORT, PortRange, Purpose
-from securerun.job.launchers import Job
+from securerun.job.job import Job
 
 # HCCL_IF_BASE_PORT in the CANN environment variable reference: 1024-65520, 60000 by default, 16 ports from there on
 # (CANN 8.0), 32 since CANN 8.3.

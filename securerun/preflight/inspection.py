@@ -15,7 +15,7 @@ from securerun.preflight import OFF, STRICT, WARN, Finding, Scene, look, require
 from securerun.protection.events import Checked, Hear, nobody
 
 if TYPE_CHECKING:
-    from securerun.job.launchers import Job
+    from securerun.job.job import Job
     from securerun.options import Options
     from securerun.preflight.firewalls import Reading
     from securerun.protection.guarded import Launch

@@ -27,7 +27,7 @@ from securerun.text import printable
 
 if TYPE_CHECKING:
     from securerun.job.entrance import Entrance
-    from securerun.job.launchers import Job
+    from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
 

@@ -13,7 +13,7 @@ from securerun.text import count, printable
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice
     from securerun.job.entrance import Entrance
-    from securerun.job.launchers import Job
+    from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
 

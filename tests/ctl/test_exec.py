@@ -34,7 +34,7 @@ from probe import Probe, reach
 from users import GUARD, PrivateMachine
 
 from securerun.job.environment import describe_job, known_ports
-from securerun.job.launchers import UNKNOWN_NODES, Endpoint, Job
+from securerun.job.job import UNKNOWN_NODES, Endpoint, Job
 
 EXEC = (str(COMMANDS / "securerunctl"), "exec")
 ALONE = (*EXEC, "--peers", "localhost")

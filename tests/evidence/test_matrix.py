@@ -24,7 +24,7 @@ from securerun.evidence import matrix, matrix_words
 from securerun.evidence.matrix import Connection, Ends
 from securerun.evidence.matrix_words import COLUMNS, FORMATS, LANGUAGES, Setting
 from securerun.firewall.policy import PortRange, Purpose
-from securerun.job.launchers import Endpoint, Job
+from securerun.job.job import Endpoint, Job
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
 ENDS = Ends(("10.77.0.1", "fd77::1"), ("10.77.0.2", "fd77::2"))

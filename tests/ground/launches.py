@@ -9,7 +9,7 @@ from typing import Any
 
 from securerun.firewall.policy import Policy, PortRange
 from securerun.job.entrance import Entrance
-from securerun.job.launchers import Endpoint, Job
+from securerun.job.job import Endpoint, Job
 from securerun.job.peers import Peers
 from securerun.linux.networks import collapse
 from securerun.options import Options

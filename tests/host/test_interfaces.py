@@ -30,7 +30,7 @@ NO_NETWORK = "ip link add wire0 type veth peer name far0; ip addr add 10.77.0.1/
 PRELUDE = """
 from securerun.errors import PolicyError
 from securerun.host import interfaces
-from securerun.job.launchers import Endpoint, Job
+from securerun.job.job import Endpoint, Job
 from securerun.job.peers import find_peers
 from securerun.options import Options
 

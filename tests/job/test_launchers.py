@@ -11,7 +11,8 @@ from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from securerun.errors import UsageError
-from securerun.job.launchers import C10D_PORT, Endpoint, Job, choose, describe_job, parser_of_all, values_of
+from securerun.job.job import C10D_PORT, Endpoint, Job
+from securerun.job.launchers import choose, describe_job, parser_of_all, values_of
 
 LOCAL = Endpoint("localhost", 0)
 

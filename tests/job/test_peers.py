@@ -14,7 +14,7 @@ import pytest
 
 from securerun.errors import PolicyError
 from securerun.job import batch, peers, ranktable, resolver
-from securerun.job.launchers import Endpoint, Job
+from securerun.job.job import Endpoint, Job
 from securerun.job.peers import Peers, find_peers
 from securerun.options import Options
 

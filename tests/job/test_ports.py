@@ -9,7 +9,7 @@ import pytest
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange, Purpose
-from securerun.job.launchers import Endpoint, Job
+from securerun.job.job import Endpoint, Job
 from securerun.job.ports import plan_ports, ranges
 
 HCCL = PortRange(60000, 60015, "HCCL")

@@ -1,0 +1,70 @@
+"""What a job is to securerun, whoever starts it: what runs, on how many nodes, and where its agents meet."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from securerun.text import count
+
+# Of a job whose command nobody has read (`securerun.job.environment`).
+UNKNOWN_NODES = 0
+# torch/distributed/elastic/rendezvous/c10d_rendezvous_backend.py, DEFAULT_PORT; a test holds it to the installed torch.
+C10D_PORT = 29400
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the agents of a job meet. No port, or port 0, is one that torch chooses at random."""
+
+    host: str
+    port: int | None
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this host can meet here."""
+        if self.host.lower() == "localhost":
+            return True
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        # Before Python 3.13, ::ffff:127.0.0.1 does not count as loopback by itself.
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return (mapped or address).is_loopback
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}" if self.port else host
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch on this node.
+
+    backend: the rendezvous: static, c10d, etcd, etcd-v2, parallel (torch_npu's), or one that a plug-in brings.
+    endpoint: where the agents meet; None where that is no address, as with a file store.
+    min_nodes, max_nodes: how many agents; both UNKNOWN_NODES where nothing says so.
+    command: the script, or module, and its arguments.
+    """
+
+    backend: str
+    endpoint: Endpoint | None
+    min_nodes: int
+    max_nodes: int
+    node_rank: int
+    command: tuple[str, ...]
+
+    @property
+    def nodes(self) -> str:
+        """How many nodes, in words."""
+        if self.max_nodes == UNKNOWN_NODES:
+            return "an unknown number of nodes"
+        if self.min_nodes != self.max_nodes:
+            return f"{self.min_nodes} to {self.max_nodes} nodes"
+        return count(self.max_nodes, "node")
+
+    @property
+    def meeting_point(self) -> Endpoint | None:
+        """The endpoint, if it is a port of the job's own: an etcd server is somebody else's."""
+        return None if self.backend in {"etcd", "etcd-v2"} else self.endpoint
