@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Protocol
 
 from securerun.errors import Unavailable
@@ -38,3 +39,17 @@ class PortChains(Protocol):
 
         Raises PortChainsUnavailable when the tables cannot be read or written.
         """
+
+
+def spoken_versions() -> tuple[int, ...]:
+    """Return the IP versions that this kernel speaks: port chains for one of two alone would close nothing.
+
+    `ipv6.disable=1` on the kernel's command line forbids sockets of IPv6.
+    """
+    if not socket.has_ipv6:
+        return (4,)
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+    except OSError:
+        return (4,)
+    return (4, 6)

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 
 from securerun.errors import PolicyError
-from securerun.firewall import iptables, nftables
+from securerun.firewall import dispatcher, nftables
 from securerun.firewall.policy import Policy
 
 _COMMANDS = {"auto": "iptables", "iptables": "iptables", "legacy": "iptables-legacy"}
@@ -212,14 +212,14 @@ def lasting_id(policy: Policy) -> str:
 def _iptables(policy: Policy, command: str) -> str:
     return _IPTABLES.format(
         run_id=policy.run_id,
-        passes4="\n".join(iptables.passes(policy, 4)),
-        passes6="\n".join(iptables.passes(policy, 6)),
-        drops="\n".join(iptables.drops(policy, None)),
-        chain=iptables.CHAIN,
-        jump=iptables.JUMP,
-        made_table=iptables.MADE_TABLE,
-        made_chain=iptables.MADE_CHAIN,
-        made_nothing=iptables.MADE_NOTHING,
+        passes4="\n".join(dispatcher.passes(policy, 4)),
+        passes6="\n".join(dispatcher.passes(policy, 6)),
+        drops="\n".join(dispatcher.drops(policy, None)),
+        chain=dispatcher.CHAIN,
+        jump=dispatcher.JUMP,
+        made_table=dispatcher.MADE_TABLE,
+        made_chain=dispatcher.MADE_CHAIN,
+        made_nothing=dispatcher.MADE_NOTHING,
         command=command,
         command6=command.replace("iptables", "ip6tables"),
     )

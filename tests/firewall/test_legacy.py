@@ -21,7 +21,7 @@ from hosts import Host, Network, eventually
 from probe import Endpoint, reach
 
 from securerun.firewall import ipset
-from securerun.firewall.iptables import Dispatcher, render_install
+from securerun.firewall.dispatcher import Dispatcher, render_install
 from securerun.firewall.policy import Policy, PortRange
 from securerun.linux.networks import collapse
 
@@ -34,7 +34,7 @@ LOG_GROUP = 4712
 PROGRAM = """
 import ipaddress, json, sys
 sys.path.append(sys.argv[1])
-from securerun.firewall import legacy
+from securerun.firewall import legacy, libiptc
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import Policy, PortRange, collapse
@@ -439,13 +439,13 @@ def test_what_somebody_without_the_lock_wrote_in_between_stays_and_so_do_our_rul
     # Writes behind our back between the first reading and its commit: the kernel answers the commit with EAGAIN.
     before = f"""
 import subprocess
-commit = legacy.View.commit
+commit = libiptc.View.commit
 def commit_after_another(view):
-    legacy.View.commit = commit
+    libiptc.View.commit = commit
     rule = ["iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP"]
     subprocess.run(rule, env={unlocked}, check=True)
     return commit(view)
-legacy.View.commit = commit_after_another
+libiptc.View.commit = commit_after_another
 """
     assert carry_out(node, order("install", RUN), before=before) == ""
     rules = [line for line in saved(node)["iptables-legacy"] if line.startswith("-A")]
@@ -456,13 +456,13 @@ legacy.View.commit = commit_after_another
 def test_a_table_that_others_write_all_the_time_is_given_up_in_words(node: Host, unlocked: dict[str, str]) -> None:
     before = f"""
 import subprocess
-commit = legacy.View.commit
+commit = libiptc.View.commit
 def commit_after_another(view):
     rule = ["iptables-legacy", "-A", "FORWARD", "-j", "DROP"]
     if view.has_dispatcher and not removing:
         subprocess.run(rule, env={unlocked}, check=True)
     return commit(view)
-legacy.View.commit = commit_after_another
+libiptc.View.commit = commit_after_another
 removing = []
 take_out = legacy._take_out
 legacy._take_out = lambda *words: (removing.append(True), take_out(*words))
@@ -482,7 +482,7 @@ def test_without_python_iptables_the_reason_names_the_remedy(node: Host, tmp_pat
 
 @pytest.mark.parametrize("library", ["xtables", "ip4tc", "ip6tc"])
 def test_without_the_libraries_of_iptables_the_reason_names_them_each_time(node: Host, library: str) -> None:
-    before = f"legacy._SONAMES[{library!r}] = ('libnowhere.so.1',)\nrun()"
+    before = f"libiptc._SONAMES[{library!r}] = ('libnowhere.so.1',)\nrun()"
     words = carry_out(node, order("install", RUN), before=before).splitlines()
     assert len(words) == 2 and words[0] == words[1]
     assert "does not load (no libnowhere.so.1 on this host; its iptables package has them)" in words[0]
