@@ -34,6 +34,8 @@ missing_packages() {
     # The Slurm example runs on a cluster of its own.
     [ "$extra" != test ] || { command -v slurmctld && command -v slurmd && command -v munged; } > /dev/null ||
         echo slurm-wlm munge
+    # What belongs in a package is what git tracks.
+    [ "$extra" != test ] || command -v git > /dev/null || echo git
     # The page of --report is looked at in a browser.
     [ "$extra" != test ] || command -v chromium > /dev/null || echo chromium fonts-noto-core
     # Debian's python3 comes without what makes virtual environments.

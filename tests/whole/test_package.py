@@ -1,0 +1,165 @@
+"""What scripts/package.sh builds: a wheel and an sdist that hold what they should, install, and work once installed."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import stat
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pytest
+from checkout import CHECKOUT
+from hosts import Network, environment
+
+VERSION = "0.2.0.dev0"
+# Where pip reaches no index, and where the tests run in a copy of a checkout that git knows nothing of.
+_CANNOT = ("No matching distribution found", "run this in a checkout")
+_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that a wheel and an sdist of this checkout were built into."""
+    into = tmp_path_factory.mktemp("dist")
+    done = subprocess.run(
+        [CHECKOUT / "scripts/package.sh", into],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        umask=0o077,
+    )
+    if "CI" not in os.environ and any(words in done.stderr for words in _CANNOT):
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return into
+
+
+@pytest.fixture(scope="module")
+def wheel(packages: Path) -> Path:
+    (found,) = packages.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def sdist(packages: Path) -> Path:
+    (found,) = packages.glob("*.tar.gz")
+    return found
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A virtual environment that securerun was installed in, and a directory that is no checkout."""
+
+    commands: Path
+    elsewhere: Path
+
+    def run(self, *command: str | Path, said: str = "", status: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run one of its commands to its end, with `said` on its standard input."""
+        name, *arguments = command
+        done = subprocess.run(
+            [self.commands / name, *arguments],
+            cwd=self.elsewhere,
+            env=environment({"GLOO_SOCKET_IFNAME": None}),  # this is no host of `hosts.Network`
+            input=said,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+        )
+        assert done.returncode == status, (command, done.stdout, done.stderr)
+        return done
+
+
+@pytest.fixture(scope="module", params=["wheel", "sdist"])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """securerun, installed by pip in a fresh virtual environment; what it depends on is that of these tests."""
+    package: Path = request.getfixturevalue(request.param)
+    place = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+    python = place / "bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", str(package)], check=True, timeout=_SECONDS)
+    # The tests' own securerun is editable, so a .pth file leads to it: of this directory none is read.
+    (own,) = place.glob("lib/python3*/site-packages")
+    (own / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "train.py").write_text("print('trained')\n")
+    return Installed(place / "bin", elsewhere)
+
+
+def tracked() -> set[str]:
+    """The files that git tracks in this checkout."""
+    git = ["git", "-c", f"safe.directory={CHECKOUT}", "ls-files", "-z"]
+    listed = subprocess.run(git, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout
+    return set(filter(None, listed.split("\0")))
+
+
+def test_the_wheel_holds_the_package_with_all_its_files_and_nothing_else(wheel: Path) -> None:
+    held = set(zipfile.ZipFile(wheel).namelist())
+    metadata = {name for name in held if name.startswith(f"securerun-{VERSION}.dist-info/")}
+    assert held - metadata == {name for name in tracked() if name.startswith("securerun/")}
+    assert {PurePosixPath(name).name for name in metadata} >= {"LICENSE", "METADATA", "entry_points.txt"}
+
+
+def test_the_sdist_is_the_checkout(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        members = [member for member in archive.getmembers() if member.isfile()]
+    held = {member.name.partition("/")[2]: member for member in members}
+    made = {name for name in held if name == "PKG-INFO" or name.startswith("securerun.egg-info/")}
+    assert held.keys() - made == tracked()
+    assert {"LICENSE", "README.md", "SECURITY.md", "docs/glossary.md", "tests/whole/test_package.py"} <= held.keys()
+    for name, member in held.items():
+        runs = name not in made and os.access(CHECKOUT / name, os.X_OK)
+        assert stat.S_IMODE(member.mode) == (0o755 if runs else 0o644), name
+
+
+def test_it_is_of_the_version_that_the_checkout_says(installed: Installed) -> None:
+    setup = configparser.ConfigParser()
+    setup.read(CHECKOUT / "setup.cfg")
+    assert setup["metadata"]["version"] == VERSION
+    done = installed.run("python", "-c", "from importlib.metadata import version; print(version('securerun'))")
+    assert done.stdout.strip() == VERSION
+
+
+def test_what_runs_is_what_was_installed(installed: Installed) -> None:
+    done = installed.run("python", "-c", "import securerun; print(securerun.__file__)")
+    assert Path(done.stdout).is_relative_to(installed.commands.parent)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("securerun", "--help"), "--peers"),
+        (("securerun", "--dry-run", "train.py"), "umask"),
+        (("python", "-m", "securerun", "--help"), "--peers"),
+        (("python", "-m", "securerun.launch", "--help"), "--peers"),
+        (("securerunctl", "--help"), "status"),
+        (("securerunctl", "status", "--json"), '"runs"'),
+        (("securerunctl", "audit", "--print-kinds"), "securerun"),
+        (("securerunctl", "plan", "--format", "sh", "--", "--master-port", "6000", "train.py"), "iptables"),
+        (("securerunctl", "setup", "completion", "bash"), "complete"),
+    ],
+    ids=lambda value: "-".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_each_command_works(installed: Installed, command: tuple[str, ...], words: str) -> None:
+    assert words in installed.run(*command).stdout
+
+
+def test_a_guard_of_what_was_installed_has_a_job_guarded(installed: Installed, root_and_tools: None) -> None:
+    """The guard's interpreter looks at no site-packages by itself; it gets the package from there all the same."""
+    with Network("alone") as network:
+        job = ["exec", "--peers", "10.77.0.2", "--", "python3", "train.py"]
+        done = network["alone"].run([installed.commands / "securerunctl", *job], cwd=installed.elsewhere)
+    assert done.returncode == 0 and "trained" in done.stdout, done
+    assert "closed to all others by shield" in done.stderr and "guard started directly" in done.stderr, done
+
+
+def test_the_guards_own_command_begins_there(installed: Installed, root_and_tools: None) -> None:
+    assert "securerunctl setup" in installed.run("securerun-guard", "--unknown", status=2).stderr
+    assert '"ready"' in installed.run("securerun-guard").stdout
