@@ -118,7 +118,15 @@ def document(record: Record) -> dict[str, Any]:
 
 
 def state(record: Record) -> str:
-    """stale: the guard is gone; draining: the job is over, not all of it has ended; else guarding."""
+    """Return the state of a run, from its record and from whether its guard still runs.
+
+    guarding: the launcher holds the lease, from before the first layer is installed. The job runs.
+    draining: the launcher has let go, or is gone; the layers stand until the job's last process has ended. What a job
+    that ended well left running is waited for, what a failed one left is ended (`securerun.guard.watch`, which writes
+    it into the record).
+    stale: the guard is gone, whatever the job does. A launcher that still runs starts another guard, which adopts the
+    lease; without one, the next run on the host or `securerunctl clean` reaps it once no process is left in its cgroup.
+    """
     if not record.guard_lives:
         return "stale"
     return "draining" if record.draining else "guarding"
