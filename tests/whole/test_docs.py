@@ -24,7 +24,8 @@ from hosts import Host, Network, eventually, finish_all, kill_group, machine_sna
 from users import PrivateMachine
 
 README, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
-PAGES = (README, CHINESE, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "SECURITY.md", *sorted((CHECKOUT / "docs").glob("*.md")))
+DEVELOPERS = (CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "SECURITY.md")
+PAGES = (README, CHINESE, *DEVELOPERS, *sorted((CHECKOUT / "docs").glob("*.md")))
 LANGUAGES = {"sh", "python", "toml", "yaml", "json", "text"}
 
 # What stands for something that this machine has not, or that would take long.
