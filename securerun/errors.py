@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 
 class SecurerunError(Exception):
     """An error that a person can act on.
@@ -31,8 +33,32 @@ class PolicyError(SecurerunError):
     status = 78
 
 
+class Obstacle(enum.Enum):
+    """What stands in the way of what cannot be had, for code that decides by it: the words for people may change."""
+
+    NOT_PERMITTED = enum.auto()
+    OLD_KERNEL = enum.auto()
+    READ_ONLY_CGROUPS = enum.auto()
+    NO_CGROUP = enum.auto()
+    """What was to be a cgroup is none, or was removed."""
+    NET_CLS = enum.auto()
+    """Before Linux 5.15 an active net_cls or net_prio has the sockets of every cgroup count as the root's."""
+    PROGRAM_ABOVE = enum.auto()
+    """A program on a cgroup above forbids any below, or would be switched off by one."""
+    NOT_PROVEN = enum.auto()
+    """The self-test could not judge."""
+    FULL = enum.auto()
+    NOTHING_THERE = enum.auto()
+    """What was to be taken over does not exist."""
+    OTHER = enum.auto()
+
+
 class Unavailable(Exception):
     """Something cannot be had on this host: a cgroup, a shield, port chains, a look at sockets.
 
     The message is one line and says why. Whoever asked for it goes on without, or gives up with a SecurerunError.
     """
+
+    def __init__(self, message: str, obstacle: Obstacle = Obstacle.OTHER) -> None:
+        super().__init__(message)
+        self.obstacle = obstacle

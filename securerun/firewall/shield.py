@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Callable
 
-from securerun.errors import PolicyError, Unavailable
+from securerun.errors import Obstacle, PolicyError, Unavailable
 from securerun.firewall.policy import Denial, Policy
 from securerun.linux.assembler import (
     R0,
@@ -661,7 +661,7 @@ def adopt(cgroup: int) -> Shield:
         for program in _open_attached(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(names)):
             return _adopt_program(cgroup, program, names)
         _find_noting_program(cgroup, ())
-    raise ShieldUnavailable("no shield hangs on this cgroup")
+    raise ShieldUnavailable("no shield hangs on this cgroup", Obstacle.NOTHING_THERE)
 
 
 def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) -> None:
@@ -680,11 +680,13 @@ def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) 
         if found.flags & AttachFlags.ALLOW_OVERRIDE:
             raise ShieldUnavailable(
                 f"program {identifiers} on a cgroup above was attached with BPF_F_ALLOW_OVERRIDE, "
-                "so a shield below would switch it off; start the job in another cgroup"
+                "so a shield below would switch it off; start the job in another cgroup",
+                Obstacle.PROGRAM_ABOVE,
             )
         raise ShieldUnavailable(
             f"program {identifiers} on a cgroup above forbids any below (systemd does that for IP accounting "
-            "and IPAddressDeny=); start the job in another cgroup or give the unit Delegate=yes"
+            "and IPAddressDeny=); start the job in another cgroup or give the unit Delegate=yes",
+            Obstacle.PROGRAM_ABOVE,
         )
 
 
@@ -703,11 +705,9 @@ def egress_is_filtered(attached_to: int, entered: int) -> bool:
     with _explained("starting the self-test"):
         before = _send_from_within(entered)
     if before == errno.EPERM:
-        raise ShieldUnavailable("the self-test cannot judge: something forbids UDP over the loopback already")
+        raise _cannot_judge("something forbids UDP over the loopback already")
     if before:
-        raise ShieldUnavailable(
-            f"the self-test cannot judge: no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`"
-        )
+        raise _cannot_judge(f"no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`")
     with _explained("loading the self-test"):
         probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
     with probe, _explained("hanging the self-test on the cgroup", _FORBIDDEN_ABOVE):
@@ -717,7 +717,7 @@ def egress_is_filtered(attached_to: int, entered: int) -> bool:
         finally:
             _detach(probe, attached_to, AttachType.CGROUP_INET_EGRESS)
     if after not in (0, errno.EPERM):
-        raise ShieldUnavailable(f"the self-test cannot judge: {os.strerror(after)}")
+        raise _cannot_judge(os.strerror(after))
     return after == errno.EPERM
 
 
@@ -760,7 +760,8 @@ def _changes(trie: Map, wanted: set[bytes]) -> tuple[Map, set[bytes], set[bytes]
     if len(present | wanted) > trie.shape.entries:
         raise ShieldUnavailable(
             f"the shield has room for {trie.shape.entries} networks, old and new, and {len(present | wanted)} are "
-            "needed; start the job again with these peers"
+            "needed; start the job again with these peers",
+            Obstacle.FULL,
         )
     return trie, wanted - present, present - wanted
 
@@ -795,12 +796,14 @@ def _load_first_of(
             return program, Program.load(program.kernel_name, code)
         except VerifierError as error:
             if error.errno == errno.EPERM:
-                raise ShieldUnavailable(f"loading the shield: {_LACK_OF_PRIVILEGE}") from error
+                raise ShieldUnavailable(f"loading the shield: {_LACK_OF_PRIVILEGE}", Obstacle.NOT_PERMITTED) from error
             refusals.append(f"{program.name}: {error.strerror}")
     if policy.close_loopback:
         reason = f" ({'; '.join(refusals)})" if refusals else ""
-        raise ShieldUnavailable(f"{_CANNOT_CLOSE_LOOPBACK}{reason}")
-    raise ShieldUnavailable(f"this kernel accepts none of the shield's programs: {'; '.join(refusals)}")
+        raise ShieldUnavailable(f"{_CANNOT_CLOSE_LOOPBACK}{reason}", Obstacle.OLD_KERNEL)
+    raise ShieldUnavailable(
+        f"this kernel accepts none of the shield's programs: {'; '.join(refusals)}", Obstacle.OLD_KERNEL
+    )
 
 
 def _load_noting_program(symbols: dict[str, int]) -> Program:
@@ -882,11 +885,19 @@ def _send_from_within(cgroup: int) -> int:
         far.close()
         answer = _answer_of(child, near)
     if len(answer) != _ANSWER.size:
-        raise ShieldUnavailable(f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s")
+        raise ShieldUnavailable(
+            f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s", Obstacle.NOT_PROVEN
+        )
     not_entered, not_sent = _ANSWER.unpack(answer)
     if not_entered:
-        raise ShieldUnavailable(f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}")
+        raise ShieldUnavailable(
+            f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}", Obstacle.NOT_PROVEN
+        )
     return int(not_sent)
+
+
+def _cannot_judge(reason: str) -> ShieldUnavailable:
+    return ShieldUnavailable(f"the self-test cannot judge: {reason}", Obstacle.NOT_PROVEN)
 
 
 def _answer_of(child: int, near: socket.socket) -> bytes:
@@ -965,20 +976,20 @@ def _send_over(family: int, address: str) -> None:
 # --- errors -----------------------------------------------------------------------------------------
 
 _REASONS = {
-    errno.ENOSYS: "this kernel has no bpf system call",
-    errno.EINVAL: "this kernel cannot do it; it takes Linux 4.15 with CONFIG_CGROUP_BPF",
-    errno.EBADF: "the descriptor is not one of a directory in a cgroup v2 file system",
-    errno.ENODEV: "the cgroup was removed",
+    errno.ENOSYS: ("this kernel has no bpf system call", Obstacle.OLD_KERNEL),
+    errno.EINVAL: ("this kernel cannot do it; it takes Linux 4.15 with CONFIG_CGROUP_BPF", Obstacle.OLD_KERNEL),
+    errno.EBADF: ("the descriptor is not one of a directory in a cgroup v2 file system", Obstacle.NO_CGROUP),
+    errno.ENODEV: ("the cgroup was removed", Obstacle.NO_CGROUP),
 }
 
 
 @contextlib.contextmanager
 def _explained(doing: str, not_permitted: str = _LACK_OF_PRIVILEGE) -> Iterator[None]:
-    """Turns the kernel's errors into ShieldUnavailable."""
+    """Turn the kernel's errors into ShieldUnavailable."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.EPERM:
-            raise ShieldUnavailable(f"{doing}: {not_permitted}") from error
-        reason = _REASONS.get(error.errno or 0, error.strerror)
-        raise ShieldUnavailable(f"{doing}: {reason}") from error
+            raise ShieldUnavailable(f"{doing}: {not_permitted}", Obstacle.NOT_PERMITTED) from error
+        reason, obstacle = _REASONS.get(error.errno or 0, (error.strerror, Obstacle.OTHER))
+        raise ShieldUnavailable(f"{doing}: {reason}", obstacle) from error

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from securerun.errors import Unavailable
+from securerun.errors import Obstacle, Unavailable
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CLONE_NEWNS = 0x00020000
@@ -32,6 +32,18 @@ _LONGEST_PATH = 2048
 # This process' view of what is mounted, then init's: `ip netns exec` hides cgroups from what it runs.
 _VIEWS = (("/proc/self/mountinfo", ""), ("/proc/1/mountinfo", "/proc/1/root"))
 _REMOVAL_INTERVAL_SECONDS = 0.005
+_REASONS = {
+    errno.EROFS: (
+        "the cgroup file system is mounted read-only (a container without --privileged?)",
+        Obstacle.READ_ONLY_CGROUPS,
+    ),
+    errno.EACCES: ("permission denied; run as root", Obstacle.NOT_PERMITTED),
+    errno.EPERM: ("not permitted; run as root", Obstacle.NOT_PERMITTED),
+    errno.EAGAIN: (
+        "a limit on cgroups is reached (cgroup.max.descendants or cgroup.max.depth of a parent)",
+        Obstacle.FULL,
+    ),
+}
 
 
 class CgroupUnavailable(Unavailable):
@@ -140,7 +152,7 @@ class JobCgroup:
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise CgroupUnavailable(f"{self.path} cannot be removed: {_why(error)}") from error
+                    raise _refused(f"{self.path} cannot be removed", error) from error
             time.sleep(_REMOVAL_INTERVAL_SECONDS)
 
     def close(self) -> None:
@@ -196,7 +208,7 @@ def make_job_cgroup(path: str) -> JobCgroup:
             os.mkdir(place.name, 0o755, dir_fd=ancestors[-1])
             cgroup = JobCgroup(ancestors, place)
         except OSError as error:
-            raise CgroupUnavailable(f"no cgroup can be made below {place.parent}: {_why(error)}") from error
+            raise _refused(f"no cgroup can be made below {place.parent}", error) from error
         if not _is_ours(cgroup):
             cgroup.close()
             raise CgroupUnavailable(f"{path} was replaced by another user's cgroup")
@@ -253,7 +265,7 @@ def cgroup_of(pid: int) -> str:
     try:
         text = os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
     except OSError as error:
-        raise CgroupUnavailable(f"the cgroup of process {pid} cannot be read: {_why(error)}") from error
+        raise _refused(f"the cgroup of process {pid} cannot be read", error) from error
     # Users name cgroups, and Python's splitlines ends a line at characters that the kernel lets them use.
     for line in text.split("\n"):
         if line.startswith("0::"):
@@ -343,7 +355,7 @@ def _move(directory: int, pid: int) -> None:
     try:
         _write(directory, "cgroup.procs", str(pid))
     except OSError as error:
-        raise CgroupUnavailable(f"process {pid} may not be moved between cgroups: {_why(error)}") from error
+        raise _refused(f"process {pid} may not be moved between cgroups", error) from error
 
 
 def _members(directory: int) -> set[int]:
@@ -401,14 +413,9 @@ def _write(directory: int, name: str, text: str) -> None:
         os.close(descriptor)
 
 
-def _why(error: OSError) -> str:
-    reasons = {
-        errno.EROFS: "the cgroup file system is mounted read-only (a container without --privileged?)",
-        errno.EACCES: "permission denied; run as root",
-        errno.EPERM: "not permitted; run as root",
-        errno.EAGAIN: "a limit on cgroups is reached (cgroup.max.descendants or cgroup.max.depth of a parent)",
-    }
-    return reasons.get(error.errno or 0, error.strerror or str(error))
+def _refused(what: str, error: OSError) -> CgroupUnavailable:
+    reason, obstacle = _REASONS.get(error.errno or 0, (error.strerror or str(error), Obstacle.OTHER))
+    return CgroupUnavailable(f"{what}: {reason}", obstacle)
 
 
 def _unescaped(text: str) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
-from securerun.errors import PrivilegeError
+from securerun.errors import Obstacle, PrivilegeError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
@@ -328,7 +328,8 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     if not cgroup.populated() and not shield.prove(cgroup.descriptor):
         raise ShieldUnavailable(
             "filters on a cgroup do not run on this host (before kernel 5.15 an active net_cls or net_prio cgroup, "
-            "one container start with cgroup v1, switches them off until the next boot)"
+            "one container start with cgroup v1, switches them off until the next boot)",
+            Obstacle.NET_CLS,
         )
 
 

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from securerun.errors import SecurerunError
+from securerun.errors import Obstacle, SecurerunError
 from securerun.firewall import backends, shield
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
@@ -36,6 +36,11 @@ _HELPFUL = {
     "CAP_DAC_OVERRIDE": capabilities.DAC_OVERRIDE,
     "CAP_NET_RAW": capabilities.NET_RAW,
 }
+_MENDS_OF_SHIELD = {
+    Obstacle.NET_CLS: "reboot with cgroup_no_v1=net_cls,net_prio",
+    Obstacle.READ_ONLY_CGROUPS: "docker run --cap-add BPF --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw",
+}
+_MEND_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add BPF (in a container); else start in another cgroup"
 _BACKENDS = {
     "iptables": "apt-get install iptables (dnf install iptables-nft)",
     "nftables": "apt-get install nftables (dnf install nftables)",
@@ -109,7 +114,7 @@ def _shield() -> Ability:
     except (CgroupUnavailable, ShieldUnavailable) as error:
         if os.geteuid() != 0:
             return Ability("shield", None, "only root can try it", "sudo securerunctl doctor")
-        return Ability("shield", False, str(error), _mend_of_shield(str(error)))
+        return Ability("shield", False, str(error), _MENDS_OF_SHIELD.get(error.obstacle, _MEND_OF_SHIELD))
     return Ability("shield", True, f"the {name} filter was hung on a cgroup here, proven, and taken off")
 
 
@@ -124,16 +129,10 @@ def _try_shield(policy: Policy) -> str:
         undo.callback(hung.close)
         undo.callback(hung.detach)
         if not shield.prove(made.descriptor):
-            raise ShieldUnavailable("filters on a cgroup do not run here: net_cls or net_prio is in use (before 5.15)")
+            raise ShieldUnavailable(
+                "filters on a cgroup do not run here: net_cls or net_prio is in use (before 5.15)", Obstacle.NET_CLS
+            )
         return hung.name
-
-
-def _mend_of_shield(reason: str) -> str:
-    if "net_cls" in reason:
-        return "reboot with cgroup_no_v1=net_cls,net_prio"
-    if "read-only" in reason.lower():
-        return "docker run --cap-add BPF --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw"
-    return "docker run --cap-add NET_ADMIN --cap-add BPF (in a container); else start in another cgroup"
 
 
 def _port_chains() -> Iterator[Ability]:

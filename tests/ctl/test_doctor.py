@@ -174,6 +174,7 @@ def test_container_learns_what_it_must_be_given(node: Host, capabilities: str, m
     assert host["reserved-ports"]["works"] in (True, False)
     if not shield:
         assert "docker run" in host["shield"]["mend"]
+        assert "/sys/fs/cgroup:rw" in host["shield"]["mend"]
 
 
 def test_torch_is_not_imported(node: Host, tmp_path: Path) -> None:

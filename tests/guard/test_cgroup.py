@@ -17,6 +17,7 @@ from containers import READ_ONLY_CGROUPS
 from hosts import cgroup2_mount, eventually, require_root_and_tools
 from sandbox import NOBODY, apart
 
+from securerun.errors import Obstacle
 from securerun.guard import cgroup
 from securerun.guard.cgroup import (
     CgroupUnavailable,
@@ -164,6 +165,7 @@ def test_a_read_only_hierarchy_is_refused_in_words() -> None:
         vars(cgroup).update(_OUR_VIEW_ALONE)
         with pytest.raises(CgroupUnavailable) as refusal:
             make_job_cgroup("/securerun-0123456789ab")
+        assert refusal.value.obstacle is Obstacle.READ_ONLY_CGROUPS
         return str(refusal.value)
 
     assert "mounted read-only" in apart(work, before=make_read_only)
