@@ -46,9 +46,9 @@ def import_securerun() -> tuple[Any, Any, Any]:
     """What the console script imports."""
     from securerun import run
     from securerun.preflight import inspection
-    from securerun.protection import guarded
+    from securerun.protection import plan
 
-    return inspection, guarded, run
+    return inspection, plan, run
 
 
 def torchrun() -> None:
@@ -58,7 +58,7 @@ def torchrun() -> None:
 
 
 def securerun() -> None:
-    inspection, protection, run = timed("load securerun", import_securerun)()
+    inspection, plan, run = timed("load securerun", import_securerun)()
     from securerun.protection.client import Guard
 
     importing = run._import_torch
@@ -72,7 +72,7 @@ def securerun() -> None:
     run._understand = timed("parse", run._understand)
     inspection.begin = timed("preflight", inspection.begin)
     inspection.inspect = timed("preflight", inspection.inspect)
-    protection.understand = timed("policy", protection.understand)
+    plan.understand = timed("policy", plan.understand)
     Guard.__init__ = timed("start the guard", Guard.__init__)  # type: ignore[method-assign]
     Guard._ready = timed("wait for the guard", Guard._ready)  # type: ignore[method-assign]
     Guard.guard = timed("policy to layers", Guard.guard)  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from securerun.protection.client import guarded
-    from securerun.protection.guarded import policy
+    from securerun.protection.plan import policy
 
 __all__ = ["guarded", "policy"]
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module holds
 
         return guarded
     if name == "policy":
-        from securerun.protection.guarded import policy
+        from securerun.protection.plan import policy
 
         return policy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

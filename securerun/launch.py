@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from securerun import run
+from securerun.ending import exit_quickly
 from securerun.errors import UsageError
 from securerun.job.launchers import Command, Launcher
 
@@ -48,4 +49,4 @@ def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
 
 if __name__ == "__main__":
     main()
-    run.exit_quickly()
+    exit_quickly()

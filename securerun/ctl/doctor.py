@@ -67,7 +67,7 @@ def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
 def _ports() -> Iterator[PortRange]:
     """The ports of a job started from this shell, HCCL's only where there is an NPU or a word of HCCL."""
     job = environment.describe_job(os.environ, ())
-    for planned in ports.plan_ports(job, os.environ, None, known=environment.known_ports(os.environ)):
+    for planned in ports.plan_ports(job, os.environ, None):
         if planned.purpose != Purpose.HCCL or _has_npu():
             yield planned
 

@@ -13,19 +13,16 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from securerun import options
+from securerun import options, session
 from securerun.console import say, spoken_errors
 from securerun.ctl import child
 from securerun.errors import SecurerunError, UsageError
 from securerun.guard import processes
-from securerun.host import account, system, umask
+from securerun.host import system
 from securerun.job import environment
-from securerun.job.job import Job
 from securerun.options import OPTIONS, Options
-from securerun.preflight import inspection
-from securerun.preflight.inspection import Early
-from securerun.protection import enclosing, guarded, words
-from securerun.protection.client import Guard
+from securerun.protection import words
+from securerun.protection.plan import Plan
 
 _USAGE = "securerunctl exec [OPTIONS] -- COMMAND [ARGUMENTS]"
 _HELP = """\
@@ -84,51 +81,37 @@ def execute(arguments: Sequence[str]) -> NoReturn:
 
 
 def _execute(arguments: Sequence[str]) -> int:
-    """The wait status of the command; 0 where none was to be run. Does not return if no lease has to be held for it."""
-    began = time.time()
+    """Run the command to its end and return its wait status; 0 where none was to be run.
+
+    Does not return inside of a run: no lease has to be held for the command, which takes the place of this process.
+    """
     system.require_supported()
-    shells_umask = umask.current()
-    umask.tighten(f"{umask.LEAST:04o}")
     asked, command = _understand(arguments)
     if not command:
         return 0
-    around = enclosing.find(os.environ)
-    guard = None if around or asked.dry_run or asked.unprotected else Guard()
-    early = inspection.begin(asked, shells_umask, reads_rules=guard is not None)
-    if asked.run_as is not None:
-        account.become(account.find_account(asked.run_as, asked.run_as_source))
-    in_force = umask.tighten(asked.umask, asked.umask_source)
+    begun = session.begin(command, asked, needs_guard=not asked.dry_run and not asked.unprotected)
     program = _find(command[0])
-    guarded.forbid_code_in_weights(asked)
     job = environment.describe_job(os.environ, command)
-    if around is not None:
-        guarded.rely_on(around, asked)
-        if not asked.dry_run:
-            inspection.tell(inspection.inspect_inner(job, asked, early))
-            _become(program, command)
     if asked.dry_run:
-        launch = guarded.understand(job, asked, in_force, environment.known_ports(os.environ))
-        inspection.tell(inspection.inspect(launch, early))
-        guarded.print_plan(launch)
+        begun.show(job, asked)
         return 0
-    return _run(job, asked, in_force, guard, program, early, began)
-
-
-def _run(job: Job, asked: Options, in_force: int, guard: Guard | None, program: str, early: Early, began: float) -> int:
     try:
-        with guarded.reported(asked, job.command, began) as hear:
-            launch = guarded.understand(job, asked, in_force, environment.known_ports(os.environ))
-            found = inspection.inspect(launch, early, hear=hear)
-            with guarded.protected(launch, guard, hear, may_leave_job=True):
-                inspection.tell(found)
-                status = _run_child(program, job.command)
-                if not asked.unprotected:
-                    _tell_what_is_left(launch.policy.run_id, failed=status != 0)
-                if status:
-                    raise _Failed(status)
+        with begun.protect(job, asked, may_leave_job=True) as plan:
+            if plan is None:
+                _become(program, command)
+            _run(program, command, plan)
     except _Failed as failed:
         return failed.wait_status
     return 0
+
+
+def _run(program: str, command: Sequence[str], plan: Plan) -> None:
+    """Run the command and say what it leaves. Raises _Failed unless it ends with status 0."""
+    status = _run_child(program, command)
+    if not plan.options.unprotected:
+        _tell_what_is_left(plan.policy.run_id, failed=status != 0)
+    if status:
+        raise _Failed(status)
 
 
 def _understand(arguments: Sequence[str]) -> tuple[Options, list[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from securerun import run
 from securerun.console import say
 from securerun.errors import PolicyError
-from securerun.protection.guarded import Launch
+from securerun.protection.plan import Plan
 
 
 def print_plan(arguments: Sequence[str], form: str) -> None:
@@ -19,28 +19,24 @@ def print_plan(arguments: Sequence[str], form: str) -> None:
     if form == "table":
         run.main(["--dry-run", *arguments])
         return
-    launch = run.plan(arguments)
-    for warning in launch.peers.warnings:
+    plan = run.plan(arguments)
+    for warning in plan.peers.warnings:
         say(warning)
-    print(render(launch, form), end="")
+    print(render(plan, form), end="")
 
 
-def render(launch: Launch, form: str) -> str:
+def render(plan: Plan, form: str) -> str:
     """The plan in one of the forms that are not for people. Raises PolicyError for one that it does not have."""
     from securerun.evidence import documents
     from securerun.firewall import nftables, script
     from securerun.protection import words
 
     if form == "json":
-        return json.dumps(documents.of_launch(launch), indent=2) + "\n"
+        return json.dumps(documents.of_plan(plan), indent=2) + "\n"
     if form == "iptables":
-        return words.iptables_rules(launch.policy)
+        return words.iptables_rules(plan.policy)
     if form == "sh":
-        return script.render(
-            launch.policy,
-            launch.options.firewall,
-            words.about(launch.job, launch.policy, launch.peers, launch.entrance),
-        )
-    if launch.policy.accept:
+        return script.render(plan.policy, plan.options.firewall, words.about(plan))
+    if plan.policy.accept:
         raise PolicyError(nftables.NO_ACCEPT)
-    return words.nftables_rules(launch.policy)
+    return words.nftables_rules(plan.policy)

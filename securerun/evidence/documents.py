@@ -7,19 +7,19 @@ from typing import Any
 
 from securerun.guard.protocol import policy_document
 from securerun.options import OPTIONS, Options
-from securerun.protection.guarded import Launch
+from securerun.protection.plan import Plan
 
 _DEFAULT = "default"
 
 
-def of_launch(launch: Launch) -> dict[str, Any]:
+def of_plan(plan: Plan) -> dict[str, Any]:
     """What would run, the policy, and where each part of it comes from. Every field is always there.
 
     `policy` is as the guard gets it; `entrance` says why peers come in through its interfaces. `peers` says who named
     them and what each host name stands for, `hccl_whitelist` what HCCL is given. `options` has the value of each option
     of securerun's and its origin: a flag, a variable, a file, or `default`.
     """
-    job = launch.job
+    job = plan.job
     return {
         "command": list(job.command),
         "rendezvous": {
@@ -29,17 +29,17 @@ def of_launch(launch: Launch) -> dict[str, Any]:
             "max_nodes": job.max_nodes or None,
             "node_rank": job.node_rank,
         },
-        "policy": policy_document(launch.policy),
+        "policy": policy_document(plan.policy),
         "peers": {
-            "source": launch.peers.source,
-            "names": {name: [str(network) for network in found] for name, found in launch.peers.named.items()},
-            "warnings": list(launch.peers.warnings),
+            "source": plan.peers.source,
+            "names": {name: [str(network) for network in found] for name, found in plan.peers.named.items()},
+            "warnings": list(plan.peers.warnings),
         },
-        "entrance": launch.entrance.reason,
-        "hccl_whitelist": list(launch.whitelist),
-        "umask": f"{launch.umask:04o}",
-        "grace": launch.grace,
-        "options": dict(_options(launch.options)),
+        "entrance": plan.entrance.reason,
+        "hccl_whitelist": list(plan.whitelist),
+        "umask": f"{plan.umask:04o}",
+        "grace": plan.grace,
+        "options": dict(_options(plan.options)),
     }
 
 

@@ -27,7 +27,7 @@ from securerun.guard.protocol import Notice, Released, denial_document, layer_do
 from securerun.host.account import name_of
 from securerun.protection import words
 from securerun.protection.events import Checked, Finding, Finished, Gone, Installed, News, Renewed
-from securerun.protection.guarded import Launch
+from securerun.protection.plan import Plan
 from securerun.text import count
 
 Kind = TypeVar("Kind")
@@ -100,7 +100,7 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
     `launch` is null for a launch that was refused before it was understood; `guard` for one that never had a guard;
     `denied` where no guard could say who was turned away. `timeline` is in order of time.
     """
-    launch = _last(journal, Launch)
+    plan = _last(journal, Plan)
     installed = _last(journal, Installed)
     released = _last(journal, Released)
     finished = _last(journal, Finished)
@@ -120,8 +120,8 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
         "outcome": _outcome(ending, started=finished is not None),
         "reason": ending.reason,
         "protected": guarding is not None,
-        "run_id": launch.policy.run_id if launch else None,
-        "launch": documents.of_launch(launch) if launch else None,
+        "run_id": plan.policy.run_id if plan else None,
+        "launch": documents.of_plan(plan) if plan else None,
         "guard": installed.way if installed else None,
         "layers": [layer_document(layer) for layer in guarding.layers] if guarding else [],
         "notes": list(guarding.notes) if guarding else [],
@@ -145,10 +145,10 @@ def _timeline(journal: Journal, ending: Ending) -> Iterator[dict[str, Any]]:
 
 def _told(news: News) -> Iterator[tuple[str, str]]:
     """What there is to say of something heard: its kind and a line, or several."""
-    if isinstance(news, Launch):
+    if isinstance(news, Plan):
         yield (
             "understood",
-            f"launch understood: {news.job.nodes}; open to {words.open_to(news.policy, news.peers, news.entrance)}",
+            f"launch understood: {news.job.nodes}; open to {words.open_to(news)}",
         )
     elif isinstance(news, Checked):
         yield "checked", f"checked: findings on this host: {len(news.preflight)}, on files: {len(news.permissions)}"

@@ -34,10 +34,11 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
         max_nodes=most,
         node_rank=_node_rank(environment),
         command=tuple(command),
+        known_ports=_known_ports(environment),
     )
 
 
-def known_ports(environment: Mapping[str, str]) -> tuple[PortRange, ...]:
+def _known_ports(environment: Mapping[str, str]) -> tuple[PortRange, ...]:
     """The port of the job's store, also where its host is not named. What is no port (Kubernetes sets MASTER_PORT to
     `tcp://10.96.0.7:2222` for a Service `master`) says nothing.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from securerun.firewall.policy import PortRange
 from securerun.text import count
 
 # Of a job whose command nobody has read (`securerun.job.environment`).
@@ -45,7 +46,9 @@ class Job:
     backend: the rendezvous: static, c10d, etcd, etcd-v2, parallel (torch_npu's), or one that a plug-in brings.
     endpoint: where the agents meet; None where that is no address, as with a file store.
     min_nodes, max_nodes: how many agents; both UNKNOWN_NODES where nothing says so.
-    command: the script, or module, and its arguments.
+    command: the script, or module, and its arguments. log_dir: where its logs go, if it was told.
+    known_ports: ports that it is known to listen on, beside those that the rendezvous, HCCL and the user name.
+    ranks: how many this node has; 0 where nobody asked.
     """
 
     backend: str
@@ -54,6 +57,9 @@ class Job:
     max_nodes: int
     node_rank: int
     command: tuple[str, ...]
+    log_dir: str | None = None
+    known_ports: tuple[PortRange, ...] = ()
+    ranks: int = 0
 
     @property
     def nodes(self) -> str:

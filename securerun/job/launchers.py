@@ -132,6 +132,7 @@ def describe_job(namespace: argparse.Namespace) -> Job:
         max_nodes=max_nodes,
         node_rank=namespace.node_rank,
         command=(*module, namespace.training_script, *namespace.training_script_args),
+        log_dir=namespace.log_dir,
     )
 
 

@@ -45,13 +45,14 @@ def plan_ports(
     """The ports of a job, in ascending order, each range once.
 
     The endpoint's port is planned on every node, since any of them may turn out to hold the store; HCCL's ports are
-    planned on every host, with or without NPUs in sight. `extra` is what the user added, in the words of `source`;
-    `known` is what somebody else knows, such as a rank table (`securerun.job.peers.Peers.ports`).
+    planned on every host, with or without NPUs in sight; so is what the job is known to listen on. `extra` is what the
+    user added, in the words of `source`; `known` is what somebody else knows, such as a rank table
+    (`securerun.job.peers.Peers.ports`).
 
     Raises PolicyError, with the variable or option that is wrong.
     """
     planned: dict[tuple[int, int], PortRange] = {}
-    for ports in (*_endpoint(job), *_hccl(environment), *_added(extra, source), *known):
+    for ports in (*_endpoint(job), *_hccl(environment), *_added(extra, source), *job.known_ports, *known):
         planned.setdefault((ports.first, ports.last), ports)
     return tuple(sorted(planned.values()))
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from securerun.job.job import Job
     from securerun.options import Options
     from securerun.preflight.firewalls import Reading
-    from securerun.protection.guarded import Launch
+    from securerun.protection.plan import Plan
 
 # Where one node's agents meet, only the first node's listens there; with every other backend any agent may.
 _FIRST_NODE_LISTENS = frozenset({"static", "parallel", "env"})
@@ -44,39 +44,41 @@ def begin(asked: Options, umask: int, *, reads_rules: bool) -> Early:
     return Early(umask, Reading())
 
 
-def inspect(launch: Launch, early: Early, log_dir: str | None = None, hear: Hear = nobody) -> tuple[Finding, ...]:
-    """Look at the host and the launch; `hear` is told of what was found.
+def inspect(plan: Plan, early: Early, hear: Hear = nobody) -> tuple[Finding, ...]:
+    """Look at the host and at what the plan says; `hear` is told of what was found.
 
     Raises PolicyError where --preflight strict finds anything.
     """
-    mode = _mode(launch.options)
-    if mode == OFF and launch.options.report is None:
+    mode = _mode(plan.options)
+    if mode == OFF and plan.options.report is None:
         return ()
     from securerun.preflight.firewalls import Reading
 
     rules = early.rules or Reading()
     try:
         scene = Scene(
-            early.umask,
-            os.environ,
-            launch.job.command,
-            log_dir,
-            launch.policy.ports,
-            _shared_port(launch.job),
-            not launch.options.unprotected,
-            launch.policy.peers,
-            launch.policy.interfaces,
-            rules,
+            umask=early.umask,
+            environment=os.environ,
+            command=plan.job.command,
+            log_dir=plan.job.log_dir,
+            ports=plan.policy.ports,
+            meeting_port=_shared_port(plan.job),
+            reserved=not plan.options.unprotected,
+            peers=plan.policy.peers,
+            interfaces=plan.policy.interfaces,
+            rules=rules,
         )
-        return _found(scene, mode, hear, _permissions(scene, launch.options))
+        return _found(scene, mode, hear, _permissions(scene, plan.options))
     finally:
         rules.close()
 
 
-def inspect_inner(job: Job, asked: Options, early: Early, log_dir: str | None = None) -> tuple[Finding, ...]:
+def inspect_inner(job: Job, asked: Options, early: Early) -> tuple[Finding, ...]:
     """The same inside of a run, where only a launch that asks for it is looked at: ports and peers are that run's."""
     mode = asked.preflight or OFF
-    return () if mode == OFF else _found(Scene(early.umask, os.environ, job.command, log_dir, reserved=True), mode)
+    if mode == OFF:
+        return ()
+    return _found(Scene(early.umask, os.environ, job.command, log_dir=job.log_dir, reserved=True), mode)
 
 
 def tell(findings: Iterable[Finding]) -> None:

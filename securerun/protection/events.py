@@ -13,7 +13,7 @@ from securerun.guard.protocol import Guarding, Notice, Released
 
 if TYPE_CHECKING:
     from securerun.job.peers import Peers
-    from securerun.protection.guarded import Launch
+    from securerun.protection.plan import Plan
 
 
 class Finding(Protocol):
@@ -68,7 +68,7 @@ class Gone:
     """No guard answered at the end, so it is not known who was turned away."""
 
 
-News = Union["Launch", Checked, Installed, Notice, Renewed, Finished, Released, Gone]
+News = Union["Plan", Checked, Installed, Notice, Renewed, Finished, Released, Gone]
 Hear = Callable[[News], None]
 
 

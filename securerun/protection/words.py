@@ -12,10 +12,8 @@ from securerun.text import count, printable
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice
-    from securerun.job.entrance import Entrance
-    from securerun.job.job import Job
     from securerun.job.peers import Peers
-    from securerun.options import Options
+    from securerun.protection.plan import Plan
 
 _NETWORKS_NAMED = 4
 _DENIALS_NAMED = 10
@@ -26,12 +24,12 @@ _SCOPES = {
 }
 
 
-def start(policy: Policy, peers: Peers, entrance: Entrance, guarding: Guarding, umask: int, way: str) -> Iterator[str]:
-    """What is closed, by what, and to whom it is open."""
-    run = f"run {policy.run_id}: "
-    yield f"{run}open to {open_to(policy, peers, entrance)}; umask {umask:04o}; guard started {way}"
+def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
+    """What is closed, by what, and to whom it is open. way: how the guard came by its privilege."""
+    run = f"run {plan.policy.run_id}: "
+    yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
     for layer in guarding.layers:
-        what = "every TCP port of this job" if layer.is_shield else f"TCP ports {_ports(policy)}"
+        what = "every TCP port of this job" if layer.is_shield else f"TCP ports {_ports(plan.policy)}"
         yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
     if not guarding.has_shield:
         yield f"{run}scope ports: every other port of this job is closed within 0.2 s of its appearing"
@@ -39,9 +37,9 @@ def start(policy: Policy, peers: Peers, entrance: Entrance, guarding: Guarding, 
         yield f"{run}{note}"
 
 
-def end(policy: Policy, denied: Sequence[Denial] | None) -> Iterator[str]:
+def end(run_id: str, denied: Sequence[Denial] | None) -> Iterator[str]:
     """Who was turned away, how often, and what to do if it should not have been."""
-    run = f"run {policy.run_id}: "
+    run = f"run {run_id}: "
     if denied is None:
         yield f"{run}the guard was gone at the end, so it is not known who was turned away"
         return
@@ -70,17 +68,20 @@ def renewed(before: Peers, now: Peers) -> str:
     return f"the names of {now.source} have other addresses: {'; '.join(filter(None, changes))}"
 
 
-def plan(job: Job, policy: Policy, peers: Peers, entrance: Entrance, options: Options, umask: int, origin: str) -> str:
-    """The whole plan of a launch for a person: what would listen, who may connect, and the text of each layer."""
-    sections = [*_summary(job, policy, peers, entrance, options, umask, origin)]
-    if options.firewall == "nftables":
-        sections += ["", nftables_rules(policy).rstrip()]
-    elif options.firewall != "off":
-        sections += ["", iptables_rules(policy).rstrip()]
-    if options.scope != "ports":
+def whole(plan: Plan, origin: str) -> str:
+    """The whole plan for a person: what would listen, who may connect, and the text of each layer.
+
+    origin: where the guard would come from.
+    """
+    sections = [*_summary(plan, origin)]
+    if plan.options.firewall == "nftables":
+        sections += ["", nftables_rules(plan.policy).rstrip()]
+    elif plan.options.firewall != "off":
+        sections += ["", iptables_rules(plan.policy).rstrip()]
+    if plan.options.scope != "ports":
         from securerun.firewall import shield
 
-        sections += ["", "# shield", shield.describe(policy).rstrip()]
+        sections += ["", "# shield", shield.describe(plan.policy).rstrip()]
     return "\n".join(sections) + "\n"
 
 
@@ -109,12 +110,12 @@ def nftables_rules(policy: Policy) -> str:
     return f"# nft -f\n{nftables.render(policy, None)}"
 
 
-def about(job: Job, policy: Policy, peers: Peers, entrance: Entrance) -> list[str]:
+def about(plan: Plan) -> list[str]:
     """What a plan is for, a line each: the head of a script."""
     lines = [
-        _row("command", " ".join(job.command)),
-        *_port_rows(policy),
-        _row("open to", open_to(policy, peers, entrance)),
+        _row("command", " ".join(plan.job.command)),
+        *_port_rows(plan.policy),
+        _row("open to", open_to(plan)),
     ]
     return [printable(line) for line in lines]
 
@@ -154,9 +155,8 @@ def unprotected() -> str:
     return "--unprotected: every TCP port of this job is open to every host; the umask is all that was set"
 
 
-def _summary(
-    job: Job, policy: Policy, peers: Peers, entrance: Entrance, options: Options, umask: int, origin: str
-) -> Iterator[str]:
+def _summary(plan: Plan, origin: str) -> Iterator[str]:
+    job, policy, options = plan.job, plan.policy, plan.options
     meeting = f"{job.backend} at {job.endpoint}" if job.endpoint else job.backend
     rank = f"; this is node {job.node_rank}" if job.max_nodes else ""
     yield _row("rendezvous", f"{meeting}; {job.nodes}{rank}")
@@ -170,9 +170,9 @@ def _summary(
         label = ""
     if not policy.peers:
         yield _row(label, "none: no other host may connect")
-    yield _row("", f"named by {peers.source}")
-    yield _row("interfaces", str(entrance))
-    yield _row("umask", f"{umask:04o}")
+    yield _row("", f"named by {plan.peers.source}")
+    yield _row("interfaces", str(plan.entrance))
+    yield _row("umask", f"{plan.umask:04o}")
     yield _row("scope", f"{options.scope}: {_SCOPES[options.scope]}")
     yield _row("loopback", "only the job's own processes" if policy.close_loopback else "any process of this host")
     chains = (
@@ -201,12 +201,12 @@ def _target(policy: Policy) -> str:
     return "ACCEPT" if policy.accept else "RETURN, to the host's own rules"
 
 
-def open_to(policy: Policy, peers: Peers, entrance: Entrance) -> str:
+def open_to(plan: Plan) -> str:
     """Who may connect, the first few of many, who said so, and through what."""
-    if not policy.peers:
-        return f"no other host ({peers.source})"
-    through = f" through {entrance}" if entrance.names else ""
-    return f"{_addresses(policy.peers)} ({peers.source}){through}"
+    if not plan.policy.peers:
+        return f"no other host ({plan.peers.source})"
+    through = f" through {plan.entrance}" if plan.entrance.names else ""
+    return f"{_addresses(plan.policy.peers)} ({plan.peers.source}){through}"
 
 
 def _in_order(network: Network) -> tuple[int, int]:

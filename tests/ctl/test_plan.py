@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import launches
+import plans
 import pytest
 from checkout import COMMANDS, GROUND
 from hosts import Host, Network, finish
@@ -19,7 +19,7 @@ from probe import reach
 from securerun.ctl.plan import render
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
-from securerun.protection.guarded import Launch
+from securerun.protection.plan import Plan
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
 SHELLCHECK = str(COMMANDS / "shellcheck")
@@ -107,8 +107,8 @@ def assert_open(network: Network) -> None:
 class Script:
     """A script as an administrator has it: a file, run by sh in a host."""
 
-    def __init__(self, host: Host, path: Path, launch: Launch) -> None:
-        path.write_text(render(launch, "sh"))
+    def __init__(self, host: Host, path: Path, plan: Plan) -> None:
+        path.write_text(render(plan, "sh"))
         self.host, self.path = host, path
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -138,7 +138,7 @@ def test_the_script_closes_what_securerun_closes_and_leaves_the_host_as_it_was(
     node = network["node0"]
     before = snapshot(node, backend)
     assert_open(network)
-    script = Script(node, tmp_path / "ports.sh", launches.launch(firewall=backend))
+    script = Script(node, tmp_path / "ports.sh", plans.plan(firewall=backend))
     script.up()
     assert_closed(network)
     once = snapshot(node, backend)
@@ -158,8 +158,8 @@ def test_a_later_script_for_the_same_ports_takes_the_place_of_the_first(
 ) -> None:
     node = network["node0"]
     before = node.snapshot()
-    first = Script(node, tmp_path / "first.sh", launches.launch(firewall=backend))
-    later = Script(node, tmp_path / "later.sh", launches.launch((), firewall=backend))
+    first = Script(node, tmp_path / "first.sh", plans.plan(firewall=backend))
+    later = Script(node, tmp_path / "later.sh", plans.plan((), firewall=backend))
     first.up()
     later.up()
     assert reached(network, "node1") == reached(network, "stranger") == {OTHER}
@@ -173,11 +173,9 @@ def test_scripts_of_two_jobs_with_other_peers_and_a_common_port_agree(
 ) -> None:
     node = network["node0"]
     before = node.snapshot()
-    ours = Script(node, tmp_path / "ours.sh", launches.launch(firewall=backend))
+    ours = Script(node, tmp_path / "ours.sh", plans.plan(firewall=backend))
     ports = (PortRange(60000, 60015, "HCCL"), PortRange(7000, 7000, "master port"))
-    theirs = Script(
-        node, tmp_path / "theirs.sh", launches.launch(network["stranger"].addresses, ports, firewall=backend)
-    )
+    theirs = Script(node, tmp_path / "theirs.sh", plans.plan(network["stranger"].addresses, ports, firewall=backend))
     ours.up()
     theirs.up()
     assert reached(network, "node1") == {*PLANNED, OTHER}
@@ -191,15 +189,15 @@ def test_scripts_of_two_jobs_with_other_peers_and_a_common_port_agree(
 def test_a_script_and_a_run_of_securerun_agree_whichever_ends_first(network: Network, tmp_path: Path) -> None:
     node = network["node0"]
     before = node.snapshot()
-    script = Script(node, tmp_path / "ports.sh", launches.launch())
+    script = Script(node, tmp_path / "ports.sh", plans.plan())
     chains = [sys.executable, str(GROUND / "chains.py")]
     for first_to_end in ("script", "run"):
         script.up()
-        node.run([*chains, "install", launches.RUN, *network["stranger"].addresses], check=True)
+        node.run([*chains, "install", plans.RUN, *network["stranger"].addresses], check=True)
         assert reached(network, "node1") == reached(network, "stranger") == {*PLANNED, OTHER}
         ends: dict[str, Callable[[], object]] = {
             "script": script.down,
-            "run": lambda: node.run([*chains, "remove", launches.RUN], check=True),
+            "run": lambda: node.run([*chains, "remove", plans.RUN], check=True),
         }
         ends.pop(first_to_end)()
         (other,) = ends.values()
@@ -214,7 +212,7 @@ def test_the_rules_of_others_stay_and_the_jump_comes_first_again(network: Networ
     for tool in ("iptables", "ip6tables"):
         node.run([tool, "-A", "INPUT", "-p", "udp", "--dport", "53", "-j", "DROP"], check=True)
     before = node.snapshot()
-    script = Script(node, tmp_path / "ports.sh", launches.launch())
+    script = Script(node, tmp_path / "ports.sh", plans.plan())
     script.up()
     for tool in ("iptables", "ip6tables"):  # somebody opens everything, above our jump
         node.run([tool, "-I", "INPUT", "1", "-p", "tcp", "-j", "ACCEPT"], check=True)
@@ -230,10 +228,10 @@ def test_the_rules_of_others_stay_and_the_jump_comes_first_again(network: Networ
 def test_an_interface_and_accept_reach_the_rules(network: Network, tmp_path: Path) -> None:
     node = network["node0"]
     before = node.snapshot()
-    wrong = Script(node, tmp_path / "lo.sh", launches.launch(interfaces=("lo",)))
+    wrong = Script(node, tmp_path / "lo.sh", plans.plan(interfaces=("lo",)))
     wrong.up()
     assert reached(network, "node1") == {OTHER}
-    right = Script(node, tmp_path / "eth0.sh", launches.launch(interfaces=("lo", "eth0"), accept=True))
+    right = Script(node, tmp_path / "eth0.sh", plans.plan(interfaces=("lo", "eth0"), accept=True))
     right.up()
     assert_closed(network)
     assert "-j ACCEPT" in node.run(["iptables", "-S", "SECURERUN"]).stdout
@@ -242,7 +240,7 @@ def test_an_interface_and_accept_reach_the_rules(network: Network, tmp_path: Pat
 
 
 def test_a_script_says_what_is_wrong(network: Network, tmp_path: Path) -> None:
-    script = Script(network["node0"], tmp_path / "ports.sh", launches.launch())
+    script = Script(network["node0"], tmp_path / "ports.sh", plans.plan())
     for words in ((), ("start",), ("",)):
         done = script.run(*words)
         assert (done.returncode, "usage: " in done.stderr) == (2, True), done
@@ -253,27 +251,27 @@ def test_a_script_says_what_is_wrong(network: Network, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("peers", [launches.PEERS, ()])
+@pytest.mark.parametrize("peers", [plans.PEERS, ()])
 def test_scripts_are_what_shellcheck_takes_for_plain_posix_shell(
     tmp_path: Path, backend: str, peers: tuple[str, ...]
 ) -> None:
     path = tmp_path / "ports.sh"
-    path.write_text(render(launches.launch(peers, firewall=backend), "sh"))
+    path.write_text(render(plans.plan(peers, firewall=backend), "sh"))
     done = subprocess.run([SHELLCHECK, "--shell=sh", path], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
 def test_no_command_line_gets_out_of_the_comment_that_it_stands_in() -> None:
     hostile = "x\n touch /tmp/owned\r\u2028id\x1b[2J`id`$(id)\nEND"
-    plain = render(launches.launch(), "sh").splitlines()
-    told = render(launches.with_command(launches.launch(), hostile), "sh").splitlines()
+    plain = render(plans.plan(), "sh").splitlines()
+    told = render(plans.with_command(plans.plan(), hostile), "sh").splitlines()
     assert [line for line in told if line not in plain] == [line for line in told if line.startswith("# command ")]
     assert len(told) == len(plain)
 
 
 def test_the_iptables_form_is_what_the_tools_load(network: Network) -> None:
     node = network["node0"]
-    texts = render(launches.launch(), "iptables").split("# ip6tables-restore")
+    texts = render(plans.plan(), "iptables").split("# ip6tables-restore")
     for tool, text in zip(("iptables-restore", "ip6tables-restore"), (texts[0], f"#{texts[1]}")):
         node.run([tool, "--noflush"], text_input=text, check=True)
     assert_closed(network)
@@ -283,7 +281,7 @@ def test_the_nft_form_is_what_libnftables_loads(network: Network, tmp_path: Path
     node = network["node0"]
     before = node.snapshot()
     path = tmp_path / "plan.nft"
-    path.write_text(render(launches.launch(), "nft"))
+    path.write_text(render(plans.plan(), "nft"))
     owner = start(node, OWN, str(path))
     assert_closed(network)
     finish(owner, text_input="")
@@ -301,16 +299,16 @@ def test_the_nft_form_is_what_libnftables_loads(network: Network, tmp_path: Path
 )
 def test_a_form_that_a_plan_does_not_have_is_refused(form: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(PolicyError) as refusal:
-        render(launches.launch(**options), form)
+        render(plans.plan(**options), form)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_json_has_the_policy_and_where_each_part_of_it_comes_from() -> None:
-    made = launches.launch(loopback="job", origins={"peers": "--peers", "loopback": "SECURERUN_LOOPBACK"})
+    made = plans.plan(loopback="job", origins={"peers": "--peers", "loopback": "SECURERUN_LOOPBACK"})
     document = json.loads(render(made, "json"))
     assert document["policy"] == {
-        "run_id": launches.RUN,
+        "run_id": plans.RUN,
         "ports": [
             {"first": 29500, "last": 29500, "purpose": "master port (static rendezvous)"},
             {"first": 60000, "last": 60015, "purpose": "HCCL"},
@@ -320,7 +318,7 @@ def test_json_has_the_policy_and_where_each_part_of_it_comes_from() -> None:
         "accept": False,
         "close_loopback": True,
     }
-    assert document["command"] == list(launches.COMMAND)
+    assert document["command"] == list(plans.COMMAND)
     assert document["rendezvous"]["endpoint"] == "10.77.0.1:29500"
     assert document["peers"] == {"source": "--peers", "names": {}, "warnings": []}
     assert document["options"]["peers"] == {"value": "10.77.0.2,fd77::2", "origin": "--peers"}

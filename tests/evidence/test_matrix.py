@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import launches
+import plans
 import pytest
 from checkout import COMMANDS
 from hosts import Host, Network, eventually, finish
@@ -97,7 +97,7 @@ def test_both_languages_have_the_same_words_to_say() -> None:
 
 
 def test_a_static_job_has_one_store_and_whatever_the_collectives_open() -> None:
-    found = planned(STATIC, launches.PORTS[0], HCCL)
+    found = planned(STATIC, plans.PORTS[0], HCCL)
     both = [(kind, direction) for kind in ("hccl", "gloo", "nccl") for direction in ("in", "out")]
     assert kinds(found) == [("static", "in"), *both]
     store = rows(found)[0]
@@ -139,7 +139,7 @@ def test_hccl_is_there_with_its_range_or_with_random_ports() -> None:
 
 
 def test_a_job_of_one_node_stays_on_it() -> None:
-    found = planned(STATIC, launches.PORTS[0], HCCL, ends=ALONE)
+    found = planned(STATIC, plans.PORTS[0], HCCL, ends=ALONE)
     assert {row.direction for row in found} == {"within"}
     assert all("no other host takes part" in row["remarks"] for row in rows(found))
 
@@ -258,7 +258,7 @@ def children_of(pid: int) -> set[int]:
 
 
 def test_the_rows_of_a_live_job_tell_stores_from_collectives(live: Live) -> None:
-    found = of_live(live, "--run", launches.RUN)["rows"]
+    found = of_live(live, "--run", plans.RUN)["rows"]
     by_component: dict[str, list[dict[str, str]]] = {}
     for row in found:
         by_component.setdefault(row["component"], []).append(row)
@@ -310,7 +310,7 @@ def test_users_see_the_ports_of_their_own_job(network: Network) -> None:
     ("words", "status", "reason"),
     [
         (["--run", "ffffffffffff"], 2, "--run ffffffffffff"),
-        (["--run", launches.RUN, "--", "train.py"], 2, "--run"),
+        (["--run", plans.RUN, "--", "train.py"], 2, "--run"),
         (["--lang", "fr"], 2, "fr"),
     ],
 )
@@ -324,7 +324,7 @@ def test_a_matrix_of_nothing_is_refused_in_words(live: Live, words: list[str], s
 def test_from_another_network_namespace_the_way_there_is_told(live: Live) -> None:
     done = subprocess.run([SECURERUNCTL, "matrix"], capture_output=True, text=True)
     assert done.returncode == SecurerunError.status
-    assert f"nsenter --target {live.process.pid} --net securerunctl matrix --run {launches.RUN}" in done.stderr
+    assert f"nsenter --target {live.process.pid} --net securerunctl matrix --run {plans.RUN}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import browser
 import jobs
-import launches
+import plans
 import pytest
 from checkout import COMMANDS
 from hosts import Host, Network, eventually, machine_snapshot
@@ -109,7 +109,7 @@ def whole(**options: Any) -> tuple[News, ...]:  # noqa: ANN401 - whatever the op
     """What is heard in a launch that has everything."""
     denied = (Denial(STRANGER, 29500, 12), Denial(ipaddress.ip_address("fd77::3"), 0, 1))
     return (
-        launches.launch(**options),
+        plans.plan(**options),
         Checked((Found(),), (Found("checkpoint", "/data/model.pt is 0666", "anybody can replace it", "chmod o-w"),)),
         Installed(GUARDING, "by sudo"),
         Notice(denied[:1], ("the guard died; another has taken over",)),
@@ -134,7 +134,7 @@ def test_a_run_has_all_that_happened_in_its_order() -> None:
     assert "lease given back; turned away: 13 attempts of 2 hosts" in texts(made)
     assert made["seconds"] == 10.0
     assert (made["outcome"], made["status"], made["protected"]) == ("ended well", 0, True)
-    assert (made["run_id"], made["guard"]) == (launches.RUN, "by sudo")
+    assert (made["run_id"], made["guard"]) == (plans.RUN, "by sudo")
     assert made["layers"][0] == {"backend": "shield", "name": "socket filter on /job"}
     assert made["denied"][0] == {"source": "10.77.0.3", "port": 29500, "packets": 12}
     assert made["launch"]["peers"]["source"] == "--peers"
@@ -142,10 +142,10 @@ def test_a_run_has_all_that_happened_in_its_order() -> None:
 
 
 def test_what_is_not_known_is_null_and_not_nothing() -> None:
-    gone = document(launches.launch(), Installed(GUARDING, "directly"), Finished(failed=True), Gone(), status=1)
+    gone = document(plans.plan(), Installed(GUARDING, "directly"), Finished(failed=True), Gone(), status=1)
     assert (gone["denied"], gone["outcome"]) == (None, "failed")
     assert "not known who was turned away" in " ".join(texts(gone))
-    unprotected = document(launches.launch(unprotected=True), Finished(failed=False))
+    unprotected = document(plans.plan(unprotected=True), Finished(failed=False))
     assert (unprotected["protected"], unprotected["denied"], unprotected["guard"]) == (False, None, None)
     refused = document(status=78, reason="peer 'x' cannot be resolved")
     assert (refused["outcome"], refused["launch"], refused["run_id"]) == ("refused", None, None)
@@ -341,8 +341,8 @@ def parsed(page: str) -> Checker:
     [
         lambda: document(*whole()),
         lambda: document(status=78, reason="refused"),
-        lambda: document(launches.launch(unprotected=True), Finished(failed=True), status=1),
-        lambda: document(launches.launch(()), Installed(Guarding(()), "directly"), Finished(failed=False), Gone()),
+        lambda: document(plans.plan(unprotected=True), Finished(failed=True), status=1),
+        lambda: document(plans.plan(()), Installed(Guarding(()), "directly"), Finished(failed=False), Gone()),
     ],
 )
 def test_the_page_is_whole_and_asks_for_nothing_else(make: Callable[[], dict[str, Any]]) -> None:
@@ -363,7 +363,7 @@ def test_the_page_shows_what_the_document_has() -> None:
     for words in ("run 0123456789ab", "10.77.0.3", "29500", "60000-60015", "SECURERUN", "umask 0027", "10.77.0.2"):
         assert words in page, words
     assert "Files that are more open" in page
-    assert "Files that are more open" not in report_html.render(document(launches.launch(), Finished(failed=False)))
+    assert "Files that are more open" not in report_html.render(document(plans.plan(), Finished(failed=False)))
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +379,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         Denial(ipaddress.ip_address(f"fdff:ffff:ffff:ffff:ffff:ffff:ffff:{n:x}"), 60000 + n, 10**9) for n in range(200)
     )
     long = (
-        launches.with_command(launches.launch(peers), "x" * 500),
+        plans.with_command(plans.plan(peers), "x" * 500),
         Installed(GUARDING, "by sudo"),
         Notice(denied),
         Finished(failed=True),

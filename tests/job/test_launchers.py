@@ -103,6 +103,7 @@ def namespace(**changes: object) -> argparse.Namespace:
         "module": False,
         "training_script": "train.py",
         "training_script_args": [],
+        "log_dir": None,
     }
     return argparse.Namespace(**{**defaults, **changes})
 

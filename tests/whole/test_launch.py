@@ -198,7 +198,7 @@ def test_module_and_command_are_the_same(node: Host, script: str) -> None:
 
 UNFINISHED = """
 import atexit, ctypes, sys, threading, time
-from securerun import run
+from securerun import ending
 def late():
     time.sleep(0.2)
     print("thread")
@@ -206,7 +206,7 @@ atexit.register(print, "handler")
 threading.Thread(target=late).start()
 ctypes.CDLL(None).printf(b"C, ")
 print("Python", end=", ")
-run.exit_quickly()
+ending.exit_quickly()
 """
 
 
@@ -221,7 +221,10 @@ def test_a_quick_end_leaves_nothing_undone() -> None:
 def test_a_quick_end_tells_of_output_that_went_nowhere_as_python_does() -> None:
     program = "{imports}; sys.stdin.readline(); print('lost'); {end}"
     ends = []
-    for imports, end in (("import sys", "sys.exit()"), ("import sys, securerun.run as run", "run.exit_quickly()")):
+    for imports, end in (
+        ("import sys", "sys.exit()"),
+        ("import sys; from securerun import ending", "ending.exit_quickly()"),
+    ):
         job = subprocess.Popen(
             [sys.executable, "-c", program.format(imports=imports, end=end)],
             stdin=subprocess.PIPE,

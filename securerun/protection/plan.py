@@ -1,0 +1,136 @@
+"""The plan of one job: what was understood of it, and the policy that follows. Data, and how it is made."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from securerun.console import say
+from securerun.firewall.policy import Policy
+from securerun.host import interfaces
+
+if TYPE_CHECKING:
+    from securerun.job.entrance import Entrance
+    from securerun.job.job import Job
+    from securerun.job.peers import Peers
+    from securerun.options import Options
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for one job: the job, what the user asked of securerun, and the policy of both.
+
+    whitelist: the addresses that HCCL itself is to accept; empty where it is not asked to.
+    umask: the one in force. grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
+    """
+
+    job: Job
+    options: Options
+    peers: Peers
+    entrance: Entrance
+    policy: Policy
+    whitelist: tuple[str, ...]
+    umask: int
+    grace: float
+
+
+def understand(job: Job, asked: Options, umask: int) -> Plan:
+    """Make a job's policy. Any doubt is an error here, before anything was started.
+
+    Raises PolicyError or UsageError.
+    """
+    from securerun import options
+    from securerun.job import entrance, peers, ports
+
+    interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
+    grace = options.seconds(asked.grace, asked.grace_source)
+    planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source)
+    # Last, since it may wait for names; nothing that is wrong is to be found after that.
+    found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=say)
+    if found.ports:
+        planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, found.ports)
+    found = replace(found, warnings=(*found.warnings, *entrance.warnings(os.environ, found.networks)))
+    way_in = entrance.entrance(asked, os.environ, found.networks)
+    policy = Policy(
+        run_id=secrets.token_hex(6),
+        ports=planned,
+        peers=found.networks,
+        interfaces=way_in.names,
+        accept=asked.accept,
+        close_loopback=asked.loopback == "job",
+    )
+    return Plan(
+        job=job,
+        options=asked,
+        peers=found,
+        entrance=way_in,
+        policy=policy,
+        whitelist=_whitelist(job, asked, found),
+        umask=umask,
+        grace=grace,
+    )
+
+
+def policy(
+    peers: str | Iterable[str] | None = None,
+    ports: str | Iterable[int | str] | None = None,
+    interface: str | Iterable[str] | None = None,
+    *,
+    loopback: str = "any",
+    accept: bool = False,
+) -> Policy:
+    """Make the policy of a job that this process begins by itself, for `securerun.guarded`.
+
+    The arguments are those of the command line, or lists of them: peers=["node0", "10.0.0.0/24"], ports=[7000]. What
+    is not given comes from the environment, the batch system and the site file, as for `securerunctl exec`.
+    Raises PolicyError or UsageError, in one line, for what cannot be right, and where the peers are not known.
+    """
+    from securerun import options
+    from securerun.job import environment
+
+    given = {"peers": peers, "ports": ports, "interface": interface}
+    taken: dict[str, options.Value] = {name: _listed(value) for name, value in given.items() if value is not None}
+    taken["loopback"] = loopback
+    if accept:
+        taken["accept"] = True
+    job = environment.describe_job(os.environ, sys.argv)
+    asked = options.resolve(taken, os.environ)
+    return understand(job, asked, umask=0).policy
+
+
+def print_plan(plan: Plan) -> None:
+    """Print all that would be done, on standard output."""
+    from securerun.guard import cgroup
+    from securerun.protection import ways, words
+
+    for warning in plan.peers.warnings:
+        say(warning)
+    obstacles = {way.name: way.obstacle for way in ways.ways()}
+    origin = words.origin(obstacles, may_leave=cgroup.may_leave_shared_cgroups())
+    print(words.whole(plan, origin), end="")
+    if plan.whitelist:
+        from securerun.job import hccl_whitelist
+
+        print(f"\n# {hccl_whitelist.FILE}\n{hccl_whitelist.content(plan.whitelist)}")
+
+
+def _whitelist(job: Job, asked: Options, found: Peers) -> tuple[str, ...]:
+    if not asked.hccl_whitelist:
+        return ()
+    from securerun.job import hccl_whitelist
+
+    return hccl_whitelist.addresses_of(found.listed, job.max_nodes, job.ranks)
+
+
+def _everyone() -> Peers:
+    from securerun.job.peers import EVERY_HOST, Peers
+
+    return Peers(EVERY_HOST, "--unprotected")
+
+
+def _listed(value: str | Iterable[int | str]) -> str:
+    return value if isinstance(value, str) else ",".join(map(str, value))

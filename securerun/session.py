@@ -1,0 +1,140 @@
+"""The recipe, once: what stands around a job, from the first step of a command to the end of what it starts.
+
+`begin` is what comes before torch, and its order is the security argument. Each step has its reason there. What follows
+goes with the job: `protect` runs it under a lease, in the lease that this process is in already, or under none;
+`show` and `plan` say what `protect` would do, and start nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from securerun.errors import UsageError
+from securerun.host import system, umask
+from securerun.preflight import inspection
+from securerun.preflight.inspection import Early
+from securerun.protection import enclosing, guarded
+from securerun.protection import plan as plans
+from securerun.protection.client import Guard
+from securerun.protection.enclosing import Enclosing
+from securerun.protection.events import Hear, nobody
+from securerun.protection.plan import Plan
+
+if TYPE_CHECKING:
+    from securerun.job.job import Job
+    from securerun.options import Options
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is ready before the job is known.
+
+    command: the command line as the user typed it. began: when, in seconds since the epoch. guard: one that waits for
+    its order; None where none is needed. around: the run that this process is in already. user: who this process has
+    become, as --run-as says. early: what the preflight knows already.
+    """
+
+    command: Sequence[str]
+    began: float
+    guard: Guard | None
+    around: Enclosing | None
+    user: str | None
+    early: Early
+
+    @contextmanager
+    def protect(self, job: Job, asked: Options, *, may_leave_job: bool = False) -> Iterator[Plan | None]:
+        """Protect the block, which starts the job; yields its plan, or None inside of a run, which has one.
+
+        may_leave_job: whether a block that ends well may have left the job running, as with nohup. One that raises is
+        a job that failed. Raises SecurerunError, with nothing installed, for a job that cannot be protected.
+        """
+        in_force = self._settle(asked)
+        if self.around is not None:
+            guarded.rely_on(self.around, asked)
+            inspection.tell(inspection.inspect_inner(job, asked, self.early))
+            yield None
+            return
+        with self._reported(asked) as hear:
+            plan = plans.understand(job, asked, in_force)
+            found = inspection.inspect(plan, self.early, hear)
+            with guarded.protected(plan, self.guard, hear, may_leave_job=may_leave_job):
+                inspection.tell(found)
+                yield plan
+
+    def show(self, job: Job, asked: Options) -> None:
+        """Print all that `protect` would do, on standard output. Raises SecurerunError as `protect` does."""
+        in_force = self._settle(asked)
+        if self.around is not None:
+            guarded.rely_on(self.around, asked)
+        plan = plans.understand(job, asked, in_force)
+        inspection.tell(inspection.inspect(plan, self.early))
+        plans.print_plan(plan)
+
+    def plan(self, job: Job, asked: Options) -> Plan:
+        """Return the plan of a job; the host is looked at only where somebody asks for it by --preflight.
+
+        Raises SecurerunError where the job would be refused.
+        """
+        plan = plans.understand(job, asked, self._settle(asked))
+        if asked.preflight is not None:
+            inspection.tell(inspection.inspect(plan, self.early))
+        return plan
+
+    def _settle(self, asked: Options) -> int:
+        """Put in force what holds for whatever is started; returns the umask. Raises PolicyError or UsageError."""
+        if asked.run_as != self.user:  # torch's parser says, too late, that it was not meant for securerun
+            raise UsageError(
+                f"--run-as {self.user}: is it securerun's option or the script's? Write `--` before the script"
+            )
+        in_force = umask.tighten(asked.umask, asked.umask_source)
+        if asked.weights_only:
+            from securerun.job import weights
+
+            weights.forbid_code(os.environ)
+        return in_force
+
+    @contextmanager
+    def _reported(self, asked: Options) -> Iterator[Hear]:
+        """Write a report of the block, if one is asked for. Raises UsageError, before it, for one that cannot be."""
+        if asked.report is None:
+            yield nobody
+            return
+        from securerun.evidence import report
+
+        with report.kept(asked.report, asked.report_source, self.command, self.began) as journal:
+            yield journal.hear
+
+
+def begin(command: Sequence[str], asked: Options, *, needs_guard: bool) -> Session:
+    """Do what comes before torch. asked: as far as it is known yet. needs_guard: whether anything is to be guarded.
+
+    Raises SecurerunError for a system that is not supported, and for a user that this process cannot become.
+    """
+    began = time.time()
+    system.require_supported()
+    # Before anything is made: no file of the job or of the way to its guard is ever open to others, however it ends.
+    shells_umask = umask.current()
+    umask.tighten(f"{umask.LEAST:04o}")
+    # Before a guard is started: who is in a run already needs none, and must not pay for one.
+    around = enclosing.find(os.environ)
+    # Before --run-as: a guard gets its privilege from who this process still is, and comes up while torch is imported.
+    guard = Guard() if needs_guard and around is None else None
+    # Before --run-as as well: only root may read the host's rules.
+    early = inspection.begin(asked, shells_umask, reads_rules=guard is not None)
+    # Before torch, and whatever it loads from places that the user can write: none of that is root's business.
+    user = _become(asked)
+    return Session(command, began, guard, around, user, early)
+
+
+def _become(asked: Options) -> str | None:
+    """Be the user that --run-as names, for good."""
+    if asked.run_as is not None:
+        from securerun.host import account
+
+        account.become(account.find_account(asked.run_as, asked.run_as_source))
+    return asked.run_as
