@@ -15,6 +15,7 @@ from typing import NamedTuple
 from securerun.audit.findings import Finding, Identity, Problem, identity_of
 from securerun.audit.tree import Root, Way
 from securerun.host import permissions
+from securerun.linux import proc
 from securerun.linux.statx import birth_of
 
 # Neither a link is followed nor is anything of the file read: it may be a pipe, or somebody's tape.
@@ -110,7 +111,7 @@ def _change_mode(file: int, change: Change) -> str:
     if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
         return _several_names(status.st_nlink)
     # fchmod(2) wants a file that was opened to read or write; this way leads to the same file (proc(5)).
-    os.chmod(f"/proc/self/fd/{file}", change.mode)  # noqa: PTH101
+    os.chmod(proc.path_of_own_descriptor(file), change.mode)  # noqa: PTH101
     mode = stat.S_IMODE(os.fstat(file).st_mode)
     return "" if mode == change.mode else f"its file system made it {mode:04o}"
 

@@ -24,6 +24,7 @@ from securerun.audit.kinds import HEAD, Kinds
 from securerun.audit.tree import Root, Way
 from securerun.host import permissions
 from securerun.host.permissions import Kind
+from securerun.linux import proc
 from securerun.linux.statx import birth_of
 
 T = TypeVar("T")
@@ -388,7 +389,8 @@ def _begins_as_program(name: str, descriptor: int) -> bool:
 
 def _has_capabilities(name: str, descriptor: int) -> bool:
     """Whether executing a file gives capabilities (capabilities(7))."""
+    place = f"{proc.path_of_own_descriptor(descriptor)}/{name}"
     try:
-        return bool(os.getxattr(f"/proc/self/fd/{descriptor}/{name}", _CAPABILITY, follow_symlinks=False))
+        return bool(os.getxattr(place, _CAPABILITY, follow_symlinks=False))
     except OSError:
         return False  # none, a file system without, or gone

@@ -15,6 +15,7 @@ from securerun.audit.findings import Identity
 from securerun.audit.mend import Change
 from securerun.audit.tree import Root, open_real
 from securerun.errors import SecurerunError, UsageError
+from securerun.linux import proc
 
 _FORMAT = "securerun undo 1"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -74,7 +75,7 @@ def _write_whole(path: Path, text: str) -> None:
                 stream.flush()
                 os.fsync(file)
                 # rename(2) would replace a log that is there; and a descriptor is this file, whoever may write here.
-                os.link(f"/proc/self/fd/{file}", path.name, dst_dir_fd=directory, follow_symlinks=True)
+                os.link(proc.path_of_own_descriptor(file), path.name, dst_dir_fd=directory, follow_symlinks=True)
         finally:
             os.unlink(part, dir_fd=directory)
         os.fsync(directory)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from securerun.linux import proc
 
 _EVERY = signal.valid_signals()
 # Python ignores these; what it starts is not to (signal(7): an ignored signal stays so across execve).
@@ -27,7 +28,6 @@ _CAT = Path("/bin/cat")
 # Who ends a batch job or a service signals its processes one after the other.
 _FOR_ALL_SECONDS = 0.1
 _LOOK_SECONDS = 0.005
-_PENDING = re.compile(r"^ShdPnd:\s*([0-9a-f]+)$", re.MULTILINE)
 
 
 def become(program: str, arguments: Sequence[str]) -> NoReturn:
@@ -182,8 +182,7 @@ class _Bystander:
         """Whether it was sent this signal and has not told so before."""
         if number in self._told:
             return False
-        match = _PENDING.search(Path(f"/proc/{self._pid}/status").read_text(encoding="utf-8", errors="replace"))
-        if match is None or not int(match.group(1), 16) >> (number - 1) & 1:
+        if number - 1 not in proc.status(self._pid).bits("ShdPnd"):
             return False
         self._told.add(number)
         return True

@@ -15,6 +15,7 @@ from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
 from securerun.host.account import name_of
+from securerun.linux import proc
 from securerun.text import printable
 
 # Tables of nftables go with the guard that owns them.
@@ -105,7 +106,7 @@ def _named(record: Record) -> str:
 
 
 def _remains(record: Record) -> Iterator[str]:
-    if record.boot_id == records.boot_id() and record.network == records.namespace("net"):
+    if record.boot_id == proc.boot_id() and record.network == proc.namespace("net"):
         yield from (f"rules in {layer.backend}" for layer in record.layers if layer.backend in _OUTLIVING)
         if record.reserved:
             yield "reserved ports"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
@@ -14,13 +13,13 @@ from securerun.evidence import matrix, matrix_words
 from securerun.evidence.matrix import Connection, Ends, Found
 from securerun.evidence.matrix_words import Setting
 from securerun.firewall.policy import Policy
-from securerun.guard import records, reserved
+from securerun.guard import reserved
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.records import Record
 from securerun.host import interfaces
 from securerun.job.job import Job
-from securerun.linux import sock_diag
+from securerun.linux import proc, sock_diag
 from securerun.linux.networks import Network, shown
 from securerun.linux.sock_diag import SocketsUnavailable
 
@@ -48,7 +47,7 @@ def _of_launch(arguments: Sequence[str]) -> list[Connection]:
 
 
 def _of_run(record: Record) -> list[Connection]:
-    if record.network != records.namespace("net"):
+    if record.network != proc.namespace("net"):
         raise SecurerunError(
             f"run {record.run_id} is in another network namespace; look from there: "
             f"nsenter --target {record.launcher} --net securerunctl matrix --run {record.run_id}"
@@ -59,7 +58,7 @@ def _of_run(record: Record) -> list[Connection]:
 def _find(run_id: str | None) -> Record:
     runs = [record for record in read_runs() if run_id in (None, record.run_id) and record.guard_lives]
     # Those of other network namespaces come into question where there is none in this one.
-    found = [record for record in runs if record.network == records.namespace("net")] or runs
+    found = [record for record in runs if record.network == proc.namespace("net")] or runs
     if len(found) == 1:
         return found[0]
     if run_id is not None:
@@ -76,10 +75,10 @@ def _listeners(record: Record) -> Iterator[Found]:
     except SocketsUnavailable as error:
         raise SecurerunError(str(error)) from error
     processes = _processes(record)
-    if processes and not any(os.access(f"/proc/{pid}/fd", os.R_OK) for pid in processes):
+    if processes and not any(proc.may_be_looked_into(pid) for pid in processes):
         raise PrivilegeError(f"the processes of run {record.run_id} may not be looked into; run as root")
-    by_launcher = sock_diag.sockets_of([record.launcher])
-    held = sock_diag.held(listeners, sock_diag.sockets_of(processes))
+    by_launcher = proc.sockets_of([record.launcher])
+    held = sock_diag.held(listeners, proc.sockets_of(processes))
     for listener in sorted(held, key=lambda one: (one.port, str(one.address))):
         yield Found(listener.address, listener.port, listener.inode in by_launcher)
 

@@ -37,7 +37,7 @@ from typing import Any, Callable, Protocol
 
 from securerun.firewall.chains import PortChainsUnavailable, spoken_versions
 from securerun.firewall.dispatcher import CHAIN, run_named_by
-from securerun.linux import packages
+from securerun.linux import packages, proc
 
 _COMMIT_ATTEMPTS = 10
 # The versions that python-iptables 1.2 knows, newest first.
@@ -359,9 +359,9 @@ def _loaded(sonames: list[str]) -> tuple[ctypes.CDLL, int]:
 
 def _extensions() -> Path:
     """The directory of iptables' extensions, beside the libxtables that has been loaded."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "/libxtables.so." in line:
-            return Path(line.split(maxsplit=5)[5]).parent / "xtables"
+    for library in proc.own_mapped_files():
+        if "/libxtables.so." in str(library):
+            return library.parent / "xtables"
     raise OSError("libxtables is not mapped")
 
 

@@ -19,9 +19,8 @@ import os
 import re
 import socket
 import stat
-from pathlib import Path
 
-from securerun.linux import nf_tables
+from securerun.linux import nf_tables, proc
 
 LIBRARY = "libnftables.so.1"
 _PACKAGES = "libnftables1 (Debian, Ubuntu) or nftables (openEuler, CentOS, Kylin)"
@@ -137,8 +136,7 @@ def _require_netfilter() -> None:
 
 def _netlink_descriptors() -> frozenset[int]:
     """This process' descriptors that are netlink sockets to netfilter."""
-    entries = [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
-    return frozenset(descriptor for descriptor in entries if _is_netlink(descriptor))
+    return frozenset(descriptor for descriptor in proc.own_descriptors() if _is_netlink(descriptor))
 
 
 def _is_netlink(descriptor: int) -> bool:

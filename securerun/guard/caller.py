@@ -11,11 +11,10 @@ import select
 import socket
 import stat
 import struct
-from pathlib import Path
 from typing import Callable
 
 from securerun.errors import PrivilegeError
-from securerun.guard import records
+from securerun.linux import proc
 
 ROOT = 0
 SUDO_USER_VARIABLE = "SUDO_UID"  # set by sudo itself, sudo(8)
@@ -38,7 +37,7 @@ class Caller:
         self.pid = pid
         self.pidfd = _pidfd(pid) if pidfd is None else pidfd
         try:
-            self.start = records.start_time(pid)
+            self.start = proc.start_time(pid)
             self.user, self.groups = _identity(pid)
         except OSError as error:
             raise PrivilegeError(f"process {pid}, which started the guard, has ended") from error
@@ -47,7 +46,7 @@ class Caller:
         """Whether the process is gone, or is no longer the one that this guard began to serve."""
         if self.pidfd is not None and select.select([self.pidfd], [], [], 0)[0]:
             return True
-        return not records.is_running(self.pid, self.start)
+        return not proc.is_running(self.pid, self.start)
 
     def identify_again(self) -> None:
         """Take note of root having become an ordinary user meanwhile (`--run-as`). There is no other change.
@@ -68,10 +67,10 @@ class Caller:
     def require_same_network(self) -> None:
         """Raises PrivilegeError when the process is in another network namespace: rules made here would miss it."""
         try:
-            theirs = Path(f"/proc/{self.pid}/ns/net").stat().st_ino
+            theirs = proc.namespace("net", self.pid)
         except OSError as error:
             raise PrivilegeError(f"the network namespace of process {self.pid} cannot be seen: {error}") from error
-        if theirs != records.namespace("net"):
+        if theirs != proc.namespace("net"):
             raise PrivilegeError(
                 f"process {self.pid} is in another network namespace than its guard, which cannot close its ports from "
                 "there; start the guard in the job's own (as root in the container, or through sudo)"
@@ -156,37 +155,26 @@ def _parent_of_sudo() -> int:
 
 def _is_sudo(pid: int) -> bool:
     """Whether a process runs root's set-user-id program of that name; of its user ids the effective one is root's."""
-    program = Path(f"/proc/{pid}/exe")
     try:
-        status, name = program.stat(), program.readlink().name
-        effective = int(_status(pid)["Uid"][1])
+        file, name = proc.program(pid)
+        effective = proc.status(pid).users[1]
     except OSError:
         return False
-    is_roots = status.st_uid == ROOT and status.st_mode & stat.S_ISUID
-    return bool(is_roots) and effective == ROOT and name.removesuffix(" (deleted)") in _SUDO
+    is_roots = file.st_uid == ROOT and file.st_mode & stat.S_ISUID
+    return bool(is_roots) and effective == ROOT and name in _SUDO
 
 
 def _parent(pid: int) -> int:
-    return int(_status(pid)["PPid"][0])
+    return proc.status(pid).parent
 
 
 def _identity(pid: int) -> tuple[int, frozenset[int]]:
     """The one user id of a process and the ids of its groups. Raises OSError when there is no such process."""
-    status = _status(pid)
-    users = {int(user) for user in status["Uid"]}
+    status = proc.status(pid)
+    users = set(status.users)
     if len(users) != 1:
         raise PrivilegeError(f"process {pid} is of several users at once ({', '.join(map(str, sorted(users)))})")
-    return users.pop(), frozenset(int(group) for group in (*status["Gid"], *status["Groups"]))
-
-
-def _status(pid: int) -> dict[str, list[str]]:
-    """The fields of /proc/PID/status (proc(5)).
-
-    The kernel escapes newlines in the process' name and nothing else, and Python's splitlines knows ten more.
-    """
-    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    lines = (line.partition(":") for line in text.split("\n"))
-    return {name: values.split() for name, _, values in lines}
+    return users.pop(), status.groups
 
 
 def _pidfd(pid: int) -> int | None:

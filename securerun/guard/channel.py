@@ -12,6 +12,7 @@ import socket
 import stat
 
 from securerun.errors import PrivilegeError
+from securerun.linux import proc
 
 _READ_BYTES = 65536
 
@@ -32,7 +33,7 @@ class Channel:
                 return
             if not stat.S_ISFIFO(mode):
                 raise PrivilegeError("a guard takes its orders from a pipe or a socket; it is securerun that starts it")
-            self.descriptor = os.open(f"/proc/self/fd/{descriptor}", access | os.O_NONBLOCK | os.O_CLOEXEC)
+            self.descriptor = os.open(proc.path_of_own_descriptor(descriptor), access | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise PrivilegeError(f"the launcher has closed its end: {error.strerror}") from error
 

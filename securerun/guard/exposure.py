@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange, Purpose
 from securerun.guard.lease import Lease
-from securerun.linux import sock_diag
+from securerun.linux import proc, sock_diag
 from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
 
 # What is held changes without any listener being made: one can be inherited or received.
@@ -47,7 +47,7 @@ class Exposure:
 
     def _exposed(self, found: tuple[Listener, ...]) -> tuple[Listener, ...]:
         reachable = [listener for listener in found if not listener.address.is_loopback]
-        holders = sock_diag.sockets_of(process.pid for process in self._lease.processes())
+        holders = proc.sockets_of(process.pid for process in self._lease.processes())
         cgroup = self._lease.cgroup
         if self._lease.shield is None or cgroup is None:
             return sock_diag.held(reachable, holders)

@@ -11,9 +11,9 @@ import ctypes
 import os
 import resource
 import signal
-from pathlib import Path
 
 from securerun.errors import PrivilegeError
+from securerun.linux import proc
 
 _PR_SET_NAME = 15
 _DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -105,4 +105,4 @@ def _discard_scheduling() -> None:
         os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))
     # An inherited 1000 would make the guard the first to go when memory is short.
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("0", encoding="ascii")
+        proc.set_own_out_of_memory_adjustment(0)

@@ -35,6 +35,7 @@ from securerun.guard.processes import JobProcesses, Process
 from securerun.guard.protocol import Guarding, Order
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
+from securerun.linux import proc
 from securerun.linux.networks import Network
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 
@@ -381,7 +382,7 @@ def _add_chains(lease: Lease) -> None:
 
 def _choose(order: Order, caller: Caller, directory: int) -> PortChains:
     """The backend that the order names, or the best; but one backend a host: one's drop ignores another's pass."""
-    in_use = records.layers_in(directory, records.namespace("net")) & set(backends.NAMES)
+    in_use = records.layers_in(directory, proc.namespace("net")) & set(backends.NAMES)
     if order.firewall == "auto":
         if in_use:
             return backends.open_chains(sorted(in_use)[0], order.policy.run_id)
@@ -466,10 +467,10 @@ def _record(order: Order, caller: Caller) -> Record:
         launcher=caller.pid,
         launcher_start=caller.start,
         guard=guard,
-        guard_start=records.start_time(guard),
-        boot_id=records.boot_id(),
-        network=records.namespace("net"),
-        processes=records.namespace("pid"),
+        guard_start=proc.start_time(guard),
+        boot_id=proc.boot_id(),
+        network=proc.namespace("net"),
+        processes=proc.namespace("pid"),
         user=caller.user,
         started=time.time(),
         command=order.command,

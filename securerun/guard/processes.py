@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from securerun.guard import records
+from securerun.linux import proc
 
 RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
 _INIT = 1
@@ -46,7 +46,7 @@ class Process:
     @classmethod
     def of(cls, pid: int) -> Process:
         """The process that has this pid now. Raises OSError when there is none."""
-        return cls(pid, records.start_time(pid))
+        return cls(pid, proc.start_time(pid))
 
 
 Find = Callable[[], Collection[Process]]

@@ -15,6 +15,7 @@ from securerun.guard import records, reserved
 from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
+from securerun.linux import proc
 
 
 def dead_runs(directory: int) -> tuple[Record, ...]:
@@ -28,7 +29,7 @@ def reap(directory: int, record: Record) -> None:
     Raises PortChainsUnavailable, ReservationUnavailable or CgroupUnavailable for what cannot be removed; then the
     record stays.
     """
-    if record.network == records.namespace("net") and record.boot_id == records.boot_id():
+    if record.network == proc.namespace("net") and record.boot_id == proc.boot_id():
         for layer in record.layers:
             if layer.backend in NAMES:
                 open_chains(layer.backend, record.run_id).remove()
@@ -55,7 +56,7 @@ def reap_all(directory: int) -> Iterator[str]:
 def _is_dead(record: Record) -> bool:
     if record.guard_lives or record.launcher_lives:
         return False
-    if record.boot_id != records.boot_id() or not record.cgroup:
+    if record.boot_id != proc.boot_id() or not record.cgroup:
         return True
     cgroup = open_job_cgroup(record.cgroup)
     if cgroup is None:
@@ -67,6 +68,6 @@ def _is_dead(record: Record) -> bool:
 
 def _is_within_reach(record: Record) -> bool:
     """Chains live in a network namespace: reachable from within, or gone with it, or of a boot that is over."""
-    if record.boot_id != records.boot_id() or record.network == records.namespace("net"):
+    if record.boot_id != proc.boot_id() or record.network == proc.namespace("net"):
         return True
-    return not records.namespace_exists("net", record.network)
+    return not proc.namespace_exists("net", record.network)

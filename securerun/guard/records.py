@@ -32,13 +32,12 @@ from securerun.guard.protocol import (
     read_layer,
     read_policy,
 )
+from securerun.linux import proc
 
 DIRECTORY = Path("/run/securerun")
 _RECORD_NAME = re.compile(rf"{RUN_ID.pattern}\.json")
 # Of a record, or of a ledger of securerun.guard.reserved.
 _PARTIAL_NAME = re.compile(rf"\.({RUN_ID.pattern}\.json|reserved-[0-9]+\.ledger)\.partial")
-# proc(5): starttime is field 22, and the first after the command is field 3.
-_START_TIME = 22 - 3
 _LOCK_SECONDS = 30.0
 
 
@@ -92,12 +91,12 @@ class Record:
         return self._lives(self.launcher, self.launcher_start)
 
     def _lives(self, pid: int, start: int) -> bool:
-        if self.boot_id != boot_id():
+        if self.boot_id != proc.boot_id():
             return False
-        if self.processes != namespace("pid"):
+        if self.processes != proc.namespace("pid"):
             # The pids of a container mean nothing out here; while anything runs there, all of it may.
-            return namespace_exists("pid", self.processes)
-        return is_running(pid, start)
+            return proc.namespace_exists("pid", self.processes)
+        return proc.is_running(pid, start)
 
     def document(self) -> dict[str, Any]:
         """The record as JSON's own types."""
@@ -241,45 +240,10 @@ def partial(directory: int) -> tuple[str, ...]:
     return tuple(name for name in sorted(os.listdir(directory)) if _PARTIAL_NAME.fullmatch(name))
 
 
-def namespace(kind: str) -> int:
-    """This process' namespace of a kind (`net`, `pid`): its inode (namespaces(7))."""
-    return Path(f"/proc/self/ns/{kind}").stat().st_ino
-
-
-def namespace_exists(kind: str, inode: int) -> bool:
-    """Whether a process is seen in this namespace or, for a network, `ip netns` has a name for it."""
-    places = [Path("/proc").glob(f"[0-9]*/ns/{kind}"), Path("/run/netns").glob("*") if kind == "net" else ()]
-    return any(_has_inode(place, inode) for found in places for place in found)
-
-
 def remove(directory: int, run_id: str) -> None:
     """Remove a run's record; it may be gone already."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{run_id}.json", dir_fd=directory)
-
-
-def boot_id() -> str:
-    """This boot's id; process ids and start times of another boot mean nothing (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot (proc(5)). Raises OSError when there is none."""
-    return int(_status(pid)[_START_TIME])
-
-
-def _status(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on: the command before it, in parentheses, may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-
-
-def is_running(pid: int, start: int) -> bool:
-    """Whether this process, and not another of the same pid, runs; one that waits to be reaped does not (proc(5))."""
-    try:
-        fields = _status(pid)
-    except OSError:
-        return False
-    return int(fields[_START_TIME]) == start and fields[0] not in {"Z", "X"}
 
 
 def read_document(directory: int, name: str) -> Any:  # noqa: ANN401 - whatever JSON holds
@@ -338,13 +302,6 @@ def _content(directory: int, name: str) -> bytes:
         return os.read(descriptor, MAXIMUM_BYTES)
     finally:
         os.close(descriptor)
-
-
-def _has_inode(place: Path, inode: int) -> bool:
-    try:
-        return place.stat().st_ino == inode
-    except OSError:
-        return False
 
 
 class _TimeUp(Exception):

@@ -24,6 +24,7 @@ from securerun.errors import PolicyError, PrivilegeError, Unavailable
 from securerun.firewall.policy import LAST_PORT, PortRange
 from securerun.guard import records
 from securerun.guard.records import Record
+from securerun.linux import proc
 
 NAME = "net.ipv4.ip_local_reserved_ports"
 # Whichever network namespace the process that opens them is in, these are its own.
@@ -164,7 +165,7 @@ def _ledger_name(network: int) -> str:
 
 def _wanted(directory: int, without: str) -> Ports:
     """What the runs of this network namespace want, live or dead: a dead run's ports go when it is reaped."""
-    here = (records.namespace("net"), records.boot_id())
+    here = (proc.namespace("net"), proc.boot_id())
     wanted: Ports = frozenset()
     for run_id, document in records.documents(directory):
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, PolicyError):
@@ -183,8 +184,8 @@ def _ours(directory: int, current: Ports) -> Ports:
 
 def _read_ledger(directory: int) -> Ports:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        document = records.read_document(directory, _ledger_name(records.namespace("net")))
-        if document["boot_id"] == records.boot_id():
+        document = records.read_document(directory, _ledger_name(proc.namespace("net")))
+        if document["boot_id"] == proc.boot_id():
             return _parse(document["ports"])
     return frozenset()
 
@@ -192,10 +193,10 @@ def _read_ledger(directory: int) -> Ports:
 def _write_ledger(directory: int, ports: Ports) -> None:
     if ports == _read_ledger(directory) and ports:
         return
-    name = _ledger_name(records.namespace("net"))
+    name = _ledger_name(proc.namespace("net"))
     try:
         if ports:
-            records.write_document(directory, name, {"boot_id": records.boot_id(), "ports": _text(ports)})
+            records.write_document(directory, name, {"boot_id": proc.boot_id(), "ports": _text(ports)})
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=directory)

@@ -28,6 +28,7 @@ from pathlib import Path
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.guard import processes
 from securerun.host import interfaces
+from securerun.linux import proc
 from securerun.linux.networks import Network
 
 DISABLE, FILE = "HCCL_WHITELIST_DISABLE", "HCCL_WHITELIST_FILE"
@@ -199,8 +200,7 @@ def _sweep(place: Path) -> None:
 
 def _somebody_was_told_of(path: Path) -> bool:
     """Whether a process of this user was started with this list (proc(5), environ)."""
-    pids = (int(process.name) for process in Path("/proc").glob("[0-9]*"))
-    return bool(processes.started_with(f"{FILE}={path}", pids))
+    return bool(processes.started_with(f"{FILE}={path}", proc.pids()))
 
 
 def _empty(directory: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 from securerun.host import permissions
 from securerun.host.permissions import Kind
+from securerun.linux import proc
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ROW = permissions.row(Kind.ARCHIVED_LOG)
@@ -104,7 +105,7 @@ def _take_away(descriptor: int, maximum: int) -> None:
     mode = stat.S_IMODE(status.st_mode)
     if mode & ~maximum and status.st_uid == os.geteuid():
         # fchmod refuses a descriptor of O_PATH; this name leads to the very file that is held (proc(5)).
-        os.chmod(f"/proc/self/fd/{descriptor}", mode & maximum)  # noqa: PTH101
+        os.chmod(proc.path_of_own_descriptor(descriptor), mode & maximum)  # noqa: PTH101
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from securerun.linux import proc
+
 # include/uapi/linux/capability.h
 DAC_OVERRIDE = 1
 KILL = 5
@@ -35,7 +37,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def effective() -> frozenset[int]:
     """The capabilities that this process can use now."""
-    return _named_set("CapEff")
+    return _held("CapEff")
 
 
 def keep_only(capabilities: Collection[int]) -> None:
@@ -45,8 +47,8 @@ def keep_only(capabilities: Collection[int]) -> None:
     """
     if SETPCAP in effective():
         _drop_from_bounding_set(capabilities)
-    kept = _named_set("CapPrm") & frozenset(capabilities)
-    _set(effective=kept, inheritable=_named_set("CapInh") & kept)
+    kept = _held("CapPrm") & frozenset(capabilities)
+    _set(effective=kept, inheritable=_held("CapInh") & kept)
     forbid_new_privileges()
 
 
@@ -54,7 +56,7 @@ def begin_to_leave() -> None:
     """Of root's capabilities keep only the one to become another user, and nothing for whatever is started later."""
     if SETPCAP in effective():
         _drop_from_bounding_set(())
-    kept = _named_set("CapPrm") & {SETUID}
+    kept = _held("CapPrm") & {SETUID}
     _set(effective=kept, inheritable=())
 
 
@@ -69,9 +71,9 @@ def handed_on(capabilities: Collection[int]) -> Iterator[None]:
     if os.geteuid() == 0:
         yield
         return
-    inheritable, permitted = _named_set("CapInh"), _named_set("CapPrm")
+    inheritable, permitted = _held("CapInh"), _held("CapPrm")
     lent = permitted & frozenset(capabilities)
-    ambient = _named_set("CapAmb")
+    ambient = _held("CapAmb")
     _set(effective=effective(), inheritable=inheritable | lent, permitted=permitted)
     for capability in lent:
         _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability, 0, 0))
@@ -90,12 +92,8 @@ def _drop_from_bounding_set(kept: Collection[int]) -> None:
         _check(_libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
 
 
-def _named_set(name: str) -> frozenset[int]:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").split("\n"):
-        if line.startswith(f"{name}:"):
-            bits = int(line.split()[1], 16)
-            return frozenset(number for number in range(64) if bits >> number & 1)
-    return frozenset()
+def _held(kind: str) -> frozenset[int]:
+    return proc.status(proc.SELF).bits(kind)
 
 
 def _set(*, effective: Collection[int], inheritable: Collection[int], permitted: Collection[int] | None = None) -> None:

@@ -184,21 +184,6 @@ def read_dump(receive: Callable[[], bytes]) -> tuple[list[bytes], bool]:
                 answers.append(payload)
 
 
-def sockets_of(pids: Iterable[int]) -> dict[int, int]:
-    """The inodes of the sockets that the processes hold, each with one process that holds it.
-
-    One readlink a descriptor, some ten microseconds for a worker's fifty and milliseconds for thousands: to be
-    called when the set of listeners changed, not at every look. A process that received a listener changes nothing in
-    that set, so look once in a while all the same. Processes that end meanwhile, or that this one may not look into
-    (without CAP_SYS_PTRACE those of other users), are passed over.
-    """
-    holders: dict[int, int] = {}
-    for pid in pids:
-        for inode in _sockets_of_process(pid):
-            holders.setdefault(inode, pid)
-    return holders
-
-
 def cgroup_id(descriptor: int) -> int:
     """The number by which sockets name the cgroup of this directory.
 
@@ -223,7 +208,7 @@ def cgroup_ids(descriptor: int) -> frozenset[int]:
 
 
 def held(found: Iterable[Listener], holders: Mapping[int, int]) -> tuple[Listener, ...]:
-    """The listeners that the processes of `holders` (from `sockets_of`) hold."""
+    """The listeners that the processes of `holders` (from `proc.sockets_of`) hold."""
     return tuple(listener for listener in found if listener.inode in holders)
 
 
@@ -319,42 +304,6 @@ def _connection(answer: bytes) -> Connection:
 @functools.lru_cache(maxsize=256)
 def _address(packed: bytes) -> Address:
     return ipaddress.ip_address(packed)
-
-
-def _sockets_of_process(pid: int) -> list[int]:
-    found = _sockets_in(f"/proc/{pid}/fd")
-    if found is not None:
-        return found
-    # A process whose first thread has exited shows its descriptors through its other threads only.
-    inodes: set[int] = set()
-    with contextlib.suppress(OSError):
-        for thread in os.scandir(f"/proc/{pid}/task"):
-            inodes.update(_sockets_in(f"{thread.path}/fd") or ())
-    return list(inodes)
-
-
-def _sockets_in(place: str) -> list[int] | None:
-    """The inodes of the sockets among a process' descriptors; None when no descriptor is seen at all."""
-    try:
-        directory = os.open(place, _DIRECTORY_FLAGS)
-    except OSError:
-        return None
-    try:
-        names = [entry.name for entry in os.scandir(directory)]
-        return [inode for name in names if (inode := _socket_at(directory, name))] if names else None
-    except OSError:
-        return None
-    finally:
-        os.close(directory)
-
-
-def _socket_at(directory: int, name: str) -> int | None:
-    """The inode behind a link "socket:[N]" (proc(5)); None for any other, or when it was closed meanwhile."""
-    with contextlib.suppress(OSError, ValueError):
-        target = os.readlink(name, dir_fd=directory)
-        if target.startswith("socket:["):
-            return int(target[8:-1])
-    return None
 
 
 def _children(top: int, path: str) -> list[tuple[str, int]]:

@@ -13,14 +13,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from securerun.job import ranktable
-from securerun.linux import trust
+from securerun.linux import proc, trust
 from securerun.linux.trust import WeakPoint
 from securerun.options import SITE_CONFIG
 from securerun.preflight import Finding, Scene
 
 _ROOT = 0
 _OVERFLOW_USER = Path("/proc/sys/kernel/overflowuid")
-_USER_MAP = Path("/proc/self/uid_map")
 # Of the words of a command, those that name an existing file of these names are looked at.
 _CONFIGURATION = re.compile(r".*\.(ya?ml|json|toml|ini|cfg|conf|py|sh)", re.IGNORECASE)
 _KEY = re.compile(r".*\.(pem|key|p12|pfx|jks|keystore)|id_(rsa|dsa|ecdsa|ed25519)", re.IGNORECASE)
@@ -208,7 +207,7 @@ def _trusted_owners() -> frozenset[int]:
     In a user namespace whoever has no number there has the overflow user's (user_namespaces(7)), the host's root too.
     """
     owners = {_ROOT, os.geteuid()}
-    if _USER_MAP.read_text(encoding="ascii").split() != ["0", "0", "4294967295"]:
+    if proc.own_user_map().split() != ["0", "0", "4294967295"]:
         owners.add(int(_OVERFLOW_USER.read_text(encoding="ascii")))
     return frozenset(owners)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from securerun.host import interfaces
-from securerun.linux import nf_tables
+from securerun.linux import nf_tables, proc
 from securerun.linux.networks import Address, Network
 from securerun.preflight import Finding, Scene
 
@@ -239,7 +239,7 @@ def _unreadable(source: Address) -> Iterator[Finding]:
 def _is_running_firewalld() -> bool:
     try:
         pid = int(_FIREWALLD.read_text(encoding="ascii"))
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").startswith("firewalld")
+        return proc.name(pid).startswith("firewalld")
     except (OSError, ValueError):
         return False
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from securerun.linux import sock_diag
+from securerun.linux import proc
 from securerun.linux.sock_diag import Connection, Listener, SocketDiagnosis, SocketsUnavailable
 from securerun.preflight import Finding, Scene
 
@@ -73,11 +72,11 @@ def _is_in_the_way(listener: Listener, scene: Scene) -> bool:
 
 def _holders() -> dict[int, int]:
     """The process of each socket, by inode; without those that this user may not look into."""
-    return sock_diag.sockets_of(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return proc.sockets_of(proc.pids())
 
 
 def _command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+        return proc.name(pid).strip()
     except OSError:
         return "gone"

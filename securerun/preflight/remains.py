@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from securerun.guard import records
+from securerun.linux import proc
 from securerun.preflight import Finding, Scene
 
 # torch/distributed/elastic/agent/server/local_elastic_agent.py gives it to every worker.
 _WORKERS_VARIABLE = b"TORCHELASTIC_RUN_ID="
-_INIT = 1
 _NAMED = 8
 
 
@@ -42,33 +41,28 @@ CHECKS = (dead_runs, orphans)
 
 
 def _orphans() -> list[int]:
-    # proc(5), CONFIG_PROC_CHILDREN; a walk of all of /proc would take 15 us a process.
-    children = Path(f"/proc/{_INIT}/task/{_INIT}/children").read_text(encoding="ascii").split()
+    children = proc.children(proc.INIT)
     # In a container the first process may be a launcher itself, and its workers are no orphans.
-    if b"python" in Path(f"/proc/{_INIT}/cmdline").read_bytes().partition(b"\0")[0]:
+    if b"python" in proc.arguments(proc.INIT)[0]:
         return []
     ours = os.getuid()
-    return [pid for pid in map(int, children) if _is_of(ours, pid) and _is_worker(pid)]
+    return [pid for pid in children if _is_of(ours, pid) and _is_worker(pid)]
 
 
 def _is_of(user: int, pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}").stat().st_uid == user
+        return proc.owner(pid) == user
     except OSError:
         return False
 
 
 def _is_worker(pid: int) -> bool:
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-    return any(entry.startswith(_WORKERS_VARIABLE) for entry in environment.split(b"\0"))
+    return any(entry.startswith(_WORKERS_VARIABLE) for entry in proc.environment(pid).split(b"\0"))
 
 
 def _command(pid: int) -> str:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = proc.arguments(pid)
     except OSError:
         return "gone"
     return os.fsdecode(b" ".join(words[:3])).strip()

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from securerun.host import umask
 from securerun.job import weights
-from securerun.linux import packages
+from securerun.linux import packages, proc
 from securerun.preflight import Finding, Scene
 
 _RANDOMIZE = Path("/proc/sys/kernel/randomize_va_space")
 _CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
-_PERSONALITY = Path("/proc/self/personality")
 _FULLY_RANDOM = 2
 # include/uapi/linux/personality.h: ADDR_NO_RANDOMIZE, set by `setarch -R`.
 _NOT_RANDOM = 0x0040000
@@ -57,7 +56,7 @@ def address_randomisation(scene: Scene) -> Iterator[Finding]:
             "addresses in memory can be guessed, which exploits need",
             f"sysctl -w kernel.randomize_va_space={_FULLY_RANDOM}",
         )
-    elif int(_PERSONALITY.read_text(encoding="ascii"), 16) & _NOT_RANDOM:
+    elif proc.own_personality() & _NOT_RANDOM:
         yield Finding(
             "aslr",
             "addresses are not randomised for this process and its children (setarch -R)",

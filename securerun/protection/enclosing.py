@@ -18,6 +18,7 @@ from securerun.firewall.policy import RUN_ID
 from securerun.guard import records
 from securerun.guard.cgroup import CgroupUnavailable, cgroup_of
 from securerun.guard.processes import RUN_ID_VARIABLE
+from securerun.linux import proc
 from securerun.options import Options
 
 # What a lease was asked for, for launchers inside of it to compare; for their messages, never for what is closed.
@@ -50,7 +51,7 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
         return None
     known = _read(environment.get(TERMS_VARIABLE, ""))
     # A shield goes wherever the cgroup's processes go; port chains stay in their network namespace.
-    network = records.namespace("net")
+    network = proc.namespace("net")
     if known.get("shield") is not True and known.get("network", network) != network:
         return None
     return Enclosing(run_id, known)
@@ -58,7 +59,7 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
 
 def terms(asked: Options, *, shield: bool) -> str:
     """What a lease was asked for, as the text of the variable that tells launchers inside of it."""
-    return json.dumps({**_given(asked), "shield": shield, "network": records.namespace("net")})
+    return json.dumps({**_given(asked), "shield": shield, "network": proc.namespace("net")})
 
 
 def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
@@ -134,7 +135,7 @@ def _is_known_by_environment(run_id: str) -> bool:
     return any(
         record.run_id == run_id
         and record.user == os.getuid()
-        and (record.network, record.processes) == (records.namespace("net"), records.namespace("pid"))
+        and (record.network, record.processes) == (proc.namespace("net"), proc.namespace("pid"))
         and record.guard_lives
         and record.launcher_lives
         and not _has_cgroup(record)

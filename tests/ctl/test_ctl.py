@@ -33,6 +33,7 @@ from securerun.ctl import app
 from securerun.firewall.policy import Denial, Layer, Policy, PortRange
 from securerun.guard import records
 from securerun.guard.records import Record
+from securerun.linux import proc
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
 RUN = "0123456789ab"
@@ -194,7 +195,7 @@ def planted() -> Iterator[int]:
 def record(run_id: str = RUN, **changes: Any) -> Record:  # noqa: ANN401 - whatever the field holds
     """The record of a run whose launcher and guard are this live process."""
     policy = Policy(run_id, (PortRange(PORT, PORT, "master port"),), ())
-    mine, start = os.getpid(), records.start_time(os.getpid())
+    mine, start = os.getpid(), proc.start_time(os.getpid())
     whole = Record(
         policy=policy,
         layers=(),
@@ -202,9 +203,9 @@ def record(run_id: str = RUN, **changes: Any) -> Record:  # noqa: ANN401 - whate
         launcher_start=start,
         guard=mine,
         guard_start=start,
-        boot_id=records.boot_id(),
-        network=records.namespace("net"),
-        processes=records.namespace("pid"),
+        boot_id=proc.boot_id(),
+        network=proc.namespace("net"),
+        processes=proc.namespace("pid"),
         user=0,
         started=time.time(),
         command=COMMAND,
@@ -214,7 +215,7 @@ def record(run_id: str = RUN, **changes: Any) -> Record:  # noqa: ANN401 - whate
 
 def dead(run_id: str = RUN, **changes: Any) -> Record:  # noqa: ANN401
     """The record of a run whose launcher's and guard's numbers have passed to another process: this one."""
-    late = records.start_time(os.getpid()) + 1
+    late = proc.start_time(os.getpid()) + 1
     return record(run_id, **{"launcher_start": late, "guard_start": late, **changes})
 
 
@@ -464,7 +465,7 @@ def test_records_of_the_dead_go_and_of_the_living_stay(planted: int) -> None:
     other_boot = "00000000-0000-0000-0000-000000000000"
     records.write(planted, record("aaaaaaaaaaaa"))
     records.write(planted, record("bbbbbbbbbbbb", launcher_start=1, launcher=1, draining=True))
-    records.write(planted, record("cccccccccccc", guard_start=records.start_time(os.getpid()) + 1))
+    records.write(planted, record("cccccccccccc", guard_start=proc.start_time(os.getpid()) + 1))
     records.write(planted, dead("dddddddddddd"))
     records.write(planted, record("eeeeeeeeeeee", boot_id=other_boot, layers=(Layer("iptables", "SECURERUN"),)))
     (RECORDS / ".ffffffffffff.json.partial").write_text("{")

@@ -26,6 +26,7 @@ from securerun.firewall.policy import Policy, PortRange
 from securerun.guard import reaper, records, reserved
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
+from securerun.linux import proc
 
 OTHERS = "1234,9000-9100,60010-60020"
 HCCL = ((60000, 60015),)
@@ -63,12 +64,12 @@ def run(run_id: str = ONE, ports: Sequence[tuple[int, int]] = HCCL, **changes: o
         policy=Policy(run_id, tuple(PortRange(first, last, "planned") for first, last in ports), ()),
         layers=(),
         launcher=own,
-        launcher_start=records.start_time(own) + 1,
+        launcher_start=proc.start_time(own) + 1,
         guard=own,
-        guard_start=records.start_time(own) + 1,
-        boot_id=records.boot_id(),
-        network=records.namespace("net"),
-        processes=records.namespace("pid"),
+        guard_start=proc.start_time(own) + 1,
+        boot_id=proc.boot_id(),
+        network=proc.namespace("net"),
+        processes=proc.namespace("pid"),
         user=0,
         started=0.0,
         command="",

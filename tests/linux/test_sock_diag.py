@@ -21,7 +21,7 @@ import pytest
 from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
 from hosts import Network, cgroup2_mount
 
-from securerun.linux import sock_diag
+from securerun.linux import proc, sock_diag
 from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
 
 IPPROTO_MPTCP = 262
@@ -68,7 +68,7 @@ def outside_of(cgroup: Cgroup, pid: int) -> set[int]:
     """The ports of the process that the job's cgroup does not cover."""
     found = sock_diag.listeners()
     ids = sock_diag.cgroup_ids(cgroup.descriptor)
-    return {one.port for one in sock_diag.outside(found, sock_diag.sockets_of([pid]), ids)}
+    return {one.port for one in sock_diag.outside(found, proc.sockets_of([pid]), ids)}
 
 
 # What listens
@@ -266,7 +266,7 @@ def test_no_look_leaves_a_descriptor_behind(cgroup: Cgroup) -> None:
     before = os.listdir("/proc/self/fd")
     for _ in range(3):
         sock_diag.listeners()
-        sock_diag.sockets_of([os.getpid()])
+        proc.sockets_of([os.getpid()])
         sock_diag.cgroup_ids(cgroup.descriptor)
     assert os.listdir("/proc/self/fd") == before
 
@@ -276,26 +276,26 @@ def test_no_look_leaves_a_descriptor_behind(cgroup: Cgroup) -> None:
 
 def test_the_sockets_of_a_process_are_found_by_inode() -> None:
     with listener() as made, socket.socketpair()[0] as other:
-        holders = sock_diag.sockets_of([os.getpid()])
+        holders = proc.sockets_of([os.getpid()])
         assert holders[inode_of(made)] == os.getpid()
         assert inode_of(other) in holders
         assert [one.port for one in sock_diag.held(found_of(made), holders)] == [port_of(made)]
-        assert sock_diag.held(found_of(made), sock_diag.sockets_of([1])) == ()
+        assert sock_diag.held(found_of(made), proc.sockets_of([1])) == ()
 
 
 def test_a_process_that_is_gone_holds_nothing_and_hides_no_other() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     with listener() as made:
-        assert inode_of(made) in sock_diag.sockets_of([gone.pid, os.getpid()])
-        assert sock_diag.sockets_of([gone.pid]) == {}
+        assert inode_of(made) in proc.sockets_of([gone.pid, os.getpid()])
+        assert proc.sockets_of([gone.pid]) == {}
 
 
 def test_a_process_that_waits_to_be_reaped_holds_nothing() -> None:
     ended = subprocess.Popen(["true"])
     try:
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-        assert sock_diag.sockets_of([ended.pid]) == {}
+        assert proc.sockets_of([ended.pid]) == {}
     finally:
         ended.wait()
 
@@ -307,7 +307,7 @@ def test_descriptors_are_found_after_the_first_thread_has_exited() -> None:
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
-            assert inode_of(made) in sock_diag.sockets_of([child.pid])
+            assert inode_of(made) in proc.sockets_of([child.pid])
         finally:
             child.kill()
             child.communicate()
@@ -359,7 +359,7 @@ def test_cgroups_below_count_as_the_jobs(cgroup: Cgroup) -> None:
         ids = sock_diag.cgroup_ids(cgroup.descriptor)
         assert ids == {sock_diag.cgroup_id(one.descriptor) for one in (cgroup, below, deepest)}
         with socket_made_in(deepest, listener) as inner, socket_made_in(foreign, listener) as other:
-            holders = sock_diag.sockets_of([os.getpid()])
+            holders = proc.sockets_of([os.getpid()])
             assert sock_diag.outside(found_of(inner, other), holders, ids) == tuple(found_of(other))
 
 
@@ -392,7 +392,7 @@ def test_made_inside_then_moved_out_is_covered(cgroup: Cgroup) -> None:
     mount = cgroup2_mount()
     assert mount is not None
     with socket_made_in(cgroup, listener, leave_to=mount) as made:
-        assert found_of(made)[0].inode in sock_diag.sockets_of([os.getpid()])
+        assert found_of(made)[0].inode in proc.sockets_of([os.getpid()])
         assert port_of(made) not in outside_of(cgroup, os.getpid())
 
 
