@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from checkout import COMMANDS
 from findings import Finding, finding, progress, run
 
 # After findings, which makes the tests' modules known.
+from checkout import COMMANDS  # isort: skip
 from hosts import Host, Network, eventually, finish_all  # isort: skip
 from jobs import rendezvous
 
