@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Callable
 
-from securerun.firewall import ipset
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
+from securerun.linux import ip_set
 
 _MOST_PEERS_IN_RULES = 32
 _VERSIONS = (4, 6)
@@ -46,7 +46,7 @@ class PeerSets:
         sets = {set_name(policy.run_id, version): policy.peers_of(version) for version in versions}
         try:
             for name, peers in sets.items():
-                ipset.put(name, peers)
+                ip_set.put(name, peers)
             install_rules(True)
         except (OSError, PortChainsUnavailable):
             sets = {}
@@ -57,7 +57,7 @@ class PeerSets:
     def stand(self) -> bool:
         """Whether the sets hold as many networks as they were given. Raises PortChainsUnavailable."""
         try:
-            return all(ipset.size(name) == size for name, size in self._sizes.items())
+            return all(ip_set.size(name) == size for name, size in self._sizes.items())
         except OSError as error:
             raise PortChainsUnavailable(f"the sets of peers cannot be read: {error.strerror}") from error
 
@@ -69,6 +69,6 @@ class PeerSets:
         for name in (set_name(self._run_id, version) for version in _VERSIONS):
             try:
                 if name not in kept:
-                    ipset.destroy(name)
+                    ip_set.destroy(name)
             except OSError as error:
                 raise PortChainsUnavailable(f"set {name} cannot be removed: {error.strerror}") from error

@@ -12,9 +12,10 @@ from cgroups import inside
 from hosts import Host, Network
 from probe import reach
 
-from securerun.firewall import ipset, iptables
+from securerun.firewall import iptables
 from securerun.firewall.backends import open_chains
 from securerun.firewall.policy import Policy, PortRange
+from securerun.linux import ip_set
 from securerun.linux.networks import Network as PeerNetwork
 from securerun.linux.networks import collapse
 
@@ -46,21 +47,21 @@ def saved(host: Host, backend: str) -> str:
 
 def flush(name: str) -> None:
     """What `ipset flush NAME` does."""
-    ipset._command(FLUSH, ipset._text(ipset._NAME, name))
+    ip_set._command(FLUSH, ip_set._text(ip_set._NAME, name))
 
 
 def test_a_set_is_made_changed_in_place_and_destroyed(node: Host) -> None:
     with inside(node):
         for version, name in ((4, SET), (6, SET6)):
-            assert ipset.size(name) is None
-            ipset.put(name, policy().peers_of(version))
-            assert ipset.size(name) == 100
-            ipset.put(name, policy(count=5000).peers_of(version))
-            assert ipset.size(name) == 5000
-            assert ipset.size(f"{name}+") is None
-            ipset.destroy(name)
-            assert ipset.size(name) is None
-            ipset.destroy(name)
+            assert ip_set.size(name) is None
+            ip_set.put(name, policy().peers_of(version))
+            assert ip_set.size(name) == 100
+            ip_set.put(name, policy(count=5000).peers_of(version))
+            assert ip_set.size(name) == 5000
+            assert ip_set.size(f"{name}+") is None
+            ip_set.destroy(name)
+            assert ip_set.size(name) is None
+            ip_set.destroy(name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,7 +85,7 @@ def test_peers_of_each_run_pass_by_sets_and_nobody_else_on_both_families(network
         assert reach(peer, targets) == dict.fromkeys(targets, False)
         with inside(node):
             second.remove()
-            assert ipset.size(SET) is ipset.size(f"securerun-{OTHER}-4") is None
+            assert ip_set.size(SET) is ip_set.size(f"securerun-{OTHER}-4") is None
     assert "SECURERUN" not in saved(node, backend)
 
 
@@ -94,11 +95,11 @@ def test_more_or_fewer_peers_replace_the_set_or_do_without(node: Host, backend: 
         chains = open_chains(backend, RUN)
         for count, size in ((100, 100), (300, 300), (5, None), (50, 50)):
             chains.install(policy(count=count), None)
-            assert ipset.size(SET) == ipset.size(SET6) == size
+            assert ip_set.size(SET) == ip_set.size(SET6) == size
             assert chains.stand()
             assert saved(node, backend).count("-j RETURN") == (5 if size is None else 1)
         chains.remove()
-        assert ipset.size(SET) is ipset.size(SET6) is None
+        assert ip_set.size(SET) is ip_set.size(SET6) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,7 +119,7 @@ def test_a_kernel_without_sets_gets_a_rule_a_peer(node: Host, backend: str, monk
     def no_such_subsystem(name: str, _networks: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument", name)
 
-    monkeypatch.setattr(ipset, "put", no_such_subsystem)
+    monkeypatch.setattr(ip_set, "put", no_such_subsystem)
     with inside(node):
         chains = open_chains(backend, RUN)
         chains.install(policy(), None)
@@ -139,7 +140,7 @@ def test_a_host_without_the_match_gets_a_rule_a_peer_and_no_set(
     with inside(node):
         chains = open_chains("iptables", RUN)
         chains.install(policy(), None)
-        assert ipset.size(SET) is None
+        assert ip_set.size(SET) is None
         assert saved(node, "iptables").count("-j RETURN") == 100
         chains.remove()
 
@@ -148,26 +149,26 @@ def test_what_a_killed_guard_left_is_removed_by_name(node: Host) -> None:
     """A set without a rule, a half of a swap, and rules of a run that this process did not install."""
     with inside(node):
         open_chains("iptables", RUN).install(policy(), None)
-        ipset.put(f"{SET}+", policy().peers_of(4))
+        ip_set.put(f"{SET}+", policy().peers_of(4))
         open_chains("iptables", RUN).remove()
-        assert ipset.size(SET) is ipset.size(f"{SET}+") is None
-        ipset.put(SET, policy().peers_of(4))
+        assert ip_set.size(SET) is ip_set.size(f"{SET}+") is None
+        ip_set.put(SET, policy().peers_of(4))
         open_chains("iptables", RUN).remove()
-        assert ipset.size(SET) is None
+        assert ip_set.size(SET) is None
 
 
 def test_a_set_that_a_rule_names_cannot_be_destroyed(node: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ipset, "_LET_GO_SECONDS", 0.0)
+    monkeypatch.setattr(ip_set, "_LET_GO_SECONDS", 0.0)
     with inside(node):
         chains = open_chains("iptables", RUN)
         chains.install(policy(), None)
         with pytest.raises(OSError, match="4100|busy"):
-            ipset.destroy(SET)
+            ip_set.destroy(SET)
         assert chains.stand()
         monkeypatch.undo()
         chains.remove()
 
 
 def test_the_text_for_people_is_ipsets_own(node: Host) -> None:
-    text = ipset.render(SET, policy(count=2).peers_of(4))
+    text = ip_set.render(SET, policy(count=2).peers_of(4))
     assert text == f"create {SET} hash:net family inet maxelem 2\nadd {SET} 10.0.0.0/32\nadd {SET} 10.0.0.4/32\n"

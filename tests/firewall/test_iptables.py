@@ -12,10 +12,11 @@ from checkout import GROUND
 from hosts import Host, Network
 from probe import reach
 
-from securerun.firewall import ipset, iptables
+from securerun.firewall import iptables
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.dispatcher import Dispatcher, read_dispatcher
 from securerun.firewall.policy import Policy, PortRange
+from securerun.linux import ip_set
 
 RUN, OTHER = "0123456789ab", "ba9876543210"
 CHAINS = GROUND / "chains.py"
@@ -172,12 +173,12 @@ def test_ten_thousand_peers_are_installed_and_removed_whole(node: Host) -> None:
     peers = [f"10.{index >> 8 & 255}.{index & 255}.{index % 120 * 2 + 1}" for index in range(10_000)]
     chains(node, "install", RUN, *peers)
     with inside(node):
-        assert ipset.size(f"securerun-{RUN}-4") == 10_000
+        assert ip_set.size(f"securerun-{RUN}-4") == 10_000
     assert node.snapshot()["iptables-save"].count("-j RETURN") == 1
     chains(node, "remove", RUN)
     assert node.snapshot() == before
     with inside(node):
-        assert ipset.size(f"securerun-{RUN}-4") is None
+        assert ip_set.size(f"securerun-{RUN}-4") is None
 
 
 def test_no_iptables_is_one_reason_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from checkout import CHECKOUT
 from hosts import Host, Network, eventually
 from probe import Endpoint, reach
 
-from securerun.firewall import ipset
 from securerun.firewall.dispatcher import Dispatcher, render_install
 from securerun.firewall.policy import Policy, PortRange
+from securerun.linux import ip_set
 from securerun.linux.networks import collapse
 
 RUN, OTHER = "0123456789ab", "ba9876543210"
@@ -374,12 +374,12 @@ def test_ten_thousand_peers_are_installed_and_removed_whole(node: Host) -> None:
     peers = [f"10.{index >> 8}.{index & 255}.1" for index in range(10_000)]
     assert carry_out(node, order("install", RUN, *peers)) == ""
     with inside(node):
-        assert ipset.size(f"securerun-{RUN}-4") == 10_000
+        assert ip_set.size(f"securerun-{RUN}-4") == 10_000
     assert sum(line.endswith("-j RETURN") for line in saved(node)["iptables-legacy"]) == 1
     remove(node, RUN)
     assert saved(node) == before
     with inside(node):
-        assert ipset.size(f"securerun-{RUN}-4") is None
+        assert ip_set.size(f"securerun-{RUN}-4") is None
 
 
 @pytest.fixture
