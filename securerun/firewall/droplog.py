@@ -1,28 +1,19 @@
 """Who was turned away by the port chains: copies of dropped opening packets, through netfilter's log group.
 
 The chains' NFLOG rules (nft: `log group`) hand the first bytes of what they drop to whoever holds the
-group; with nobody there the kernel throws them away, so a rule that outlives its guard costs nothing.
+group (linux/nflog.py), here the run's guard.
 The rules limit the rate, so under a flood the counts are what was seen, not what was sent.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import os
-import socket
-import struct
 from collections import Counter
 
 from securerun.firewall.policy import Denial
-from securerun.linux import nf_tables
 from securerun.linux.networks import Address
+from securerun.linux.nflog import LogGroup
 
-# include/uapi/linux/netfilter/nfnetlink_log.h
-_SUBSYSTEM_LOG = 4
-_CONFIGURE, _PACKET = 1, 0
-_COMMAND, _MODE, _THRESHOLD, _PAYLOAD = 1, 2, 5, 9
-_BIND, _COPY_PACKET = 1, 2
-_REQUEST, _ACKNOWLEDGE, _ERROR_MESSAGE = 0x1, 0x4, 2
 # How many dropped packets a second the rules of any backend hand out at most.
 LOGGED_A_SECOND = 1000
 # Enough for an IPv6 header, extension headers of the usual size and the ports behind them.
@@ -41,31 +32,16 @@ class DropLog:
     def __init__(self, group: int) -> None:
         self.group = group
         self._seen: Counter[tuple[Address, int]] = Counter()
-        self._channel = nf_tables.open_channel()
-        try:
-            self._configure(nf_tables.attribute(_COMMAND, struct.pack("=B", _BIND)))
-            self._configure(nf_tables.attribute(_MODE, struct.pack("!IBB", _COPIED_BYTES, _COPY_PACKET, 0)))
-            self._configure(nf_tables.attribute(_THRESHOLD, struct.pack("!I", 1)))
-        except OSError:
-            self._channel.close()
-            raise
-        self._channel.setblocking(False)
+        self._log = LogGroup(group, _COPIED_BYTES)
 
     def fileno(self) -> int:
-        """The descriptor to poll for reading."""
-        return self._channel.fileno()
+        """Return the descriptor to poll for reading."""
+        return self._log.fileno()
 
     def read(self) -> None:
         """Take in what has been logged since; never blocks."""
-        while True:
-            try:
-                data = self._channel.recv(65536)
-            except BlockingIOError:
-                return
-            except OSError:
-                # ENOBUFS: the kernel dropped copies because they came faster than we read. Go on counting.
-                continue
-            self._count(data)
+        for packet in self._log.packets():
+            self._count(packet)
 
     def denied(self) -> tuple[Denial, ...]:
         """Everyone turned away so far, most packets first."""
@@ -73,27 +49,12 @@ class DropLog:
 
     def close(self) -> None:
         """Give the group back."""
-        self._channel.close()
+        self._log.close()
 
-    def _configure(self, setting: bytes) -> None:
-        header = struct.pack("!BBH", socket.AF_UNSPEC, 0, self.group)
-        kind = _SUBSYSTEM_LOG << 8 | _CONFIGURE
-        self._channel.send(nf_tables.framed(kind, header + setting, _REQUEST | _ACKNOWLEDGE))
-        for answer, payload in nf_tables.messages(self._channel.recv(65536)):
-            if answer == _ERROR_MESSAGE:
-                (negative,) = struct.unpack_from("=i", payload)
-                if negative:
-                    raise OSError(-negative, os.strerror(-negative))
-
-    def _count(self, data: bytes) -> None:
-        for kind, payload in nf_tables.messages(data):
-            if kind != _SUBSYSTEM_LOG << 8 | _PACKET:
-                continue
-            opening = source_and_port(nf_tables.attributes(payload[4:]).get(_PAYLOAD, b""))
-            if opening is None:
-                continue
-            if opening in self._seen or len(self._seen) < _REMEMBERED:
-                self._seen[opening] += 1
+    def _count(self, packet: bytes) -> None:
+        opening = source_and_port(packet)
+        if opening is not None and (opening in self._seen or len(self._seen) < _REMEMBERED):
+            self._seen[opening] += 1
 
 
 def source_and_port(packet: bytes) -> tuple[Address, int] | None:

@@ -17,14 +17,11 @@ import ctypes
 import functools
 import os
 import re
-import socket
-import stat
 
-from securerun.linux import nf_tables, proc
+from securerun.linux import netlink, nfnetlink, proc
 
 LIBRARY = "libnftables.so.1"
 _PACKAGES = "libnftables1 (Debian, Ubuntu) or nftables (openEuler, CentOS, Kylin)"
-_NETLINK_NETFILTER = 12
 _SELECTABLE = 1024  # FD_SETSIZE
 # include/nftables/libnftables.h: NFT_CTX_OUTPUT_STATELESS, NUMERIC_PROTO, NUMERIC_PRIO, TERSE
 _OUTPUT = 1 << 2 | 1 << 7 | 1 << 8 | 1 << 11
@@ -129,21 +126,13 @@ def _load() -> ctypes.CDLL:
 
 def _require_netfilter() -> None:
     try:
-        nf_tables.open_channel().close()
+        nfnetlink.open_channel().close()
     except OSError as error:
         raise NftablesError(f"no netlink socket to netfilter: {error.strerror}") from error
 
 
 def _netlink_descriptors() -> frozenset[int]:
     """This process' descriptors that are netlink sockets to netfilter."""
-    return frozenset(descriptor for descriptor in proc.own_descriptors() if _is_netlink(descriptor))
-
-
-def _is_netlink(descriptor: int) -> bool:
-    try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return False
-    except OSError:
-        return False  # the descriptor that listed the directory
-    with socket.socket(fileno=os.dup(descriptor)) as copy:
-        return copy.family == socket.AF_NETLINK and copy.proto == _NETLINK_NETFILTER
+    # The descriptor that listed the directory is closed by now.
+    own = proc.own_descriptors()
+    return frozenset(descriptor for descriptor in own if netlink.is_channel(descriptor, netlink.NETFILTER))

@@ -36,8 +36,6 @@ TOKEN = "5352:4e21"
 PASS_PRIORITY = -20
 CLOSE_PRIORITY = -10
 _PRIORITIES = {"pass": PASS_PRIORITY, "close": CLOSE_PRIORITY}
-# include/uapi/linux/netfilter.h: NFPROTO_INET
-_INET = 1
 _NOT_PERMITTED = os.strerror(errno.EPERM)
 _OWNER = "flags owner"
 NO_ACCEPT = (
@@ -139,7 +137,7 @@ class NftablesChains:
     def stand(self) -> bool:
         """Whether the table is there. Nobody but its owner can change or flush it (kernel 5.12)."""
         try:
-            return self._owner is not None and nf_tables.table_exists(_INET, self.name)
+            return self._owner is not None and nf_tables.table_exists(nf_tables.INET, self.name)
         except OSError as error:
             raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
 
@@ -152,7 +150,7 @@ class NftablesChains:
         if owner is not None:
             _delete(owner, self.name)
         try:
-            remains = nf_tables.table_exists(_INET, self.name)
+            remains = nf_tables.table_exists(nf_tables.INET, self.name)
         except OSError as error:
             raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
         if remains:
@@ -266,10 +264,10 @@ def _read_back(name: str, rendered: str) -> None:
     """
     wanted = {chain: priority for chain, priority in _PRIORITIES.items() if _hook(priority) in rendered}
     try:
-        missing = [] if nf_tables.table_has_owner(_INET, name) else [_OWNER]
-        missing += [chain for chain, at in wanted.items() if nf_tables.priority_of(_INET, name, chain) != at]
+        missing = [] if nf_tables.table_has_owner(nf_tables.INET, name) else [_OWNER]
+        missing += [chain for chain, at in wanted.items() if nf_tables.priority_of(nf_tables.INET, name, chain) != at]
         # Each rule carries the comment that names the run, and so does the table.
-        if nf_tables.count_rules(_INET, name, _RUN_IN_COMMENT) != rendered.count(_COMMENTED) - 1:
+        if nf_tables.count_rules(nf_tables.INET, name, _RUN_IN_COMMENT) != rendered.count(_COMMENTED) - 1:
             missing.append("rules")
     except OSError as error:
         raise NftablesError(f"nf_tables cannot be asked: {error.strerror}") from error
@@ -287,7 +285,7 @@ def _create(owner: Nftables, name: str, rendered: str) -> None:
 def _reason(owner: Nftables, name: str, error: NftablesError) -> str:
     """Why the table could not be made, the common causes told apart by trying and not by the words of an error."""
     with contextlib.suppress(OSError):
-        if nf_tables.table_exists(_INET, name):
+        if nf_tables.table_exists(nf_tables.INET, name):
             return f"a table inet {name} exists already, and this process did not make it"
     try:
         owner.run(f"create table inet {name} {{ {_OWNER}; }}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Callable
 
+from securerun.firewall import ipset
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
 from securerun.linux import ip_set
@@ -46,7 +47,7 @@ class PeerSets:
         sets = {set_name(policy.run_id, version): policy.peers_of(version) for version in versions}
         try:
             for name, peers in sets.items():
-                ip_set.put(name, peers)
+                ipset.put(name, peers)
             install_rules(True)
         except (OSError, PortChainsUnavailable):
             sets = {}
@@ -69,6 +70,6 @@ class PeerSets:
         for name in (set_name(self._run_id, version) for version in _VERSIONS):
             try:
                 if name not in kept:
-                    ip_set.destroy(name)
+                    ipset.destroy(name)
             except OSError as error:
                 raise PortChainsUnavailable(f"set {name} cannot be removed: {error.strerror}") from error

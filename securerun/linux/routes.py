@@ -7,20 +7,20 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+from securerun.linux import netlink
+from securerun.linux.netlink import Attributes, Channel
 from securerun.linux.networks import Network
-from securerun.linux.nf_tables import attributes, dumped, framed
 
-# include/uapi/linux/netlink.h, rtnetlink.h
-_NETLINK_ROUTE = 0
+# include/uapi/linux/rtnetlink.h
 _NEW_ROUTE, _GET_ROUTE = 24, 26
-_REQUEST, _DUMP = 0x1, 0x300
 # struct rtmsg: family, length of the destination, of the source, type of service, table, protocol, scope, type, flags
 _ROUTE = struct.Struct("=BBBBBBBBI")
 _UNICAST = 1
 _DESTINATION, _DEVICE, _MULTIPATH, _TABLE = 1, 4, 9, 15
 # struct rtnexthop: length, flags, weight, device; attributes follow
 _NEXT_HOP = struct.Struct("=HBBi")
-_TIMEOUT_SECONDS = 5
+_TABLE_NUMBER = struct.Struct("=I")
+_DEVICE_NUMBER = struct.Struct("=i")
 # A router with the whole Internet's routes is no training host, and its million would take seconds.
 _MOST_ROUTES = 50_000
 
@@ -80,19 +80,19 @@ def _dump(family: int) -> Iterator[tuple[int, int, int, set[int]]]:
     for count, payload in enumerate(_payloads(family)):
         if count >= _MOST_ROUTES:
             raise OSError(f"this host has more than {_MOST_ROUTES} routes")
-        _, length, _, _, table, _, _, kind, _ = _ROUTE.unpack_from(payload)
+        _, length, _, _, table, _, _, kind, _ = netlink.unpacked(_ROUTE, payload)
         if kind != _UNICAST:
             continue
-        found = attributes(payload[_ROUTE.size :])
+        found = netlink.attributes(payload[_ROUTE.size :])
         prefix = int.from_bytes(found.get(_DESTINATION, b""), "big") >> (bits - length)
         if _TABLE in found:  # the header's field holds 255 tables
-            (table,) = struct.unpack_from("=I", found[_TABLE])
+            (table,) = netlink.unpacked(_TABLE_NUMBER, found[_TABLE])
         yield table, length, prefix, set(_devices(found))
 
 
-def _devices(route: dict[int, bytes]) -> Iterator[int]:
+def _devices(route: Attributes) -> Iterator[int]:
     if _DEVICE in route:
-        yield from struct.unpack_from("=i", route[_DEVICE])
+        yield from netlink.unpacked(_DEVICE_NUMBER, route[_DEVICE])
     hops = route.get(_MULTIPATH, b"")
     while len(hops) >= _NEXT_HOP.size:
         length, _, _, device = _NEXT_HOP.unpack_from(hops)
@@ -102,7 +102,6 @@ def _devices(route: dict[int, bytes]) -> Iterator[int]:
 
 def _payloads(family: int) -> Iterator[bytes]:
     """The routes of one family, each as the kernel's message holds it. Raises OSError."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_ROUTE) as channel:
-        channel.settimeout(_TIMEOUT_SECONDS)
-        question = framed(_GET_ROUTE, _ROUTE.pack(family, *([0] * 8)), _REQUEST | _DUMP)
-        yield from (payload for kind, payload in dumped(channel, question) if kind == _NEW_ROUTE)
+    question = netlink.framed(_GET_ROUTE, _ROUTE.pack(family, *([0] * 8)), netlink.REQUEST | netlink.DUMP)
+    with Channel(netlink.ROUTE) as channel:
+        yield from (payload for kind, payload in channel.dump(question) if kind == _NEW_ROUTE)

@@ -12,21 +12,16 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from securerun.errors import Unavailable
-from securerun.linux import nf_tables
+from securerun.linux import netlink
+from securerun.linux.netlink import Channel
 from securerun.linux.networks import Address
 
-# include/uapi/linux/netlink.h, sock_diag.h
-_NETLINK_SOCK_DIAG = 4
+# include/uapi/linux/sock_diag.h
 _SOCK_DIAG_BY_FAMILY = 20
-_ERROR_MESSAGE, _DONE = 2, 3
-_REQUEST, _DUMP = 0x1, 0x300
-_DUMP_INTERRUPTED = 0x10
-_HEADER = struct.Struct("=IHH8x")
-_ERROR_NUMBER = struct.Struct("=i")
 # include/uapi/linux/inet_diag.h: struct inet_diag_req_v2 (its socket id all zero), struct inet_diag_msg
 _QUESTION = struct.Struct("=BBBBI48x")
 _STATE = 1
@@ -42,10 +37,6 @@ _FILTER_ATTRIBUTE, _PORT_AT_LEAST, _PORT_AT_MOST = 1, 2, 3
 # TCP_ESTABLISHED to TCP_LAST_ACK, and TCP_CLOSING; what waits (TCP_TIME_WAIT) belongs to no process any more.
 _CONNECTED = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
 _LISTEN = 10  # include/net/tcp_states.h: TCP_LISTEN
-# netlink_dump (net/netlink/af_netlink.c) never builds more than 32 KiB at once.
-_DATAGRAM_BYTES = 65536
-_TIMEOUT_SECONDS = 5
-_ATTEMPTS = 4
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -103,9 +94,6 @@ class SocketDiagnosis:
         except OSError as error:
             self._start_over()
             raise SocketsUnavailable(_why(error)) from error
-        except SocketsUnavailable:
-            self._start_over()
-            raise
         return tuple(self._known.values())
 
     def connections(self, first: int, last: int) -> tuple[Connection, ...]:
@@ -119,22 +107,19 @@ class SocketDiagnosis:
                 *self._dump(socket.AF_INET, _CONNECTED, chosen),
                 *self._dump_if_built_in(socket.AF_INET6, _CONNECTED, chosen),
             ]
-        except (OSError, SocketsUnavailable) as error:
+            return tuple(map(_connection, found))
+        except OSError as error:
             self._start_over()
-            raise SocketsUnavailable(_why(error) if isinstance(error, OSError) else str(error)) from error
-        return tuple(map(_connection, found))
+            raise SocketsUnavailable(_why(error)) from error
 
     def close(self) -> None:
         """Close the socket."""
         self._channel.close()
 
     def _dump(self, family: int, states: int = 1 << _LISTEN, chosen: bytes = b"") -> list[bytes]:
-        for _ in range(_ATTEMPTS):
-            self._channel.send(_question(family, states, chosen))
-            answers, interrupted = read_dump(self._receive)
-            if not interrupted:
-                break
-        return answers
+        question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, states) + chosen
+        message = netlink.framed(_SOCK_DIAG_BY_FAMILY, question, netlink.REQUEST | netlink.DUMP)
+        return self._channel.listed(message, _SOCK_DIAG_BY_FAMILY)
 
     def _dump_if_built_in(self, family: int, states: int = 1 << _LISTEN, chosen: bytes = b"") -> list[bytes]:
         try:
@@ -147,12 +132,6 @@ class SocketDiagnosis:
         understood = ((answer, self._known.get(answer) or _listener(answer)) for answer in answers)
         return {answer: listener for answer, listener in understood if listener is not None}
 
-    def _receive(self) -> bytes:
-        data, _, flags, _ = self._channel.recvmsg(_DATAGRAM_BYTES)
-        if flags & socket.MSG_TRUNC:
-            raise SocketsUnavailable("the kernel's list of listening sockets came cut short")
-        return data
-
     def _start_over(self) -> None:
         """What is left of an answer that went wrong must not be taken for the next one."""
         self._channel.close()
@@ -163,25 +142,6 @@ def listeners() -> tuple[Listener, ...]:
     """All TCP listeners of this network namespace, asked once; see `SocketDiagnosis.listeners`."""
     with contextlib.closing(SocketDiagnosis()) as diagnosis:
         return diagnosis.listeners()
-
-
-def read_dump(receive: Callable[[], bytes]) -> tuple[list[bytes], bool]:
-    """The payloads of one netlink dump, and whether the kernel calls it inconsistent (NLM_F_DUMP_INTR).
-
-    Raises OSError for what the kernel reports, ENOENT for a protocol that is not built in, and SocketsUnavailable for
-    messages that are not whole.
-    """
-    answers: list[bytes] = []
-    interrupted = False
-    while True:
-        for kind, flags, payload in _messages(receive()):
-            interrupted = interrupted or bool(flags & _DUMP_INTERRUPTED)
-            if kind in (_ERROR_MESSAGE, _DONE):
-                # inet_diag tells of its own errors in the closing message (netlink_dump: dump_done_errno).
-                _raise_reported(payload)
-                return answers, interrupted
-            if kind == _SOCK_DIAG_BY_FAMILY:
-                answers.append(payload)
 
 
 def cgroup_id(descriptor: int) -> int:
@@ -226,23 +186,11 @@ def outside(found: Iterable[Listener], holders: Mapping[int, int], ids: Collecti
     )
 
 
-def _open_channel() -> socket.socket:
+def _open_channel() -> Channel:
     try:
-        channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
+        return Channel(netlink.SOCK_DIAG)
     except OSError as error:
         raise SocketsUnavailable(_why(error)) from error
-    with contextlib.ExitStack() as undo:
-        undo.callback(channel.close)
-        # Connected, it takes messages from the kernel alone (net/netlink/af_netlink.c: netlink_getsockbyportid).
-        channel.connect((0, 0))
-        channel.settimeout(_TIMEOUT_SECONDS)
-        undo.pop_all()
-    return channel
-
-
-def _question(family: int, states: int, chosen: bytes) -> bytes:
-    question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, states)
-    return nf_tables.framed(_SOCK_DIAG_BY_FAMILY, question + chosen, _REQUEST | _DUMP)
 
 
 def _port_filter(first: int, last: int) -> bytes:
@@ -252,51 +200,26 @@ def _port_filter(first: int, last: int) -> bytes:
     """
     pieces = (_FILTER.pack(_PORT_AT_LEAST, 8, 20), _FILTER.pack(0, 0, first))
     more = (_FILTER.pack(_PORT_AT_MOST, 8, 12), _FILTER.pack(0, 0, last))
-    return nf_tables.attribute(_FILTER_ATTRIBUTE, b"".join((*pieces, *more)))
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Type, flags and payload of each message in a datagram.
-
-    `nfnetlink.messages` copies the rest of the datagram for each, which shows with thousands of listeners.
-    """
-    offset = 0
-    while offset < len(data):
-        if offset + _HEADER.size > len(data):
-            raise SocketsUnavailable("a netlink message without its header")
-        length, kind, flags = _HEADER.unpack_from(data, offset)
-        end = offset + length
-        if length < _HEADER.size or end > len(data):
-            raise SocketsUnavailable("a netlink message that is not whole")
-        yield kind, flags, data[offset + _HEADER.size : end]
-        offset = (end + 3) & ~3
-
-
-def _raise_reported(payload: bytes) -> None:
-    if len(payload) < _ERROR_NUMBER.size:
-        raise SocketsUnavailable("a closing netlink message that is not whole")
-    (negative,) = _ERROR_NUMBER.unpack_from(payload)
-    if negative:
-        raise OSError(-negative, os.strerror(-negative))
+    return netlink.attribute(_FILTER_ATTRIBUTE, b"".join((*pieces, *more)))
 
 
 def _listener(answer: bytes) -> Listener | None:
     """What one answer says; None for a socket that does not listen."""
     if len(answer) < _DIAGNOSIS_SIZE:
-        raise SocketsUnavailable("an answer about a socket that is not whole")
+        raise netlink.not_whole("an answer about a socket")
     if answer[_STATE] != _LISTEN:
         return None
     size = 4 if answer[0] == socket.AF_INET else 16
     (port,) = _PORT.unpack_from(answer)
     user, inode = _USER_AND_INODE.unpack_from(answer)
-    cgroup = nf_tables.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
+    cgroup = netlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
     number = _CGROUP_NUMBER.unpack(cgroup)[0] if len(cgroup) == _CGROUP_NUMBER.size else None
     return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, user, inode, number)
 
 
 def _connection(answer: bytes) -> Connection:
     if len(answer) < _DIAGNOSIS_SIZE:
-        raise SocketsUnavailable("an answer about a socket that is not whole")
+        raise netlink.not_whole("an answer about a socket")
     (port,) = _PORT.unpack_from(answer)
     return Connection(port, *_USER_AND_INODE.unpack_from(answer))
 

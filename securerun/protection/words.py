@@ -90,14 +90,13 @@ def iptables_rules(policy: Policy) -> str:
 
     Before it, in ipset's language, the sets that it names, where there are many peers.
     """
-    from securerun.firewall import dispatcher, peer_sets
-    from securerun.linux import ip_set
+    from securerun.firewall import dispatcher, ipset, peer_sets
 
     nothing = dispatcher.Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
     texts = []
     for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore")):
         if peer_sets.has_set(policy, version):
-            peers = ip_set.render(peer_sets.set_name(policy.run_id, version), policy.peers_of(version))
+            peers = ipset.render(peer_sets.set_name(policy.run_id, version), policy.peers_of(version))
             texts.append(f"# ipset restore\n{peers}")
         rules = dispatcher.render_install(policy, version, nothing)
         texts.append(f"# {command} --noflush   (the first run on a host)\n{rules}")

@@ -12,10 +12,10 @@ from cgroups import inside
 from hosts import Host, Network
 from probe import reach
 
-from securerun.firewall import iptables
+from securerun.firewall import ipset, iptables
 from securerun.firewall.backends import open_chains
 from securerun.firewall.policy import Policy, PortRange
-from securerun.linux import ip_set
+from securerun.linux import ip_set, nfnetlink
 from securerun.linux.networks import Network as PeerNetwork
 from securerun.linux.networks import collapse
 
@@ -47,21 +47,22 @@ def saved(host: Host, backend: str) -> str:
 
 def flush(name: str) -> None:
     """What `ipset flush NAME` does."""
-    ip_set._command(FLUSH, ip_set._text(ip_set._NAME, name))
+    with nfnetlink.open_channel() as channel:
+        ip_set._order(channel, nfnetlink.type_of(nfnetlink.IP_SET, FLUSH), nfnetlink.text(ip_set._NAME, name))
 
 
 def test_a_set_is_made_changed_in_place_and_destroyed(node: Host) -> None:
     with inside(node):
         for version, name in ((4, SET), (6, SET6)):
             assert ip_set.size(name) is None
-            ip_set.put(name, policy().peers_of(version))
+            ipset.put(name, policy().peers_of(version))
             assert ip_set.size(name) == 100
-            ip_set.put(name, policy(count=5000).peers_of(version))
+            ipset.put(name, policy(count=5000).peers_of(version))
             assert ip_set.size(name) == 5000
             assert ip_set.size(f"{name}+") is None
-            ip_set.destroy(name)
+            ipset.destroy(name)
             assert ip_set.size(name) is None
-            ip_set.destroy(name)
+            ipset.destroy(name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,7 +120,7 @@ def test_a_kernel_without_sets_gets_a_rule_a_peer(node: Host, backend: str, monk
     def no_such_subsystem(name: str, _networks: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument", name)
 
-    monkeypatch.setattr(ip_set, "put", no_such_subsystem)
+    monkeypatch.setattr(ipset, "put", no_such_subsystem)
     with inside(node):
         chains = open_chains(backend, RUN)
         chains.install(policy(), None)
@@ -149,10 +150,10 @@ def test_what_a_killed_guard_left_is_removed_by_name(node: Host) -> None:
     """A set without a rule, a half of a swap, and rules of a run that this process did not install."""
     with inside(node):
         open_chains("iptables", RUN).install(policy(), None)
-        ip_set.put(f"{SET}+", policy().peers_of(4))
+        ipset.put(f"{SET}+", policy().peers_of(4))
         open_chains("iptables", RUN).remove()
         assert ip_set.size(SET) is ip_set.size(f"{SET}+") is None
-        ip_set.put(SET, policy().peers_of(4))
+        ipset.put(SET, policy().peers_of(4))
         open_chains("iptables", RUN).remove()
         assert ip_set.size(SET) is None
 
@@ -163,12 +164,12 @@ def test_a_set_that_a_rule_names_cannot_be_destroyed(node: Host, monkeypatch: py
         chains = open_chains("iptables", RUN)
         chains.install(policy(), None)
         with pytest.raises(OSError, match="4100|busy"):
-            ip_set.destroy(SET)
+            ipset.destroy(SET)
         assert chains.stand()
         monkeypatch.undo()
         chains.remove()
 
 
 def test_the_text_for_people_is_ipsets_own(node: Host) -> None:
-    text = ip_set.render(SET, policy(count=2).peers_of(4))
+    text = ipset.render(SET, policy(count=2).peers_of(4))
     assert text == f"create {SET} hash:net family inet maxelem 2\nadd {SET} 10.0.0.0/32\nadd {SET} 10.0.0.4/32\n"

@@ -97,9 +97,3 @@ def test_of_all_deletions_those_that_concern_us_are_heard(node: Host) -> None:
     assert heard_after("delete chain inet t plain")
     assert heard_after("delete table inet t")
     deletions.close()
-
-
-@pytest.mark.parametrize("data", [b"", bytes(15), b"\x0f" + bytes(30), b"\x03\x00\x00\x00"])
-def test_what_is_no_message_and_no_attribute_ends_the_reading(data: bytes) -> None:
-    assert list(nf_tables.messages(data)) == []
-    assert nf_tables.attributes(data[:4] if data[:1] == b"\x03" else b"") == {}

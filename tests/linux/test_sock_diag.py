@@ -21,13 +21,13 @@ import pytest
 from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
 from hosts import Network, cgroup2_mount
 
-from securerun.linux import proc, sock_diag
+from securerun.linux import netlink, proc, sock_diag
+from securerun.linux.netlink import Channel
 from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
 
 IPPROTO_MPTCP = 262
 IPPROTO_SCTP = 132
 MANY = 10_000
-DUMP = 0x301
 NOT_WHOLE = "not whole|without its header"
 
 
@@ -162,54 +162,26 @@ def test_ten_thousand_listeners_are_all_found() -> None:
 # What the kernel may answer
 
 
-def message(kind: int, payload: bytes, flags: int = 0) -> bytes:
-    return struct.pack("=IHHII", 16 + len(payload), kind, flags, 0, 0) + payload
+WHOLE = netlink.framed(20, b"a" * 72, 0)
 
 
-def done(number: int = 0, flags: int = 0) -> bytes:
-    return message(3, struct.pack("=i", -number), flags)
-
-
-def test_answers_of_several_datagrams_are_one_answer() -> None:
-    parts = iter([message(20, b"a" * 72) + message(20, b"b" * 75) + b"\0", message(20, b"c" * 72), done()])
-    answers, interrupted = sock_diag.read_dump(lambda: next(parts))
-    assert [answer[:1] for answer in answers] == [b"a", b"b", b"c"]
-    assert not interrupted
-
-
-@pytest.mark.parametrize("marked", [0, 1])
-def test_an_inconsistent_answer_is_noticed(marked: int) -> None:
-    flags = [0x10 if part == marked else 0 for part in range(2)]
-    parts = iter([message(20, b"a" * 72, flags[0]), done(flags=flags[1])])
-    assert sock_diag.read_dump(lambda: next(parts))[1]
-
-
-def test_an_inconsistent_answer_is_asked_for_again(diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = sock_diag.read_dump
-    verdicts = iter([True, True, False, False])
-    monkeypatch.setattr(sock_diag, "read_dump", lambda receive: (real(receive)[0], next(verdicts)))
-    with listener() as made:
-        assert inode_of(made) in {one.inode for one in diagnosis.listeners()}
-    assert list(verdicts) == []
-
-
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 87])
-def test_a_message_that_is_cut_short_is_refused(length: int) -> None:
-    data = message(20, b"a" * 72)[:length]
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(WHOLE[:length] for length in (1, 15, 16, 17, 87)),
+        struct.pack("=IHHII", 0, 20, 0, 0, 0),
+        netlink.framed(3, b"", 0),
+        netlink.framed(2, b"\0\0", 0),
+    ],
+)
+def test_a_list_that_is_not_whole_is_refused(
+    data: bytes, diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Channel, "receive", lambda _: data)
     with pytest.raises(SocketsUnavailable, match=NOT_WHOLE):
-        sock_diag.read_dump(lambda: data)
-
-
-@pytest.mark.parametrize("data", [struct.pack("=IHHII", 0, 20, 0, 0, 0), message(3, b""), message(2, b"\0\0")])
-def test_a_message_that_cannot_be_is_refused(data: bytes) -> None:
+        diagnosis.listeners()
     with pytest.raises(SocketsUnavailable, match=NOT_WHOLE):
-        sock_diag.read_dump(lambda: data)
-
-
-@pytest.mark.parametrize("kind", [2, 3])
-def test_an_error_is_raised_whichever_message_carries_it(kind: int) -> None:
-    with pytest.raises(PermissionError):
-        sock_diag.read_dump(lambda: message(kind, struct.pack("=i", -1)))
+        diagnosis.connections(1, 65535)
 
 
 def test_a_protocol_that_is_not_built_in_is_said_to_be_so(
@@ -225,9 +197,9 @@ def test_a_protocol_that_is_not_built_in_is_said_to_be_so(
 
 
 def _no_sctp() -> bool:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as channel:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, netlink.SOCK_DIAG) as channel:
         question = struct.pack("=BBBBI48x", socket.AF_INET, IPPROTO_SCTP, 0, 0, 1 << 10)
-        channel.send(struct.pack("=IHHII", 16 + len(question), 20, DUMP, 0, 0) + question)
+        channel.send(netlink.framed(20, question, netlink.REQUEST | netlink.DUMP))
         return bool(struct.unpack_from("=i", channel.recv(65536), 16)[0])
 
 
@@ -235,7 +207,7 @@ def test_an_answer_about_a_socket_that_is_cut_short_is_refused_and_the_next_is_r
     diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as changed:
-        changed.setattr(sock_diag, "read_dump", lambda _: ([b"\2\n" + b"\0" * 69], False))
+        changed.setattr(Channel, "listed", lambda *_: [b"\2\n" + b"\0" * 69])
         with pytest.raises(SocketsUnavailable, match="not whole"):
             diagnosis.listeners()
     with listener() as made:
@@ -247,7 +219,7 @@ def test_a_kernel_that_does_not_tell_the_cgroup_accuses_nobody(
 ) -> None:
     answer = struct.pack("=BBBB", socket.AF_INET, 10, 0, 0) + struct.pack("!H", 6000) + b"\0" * 62
     answers = iter([[answer + struct.pack("=I", 77)], []])
-    monkeypatch.setattr(sock_diag, "read_dump", lambda _: (next(answers), False))
+    monkeypatch.setattr(Channel, "listed", lambda *_: next(answers))
     found = diagnosis.listeners()
     assert found == (Listener(ipaddress.ip_address("0.0.0.0"), 6000, 0, 77, None),)  # noqa: S104
     assert sock_diag.held(found, {77: 1}) == found
@@ -258,7 +230,7 @@ def test_an_answer_about_a_socket_in_another_state_is_passed_over(
     diagnosis: SocketDiagnosis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     established = struct.pack("=BB70x", socket.AF_INET, 1)
-    monkeypatch.setattr(sock_diag, "read_dump", lambda _: ([established], False))
+    monkeypatch.setattr(Channel, "listed", lambda *_: [established])
     assert diagnosis.listeners() == ()
 
 
