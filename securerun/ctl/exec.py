@@ -17,9 +17,10 @@ from securerun import options, session
 from securerun.console import say, spoken_errors
 from securerun.ctl import child
 from securerun.errors import SecurerunError, UsageError
-from securerun.guard import processes
+from securerun.guard.protocol import mark_of
 from securerun.host import system
 from securerun.job import environment
+from securerun.linux import processes
 from securerun.options import OPTIONS, Options
 from securerun.protection import words
 from securerun.protection.plan import Plan
@@ -173,9 +174,10 @@ def _cannot_be_run(program: str, error: OSError) -> CommandError:
 
 
 def _tell_what_is_left(run_id: str, *, failed: bool) -> None:
-    if not processes.by_run_id(run_id, os.getuid()):
+    mark = mark_of(run_id)
+    if not processes.marked(mark, os.getuid()):
         return
     time.sleep(_SETTLE_SECONDS)
-    left = processes.by_run_id(run_id, os.getuid())
+    left = processes.marked(mark, os.getuid())
     if left:
         say(words.left(run_id, len(left), failed=failed))

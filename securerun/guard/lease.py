@@ -20,7 +20,7 @@ from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denial, Layer, Policy, PortRange, merged
 from securerun.firewall.shield import Shield, ShieldUnavailable
-from securerun.guard import neighbours, processes, reaper, records, reserved
+from securerun.guard import neighbours, reaper, records, reserved
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.cgroup import (
     CgroupUnavailable,
@@ -31,12 +31,12 @@ from securerun.guard.cgroup import (
     path_of_job_cgroup,
 )
 from securerun.guard.limits import SitePolicy, require_permitted_peers
-from securerun.guard.processes import JobProcesses, Process
-from securerun.guard.protocol import Guarding, Order
+from securerun.guard.protocol import Guarding, Order, mark_of
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
-from securerun.linux import proc
+from securerun.linux import proc, processes
 from securerun.linux.networks import Network
+from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 
 _LOG_GROUPS_TRIED = 8
@@ -61,7 +61,7 @@ class Lease:
         self.drops: DropLog | None = None
         self.notes: tuple[str, ...] = ()
         self.record = _record(order, caller)
-        self._job = JobProcesses(order.policy.run_id, caller.user, [Process(caller.pid, caller.start)])
+        self._job = JobProcesses(mark_of(order.policy.run_id), caller.user, [Process(caller.pid, caller.start)])
 
     @property
     def guarding(self) -> Guarding:

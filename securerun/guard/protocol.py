@@ -31,6 +31,8 @@ from securerun.firewall.policy import Denial, Layer, Policy, PortRange, purpose_
 from securerun.linux.networks import Network
 
 VERSION = 1
+# It tells the processes of a run where no cgroup holds them together, and a launcher which run is around it.
+RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
 FIREWALLS = ("auto", *BACKENDS, "off")
 SCOPES = ("auto", "process", "ports")
 # 100,000 collapsed IPv6 networks with quotes and commas are 4.6 MB.
@@ -145,6 +147,11 @@ class Released:
 
 
 Message = Union[Order, Peers, Release, Report, Ready, Runs, Run, Guarding, Notice, Refused, Released]
+
+
+def mark_of(run_id: str) -> str:
+    """Return what the processes of a run have in the environment that they were started with."""
+    return f"{RUN_ID_VARIABLE}={run_id}"
 
 
 def encode(message: Message) -> bytes:

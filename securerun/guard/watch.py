@@ -17,14 +17,14 @@ from securerun.errors import SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Denial
 from securerun.firewall.shield import ShieldUnavailable
-from securerun.guard import processes
 from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
-from securerun.guard.processes import Process
 from securerun.guard.protocol import Message, Notice, Peers, ProtocolError, Release, Released
+from securerun.linux import processes
 from securerun.linux.networks import Address
 from securerun.linux.nf_tables import Deletions
+from securerun.linux.processes import Process
 from securerun.linux.sock_diag import SocketsUnavailable
 
 # At most one line a source in this time, or a port scanner fills the job's log.

@@ -26,9 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.guard import processes
 from securerun.host import interfaces
-from securerun.linux import proc
+from securerun.linux import proc, processes
 from securerun.linux.networks import Network
 
 DISABLE, FILE = "HCCL_WHITELIST_DISABLE", "HCCL_WHITELIST_FILE"

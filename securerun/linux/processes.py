@@ -1,12 +1,12 @@
 """The job's processes where no cgroup holds them together, and how they are ended without hitting another.
 
-A process of the job is known by SECURERUN_RUN_ID in the environment it was started with, by descent from such a
+A process of the job is known by its mark, a `NAME=value` in the environment it was started with, by descent from such a
 process, or because it was known before. The environment is the process' own memory: it can write there what it likes,
 so it is a claim, not a proof. What that gets a hostile process:
 
-- To claim a run that it does not belong to: it is ended with that run, and its listeners are closed with that run's.
+- To claim a job that it does not belong to: it is ended with that job, and its listeners are closed with that job's.
   Only processes of the job's own user are asked, and whoever may set the variable there may end them anyway.
-- To deny the run it belongs to: it outlives the run, as it would under torchrun. Against that only a cgroup helps.
+- To deny the job it belongs to: it outlives the job, as it would without all this. Against that only a cgroup helps.
 
 So nobody is ended on behalf of a user who could not end him himself (kill(2): the real user ids are equal, or root).
 """
@@ -20,15 +20,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from securerun.linux import proc
+from securerun.linux.proc import Stat
 
-RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
-_INIT = 1
 _ROOT = 0
-_KERNEL_THREAD = 0x00200000  # include/linux/sched.h: PF_KTHREAD
-_READ_BYTES = 65536
 _LOOK_SECONDS = 0.02
 # A process is in the middle of execve(2) for far less than 1 ms, unless it waits for a core or a slow disk.
 _EXECVE_LOOKS = 20
@@ -45,7 +41,7 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> Process:
-        """The process that has this pid now. Raises OSError when there is none."""
+        """Return the process that has this pid now. Raises OSError when there is none."""
         return cls(pid, proc.start_time(pid))
 
 
@@ -53,51 +49,52 @@ Find = Callable[[], Collection[Process]]
 
 
 class JobProcesses:
-    """The processes of one run, remembered from look to look.
+    """The processes of one job, remembered from look to look.
 
     Memory finds those that no longer show it: a process that was forked, not executed, by the launcher (whose own
     variable was set too late to be seen), one that wrote its title over its environment (setproctitle), one whose
     parent has ended. So look now and then while the job runs, not only at its end.
 
-    user: the job's real user id. known: processes to begin with, such as the launcher. spare: pids never to be found.
+    mark: the `NAME=value` in their environment. user: the job's real user id. known: processes to begin with, such as
+    the launcher. spare: pids never to be found.
     """
 
     def __init__(
-        self, run_id: str, user: int, known: Iterable[Process] = (), spare: Collection[int] = frozenset()
+        self, mark: str, user: int, known: Iterable[Process] = (), spare: Collection[int] = frozenset()
     ) -> None:
-        self._run_id = run_id
+        self._mark = mark
         self._user = user
         self._known = frozenset(known)
         self._spare = spare
 
     def find(self) -> frozenset[Process]:
-        """The processes that live now, as `by_run_id` finds them."""
-        self._known = by_run_id(self._run_id, self._user, known=self._known, spare=self._spare)
+        """Return the processes that live now, as `marked` finds them."""
+        self._known = marked(self._mark, self._user, known=self._known, spare=self._spare)
         return self._known
 
 
-def by_run_id(
-    run_id: str, user: int, *, known: Collection[Process] = (), spare: Collection[int] = frozenset()
+def marked(
+    mark: str, user: int, *, known: Collection[Process] = (), spare: Collection[int] = frozenset()
 ) -> frozenset[Process]:
-    """The living processes of a run: those that carry its id, those of `known` that still live, and their descendants.
+    """Return the living processes that were started with a mark, those of `known` that still live, and all descendants.
 
-    Only processes with this real user id. A job of root may have descendants of any user, since descent is the
-    kernel's word; but not processes of others that merely carry the id. Never this process, a kernel thread or a pid
-    in `spare`, nor what descends from the job through these alone; and pid 1 only where it is the launcher itself, as
-    in a container whose command is securerun.
+    mark: the `NAME=value` in their environment. Only processes with this real user id. A job of root may have
+    descendants of any user, since descent is the kernel's word; but not processes of others that merely carry it.
+    Never this process, a kernel thread or a pid in `spare`, nor what descends from the job through these alone; and
+    pid 1 only where it is the launcher itself, as in a container whose command is the launcher.
     """
     living = _living()
-    excepted = {os.getpid(), *spare, *({_INIT} - {process.pid for process in known})}
-    roots = {process.pid for process in known if living.get(process.pid, _NOBODY).start == process.start}
+    excepted = {os.getpid(), *spare, *({proc.INIT} - {process.pid for process in known})}
+    roots = {process.pid for process in known if _is_among(process, living)}
     # Nobody else's environment is looked at.
-    own = {pid for pid in living if pid not in excepted and _real_user(pid) == user}
-    roots |= started_with(f"{RUN_ID_VARIABLE}={run_id}", own)
+    own = {pid for pid in living if pid not in excepted and proc.real_user(pid) == user}
+    roots |= started_with(mark, own)
     found = _with_descendants(roots - excepted, living, excepted)
-    return frozenset(Process(pid, living[pid].start) for pid in found if user == _ROOT or _real_user(pid) == user)
+    return frozenset(Process(pid, living[pid].start) for pid in found if user == _ROOT or proc.real_user(pid) == user)
 
 
 def started_with(variable: str, pids: Iterable[int]) -> set[int]:
-    """Those of the processes in whose environment this `NAME=value` was when they were started.
+    """Return those of the processes in whose environment this `NAME=value` was when they were started.
 
     In the middle of execve(2) an environment cannot be read, though the parent may have been told already that it went
     well (fs/exec.c: descriptors are closed before the new stack, where the environment lies, is made). So whoever is
@@ -105,9 +102,9 @@ def started_with(variable: str, pids: Iterable[int]) -> set[int]:
     """
     found, unsettled = set(), set(pids)
     for _ in range(_EXECVE_LOOKS):
-        environments = {pid: _environment(pid) for pid in unsettled}
-        found |= {pid for pid, environment in environments.items() if variable.encode() in environment.split(b"\0")}
-        unsettled = {pid for pid, environment in environments.items() if not environment and _has_one_yet_to_show(pid)}
+        shown = {pid: _shows(variable.encode(), pid) for pid in unsettled}
+        found |= {pid for pid, shows in shown.items() if shows}
+        unsettled = {pid for pid, shows in shown.items() if shows is None}
         if not unsettled:
             break
         time.sleep(_EXECVE_SECONDS)
@@ -115,8 +112,8 @@ def started_with(variable: str, pids: Iterable[int]) -> set[int]:
 
 
 def signal(process: Process, number: int) -> bool:
-    """Send a signal to this very process; False when it has ended or may not be signalled."""
-    if process.pid <= _INIT:
+    """Send a signal to this very process; return False when it has ended or may not be signalled."""
+    if process.pid <= proc.INIT:
         return False
     try:
         return _signal_held(process, number)
@@ -128,12 +125,12 @@ def signal(process: Process, number: int) -> bool:
 
 
 def end(processes: Iterable[Process], number: int = signals.SIGKILL) -> int:
-    """Signal each of the processes; returns how many there were to be signalled."""
+    """Signal each of the processes; return how many there were to be signalled."""
     return sum(signal(process, number) for process in processes)
 
 
 def end_all(find: Find, grace_seconds: float, kill_seconds: float = 5.0) -> frozenset[Process]:
-    """End what `find` finds: SIGTERM, a grace period, then SIGKILL until it finds none; returns what is left.
+    """End what `find` finds: SIGTERM, a grace period, then SIGKILL until it finds none; return what is left.
 
     Takes at most the two periods and a look. What is left then is stuck in the kernel (a device that does not answer)
     or forks and ends faster than one can look, which only a cgroup catches.
@@ -143,76 +140,30 @@ def end_all(find: Find, grace_seconds: float, kill_seconds: float = 5.0) -> froz
     return _kill(find, time.monotonic() + kill_seconds)
 
 
-@dataclass(frozen=True)
-class _Status:
-    """What one look saw of a process."""
-
-    parent: int
-    start: int
-
-
-_NOBODY = _Status(0, -1)
-
-
-def _living() -> dict[int, _Status]:
+def _living() -> dict[int, Stat]:
     """Every process but kernel threads and those that only wait to be reaped, by pid; one pass over /proc."""
     living = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
-            status = _status(entry.path)
-            if status is not None:
-                living[int(entry.name)] = status
+    for pid in proc.pids():
+        with contextlib.suppress(OSError):
+            found = proc.stat(pid)
+            if not (found.is_kernel_thread or found.has_ended):
+                living[pid] = found
     return living
 
 
-def _status(directory: str) -> _Status | None:
-    fields = _fields(directory)
-    if len(fields) < 20 or int(fields[6]) & _KERNEL_THREAD:
+def _is_among(process: Process, living: Mapping[int, Stat]) -> bool:
+    return process.pid in living and living[process.pid].start == process.start
+
+
+def _shows(variable: bytes, pid: int) -> bool | None:
+    """Whether a process shows this in its environment; None where it may still come to show one."""
+    text = proc.environment(pid)
+    if not text and proc.has_environment_to_come(pid):
         return None
-    # A first thread that has exited shows as a zombie while the others run on.
-    if fields[0] in (b"Z", b"X") and int(fields[17]) <= 1:
-        return None
-    return _Status(parent=int(fields[1]), start=int(fields[19]))
+    return b"\0%b\0" % variable in b"\0%b\0" % text
 
 
-def _fields(directory: str) -> list[bytes]:
-    """What stat says of a process, from field 3 on: the command in parentheses before may hold anything (proc(5))."""
-    return _read(f"{directory}/stat").rpartition(b")")[2].split()
-
-
-def _has_one_yet_to_show(pid: int) -> bool:
-    """Whether a process that shows no environment is in the middle of execve(2), or was when it was read."""
-    with contextlib.suppress(OSError, ValueError):
-        Path(f"/proc/{pid}/exe").readlink()  # fails for one that is gone, and for one that may not be looked into
-        start, end = map(int, _fields(f"/proc/{pid}")[47:49])  # env_start, env_end; not set yet, and empty, are two
-        return not end or start != end
-    return False
-
-
-def _environment(pid: int) -> bytes:
-    """The environment that a process was started with, or what it wrote there since.
-
-    A process cannot keep its reader waiting with memory that is a file of its own (since 4.17, CVE-2018-1120).
-    """
-    environment = _read(f"/proc/{pid}/environ")
-    if environment:
-        return environment
-    # A process whose first thread has exited shows its memory through its other threads only.
-    with contextlib.suppress(OSError):
-        for thread in os.scandir(f"/proc/{pid}/task"):
-            environment = environment or _read(f"{thread.path}/environ")
-    return environment
-
-
-def _real_user(pid: int) -> int | None:
-    """The real user id; None when the process has ended. (The owner of /proc/PID is the effective one.)"""
-    for line in _read(f"/proc/{pid}/status").split(b"\n"):
-        if line.startswith(b"Uid:"):
-            return int(line.split()[1])
-    return None
-
-
-def _with_descendants(roots: Iterable[int], living: Mapping[int, _Status], excepted: Collection[int]) -> set[int]:
+def _with_descendants(roots: Iterable[int], living: Mapping[int, Stat], excepted: Collection[int]) -> set[int]:
     children = defaultdict(list)
     for pid, status in living.items():
         if pid not in excepted:
@@ -295,17 +246,3 @@ def _stop(find: Find, deadline: float) -> None:
             return
         end(new, signals.SIGSTOP)
         stopped |= new
-
-
-def _read(path: str) -> bytes:
-    """What a file of /proc says; nothing when its process has ended or may not be looked into."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    try:
-        return b"".join(iter(lambda: os.read(descriptor, _READ_BYTES), b""))
-    except OSError:
-        return b""
-    finally:
-        os.close(descriptor)

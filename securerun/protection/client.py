@@ -11,8 +11,8 @@ from typing import Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
-from securerun.guard.processes import RUN_ID_VARIABLE
 from securerun.guard.protocol import (
+    RUN_ID_VARIABLE,
     Guarding,
     Message,
     Notice,

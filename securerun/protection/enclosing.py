@@ -17,7 +17,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard import records
 from securerun.guard.cgroup import CgroupUnavailable, cgroup_of
-from securerun.guard.processes import RUN_ID_VARIABLE
+from securerun.guard.protocol import RUN_ID_VARIABLE
 from securerun.linux import proc
 from securerun.options import Options
 

@@ -20,11 +20,12 @@ import pytest
 from checkout import CHECKOUT
 from hosts import eventually, is_alive
 
-from securerun.guard import processes
-from securerun.guard.processes import JobProcesses, Process
+from securerun.linux import processes
+from securerun.linux.processes import JobProcesses, Process
 
 USER = os.getuid()
 NOBODY = 65534
+VARIABLE = "A_JOBS_OWN_ID"
 # Generous: what is awaited takes milliseconds.
 PATIENCE_SECONDS = 20.0
 NEEDS_ROOT = pytest.mark.skipif(USER != 0, reason="needs root")
@@ -36,9 +37,10 @@ class Job:
 
     def __init__(self) -> None:
         self.run_id = secrets.token_hex(6)
-        self.variables = {"PATH": os.environ["PATH"], processes.RUN_ID_VARIABLE: self.run_id}
+        self.variables = {"PATH": os.environ["PATH"], VARIABLE: self.run_id}
+        self.mark = f"{VARIABLE}={self.run_id}"
         self._started: list[subprocess.Popen[str]] = []
-        self.memory = JobProcesses(self.run_id, USER)
+        self.memory = JobProcesses(self.mark, USER)
 
     def start(self, argv: Sequence[str], *, env: dict[str, str] | None = None, user: int | None = None) -> int:
         """Start a process; it may say something first: see `line`."""
@@ -70,11 +72,11 @@ class Job:
 
     def find(self) -> frozenset[Process]:
         self.memory.find()
-        return processes.by_run_id(self.run_id, USER)
+        return processes.marked(self.mark, USER)
 
     def close(self) -> None:
         started = {Process.of(process.pid) for process in self._started if process.poll() is None}
-        left = processes.end_all(JobProcesses(self.run_id, USER, started | self.memory.find()).find, 0)
+        left = processes.end_all(JobProcesses(self.mark, USER, started | self.memory.find()).find, 0)
         for process in self._started:
             process.kill()
             process.communicate()
@@ -116,14 +118,13 @@ def in_a_pid_namespace(script: str, *arguments: str) -> None:
 
 
 def test_a_process_with_the_runs_id_is_found_and_no_other(job: Job) -> None:
-    variable = processes.RUN_ID_VARIABLE
     sleep = ["sleep", "60"]
     pid = job.start(sleep)
     for near_miss in (
-        {variable: f"{job.run_id}0"},
-        {variable: job.run_id[:-1]},
-        {f"X{variable}": job.run_id},
-        {"A": f"{variable}={job.run_id}"},
+        {VARIABLE: f"{job.run_id}0"},
+        {VARIABLE: job.run_id[:-1]},
+        {f"X{VARIABLE}": job.run_id},
+        {"A": f"{VARIABLE}={job.run_id}"},
         {},
     ):
         job.start(sleep, env=near_miss)
@@ -160,7 +161,7 @@ def test_a_forked_child_of_the_launcher_shows_no_id_and_is_found_through_the_lau
     """os.environ of a running process changes no byte of /proc/PID/environ, and fork copies what is there."""
     script = f"""
 import os, time
-os.environ["{processes.RUN_ID_VARIABLE}"] = "{job.run_id}"
+os.environ["{VARIABLE}"] = "{job.run_id}"
 child = os.fork()
 if child: print(child, flush=True)
 time.sleep(60)
@@ -169,7 +170,7 @@ time.sleep(60)
     child = int(job.line())
     known = Process.of(launcher)
     assert job.pids() == set()
-    found = processes.by_run_id(job.run_id, USER, known={known})
+    found = processes.marked(job.mark, USER, known={known})
     assert found == {known, Process.of(child)}
     processes.end(found)
 
@@ -177,8 +178,8 @@ time.sleep(60)
 def test_a_known_process_whose_number_passed_to_another_is_not_found(job: Job) -> None:
     pid = job.start(["sleep", "60"], env={})
     now = Process.of(pid)
-    assert processes.by_run_id(job.run_id, USER, known={Process(pid, now.start - 1)}) == frozenset()
-    assert processes.by_run_id(job.run_id, USER, known={now}) == {now}
+    assert processes.marked(job.mark, USER, known={Process(pid, now.start - 1)}) == frozenset()
+    assert processes.marked(job.mark, USER, known={now}) == {now}
 
 
 def test_a_process_that_waits_to_be_reaped_is_not_found(job: Job) -> None:
@@ -207,7 +208,7 @@ def test_the_spared_are_not_found_nor_what_they_started(job: Job) -> None:
     guard = job.shell("env -i sleep 60 & echo $!; wait")
     helper = int(job.line())
     assert eventually(lambda: job.pids() == {guard, helper})
-    assert processes.by_run_id(job.run_id, USER, spare={guard}) == frozenset()
+    assert processes.marked(job.mark, USER, spare={guard}) == frozenset()
 
 
 def test_this_process_and_the_kernels_threads_are_never_found(job: Job) -> None:
@@ -215,22 +216,22 @@ def test_this_process_and_the_kernels_threads_are_never_found(job: Job) -> None:
     # Inside a container there is no kernel thread to be seen.
     threads = [2] if Path("/proc/2/comm").exists() and Path("/proc/2/comm").read_text() == "kthreadd\n" else []
     known = {Process.of(pid) for pid in (*threads, os.getpid())}
-    assert processes.by_run_id(job.run_id, USER, known=known) == frozenset()
-    assert processes.by_run_id(job.run_id, USER, known={*known, mine}) == {mine}
+    assert processes.marked(job.mark, USER, known=known) == frozenset()
+    assert processes.marked(job.mark, USER, known={*known, mine}) == {mine}
 
 
 IN_A_CONTAINER = f"""
 import os, time
-from securerun.guard.processes import Process, by_run_id
+from securerun.linux.processes import Process, marked
 sleeper = os.fork()
 if not sleeper:
     time.sleep(60)
 guard = os.fork()
 if not guard:
     launcher, child = Process.of(1), Process.of(sleeper)
-    assert by_run_id("0" * 12, {USER}) == set()
-    assert by_run_id("0" * 12, {USER}, known={{child}}) == {{child}}
-    assert by_run_id("0" * 12, {USER}, known={{launcher}}) == {{launcher, child}}
+    assert marked("NAME=" + "0" * 12, {USER}) == set()
+    assert marked("NAME=" + "0" * 12, {USER}, known={{child}}) == {{child}}
+    assert marked("NAME=" + "0" * 12, {USER}, known={{launcher}}) == {{launcher, child}}
     os._exit(0)
 assert os.waitpid(guard, 0)[1] == 0
 """
@@ -252,7 +253,7 @@ def test_another_users_process_with_the_same_id_is_not_touched(job: Job) -> None
     assert is_alive(liar)
     # Nor does a run of that user have to do with root's processes.
     again = job.start(["sleep", "60"])
-    found = processes.by_run_id(job.run_id, NOBODY)
+    found = processes.marked(job.mark, NOBODY)
     assert found == {Process.of(liar)}
     assert Process.of(again) not in found
 
@@ -263,7 +264,7 @@ def test_the_real_user_counts_not_the_effective_one(job: Job) -> None:
     pid = job.python(script)
     assert job.line() == "ready"
     assert job.pids() == set()
-    assert processes.by_run_id(job.run_id, NOBODY) == {Process.of(pid)}
+    assert processes.marked(job.mark, NOBODY) == {Process.of(pid)}
 
 
 @NEEDS_ROOT
@@ -280,7 +281,7 @@ time.sleep(60)
     child = int(job.line())
     assert job.pids() == {parent, child}
     # A user's job never reaches root's processes, not even one of its own descent.
-    of_nobody = processes.by_run_id(job.run_id, NOBODY, known={Process.of(parent)})
+    of_nobody = processes.marked(job.mark, NOBODY, known={Process.of(parent)})
     assert {process.pid for process in of_nobody} == {child}
 
 
@@ -328,7 +329,7 @@ def test_where_pidfds_are_refused_the_pid_serves(
 REUSE = """
 import os, signal, sys, time
 from pathlib import Path
-from securerun.guard import processes
+from securerun.linux import processes
 def sleeper():
     pid = os.fork()
     if not pid:

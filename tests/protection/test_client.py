@@ -16,8 +16,19 @@ from cgroups import in_child
 
 from securerun.errors import PrivilegeError
 from securerun.firewall.policy import Layer, Policy
-from securerun.guard.processes import RUN_ID_VARIABLE
-from securerun.guard.protocol import Guarding, Message, Notice, Order, Ready, Refused, Released, Run, Runs, encode
+from securerun.guard.protocol import (
+    RUN_ID_VARIABLE,
+    Guarding,
+    Message,
+    Notice,
+    Order,
+    Ready,
+    Refused,
+    Released,
+    Run,
+    Runs,
+    encode,
+)
 from securerun.protection import client, ways
 from securerun.protection.client import Guard, Refusal
 from securerun.protection.ways import Way
