@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from securerun import preflight
 from securerun.audit import report
-from securerun.audit.findings import Finding, Problem, findings_of
 from securerun.audit.kinds import Kinds, read_rows
 from securerun.audit.parents import look_above
 from securerun.audit.scan import Directory, Scan, Settings
 from securerun.audit.tree import Root, open_roots
+from securerun.audit.violations import Problem, Violation, violations_of
+from securerun.finding import Finding
 
 # About 50 ms of looking, and more lines than anybody reads.
 _MOST_SEEN = 20_000
@@ -29,7 +29,7 @@ _WHY = {
 _WHOSE = "what is in it is not decided by the job's user alone"
 
 
-def of_launch(paths: Iterable[Path], environment: Mapping[str, str]) -> tuple[preflight.Finding, ...]:
+def of_launch(paths: Iterable[Path], environment: Mapping[str, str]) -> tuple[Finding, ...]:
     """What is wrong with these files and directories, as `securerunctl audit` has it; what is not there is left out.
 
     Of large trees as much as can be seen in a moment. Raises UsageError for a table of kinds that cannot be right.
@@ -43,13 +43,13 @@ def of_launch(paths: Iterable[Path], environment: Mapping[str, str]) -> tuple[pr
     finally:
         for root in roots:
             os.close(root.descriptor)
-    told = [_told(finding, roots) for finding in found[:_MOST_TOLD]]
+    told = [_told(violation, roots) for violation in found[:_MOST_TOLD]]
     return tuple(told) if len(found) <= _MOST_TOLD else (*told, _rest(roots))
 
 
-def _look(settings: Settings) -> Iterator[Finding]:
+def _look(settings: Settings) -> Iterator[Violation]:
     yield from look_above(settings)
-    scan = Scan(settings, findings_of)
+    scan = Scan(settings, violations_of)
     try:
         starts = [
             Directory(number, "", settings.kinds.of_root(root.path)) for number, root in enumerate(settings.roots)
@@ -59,18 +59,18 @@ def _look(settings: Settings) -> Iterator[Finding]:
         scan.close()
 
 
-def _told(finding: Finding, roots: list[Root]) -> preflight.Finding:
-    path = roots[finding.root].absolute(finding.path)
-    return preflight.Finding(
-        finding.wrong.kind.value,
-        report.line(finding, roots),
-        _WHY.get(finding.wrong.problem, _WHOSE),
+def _told(violation: Violation, roots: list[Root]) -> Finding:
+    path = roots[violation.root].absolute(violation.path)
+    return Finding(
+        violation.wrong.kind.value,
+        report.line(violation, roots),
+        _WHY.get(violation.wrong.problem, _WHOSE),
         f"securerunctl audit --fix {shlex.quote(path)}",
     )
 
 
-def _rest(roots: list[Root]) -> preflight.Finding:
+def _rest(roots: list[Root]) -> Finding:
     named = " ".join(shlex.quote(str(root.named)) for root in roots)
-    return preflight.Finding(
+    return Finding(
         "audit", f"more than {_MOST_TOLD} findings", "only the first are listed here", f"securerunctl audit {named}"
     )

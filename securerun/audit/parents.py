@@ -6,12 +6,12 @@ import os
 import stat
 from collections.abc import Iterator
 
-from securerun.audit.findings import Finding, Problem, Wrong, identity_of
 from securerun.audit.scan import Settings, owner_problems
+from securerun.audit.violations import Problem, Violation, Wrong, identity_of
 from securerun.linux import trust
 
 
-def look_above(settings: Settings) -> Iterator[Finding]:
+def look_above(settings: Settings) -> Iterator[Violation]:
     """What is wrong with the directories, and links, on the way from / to what is audited. Raises OSError."""
     seen: set[str] = set()
     for number, root in enumerate(settings.roots):
@@ -28,7 +28,7 @@ def look_above(settings: Settings) -> Iterator[Finding]:
                 problems.append((Problem.OPEN_PARENT, ""))
             maximum = stat.S_IMODE(mode) & ~stat.S_IWOTH
             for problem, detail in problems:
-                yield Finding(
+                yield Violation(
                     number,
                     place,
                     Wrong(problem, kind, mode, status.st_uid, status.st_gid, maximum, detail),

@@ -1,4 +1,4 @@
-"""Findings in words and as JSON's own types. Renders, and looks at nothing."""
+"""Violations in words and as JSON's own types. Renders, and looks at nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from securerun.audit.findings import Batch, Finding, Problem, Wrong
 from securerun.audit.tree import Root
+from securerun.audit.violations import Batch, Problem, Violation, Wrong
 from securerun.host.permissions import ROWS, Kind
 from securerun.text import printable
 
@@ -26,7 +26,7 @@ _HEADINGS = ("kind", "files", "directories", "findings")
 
 
 def lines(batch: Batch, roots: Sequence[Root]) -> list[str]:
-    """What was found in a directory, a line each: where, what is wrong, and what mends it. All of them are one text."""
+    """What was found in a directory, a line each: where, what is wrong, and what fixes it. All of them are one text."""
     place = roots[batch.root].absolute(batch.path)
     prefix = f"{place.rstrip('/')}/"
     found = []
@@ -40,9 +40,9 @@ def lines(batch: Batch, roots: Sequence[Root]) -> list[str]:
     return ["\n".join(found)]
 
 
-def line(finding: Finding, roots: Sequence[Root]) -> str:
-    """The same of a single finding."""
-    return f"{printable(roots[finding.root].absolute(finding.path))}: {_words(finding.wrong)}"
+def line(violation: Violation, roots: Sequence[Root]) -> str:
+    """The same of a single violation."""
+    return f"{printable(roots[violation.root].absolute(violation.path))}: {_words(violation.wrong)}"
 
 
 def documents(batch: Batch, roots: Sequence[Root]) -> list[str]:
@@ -57,9 +57,9 @@ def documents(batch: Batch, roots: Sequence[Root]) -> list[str]:
     return [",\n".join(found)]
 
 
-def document(finding: Finding, roots: Sequence[Root]) -> dict[str, Any]:
-    """The same of a single finding, as JSON's own types."""
-    return {"path": roots[finding.root].absolute(finding.path), **_document(finding.wrong)}
+def document(violation: Violation, roots: Sequence[Root]) -> dict[str, Any]:
+    """The same of a single violation, as JSON's own types."""
+    return {"path": roots[violation.root].absolute(violation.path), **_document(violation.wrong)}
 
 
 def _document(wrong: Wrong) -> dict[str, Any]:
@@ -83,11 +83,11 @@ def _document_text(wrong: Wrong) -> str:
 
 
 def summary(
-    files: Mapping[Kind, int], directories: Mapping[Kind, int], findings: Mapping[Kind, int]
+    files: Mapping[Kind, int], directories: Mapping[Kind, int], violations: Mapping[Kind, int]
 ) -> list[dict[str, Any]]:
     """How much was seen and found of each row, for the rows of which anything was."""
     counts = [
-        (row.kind, files.get(row.kind, 0), directories.get(row.kind, 0), findings.get(row.kind, 0)) for row in ROWS
+        (row.kind, files.get(row.kind, 0), directories.get(row.kind, 0), violations.get(row.kind, 0)) for row in ROWS
     ]
     return [dict(zip(_HEADINGS, (kind.value, *numbers))) for kind, *numbers in counts if any(numbers)]
 
@@ -102,7 +102,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _words(wrong: Wrong) -> str:
-    """What is wrong: of a million findings most are wrong in the same way."""
+    """What is wrong: of a million violations most are wrong in the same way."""
     detail = printable(wrong.detail)
     return _WORDS[wrong.problem].format(
         mode=f"{stat.S_IMODE(wrong.mode):04o}",

@@ -1,4 +1,4 @@
-"""Looking at a tree: one pass, one fstatat(2) a file, findings as they come.
+"""Looking at a tree: one pass, one fstatat(2) a file, violations as they come.
 
 A scan takes some directories and a budget, and hands back what it found and which directories are left. So several
 processes can share one tree (`workers`).
@@ -19,9 +19,9 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Callable, Generic, NamedTuple, TypeVar
 
-from securerun.audit.findings import Batch, Entry, Identity, Problem, Wrong, identity_of
 from securerun.audit.kinds import HEAD, Kinds
 from securerun.audit.tree import Root, Way
+from securerun.audit.violations import Batch, Entry, Identity, Problem, Wrong, identity_of
 from securerun.host import permissions
 from securerun.host.permissions import Kind
 from securerun.linux import proc
@@ -58,7 +58,7 @@ class Directory(NamedTuple):
 class Settings:
     """What an audit goes by. owners: ids of the users besides root who may own what is in the trees.
 
-    identities: whether findings tell which file it is exactly, which mending wants to know.
+    identities: whether violations tell which file it is exactly, which a fix wants to know.
     """
 
     roots: tuple[Root, ...]
@@ -78,7 +78,7 @@ class Outcome(Generic[T]):
     found: list[T] = field(default_factory=list)
     files: Counter[Kind] = field(default_factory=Counter)
     directories: Counter[Kind] = field(default_factory=Counter)
-    findings: Counter[Kind] = field(default_factory=Counter)
+    violations: Counter[Kind] = field(default_factory=Counter)
     left: list[Directory] = field(default_factory=list)
 
 
@@ -100,7 +100,7 @@ class _Verdict:
 
 
 class Scan(Generic[T]):
-    """One process' look at the trees of an audit. present: makes of a directory's findings what the asker wants."""
+    """One process' look at the trees of an audit. present: makes of a directory's violations what the asker wants."""
 
     def __init__(self, settings: Settings, present: Callable[[Batch], list[T]]) -> None:
         self._settings = settings
@@ -135,7 +135,7 @@ class Scan(Generic[T]):
             for verdict in known.values():
                 if verdict.count:
                     self._out.files[verdict.kind] += verdict.count
-                    self._out.findings[verdict.kind] += verdict.count * len(verdict.wrongs)
+                    self._out.violations[verdict.kind] += verdict.count * len(verdict.wrongs)
                     verdict.count = 0
             if len(known) > _MOST_KNOWN:
                 known.clear()
@@ -216,7 +216,7 @@ class Scan(Generic[T]):
     def _not_looked_at(
         self, entries: list[Entry], name: str, status: os.stat_result, kind: Kind, why: str | None
     ) -> None:
-        self._out.findings[kind] += 1
+        self._out.violations[kind] += 1
         entries.append((name, (_wrong(Problem.NOT_LOOKED_AT, kind, status, why or ""),), identity_of(status), 0))
 
     def _judge(self, visit: _Visit, name: str, status: os.stat_result) -> None:
@@ -248,7 +248,7 @@ class Scan(Generic[T]):
             verdict.count += 1
         else:
             self._out.files[kind] += 1
-            self._out.findings[kind] += len(verdict.wrongs)
+            self._out.violations[kind] += len(verdict.wrongs)
         self._apply(visit, name, status, verdict)
 
     def _apply(self, visit: _Visit, name: str, status: os.stat_result, verdict: _Verdict) -> None:
@@ -311,7 +311,7 @@ class Scan(Generic[T]):
 
     def _find(self, visit: _Visit, name: str, status: os.stat_result, kind: Kind, wrongs: tuple[Wrong, ...]) -> None:
         if wrongs:
-            self._out.findings[kind] += len(wrongs)
+            self._out.violations[kind] += len(wrongs)
             visit.entries.append((name, wrongs, self._identity(visit, name, status), status.st_nlink))
 
 

@@ -1,4 +1,4 @@
-"""The log of what mending changed: written before anything is changed, and read to take it back."""
+"""The log of what --fix changed: written before anything is changed, and read to take it back."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from securerun.audit.findings import Identity
-from securerun.audit.mend import Change
+from securerun.audit.fix import Change
 from securerun.audit.tree import Root, open_real
+from securerun.audit.violations import Identity
 from securerun.errors import SecurerunError, UsageError
 from securerun.linux import proc
 

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Callable, NamedTuple, TypeVar
 
-from securerun.audit.findings import Batch
 from securerun.audit.scan import Directory, Outcome, Scan, Settings
+from securerun.audit.violations import Batch
 from securerun.errors import SecurerunError
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-from securerun.audit import mend, report, undolog
-from securerun.audit.findings import Batch, Finding, findings_of
+from securerun.audit import fix, report, undolog
 from securerun.audit.kinds import BUILT_IN, Kinds, read_rows
 from securerun.audit.parents import look_above
 from securerun.audit.scan import Directory, Outcome, Settings
 from securerun.audit.tree import Root, open_roots
+from securerun.audit.violations import Batch, Violation, violations_of
 from securerun.audit.workers import look
 from securerun.errors import UsageError
 from securerun.host.permissions import Kind
@@ -58,12 +58,12 @@ class _Sum:
 
     files: Counter[Kind] = field(default_factory=Counter)
     directories: Counter[Kind] = field(default_factory=Counter)
-    findings: Counter[Kind] = field(default_factory=Counter)
+    violations: Counter[Kind] = field(default_factory=Counter)
 
     def add(self, outcome: Outcome[Any]) -> None:
         self.files += outcome.files
         self.directories += outcome.directories
-        self.findings += outcome.findings
+        self.violations += outcome.violations
 
     @property
     def seen(self) -> int:
@@ -71,11 +71,11 @@ class _Sum:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return report.summary(self.files, self.directories, self.findings)
+        return report.summary(self.files, self.directories, self.violations)
 
     @property
     def sentence(self) -> str:
-        found = sum(self.findings.values())
+        found = sum(self.violations.values())
         return f"{_number(found, 'finding')} in {_number(self.seen, 'file')} and directories"
 
 
@@ -106,7 +106,7 @@ def audit(request: Request) -> int:
         kinds = Kinds(read_rows(request.kinds), os.environ, request.given)
         owners = _owners(request.owners, roots)
         settings = Settings(tuple(roots), kinds, owners, request.one_file_system, identities=request.fix)
-        return _mend(request, settings) if request.fix else _show(request, settings)
+        return _fix(request, settings) if request.fix else _show(request, settings)
     except BrokenPipeError:
         # `| head` has seen enough; what Python still holds for it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -141,8 +141,8 @@ def _show(request: Request, settings: Settings) -> int:
     roots = settings.roots
     present = partial(report.documents if request.as_json else report.lines, roots=roots)
     above = [
-        json.dumps(report.document(finding, roots)) if request.as_json else report.line(finding, roots)
-        for finding in _look_above(settings, total)
+        json.dumps(report.document(violation, roots)) if request.as_json else report.line(violation, roots)
+        for violation in _look_above(settings, total)
     ]
     blocks: Iterable[Sequence[str]] = itertools.chain([above], _look(settings, total, present))
     if sys.stderr.isatty() and sys.stdout.isatty():
@@ -153,41 +153,41 @@ def _show(request: Request, settings: Settings) -> int:
         for block in blocks:
             _print(block)
         _print_end(total)
-    return FINDINGS if total.findings else CLEAN
+    return FINDINGS if total.violations else CLEAN
 
 
-def _mend(request: Request, settings: Settings) -> int:
+def _fix(request: Request, settings: Settings) -> int:
     """Print what is found and what will be done about it, do it, and say what is left."""
     total = _Sum()
-    findings = _look_above(settings, total)
-    for block in _look(settings, total, findings_of):
-        findings += block
-    plan = mend.plan(findings, settings.owners)
+    violations = _look_above(settings, total)
+    for block in _look(settings, total, violations_of):
+        violations += block
+    proposal = fix.propose(violations, settings.owners)
     if not request.as_json:
-        _print(_plan_lines(findings, plan, settings.roots))
+        _print(_proposal_lines(violations, proposal, settings.roots))
         _print_end(total)
-    results: list[mend.Result] = []
+    results: list[fix.Result] = []
     log = None
-    if plan.changes and _is_wanted(request, len(plan.changes)):
+    if proposal.changes and _is_wanted(request, len(proposal.changes)):
         log = request.undo_log or undolog.default_path()
-        undolog.write(log, settings.roots, plan.changes)
-        results = _make_saying_how_to_undo(settings.roots, plan.changes, log)
-    elif plan.changes:
-        results = [mend.Result(change, "it was not wanted") for change in plan.changes]
-    outcome = {(each.change.root, each.change.path): each.why for each in (*plan.refused, *results)}
-    # Why a finding is left; only modes are mended.
-    left = [outcome[each.root, each.path] if mend.is_of_mode(each) else _NO_MODE for each in findings]
+        undolog.write(log, settings.roots, proposal.changes)
+        results = _make_saying_how_to_undo(settings.roots, proposal.changes, log)
+    elif proposal.changes:
+        results = [fix.Result(change, "it was not wanted") for change in proposal.changes]
+    outcome = {(each.change.root, each.change.path): each.why for each in (*proposal.refused, *results)}
+    # Why a violation is left; only modes are fixed.
+    left = [outcome[each.root, each.path] if fix.is_of_mode(each) else _NO_MODE for each in violations]
     if request.as_json:
-        _print_mended(findings, left, total, log, settings.roots)
+        _print_fixed(violations, left, total, log, settings.roots)
     else:
         _print_what_is_left(results, left, log, settings.roots)
     return FINDINGS if any(left) else CLEAN
 
 
-def _look_above(settings: Settings, total: _Sum) -> list[Finding]:
-    findings = [*look_above(settings)]
-    total.findings.update(finding.wrong.kind for finding in findings)
-    return findings
+def _look_above(settings: Settings, total: _Sum) -> list[Violation]:
+    violations = [*look_above(settings)]
+    total.violations.update(violation.wrong.kind for violation in violations)
+    return violations
 
 
 def _look(settings: Settings, total: _Sum, present: Callable[[Batch], list[T]]) -> Iterator[list[T]]:
@@ -201,15 +201,15 @@ def _look(settings: Settings, total: _Sum, present: Callable[[Batch], list[T]]) 
             yield outcome.found
 
 
-def _make(roots: Sequence[Root], changes: Sequence[mend.Change], doing: str) -> Iterator[mend.Result]:
+def _make(roots: Sequence[Root], changes: Sequence[fix.Change], doing: str) -> Iterator[fix.Result]:
     with _Bar(f"{doing} {{task.completed:,}} of {{task.total:,}} modes") as bar:
-        for number, result in enumerate(mend.make(roots, changes)):
+        for number, result in enumerate(fix.make(roots, changes)):
             if number and number % _MANY_CHANGES == 0:
                 bar.show(number, len(changes))
             yield result
 
 
-def _make_saying_how_to_undo(roots: Sequence[Root], changes: Sequence[mend.Change], log: Path) -> list[mend.Result]:
+def _make_saying_how_to_undo(roots: Sequence[Root], changes: Sequence[fix.Change], log: Path) -> list[fix.Result]:
     try:
         return [*_make(roots, changes, "mending")]
     except KeyboardInterrupt:
@@ -259,7 +259,7 @@ def _print_end(total: _Sum) -> None:
 
 
 def _print_document(blocks: Iterable[Sequence[str]], rest: Callable[[], dict[str, Any]]) -> None:
-    """JSON whose findings, each a text, are printed as they come."""
+    """JSON whose violations, each a text, are printed as they come."""
     separator = '{"findings": ['
     for block in blocks:
         if block:
@@ -268,19 +268,19 @@ def _print_document(blocks: Iterable[Sequence[str]], rest: Callable[[], dict[str
     print("\n], " if separator == "," else f"{separator}], ", json.dumps(rest())[1:], sep="")
 
 
-def _print_mended(
-    findings: Sequence[Finding], left: Sequence[str], total: _Sum, log: Path | None, roots: Sequence[Root]
+def _print_fixed(
+    violations: Sequence[Violation], left: Sequence[str], total: _Sum, log: Path | None, roots: Sequence[Root]
 ) -> None:
     documents = [
-        json.dumps({**report.document(finding, roots), "mended": not why, "left": why or None})
-        for finding, why in zip(findings, left)
+        json.dumps({**report.document(violation, roots), "mended": not why, "left": why or None})
+        for violation, why in zip(violations, left)
     ]
     rest = {"seen": total.seen, "summary": total.rows, "undo_log": str(log) if log else None}
     _print_document([documents], lambda: rest)
 
 
 def _print_what_is_left(
-    results: Sequence[mend.Result], left: Sequence[str], log: Path | None, roots: Sequence[Root]
+    results: Sequence[fix.Result], left: Sequence[str], log: Path | None, roots: Sequence[Root]
 ) -> None:
     if log is None and results:
         print("nothing was changed")
@@ -293,16 +293,16 @@ def _print_what_is_left(
         print(f"{_number(sum(map(bool, left)), 'finding')} left")
 
 
-def _plan_lines(findings: Sequence[Finding], plan: mend.Plan, roots: Sequence[Root]) -> Iterator[str]:
-    """Each finding, and what will be done about it."""
-    will = {(change.root, change.path): f"--fix makes it {change.mode:04o}" for change in plan.changes}
-    will.update(((each.change.root, each.change.path), f"--fix leaves it: {each.why}") for each in plan.refused)
-    for finding in findings:
-        words = will[finding.root, finding.path] if mend.is_of_mode(finding) else f"--fix leaves it: {_NO_MODE}"
-        yield f"{report.line(finding, roots)}; {words}"
+def _proposal_lines(violations: Sequence[Violation], proposal: fix.Proposal, roots: Sequence[Root]) -> Iterator[str]:
+    """Each violation, and what will be done about it."""
+    will = {(change.root, change.path): f"--fix makes it {change.mode:04o}" for change in proposal.changes}
+    will.update(((each.change.root, each.change.path), f"--fix leaves it: {each.why}") for each in proposal.refused)
+    for violation in violations:
+        words = will[violation.root, violation.path] if fix.is_of_mode(violation) else f"--fix leaves it: {_NO_MODE}"
+        yield f"{report.line(violation, roots)}; {words}"
 
 
-def _path(roots: Sequence[Root], change: mend.Change) -> str:
+def _path(roots: Sequence[Root], change: fix.Change) -> str:
     return printable(roots[change.root].absolute(change.path))
 
 

@@ -8,14 +8,15 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from securerun import preflight
+from securerun.finding import Finding
 from securerun.firewall.policy import PortRange, Purpose
 from securerun.host import interfaces, umask
 from securerun.job import environment, ports
 from securerun.linux.networks import Network
-from securerun.preflight import Finding, Scene, abilities
+from securerun.preflight import abilities, checks
 from securerun.preflight.abilities import Ability
-from securerun.preflight.firewalls import Reading
+from securerun.preflight.reading import Reading
+from securerun.preflight.scene import Scene
 from securerun.text import printable
 
 _STATES = {True: "yes", False: "no", None: "?"}
@@ -29,7 +30,7 @@ def examine(*, as_json: bool) -> int:
     findings = (*_of_abilities(found), *_of_host())
     if as_json:
         document = {
-            "findings": [dataclasses.asdict(finding) for finding in findings],
+            "findings": [finding.document() for finding in findings],
             "host": [dataclasses.asdict(ability) for ability in found],
         }
         print(json.dumps(document, indent=2))
@@ -42,8 +43,14 @@ def examine(*, as_json: bool) -> int:
 def _of_host() -> tuple[Finding, ...]:
     rules = Reading()
     try:
-        return preflight.look(
-            Scene(umask.current(), os.environ, ports=tuple(_ports()), peers=tuple(_neighbours()), rules=rules)
+        return checks.look(
+            Scene(
+                umask=umask.current(),
+                environment=os.environ,
+                ports=tuple(_ports()),
+                peers=tuple(_neighbours()),
+                rules=rules,
+            )
         )
     finally:
         rules.close()

@@ -26,7 +26,7 @@ from securerun.firewall.policy import Denial
 from securerun.guard.protocol import Notice, Released, denial_document, layer_document
 from securerun.host.account import name_of
 from securerun.protection import words
-from securerun.protection.events import Checked, Finding, Finished, Gone, Installed, News, Renewed
+from securerun.protection.events import Checked, Finished, Gone, Installed, News, Renewed
 from securerun.protection.plan import Plan
 from securerun.text import count
 
@@ -126,8 +126,8 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
         "layers": [layer_document(layer) for layer in guarding.layers] if guarding else [],
         "notes": list(guarding.notes) if guarding else [],
         "denied": [denial_document(denial) for denial in released.denied] if released else None,
-        "preflight": [_finding(finding) for finding in checked.preflight] if checked else [],
-        "permissions": [_finding(finding) for finding in checked.permissions] if checked else [],
+        "preflight": [finding.document() for finding in checked.preflight] if checked else [],
+        "permissions": [finding.document() for finding in checked.permissions] if checked else [],
         "timeline": list(_timeline(journal, ending)),
     }
 
@@ -217,10 +217,6 @@ def _last(journal: Journal, kind: type[Kind]) -> Kind | None:
     """The last thing of a kind that was heard."""
     found = [news for _, news in journal.heard if isinstance(news, kind)]
     return found[-1] if found else None
-
-
-def _finding(finding: Finding) -> dict[str, str]:
-    return {"name": finding.name, "what": finding.what, "why": finding.why, "mend": finding.mend}
 
 
 def _time(seconds: float) -> str:

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from securerun.finding import Finding
 from securerun.job import ranktable
 from securerun.linux import proc, trust
 from securerun.linux.trust import WeakPoint
 from securerun.options import SITE_CONFIG
-from securerun.preflight import Finding, Scene
+from securerun.preflight.scene import Scene
 
 _ROOT = 0
 _OVERFLOW_USER = Path("/proc/sys/kernel/overflowuid")
@@ -215,12 +216,12 @@ def _trusted_owners() -> frozenset[int]:
 def _changeable(name: str, path: Path, weakness: WeakPoint, why: str) -> Finding:
     place = shlex.quote(str(weakness.place))
     if weakness.mode is not None:
-        mend = f"chmod go-w {place}"
+        fix = f"chmod go-w {place}"
     elif os.geteuid() == _ROOT and weakness.place != path:  # nobody's home is to become root's
-        mend = f"securerun --run-as {weakness.owner}"
+        fix = f"securerun --run-as {weakness.owner}"
     else:
-        mend = f"chown {os.geteuid()} {place}" if os.geteuid() == _ROOT else f"cp -a {shlex.quote(str(path))} ~"
-    return Finding(name, str(weakness), why, mend)
+        fix = f"chown {os.geteuid()} {place}" if os.geteuid() == _ROOT else f"cp -a {shlex.quote(str(path))} ~"
+    return Finding(name, str(weakness), why, fix)
 
 
 def _too_open(name: str, path: Path, kind: str, why: str) -> Iterator[Finding]:

@@ -1,25 +1,29 @@
 """The preflight of a launch: what can be begun early is, and the verdict comes before anything is started.
 
-What is found is said only when the job is guarded: a launch that is refused has one thing to mend first.
+What is found is said only when the job is guarded: a launch that is refused has one thing to fix first.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from securerun.console import say
-from securerun.preflight import OFF, STRICT, WARN, Finding, Scene, look, require_none
+from securerun.errors import PolicyError
+from securerun.finding import Finding
+from securerun.preflight.scene import Scene
 from securerun.protection.events import Checked, Hear, nobody
+from securerun.text import count
 
 if TYPE_CHECKING:
     from securerun.job.job import Job
     from securerun.options import Options
-    from securerun.preflight.firewalls import Reading
+    from securerun.preflight.reading import Reading
     from securerun.protection.plan import Plan
 
+WARN, STRICT, OFF = "warn", "strict", "off"
 # Where one node's agents meet, only the first node's listens there; with every other backend any agent may.
 _FIRST_NODE_LISTENS = frozenset({"static", "parallel", "env"})
 
@@ -39,7 +43,7 @@ def begin(asked: Options, umask: int, *, reads_rules: bool) -> Early:
     """Begin what takes other programs: that overlaps the import of torch, and comes before --run-as takes effect."""
     if not reads_rules or _mode(asked) == OFF:
         return Early(umask)
-    from securerun.preflight.firewalls import Reading
+    from securerun.preflight.reading import Reading
 
     return Early(umask, Reading())
 
@@ -52,7 +56,7 @@ def inspect(plan: Plan, early: Early, hear: Hear = nobody) -> tuple[Finding, ...
     mode = _mode(plan.options)
     if mode == OFF and plan.options.report is None:
         return ()
-    from securerun.preflight.firewalls import Reading
+    from securerun.preflight.reading import Reading
 
     rules = early.rules or Reading()
     try:
@@ -78,7 +82,16 @@ def inspect_inner(job: Job, asked: Options, early: Early) -> tuple[Finding, ...]
     mode = asked.preflight or OFF
     if mode == OFF:
         return ()
-    return _found(Scene(early.umask, os.environ, job.command, log_dir=job.log_dir, reserved=True), mode)
+    scene = Scene(umask=early.umask, environment=os.environ, command=job.command, log_dir=job.log_dir, reserved=True)
+    return _found(scene, mode)
+
+
+def require_none(findings: Sequence[Finding]) -> None:
+    """Raise PolicyError, with a line for each finding, where there is any."""
+    if findings:
+        found = count(len(findings), "finding")
+        verdict = f"--preflight strict: {found}, so nothing was started; mend them, or use --preflight warn"
+        raise PolicyError("\n".join([*map(str, findings), verdict]))
 
 
 def tell(findings: Iterable[Finding]) -> None:
@@ -98,7 +111,11 @@ def _permissions(scene: Scene, asked: Options) -> tuple[Finding, ...]:
 
 
 def _found(scene: Scene, mode: str, hear: Hear = nobody, permissions: tuple[Finding, ...] = ()) -> tuple[Finding, ...]:
-    findings = () if mode == OFF else look(scene)
+    findings: tuple[Finding, ...] = ()
+    if mode != OFF:
+        from securerun.preflight import checks
+
+        findings = checks.look(scene)
     hear(Checked(findings, permissions))
     if mode == STRICT:
         require_none(findings)

@@ -6,9 +6,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from securerun.finding import Finding
 from securerun.linux import proc
 from securerun.linux.sock_diag import Connection, Listener, SocketDiagnosis, SocketsUnavailable
-from securerun.preflight import Finding, Scene
+from securerun.preflight.scene import Scene
 
 _NAMED = 8
 # A range as wide as what the kernel gives to connections is for the port chains, and no list of ports to listen on.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from securerun.finding import Finding
 from securerun.guard import records
 from securerun.linux import proc
-from securerun.preflight import Finding, Scene
+from securerun.preflight.scene import Scene
 
 # torch/distributed/elastic/agent/server/local_elastic_agent.py gives it to every worker.
 _WORKERS_VARIABLE = b"TORCHELASTIC_RUN_ID="

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from securerun.finding import Finding
 from securerun.host import umask
 from securerun.job import weights
 from securerun.linux import packages, proc
-from securerun.preflight import Finding, Scene
+from securerun.preflight.scene import Scene
 
 _RANDOMIZE = Path("/proc/sys/kernel/randomize_va_space")
 _CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")

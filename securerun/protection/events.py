@@ -7,29 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Protocol, Union
+from typing import TYPE_CHECKING, Callable, Union
 
+from securerun.finding import Finding
 from securerun.guard.protocol import Guarding, Notice, Released
 
 if TYPE_CHECKING:
     from securerun.job.peers import Peers
     from securerun.protection.plan import Plan
-
-
-class Finding(Protocol):
-    """Something about this host or its files that departs from the advice (`securerun.preflight.Finding`).
-
-    name: which check; what is found; why that matters; the command that mends it.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def what(self) -> str: ...
-    @property
-    def why(self) -> str: ...
-    @property
-    def mend(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from hosts import eventually, is_alive
 from terminals import terminal
 
 from securerun.audit import scan, workers
-from securerun.audit.findings import Batch, Problem
 from securerun.audit.kinds import Kinds, read_rows
 from securerun.audit.scan import Directory, Settings
 from securerun.audit.tree import open_roots
+from securerun.audit.violations import Batch, Problem
 from securerun.ctl import app
 from securerun.ctl.audit import Request, audit
 from securerun.errors import SecurerunError

@@ -20,12 +20,12 @@ from terminals import terminal
 from test_audit import NET_RAW, NOBODY, put
 from users import PrivateMachine
 
-from securerun.audit import mend, undolog, workers
-from securerun.audit.findings import Finding, findings_of
+from securerun.audit import fix, undolog, workers
+from securerun.audit.fix import Proposal
 from securerun.audit.kinds import Kinds, read_rows
-from securerun.audit.mend import Plan
 from securerun.audit.scan import Directory, Settings
 from securerun.audit.tree import open_roots
+from securerun.audit.violations import Violation, violations_of
 from securerun.ctl.audit import Request, audit, undo
 from securerun.errors import SecurerunError, UsageError
 from securerun.host import permissions
@@ -73,24 +73,24 @@ def request(tree: Path, **more: Any) -> Request:  # noqa: ANN401 - fields of Req
 
 
 @contextlib.contextmanager
-def planned(tree: Path) -> Iterator[tuple[Settings, Plan]]:
+def planned(tree: Path) -> Iterator[tuple[Settings, Proposal]]:
     """An audit's plan for a tree, in which something may happen before it is carried out."""
     roots = open_roots([tree])
     settings = Settings(tuple(roots), Kinds(read_rows(None), {}), frozenset({0}), identities=True)
     starts = [Directory(0, "", settings.kinds.of_root(roots[0].path))]
-    findings: list[Finding] = []
-    for outcome in workers.look(settings, starts, findings_of):
+    findings: list[Violation] = []
+    for outcome in workers.look(settings, starts, violations_of):
         findings += outcome.found
     try:
-        yield settings, mend.plan(findings, settings.owners)
+        yield settings, fix.propose(findings, settings.owners)
     finally:
         for root in roots:
             os.close(root.descriptor)
 
 
-def carried_out(settings: Settings, plan: Plan) -> dict[str, str]:
+def carried_out(settings: Settings, plan: Proposal) -> dict[str, str]:
     """What was left, and why."""
-    return {each.change.path: each.why for each in mend.make(settings.roots, plan.changes) if each.why}
+    return {each.change.path: each.why for each in fix.make(settings.roots, plan.changes) if each.why}
 
 
 def test_all_that_is_too_open_is_closed_and_said_before(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

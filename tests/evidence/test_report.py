@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,6 +27,7 @@ from users import PrivateMachine
 from securerun.errors import PolicyError, UsageError
 from securerun.evidence import report, report_html
 from securerun.evidence.report import Ending, Journal
+from securerun.finding import Finding
 from securerun.firewall.policy import Denial, Layer
 from securerun.guard.protocol import Guarding, Notice, Released
 from securerun.job.peers import Peers
@@ -65,14 +65,8 @@ FIELDS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Found:
-    """A finding, as the checks of a host make it."""
-
-    name: str = "umask"
-    what: str = "the shell's umask is 0022"
-    why: str = "what tee writes can be read by everybody"
-    mend: str = "umask 0027"
+OF_HOST = Finding("umask", "the shell's umask is 0022", "what tee writes can be read by everybody", "umask 0027")
+OF_FILES = Finding("checkpoint", "/data/model.pt is 0666", "anybody can replace it", "chmod o-w")
 
 
 def document(*heard: News, status: int = 0, reason: str = "") -> dict[str, Any]:
@@ -110,7 +104,7 @@ def whole(**options: Any) -> tuple[News, ...]:  # noqa: ANN401 - whatever the op
     denied = (Denial(STRANGER, 29500, 12), Denial(ipaddress.ip_address("fd77::3"), 0, 1))
     return (
         plans.plan(**options),
-        Checked((Found(),), (Found("checkpoint", "/data/model.pt is 0666", "anybody can replace it", "chmod o-w"),)),
+        Checked((OF_HOST,), (OF_FILES,)),
         Installed(GUARDING, "by sudo"),
         Notice(denied[:1], ("the guard died; another has taken over",)),
         Renewed(Peers((), "--peers"), Peers((), "--peers", fixed=(ipaddress.ip_network("10.77.0.9"),))),

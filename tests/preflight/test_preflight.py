@@ -16,10 +16,12 @@ import pytest
 from hosts import Host
 from sandbox import NOBODY, apart, cover, cover_directory
 
-from securerun import preflight
 from securerun.errors import PolicyError
+from securerun.finding import Finding
 from securerun.firewall.policy import PortRange
-from securerun.preflight import Check, Finding, Scene, files, ports, surroundings
+from securerun.preflight import files, inspection, ports, surroundings
+from securerun.preflight.checks import Check
+from securerun.preflight.scene import Scene
 
 _ADDR_NO_RANDOMIZE = 0x0040000
 HCCL = PortRange(60000, 60015, "HCCL")
@@ -36,7 +38,15 @@ def scene(
     meeting_port: int | None = None,
     reserved: bool = False,
 ) -> Scene:
-    return Scene(umask, environment or {}, command, log_dir, tuple(plan), meeting_port, reserved)
+    return Scene(
+        umask=umask,
+        environment=environment or {},
+        command=command,
+        log_dir=log_dir,
+        ports=tuple(plan),
+        meeting_port=meeting_port,
+        reserved=reserved,
+    )
 
 
 def made(check: Check, looked_at: Scene) -> list[Finding]:
@@ -48,7 +58,7 @@ def the_one(findings: Sequence[Finding], name: str, *words: str) -> Finding:
     assert [finding.name for finding in findings] == [name], findings
     line = str(findings[0])
     assert "\n" not in line
-    assert findings[0].why and findings[0].mend
+    assert findings[0].why and findings[0].fix
     for word in words:
         assert word in line, line
     return findings[0]
@@ -56,7 +66,7 @@ def the_one(findings: Sequence[Finding], name: str, *words: str) -> Finding:
 
 @pytest.mark.parametrize(("found", "mend"), [(0o022, "umask 0027"), (0o000, "umask 0027"), (0o070, "umask 0077")])
 def test_shells_umask_is_told_where_it_is_looser_than_the_jobs(found: int, mend: str) -> None:
-    assert the_one(made(surroundings.shells_umask, scene(umask=found)), "umask", f"{found:04o}").mend == mend
+    assert the_one(made(surroundings.shells_umask, scene(umask=found)), "umask", f"{found:04o}").fix == mend
 
 
 @pytest.mark.parametrize("found", [0o027, 0o077, 0o777])
@@ -186,7 +196,7 @@ def test_script_that_others_can_write_is_told_and_mended(place: Path, mode: int,
     assert bool(findings) == told
     if told:
         finding = the_one(findings, "script", str(script), f"mode {mode:o}")
-        subprocess.run(finding.mend, shell=True, check=True)  # noqa: S602 - the very words that a person is told
+        subprocess.run(finding.fix, shell=True, check=True)  # noqa: S602 - the very words that a person is told
         assert healthy(place)
 
 
@@ -202,13 +212,13 @@ def test_directory_of_the_script_that_others_can_write_is_told(place: Path, mode
 def test_another_owner_can_change_the_script_too(place: Path) -> None:
     os.chown(place / "train.py", NOBODY, NOBODY)
     finding = the_one(programs(place / "train.py"), "script", f"belongs to user {NOBODY}")
-    subprocess.run(finding.mend, shell=True, check=True)  # noqa: S602
+    subprocess.run(finding.fix, shell=True, check=True)  # noqa: S602
     assert healthy(place)
 
 
 def test_directory_of_another_user_is_not_to_be_made_roots(place: Path) -> None:
     os.chown(place, NOBODY, NOBODY)
-    assert the_one(programs(place / "train.py"), "script", str(place)).mend == f"securerun --run-as {NOBODY}"
+    assert the_one(programs(place / "train.py"), "script", str(place)).fix == f"securerun --run-as {NOBODY}"
 
 
 def test_a_users_own_files_and_roots_are_his_to_run() -> None:
@@ -252,7 +262,7 @@ def test_program_is_looked_for_as_a_shell_does_and_a_missing_one_is_torchs_matte
 def test_files_that_arguments_name_are_looked_at_by_their_kind(place: Path) -> None:
     configuration, key, data = (write(place / name, 0o666) for name in ("model.yaml", "client.pem", "data.bin"))
     found = programs(place / "train.py", "--config", configuration, f"--key={key}", "--data-path", data)
-    assert {(finding.name, finding.mend) for finding in found} == {
+    assert {(finding.name, finding.fix) for finding in found} == {
         ("config", f"chmod go-w {configuration}"),
         ("key", f"chmod go-w {key}"),
     }
@@ -326,7 +336,7 @@ def test_directory_is_told_when_it_is_more_open_than_its_row(
         assert bool(findings) == told, oct(mode)
         if told:
             finding = the_one(findings, "directory", str(directory), f"mode {mode:o}", "750")
-            assert finding.mend.endswith(shlex.quote(str(directory)))
+            assert finding.fix.endswith(shlex.quote(str(directory)))
     assert made(files.open_directories, of(str(tmp_path / "missing"))) == []
 
 
@@ -357,8 +367,8 @@ def test_plan_in_the_kernels_own_range_is_told_until_it_is_reserved(node: Host) 
         assert "60000-60015" in finding.what and "29500" not in finding.what
         Path("/proc/sys/net/ipv4/ip_local_reserved_ports").write_text("50000")
         (finding,) = made(ports.unreserved, wanted)
-        assert finding.mend == "sysctl -w net.ipv4.ip_local_reserved_ports=50000,60000-60015"
-        subprocess.run(finding.mend.split(), check=True, stdout=subprocess.DEVNULL)
+        assert finding.fix == "sysctl -w net.ipv4.ip_local_reserved_ports=50000,60000-60015"
+        subprocess.run(finding.fix.split(), check=True, stdout=subprocess.DEVNULL)
 
     try:
         assert apart(lambda: made(ports.unreserved, wanted), before=reserve, host=node) == []
@@ -380,7 +390,7 @@ def test_planned_port_in_use_is_told_with_the_process_that_has_it(node: Host) ->
 
     finding = the_one(apart(look, host=node), "port-in-use", "port 60003", "user 0")
     assert finding.what.startswith("port 60003 of the plan is in use by process ")
-    assert finding.mend.startswith("kill ")
+    assert finding.fix.startswith("kill ")
     assert apart(lambda: made(ports.in_use, scene(plan=plan)), host=node) == []
     # The other agent of the same job may have the job's own store there; nobody else's listener is excused.
     assert apart(lambda: look(60003), host=node) == []
@@ -413,7 +423,7 @@ def test_planned_port_of_another_user_is_told_without_a_process_that_cannot_be_s
         finding = the_one(
             apart(lambda: made(ports.in_use, excused), host=node, user=NOBODY), "port-in-use", "of user 0"
         )
-        assert "by a process" in finding.what and "ss -Hatnp" in finding.mend
+        assert "by a process" in finding.what and "ss -Hatnp" in finding.fix
     finally:
         listener.stdin.close()
         listener.wait(timeout=10)
@@ -428,8 +438,8 @@ _LISTEN = "import socket, sys; s = socket.create_server(('', 60000)); print('lis
 def test_worker_whose_launcher_is_gone_is_told_and_others_are_not(tmp_path: Path) -> None:
     """In a pid namespace of its own, whose first process takes orphans over."""
     look = (
-        "from securerun.preflight import Scene, remains\n"
-        "for finding in remains.orphans(Scene(0o027, {})): print(finding.name, finding.what, finding.mend, sep='|')"
+        "from securerun.preflight import remains\nfrom securerun.preflight.scene import Scene\n"
+        "for finding in remains.orphans(Scene(0o027, {})): print(finding.name, finding.what, finding.fix, sep='|')"
     )
     script = (
         "(TORCHELASTIC_RUN_ID=old sleep 61 &)\n(sleep 62 &)\n(TORCHELASTIC_RUN_ID_X=1 sleep 63 &)\n"
@@ -460,7 +470,7 @@ def test_findings_are_a_line_each_and_strict_refuses_all_at_once() -> None:
     said = [str(finding) for finding in findings]
     assert said == ["this: because; mend it by `mend it`", "evil\\n\\x1b[2J: of that; mend it by `mend that`"]
     with pytest.raises(PolicyError, match="--preflight strict: 2 findings, so nothing was started") as refused:
-        preflight.require_none(findings)
+        inspection.require_none(findings)
     assert refused.value.status == 78
     assert str(refused.value).splitlines()[:2] == said
-    preflight.require_none(())
+    inspection.require_none(())

@@ -15,9 +15,11 @@ from hosts import Host, Network
 from probe import reach
 from sandbox import NOBODY, apart, cover_directory
 
+from securerun.finding import Finding
 from securerun.firewall.policy import PortRange
-from securerun.preflight import Finding, Scene
-from securerun.preflight.firewalls import Reading, turned_away
+from securerun.preflight.firewalls import turned_away
+from securerun.preflight.reading import Reading
+from securerun.preflight.scene import Scene
 
 PORT = 29500
 RANDOM = 46883  # the middle of 32768-60999, which the kernel has by default
@@ -251,7 +253,7 @@ def test_command_that_is_told_lets_the_peer_in(network: Network, node0: Host, na
     with ruled(node0, tool, text):
         (finding,) = told(node0, "10.77.0.2", "10.77.0.9")
         assert "10.77.0.2 and 1 more away" in finding.what
-        command = finding.mend.replace("iptables -I", f"{tool} -I") if tool != "nft" else finding.mend
+        command = finding.fix.replace("iptables -I", f"{tool} -I") if tool != "nft" else finding.fix
         node0.run(command.split(), check=True)
         assert told(node0, "10.77.0.2") == []
         assert all(reach(network["node1"], [(node0.ipv4, PORT), (node0.ipv4, RANDOM)]).values())
@@ -263,7 +265,7 @@ def test_ipv6_has_rules_of_its_own(network: Network, node0: Host) -> None:
         (finding,) = told(node0, "fd77::2")
         assert "chain INPUT of ip6tables" in finding.what
         assert reach(network["node1"], [(node0.ipv6, PORT)]) == {(node0.ipv6, PORT): False}
-        node0.run(finding.mend.split(), check=True)
+        node0.run(finding.fix.split(), check=True)
         assert told(node0, "fd77::2") == []
 
 
@@ -313,7 +315,7 @@ def test_user_who_may_not_read_rules_hears_of_an_active_ufw(node0: Host, enabled
     if enabled == "yes":
         (finding,) = findings
         assert "ufw is active and may turn 10.77.0.2 away" in finding.what
-        assert finding.mend == "sudo ufw status"
+        assert finding.fix == "sudo ufw status"
     else:
         assert findings == []
 
@@ -340,4 +342,4 @@ def test_rules_that_a_program_keeps_are_mended_by_its_own_command(node0: Host, m
     with ruled(node0, "nft", RULESETS["firewalld"][1]):
         (finding,) = apart(look, before=arrange, host=node0)
     assert finding.what.startswith(f"{manager}, chain filter_INPUT of nft (table inet firewalld) turns 10.77.0.2 away")
-    assert finding.mend.startswith(mend)
+    assert finding.fix.startswith(mend)

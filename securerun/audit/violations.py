@@ -29,7 +29,7 @@ class Problem(str, enum.Enum):
 class Identity(NamedTuple):
     """What has to be as it was for a mode to be changed: the file itself, whose it is, and how open.
 
-    birth: when it was made, as `birth.birth_of` has it; 0 where nobody asked, and where it is not known.
+    birth: when it was made, as `statx.birth_of` has it; 0 where nobody asked, and where it is not known.
     """
 
     device: int
@@ -62,7 +62,7 @@ class Wrong(NamedTuple):
     detail: str = ""
 
 
-class Finding(NamedTuple):
+class Violation(NamedTuple):
     """One thing that is wrong with one file or directory.
 
     root: the number of the PATH that it was found in. path: below that root, "" for the root itself; absolute for a
@@ -97,10 +97,10 @@ class Batch(NamedTuple):
         return f"{self.path}/{name}" if self.path and name else self.path or name
 
 
-def findings_of(batch: Batch) -> list[Finding]:
-    """The findings of a batch, each by itself. Those that do not say which file it is are left out."""
+def violations_of(batch: Batch) -> list[Violation]:
+    """Return the violations of a batch, each by itself. Those that do not say which file it is are left out."""
     return [
-        Finding(batch.root, batch.below(name), wrong, identity, links)
+        Violation(batch.root, batch.below(name), wrong, identity, links)
         for name, wrongs, identity, links in batch.entries
         for wrong in wrongs
         if identity is not None

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from securerun.audit.findings import Finding, Identity, Problem, identity_of
 from securerun.audit.tree import Root, Way
+from securerun.audit.violations import Identity, Problem, Violation, identity_of
 from securerun.host import permissions
 from securerun.linux import proc
 from securerun.linux.statx import birth_of
@@ -46,34 +46,37 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What mending will do: the changes, directories before what is in them, and what is left as it is."""
+class Proposal:
+    """What fixing would do: the changes, directories before what is in them, and what is left as it is."""
 
     changes: tuple[Change, ...]
     refused: tuple[Result, ...]
 
 
-def is_of_mode(finding: Finding) -> bool:
-    """Whether taking bits away mends it."""
-    return finding.wrong.problem in _OF_MODES
+def is_of_mode(violation: Violation) -> bool:
+    """Return whether taking bits away fixes it."""
+    return violation.wrong.problem in _OF_MODES
 
 
-def plan(findings: Iterable[Finding], owners: frozenset[int]) -> Plan:
-    """The changes that mend the modes among these findings. owners: ids of the users whose files may be changed."""
+def propose(violations: Iterable[Violation], owners: frozenset[int]) -> Proposal:
+    """Return the changes that fix the modes among these violations.
+
+    owners: ids of the users whose files may be changed.
+    """
     changes, refused = {}, []
-    for finding in findings:
-        where = (finding.root, finding.path)
-        if not is_of_mode(finding) or where in changes:
+    for violation in violations:
+        where = (violation.root, violation.path)
+        if not is_of_mode(violation) or where in changes:
             continue
-        mode = finding.identity.mode
-        after = stat.S_IMODE(mode) & ~permissions.excess(mode, finding.wrong.kind)
-        change = changes[where] = Change(finding.root, finding.path, finding.identity, after)
-        if finding.identity.owner not in owners and finding.identity.owner != 0:
+        mode = violation.identity.mode
+        after = stat.S_IMODE(mode) & ~permissions.excess(mode, violation.wrong.kind)
+        change = changes[where] = Change(violation.root, violation.path, violation.identity, after)
+        if violation.identity.owner not in owners and violation.identity.owner != 0:
             refused.append(Result(change, "its owner is a stranger here"))
-        elif not finding.is_directory and finding.links > 1:
-            refused.append(Result(change, _several_names(finding.links)))
+        elif not violation.is_directory and violation.links > 1:
+            refused.append(Result(change, _several_names(violation.links)))
     left = {result.change for result in refused}
-    return Plan(tuple(sorted(change for change in changes.values() if change not in left)), tuple(refused))
+    return Proposal(tuple(sorted(change for change in changes.values() if change not in left)), tuple(refused))
 
 
 def make(roots: Sequence[Root], changes: Iterable[Change]) -> Iterator[Result]:
