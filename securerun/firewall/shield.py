@@ -18,15 +18,16 @@ import ipaddress
 import itertools
 import os
 import resource
-import signal
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Callable
 
-from securerun.errors import Obstacle, PolicyError, Unavailable
+from securerun.errors import Obstacle, PolicyError
+from securerun.firewall import selftest
 from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.refusals import CANNOT_OPEN, FORBIDDEN_ABOVE, LACK_OF_PRIVILEGE, ShieldUnavailable, explained
 from securerun.linux.assembler import (
     R0,
     R1,
@@ -57,13 +58,18 @@ from securerun.linux.assembler import (
     map_reference,
     store,
 )
-from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, MapType, Program, VerifierError, attached
+from securerun.linux.bpf import (
+    AttachFlags,
+    AttachType,
+    Map,
+    MapShape,
+    MapType,
+    Program,
+    VerifierError,
+    attached,
+    programs_on,
+)
 from securerun.linux.networks import Network, collapse
-
-
-class ShieldUnavailable(Unavailable):
-    """There can be no shield here, or none that is proven; the message is one line that says why."""
-
 
 # ---------------------------------------------------------------------------------------------------
 # Policy to program
@@ -262,8 +268,6 @@ HEADER_PROGRAM = ShieldProgram("header", "securerun_head", "for Linux 4.15 to 5.
 _PROGRAMS = (SOCKET_PROGRAM, CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM)
 
 _NOTING_NAME = "securerun_note"
-_PROBE_NAME = "securerun_probe"
-_FORBID_EVERYTHING = (calculate(R0, "=", _DROP), leave())
 
 
 def describe(policy: Policy) -> str:
@@ -526,15 +530,6 @@ _ROOM_FOR_PEERS = 1024
 _FEWEST_OPENINGS = 8192
 _OPENINGS_PER_PROCESSOR = 256
 
-_LACK_OF_PRIVILEGE = (
-    "not permitted; it takes CAP_BPF and CAP_NET_ADMIN (before Linux 5.8 CAP_SYS_ADMIN) "
-    "in the initial user namespace: run as root there"
-)
-_FORBIDDEN_ABOVE = (
-    "not permitted; a program on a cgroup above forbids any below (systemd does that for IP accounting), "
-    "or CAP_NET_ADMIN is missing"
-)
-_CANNOT_OPEN = "not permitted; it takes CAP_SYS_ADMIN to open a program by its id"
 _CANNOT_CLOSE_LOOPBACK = "--loopback job needs Linux 5.1, whose programs see a packet's socket; use --loopback any here"
 
 
@@ -579,7 +574,7 @@ class Shield:
 
         Cumulative since the shield was hung up.
         """
-        with _explained("reading the shield's counters"):
+        with explained("reading the shield's counters"):
             denials = [_denial(key, value) for key, value in self._denied.items()]
         return tuple(sorted(denials, key=_most_packets_first))
 
@@ -590,7 +585,7 @@ class Shield:
         with nothing changed, when there is no room for that many.
         """
         wanted = collapse(peers)
-        with _explained("changing the shield's peers"):
+        with explained("changing the shield's peers"):
             changes = [
                 _changes(self._peers4, set(_keys(wanted, 4))),
                 _changes(self._peers6, set(_keys(wanted, 6))),
@@ -603,10 +598,10 @@ class Shield:
 
     def detach(self) -> None:
         """Takes the shield off the cgroup; nothing happens when it, or the cgroup, is gone already."""
-        with _explained("taking the shield off"):
-            _detach(self._program, self._cgroup, AttachType.CGROUP_INET_INGRESS)
+        with explained("taking the shield off"):
+            self._program.take_off(self._cgroup, AttachType.CGROUP_INET_INGRESS)
             if self._noting is not None:
-                _detach(self._noting, self._cgroup, AttachType.CGROUP_INET_EGRESS)
+                self._noting.take_off(self._cgroup, AttachType.CGROUP_INET_EGRESS)
 
     def close(self) -> None:
         """Closes this process' descriptors. The attachment stays until detach(), or as long as the cgroup."""
@@ -634,14 +629,14 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
         noting = undo.enter_context(_load_noting_program(symbols)) if chosen.closes_loopback else None
         shield = Shield(cgroup, chosen.name, program, *maps, noting=noting)
         undo.callback(shield.close)
-        with _explained("filling in the shield's peers"):
+        with explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
                 trie.update_many(dict.fromkeys(_keys(policy.peers_of(version), version), _NO_VALUE))
-        with _explained("hanging the shield on the cgroup", _FORBIDDEN_ABOVE):
+        with explained("hanging the shield on the cgroup", FORBIDDEN_ABOVE):
             if noting is not None:
                 # First, so that there is no SYN of the job that is judged and was not noted.
                 noting.attach(cgroup, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
-                undo.callback(_detach, noting, cgroup, AttachType.CGROUP_INET_EGRESS)
+                undo.callback(noting.take_off, cgroup, AttachType.CGROUP_INET_EGRESS)
             program.attach(cgroup, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
         undo.pop_all()
     return shield
@@ -653,12 +648,10 @@ def adopt(cgroup: int) -> Shield:
     A self-test that the guard died in is taken off: it would forbid the job to send anything. So is the half of a
     shield that only notes. Raises ShieldUnavailable when there is no shield on the cgroup.
     """
-    with _explained("looking for the shield of an earlier guard", _CANNOT_OPEN):
-        for probe in _open_attached(cgroup, AttachType.CGROUP_INET_EGRESS, (_PROBE_NAME,)):
-            with probe:
-                _detach(probe, cgroup, AttachType.CGROUP_INET_EGRESS)
+    with explained("looking for the shield of an earlier guard", CANNOT_OPEN):
+        selftest.take_off_remains(cgroup)
         names = {program.kernel_name: program.name for program in _PROGRAMS}
-        for program in _open_attached(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(names)):
+        for program in programs_on(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(names)):
             return _adopt_program(cgroup, program, names)
         _find_noting_program(cgroup, ())
     raise ShieldUnavailable("no shield hangs on this cgroup", Obstacle.NOTHING_THERE)
@@ -672,7 +665,7 @@ def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) 
     """
     kinds = [AttachType.CGROUP_INET_INGRESS, *[AttachType.CGROUP_INET_EGRESS] * close_loopback]
     for ancestor, kind in itertools.product(ancestors, kinds):
-        with _explained("asking for the programs on the cgroups above"):
+        with explained("asking for the programs on the cgroups above"):
             found = attached(ancestor, kind)
         if not found.program_ids or found.flags & AttachFlags.ALLOW_MULTI:
             continue
@@ -688,37 +681,6 @@ def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) 
             "and IPAddressDeny=); start the job in another cgroup or give the unit Delegate=yes",
             Obstacle.PROGRAM_ABOVE,
         )
-
-
-def prove(cgroup: int) -> bool:
-    """Whether programs on this cgroup really see the packets of sockets that its processes make.
-
-    They do not where sockets count as the root cgroup's (before Linux 5.15, once net_cls or net_prio was in use).
-    While this runs, a few milliseconds, nothing in the cgroup can send: prove before the job moves in.
-    Raises ShieldUnavailable when it cannot be judged.
-    """
-    return egress_is_filtered(cgroup, cgroup)
-
-
-def egress_is_filtered(attached_to: int, entered: int) -> bool:
-    """Whether a program on one cgroup keeps a new socket of a process that entered the other from sending."""
-    with _explained("starting the self-test"):
-        before = _send_from_within(entered)
-    if before == errno.EPERM:
-        raise _cannot_judge("something forbids UDP over the loopback already")
-    if before:
-        raise _cannot_judge(f"no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`")
-    with _explained("loading the self-test"):
-        probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
-    with probe, _explained("hanging the self-test on the cgroup", _FORBIDDEN_ABOVE):
-        probe.attach(attached_to, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
-        try:
-            after = _send_from_within(entered)
-        finally:
-            _detach(probe, attached_to, AttachType.CGROUP_INET_EGRESS)
-    if after not in (0, errno.EPERM):
-        raise _cannot_judge(os.strerror(after))
-    return after == errno.EPERM
 
 
 # --- maps -------------------------------------------------------------------------------------------
@@ -739,7 +701,7 @@ def _openings_shape() -> MapShape:
 
 
 def _create(shape: MapShape) -> Map:
-    with _explained("creating the shield's maps"):
+    with explained("creating the shield's maps"):
         return Map.create(shape)
 
 
@@ -796,7 +758,7 @@ def _load_first_of(
             return program, Program.load(program.kernel_name, code)
         except VerifierError as error:
             if error.errno == errno.EPERM:
-                raise ShieldUnavailable(f"loading the shield: {_LACK_OF_PRIVILEGE}", Obstacle.NOT_PERMITTED) from error
+                raise ShieldUnavailable(f"loading the shield: {LACK_OF_PRIVILEGE}", Obstacle.NOT_PERMITTED) from error
             refusals.append(f"{program.name}: {error.strerror}")
     if policy.close_loopback:
         reason = f" ({'; '.join(refusals)})" if refusals else ""
@@ -807,7 +769,7 @@ def _load_first_of(
 
 
 def _load_noting_program(symbols: dict[str, int]) -> Program:
-    with _explained("loading the shield's program that notes the job's connections"):
+    with explained("loading the shield's program that notes the job's connections"):
         return Program.load(_NOTING_NAME, assemble(noting_program(), symbols))
 
 
@@ -816,25 +778,6 @@ def _interface_index(interface: str) -> int:
         return socket.if_nametoindex(interface)
     except OSError as error:
         raise PolicyError(f"there is no network interface {interface!r} here; see `ip link`") from error
-
-
-def _detach(program: Program, cgroup: int, kind: AttachType) -> None:
-    try:
-        program.detach(cgroup, kind)
-    except OSError as error:
-        # ENOENT: it hangs there no more. ENODEV: the cgroup was removed.
-        if error.errno not in (errno.ENOENT, errno.ENODEV):
-            raise
-
-
-def _open_attached(cgroup: int, kind: AttachType, names: Sequence[str]) -> Iterator[Program]:
-    """The programs of these names on the cgroup; who takes one closes it."""
-    for identifier in attached(cgroup, kind).program_ids:
-        program = Program.open(identifier)
-        if program.information().name in names:
-            yield program
-        else:
-            program.close()
 
 
 def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shield:
@@ -858,138 +801,10 @@ def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shie
 def _find_noting_program(cgroup: int, map_ids: Sequence[int]) -> Program | None:
     """The program on the cgroup that notes in one of these maps; takes off those whose shield is gone."""
     found = None
-    for program in _open_attached(cgroup, AttachType.CGROUP_INET_EGRESS, (_NOTING_NAME,)):
+    for program in programs_on(cgroup, AttachType.CGROUP_INET_EGRESS, (_NOTING_NAME,)):
         if set(program.information().map_ids) & set(map_ids):
             found = program
             continue
         with program:
-            _detach(program, cgroup, AttachType.CGROUP_INET_EGRESS)
+            program.take_off(cgroup, AttachType.CGROUP_INET_EGRESS)
     return found
-
-
-# --- the self-test ----------------------------------------------------------------------------------
-
-_LONGEST_SEND_SECONDS = 5.0
-_ANSWER = struct.Struct("=ii")
-
-
-def _send_from_within(cgroup: int) -> int:
-    """The errno of sending a datagram over the loopback from a new socket of a new process in the cgroup; 0: sent."""
-    near, far = socket.socketpair()
-    with near, far:
-        child = os.fork()
-        if not child:
-            near.close()
-            _answer_and_exit(cgroup, far)
-        # Held here too, it would hide the child's death: a batch system kills all of a cgroup, this child included.
-        far.close()
-        answer = _answer_of(child, near)
-    if len(answer) != _ANSWER.size:
-        raise ShieldUnavailable(
-            f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s", Obstacle.NOT_PROVEN
-        )
-    not_entered, not_sent = _ANSWER.unpack(answer)
-    if not_entered:
-        raise ShieldUnavailable(
-            f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}", Obstacle.NOT_PROVEN
-        )
-    return int(not_sent)
-
-
-def _cannot_judge(reason: str) -> ShieldUnavailable:
-    return ShieldUnavailable(f"the self-test cannot judge: {reason}", Obstacle.NOT_PROVEN)
-
-
-def _answer_of(child: int, near: socket.socket) -> bytes:
-    near.settimeout(_LONGEST_SEND_SECONDS)
-    try:
-        return near.recv(_ANSWER.size)
-    except socket.timeout:
-        return b""
-    finally:
-        # The child waits for this, frozen or not, so the pid is still its own.
-        os.kill(child, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, the kernel reaps
-            os.waitpid(child, 0)
-
-
-def _answer_and_exit(cgroup: int, far: socket.socket) -> None:
-    """The child's whole life: it answers, and then waits to be killed or for its parent's end."""
-    try:
-        # The handlers are the guard's, and not for this process.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        not_entered = _errno_of(lambda: _enter(cgroup))
-        not_sent = 0 if not_entered else _errno_of(_send_to_self)
-        far.sendall(_ANSWER.pack(not_entered, not_sent))
-        far.recv(1)
-    finally:
-        os._exit(0)
-
-
-def _errno_of(action: Callable[[], None]) -> int:
-    try:
-        action()
-    except OSError as error:
-        return error.errno or errno.EIO
-    return 0
-
-
-def _enter(cgroup: int) -> None:
-    membership = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup)
-    try:
-        # A file object would hide that the kernel refuses the move, as it does below a threaded cgroup.
-        os.write(membership, b"0")
-    finally:
-        os.close(membership)
-    # A threaded cgroup lists its threads only; of a process with one thread that is the process.
-    if os.getpid() not in _listed(cgroup, "cgroup.procs") | _listed(cgroup, "cgroup.threads"):
-        raise OSError(errno.ESRCH, "the move had no effect")
-
-
-def _listed(cgroup: int, name: str) -> set[int]:
-    try:
-        with open(name, "rb", opener=lambda path, flags: os.open(path, flags, dir_fd=cgroup)) as members:
-            return set(map(int, members))
-    except FileNotFoundError:  # cgroup.threads, before kernel 4.14
-        return set()
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return set()
-
-
-def _send_to_self() -> None:
-    try:
-        _send_over(socket.AF_INET, "127.0.0.1")
-    except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EAFNOSUPPORT):
-            raise
-        _send_over(socket.AF_INET6, "::1")
-
-
-def _send_over(family: int, address: str) -> None:
-    with socket.socket(family, socket.SOCK_DGRAM) as endpoint:
-        endpoint.bind((address, 0))
-        endpoint.sendto(b"securerun", endpoint.getsockname())
-
-
-# --- errors -----------------------------------------------------------------------------------------
-
-_REASONS = {
-    errno.ENOSYS: ("this kernel has no bpf system call", Obstacle.OLD_KERNEL),
-    errno.EINVAL: ("this kernel cannot do it; it takes Linux 4.15 with CONFIG_CGROUP_BPF", Obstacle.OLD_KERNEL),
-    errno.EBADF: ("the descriptor is not one of a directory in a cgroup v2 file system", Obstacle.NO_CGROUP),
-    errno.ENODEV: ("the cgroup was removed", Obstacle.NO_CGROUP),
-}
-
-
-@contextlib.contextmanager
-def _explained(doing: str, not_permitted: str = _LACK_OF_PRIVILEGE) -> Iterator[None]:
-    """Turn the kernel's errors into ShieldUnavailable."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EPERM:
-            raise ShieldUnavailable(f"{doing}: {not_permitted}", Obstacle.NOT_PERMITTED) from error
-        reason, obstacle = _REASONS.get(error.errno or 0, (error.strerror, Obstacle.OTHER))
-        raise ShieldUnavailable(f"{doing}: {reason}", obstacle) from error

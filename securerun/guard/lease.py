@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 from securerun.errors import Obstacle, PrivilegeError
-from securerun.firewall import backends, shield
+from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denial, Layer, Policy, PortRange, merged
-from securerun.firewall.shield import Shield, ShieldUnavailable
+from securerun.firewall.refusals import ShieldUnavailable
+from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, reaper, records, reserved
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.cgroup import (
@@ -326,7 +327,7 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
-    if not cgroup.populated() and not shield.prove(cgroup.descriptor):
+    if not cgroup.populated() and not selftest.prove(cgroup.descriptor):
         raise ShieldUnavailable(
             "filters on a cgroup do not run on this host (before kernel 5.15 an active net_cls or net_prio cgroup, "
             "one container start with cgroup v1, switches them off until the next boot)",

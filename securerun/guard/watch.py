@@ -16,7 +16,7 @@ from typing import Callable, Protocol
 from securerun.errors import SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Denial
-from securerun.firewall.shield import ShieldUnavailable
+from securerun.firewall.refusals import ShieldUnavailable
 from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease

@@ -13,7 +13,7 @@ import enum
 import errno
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -367,6 +367,15 @@ class Program(_Descriptor):
         """Takes the program off the cgroup. Raises OSError: ENOENT when it does not hang there."""
         _call(_Command.PROG_DETACH, struct.pack("=iiI", cgroup, self._descriptor, kind))
 
+    def take_off(self, cgroup: int, kind: AttachType) -> None:
+        """Detach the program; nothing happens when it hangs there no more, or when the cgroup is gone."""
+        try:
+            self.detach(cgroup, kind)
+        except OSError as error:
+            # ENODEV: the cgroup was removed.
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+
     def test_run(self, frame: bytes, interface: int) -> int:
         """What the program returns for an Ethernet frame that came in through the interface with this index.
 
@@ -393,6 +402,16 @@ def attached(cgroup: int, kind: AttachType) -> Attached:
     _, after = _call(_Command.PROG_QUERY, attributes)
     flags, _, count = struct.unpack_from("=12xIQI", after)
     return Attached(AttachFlags(flags), struct.unpack_from(f"={count}I", identifiers))
+
+
+def programs_on(cgroup: int, kind: AttachType, names: Collection[str]) -> Iterator[Program]:
+    """Open the programs of these names that hang on the cgroup; whoever takes one closes it. Raises OSError."""
+    for identifier in attached(cgroup, kind).program_ids:
+        program = Program.open(identifier)
+        if program.information().name in names:
+            yield program
+        else:
+            program.close()
 
 
 def verifier_log(name: str, code: bytes) -> str:

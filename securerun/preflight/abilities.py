@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from securerun.errors import Obstacle, SecurerunError
-from securerun.firewall import backends, shield
+from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
-from securerun.firewall.shield import Shield, ShieldUnavailable
+from securerun.firewall.refusals import ShieldUnavailable
+from securerun.firewall.shield import Shield
 from securerun.guard import cgroup, reserved
 from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.protocol import ProtocolError, Ready, Refused
@@ -128,7 +129,7 @@ def _try_shield(policy: Policy) -> str:
         hung = Shield.attach(made.descriptor, policy)
         undo.callback(hung.close)
         undo.callback(hung.detach)
-        if not shield.prove(made.descriptor):
+        if not selftest.prove(made.descriptor):
             raise ShieldUnavailable(
                 "filters on a cgroup do not run here: net_cls or net_prio is in use (before 5.15)", Obstacle.NET_CLS
             )

@@ -25,16 +25,16 @@ from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
 
 from securerun.firewall import shield
 from securerun.firewall.policy import Policy
+from securerun.firewall.refusals import ShieldUnavailable
+from securerun.firewall.selftest import prove
 from securerun.firewall.shield import (
     CLOSED_LOOPBACK_PROGRAM,
     HEADER_PROGRAM,
     Shield,
-    ShieldUnavailable,
     adopt,
     attach_first_of,
     describe,
     noting_program,
-    prove,
     refuse_conflicts,
 )
 from securerun.linux.assembler import R0, Instruction, Statement, assemble, calculate, leave
@@ -833,13 +833,13 @@ def test_what_the_job_sends_costs_a_few_instructions_unless_it_opens_a_connectio
 def test_it_needs_cap_bpf_and_cap_net_admin_and_no_more(field: Field) -> None:
     script = (
         "import os, sys\n"
-        "from securerun.firewall import shield\n"
+        "from securerun.firewall import refusals, shield\n"
         "from securerun.firewall.policy import Policy\n"
         "assert [line.split()[1] for line in open('/proc/self/status') if line.startswith('CapEff')] == [sys.argv[2]]\n"
         "cgroup = os.open(sys.argv[1], os.O_RDONLY)\n"
         "try:\n"
         "    held = shield.Shield.attach(cgroup, Policy('0123456789ab', (), (), close_loopback=True))\n"
-        "except shield.ShieldUnavailable as error:\n"
+        "except refusals.ShieldUnavailable as error:\n"
         "    print('unavailable:', error)\n"
         "else:\n"
         "    shield.refuse_conflicts([cgroup], close_loopback=True)\n"

@@ -20,18 +20,17 @@ from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgrou
 from hosts import Host, Network, cgroup2_mount, eventually
 from packets import ACK, CWR, ECE, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
 
-from securerun.firewall import shield
+from securerun.firewall import selftest
 from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.refusals import ShieldUnavailable
+from securerun.firewall.selftest import egress_is_filtered, prove
 from securerun.firewall.shield import (
     HEADER_PROGRAM,
     SOCKET_PROGRAM,
     Shield,
     ShieldProgram,
-    ShieldUnavailable,
     adopt,
     attach_first_of,
-    egress_is_filtered,
-    prove,
     refuse_conflicts,
 )
 from securerun.linux.assembler import R0, assemble, calculate, leave
@@ -532,7 +531,7 @@ def test_a_cgroup_that_cannot_be_entered_is_no_proof(field: Field) -> None:
 def test_a_frozen_cgroup_holds_the_self_test_up_for_a_bounded_time(
     field: Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shield, "_LONGEST_SEND_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(selftest, "_LONGEST_SEND_SECONDS", PATIENCE_SECONDS)
     (field.job.path / "cgroup.freeze").write_text("1")
     with inside(field.host), pytest.raises(ShieldUnavailable, match="no answer"):
         prove(field.job.descriptor)

@@ -20,7 +20,7 @@ from hosts import Host, Network
 from packets import ACK, FRAGMENT, SYN, TCP, UDP, Flow
 
 from securerun.errors import PolicyError
-from securerun.firewall import shield
+from securerun.firewall import refusals
 from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.shield import HEADER_PROGRAM, SOCKET_PROGRAM, Shield, ShieldProgram, attach_first_of, describe
 from securerun.linux.assembler import Instruction, assemble
@@ -183,7 +183,7 @@ def test_peers_are_replaced_while_the_shield_hangs(judge: Judge) -> None:
 def test_more_peers_than_there_is_room_for_change_nothing(judge: Judge) -> None:
     # Every other address, so that they do not collapse.
     many = [ipaddress.ip_network((0x0A000000 + 2 * number, 32)) for number in range(3000)]
-    with pytest.raises(shield.ShieldUnavailable, match="start the job again"):
+    with pytest.raises(refusals.ShieldUnavailable, match="start the job again"):
         judge.shield.replace_peers(many)
     passing = [judge.passes(packets.packet(flow, syn(flow))) for flow in (*FROM_PEER, *FROM_STRANGER)]
     assert passing == [True, True, False, False]
@@ -379,7 +379,7 @@ def test_the_program_for_old_kernels_uses_nothing_that_they_lack() -> None:
 def test_the_shield_needs_cap_bpf_and_cap_net_admin_and_no_more(host: Host, program: ShieldProgram) -> None:
     script = (
         "import ipaddress, os, sys\n"
-        "from securerun.firewall import shield\n"
+        "from securerun.firewall import refusals, selftest, shield\n"
         "from securerun.firewall.policy import Policy\n"
         "assert [line.split()[1] for line in open('/proc/self/status') if line.startswith('CapEff')] == [sys.argv[3]]\n"
         "cgroup = os.open(sys.argv[1], os.O_RDONLY)\n"
@@ -387,13 +387,13 @@ def test_the_shield_needs_cap_bpf_and_cap_net_admin_and_no_more(host: Host, prog
         "program = [each for each in (shield.SOCKET_PROGRAM, shield.HEADER_PROGRAM) if each.name == sys.argv[2]]\n"
         "try:\n"
         "    held = shield.attach_first_of(program, cgroup, Policy('0123456789ab', (), peers, ('eth0',)))\n"
-        "except shield.ShieldUnavailable as error:\n"
+        "except refusals.ShieldUnavailable as error:\n"
         "    print('unavailable:', error)\n"
         "else:\n"
         "    held.replace_peers(peers[:1])\n"
         "    assert held.denied() == ()\n"
         "    shield.refuse_conflicts([cgroup])\n"
-        "    assert shield.prove(cgroup)\n"
+        "    assert selftest.prove(cgroup)\n"
         "    held.detach()\n"
         "    print('hung up')\n"
     )
@@ -414,7 +414,7 @@ def test_without_any_privilege_the_reason_names_what_is_missing(host: Host) -> N
         def work() -> str:
             os.setgroups([])
             os.setresuid(65534, 65534, 65534)
-            with pytest.raises(shield.ShieldUnavailable) as caught:
+            with pytest.raises(refusals.ShieldUnavailable) as caught:
                 Shield.attach(cgroup.descriptor, policy())
             return str(caught.value)
 
