@@ -31,7 +31,7 @@ class ShieldUnavailable(Unavailable):
 
 @contextlib.contextmanager
 def explained(doing: str, not_permitted: str = LACK_OF_PRIVILEGE) -> Iterator[None]:
-    """Turn the kernel's errors into ShieldUnavailable."""
+    """Turn the kernel's errors into ShieldUnavailable, each with its reason. not_permitted: what EPERM means here."""
     try:
         yield
     except OSError as error:

@@ -36,7 +36,10 @@ def prove(cgroup: int) -> bool:
 
 
 def egress_is_filtered(attached_to: int, entered: int) -> bool:
-    """Whether a program on one cgroup keeps a new socket of a process that entered the other from sending."""
+    """Whether a program on one cgroup keeps a new socket of a process that entered the other from sending.
+
+    Raises ShieldUnavailable when it cannot be judged.
+    """
     with explained("starting the self-test"):
         before = _send_from_within(entered)
     if before == errno.EPERM:
@@ -64,7 +67,7 @@ def take_off_remains(cgroup: int) -> None:
 
 
 def _send_from_within(cgroup: int) -> int:
-    """The errno of sending a datagram over the loopback from a new socket of a new process in the cgroup; 0: sent."""
+    """Return the errno of sending over the loopback, from a new socket of a new process in the cgroup; 0: sent."""
     near, far = socket.socketpair()
     with near, far:
         child = os.fork()
@@ -104,7 +107,7 @@ def _answer_of(child: int, near: socket.socket) -> bytes:
 
 
 def _answer_and_exit(cgroup: int, far: socket.socket) -> None:
-    """The child's whole life: it answers, and then waits to be killed or for its parent's end."""
+    """Live the child's whole life: answer, and then wait to be killed or for the parent's end."""
     try:
         # The handlers are the guard's, and not for this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

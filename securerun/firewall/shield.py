@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import itertools
 import os
 import resource
 import socket
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Callable
@@ -28,6 +26,17 @@ from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import selftest
 from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.refusals import CANNOT_OPEN, FORBIDDEN_ABOVE, LACK_OF_PRIVILEGE, ShieldUnavailable, explained
+from securerun.firewall.shield_maps import (
+    DENIED,
+    NO_VALUE,
+    OPENINGS,
+    PEERS4,
+    PEERS6,
+    denial_in,
+    map_shapes,
+    openings_shape,
+    peer_keys,
+)
 from securerun.linux.assembler import (
     R0,
     R1,
@@ -58,22 +67,11 @@ from securerun.linux.assembler import (
     map_reference,
     store,
 )
-from securerun.linux.bpf import (
-    AttachFlags,
-    AttachType,
-    Map,
-    MapShape,
-    MapType,
-    Program,
-    VerifierError,
-    attached,
-    programs_on,
-)
+from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, VerifierError, attached, programs_on
 from securerun.linux.networks import Network, collapse
 
-# ---------------------------------------------------------------------------------------------------
-# Policy to program
-# ---------------------------------------------------------------------------------------------------
+_CANNOT_CLOSE_LOOPBACK = "--loopback job needs Linux 5.1, whose programs see a packet's socket; use --loopback any here"
+
 
 # include/uapi/linux/bpf.h: offsets in struct __sk_buff and struct bpf_sock
 _CONTEXT_PROTOCOL = 16
@@ -118,25 +116,15 @@ _IPV4_KEY = -32
 _FIRST_PACKET = -40
 _HEADER_OFFSET = -44
 _HEADER = -88
-# A flow is source, destination, source port and destination port as they follow each other in an IPv6 packet, where
-# the TCP header's sequence number comes next; the flow of an IPv4 packet is the end of as many bytes, after zeros.
-# No TCP packet comes from the IPv6 address that is all zeros, so neither can be taken for the other.
+# A flow as the maps have it (`shield_maps`), which the rest of a TCP header follows here.
 _FLOW = -136
-_FLOW_SIZE = 16 + 16 + 2 + 2
 _FLOW_PORTS = _FLOW + 32
 _FLOW_SEQUENCE = _FLOW_PORTS + 4
 _FLOW_FLAGS = _FLOW_PORTS + 13
 _TCP_UNTIL_FLAGS = 14
 _OPENING = -152
 
-_PEERS4, _PEERS6, _DENIED = Symbol("peers4"), Symbol("peers6"), Symbol("denied")
-_OPENINGS = Symbol("openings")
-
-_DENIAL_KEY = struct.Struct("=16sI")
-_PACKETS = struct.Struct("=Q")
-_NO_VALUE = bytes(4)
-# What is noted of a flow: the sequence number of its SYN, and when that has arrived what no sequence number is.
-_SEQUENCE = struct.Struct("=Q")
+# What a note has in place of its SYN's sequence number when that SYN has arrived: no sequence number.
 _ARRIVED = -1
 _NEW_OR_NOT, _ONLY_IF_NEW = 0, 1  # BPF_ANY, BPF_NOEXIST
 
@@ -158,7 +146,7 @@ class ShieldProgram:
 
 
 def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
-    """Judges every packet to a listening socket by its source alone. Nothing can hide in a header.
+    """Judge every packet to a listening socket by its source alone. Nothing can hide in a header.
 
     A stranger's bare ACK falls as well, which would otherwise complete a handshake from before the shield or
     one by SYN cookie. Only listeners cost more than a few instructions.
@@ -176,7 +164,7 @@ def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
 
 
 def closed_loopback_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
-    """What socket_program() is, but a packet that came over the loopback passes only if its flow was noted.
+    """Judge as socket_program() does, but let a packet that came over the loopback pass only if its flow was noted.
 
     Every packet of a handshake is judged here, not the SYN alone: the ACK that ends it, too, is shown to programs with
     the listener for its socket (net/ipv4/tcp_ipv4.c, tcp_v4_rcv(): TCP_NEW_SYN_RECV), again and again where the
@@ -198,7 +186,7 @@ def closed_loopback_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
 
 
 def noting_program() -> tuple[Statement, ...]:
-    """Sees what the job's processes send, passes all of it, and notes the flow of each SYN that goes to the loopback.
+    """See what the job's processes send, pass all of it, and note the flow of each SYN that goes to the loopback.
 
     A socket in state SYN_SENT sends nothing but its SYN, first or again. The addresses are those after NAT, as the
     listener's side will see them: net/ipv4/ip_output.c, ip_finish_output() comes after all of netfilter's hooks.
@@ -219,7 +207,7 @@ def noting_program() -> tuple[Statement, ...]:
         Remark("note the flow and the SYN's sequence number"),
         load(R2, 4, R10, _FLOW_SEQUENCE),
         store(8, R10, _OPENING, R2),
-        map_reference(R1, _OPENINGS),
+        map_reference(R1, OPENINGS),
         *_point(R2, _FLOW),
         *_point(R3, _OPENING),
         calculate(R4, "=", _NEW_OR_NOT),
@@ -231,7 +219,7 @@ def noting_program() -> tuple[Statement, ...]:
 
 
 def header_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
-    """Judges packets that open a TCP connection (SYN without ACK) by source, for kernels without skb->sk (4.15-5.0).
+    """Judge packets that open a TCP connection (SYN without ACK) by source, for kernels without skb->sk (4.15-5.0).
 
     It has to find the TCP header itself, and drops what it cannot walk. No loops (Linux 5.3), no direct packet
     access (4.20), no 32-bit jumps (5.1).
@@ -265,13 +253,13 @@ CLOSED_LOOPBACK_PROGRAM = ShieldProgram(
 )
 HEADER_PROGRAM = ShieldProgram("header", "securerun_head", "for Linux 4.15 to 5.0", header_program)
 # Before Linux 5.1 closing the loopback would mean to search every packet of the job for its TCP header, both ways.
-_PROGRAMS = (SOCKET_PROGRAM, CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM)
+PROGRAMS = (SOCKET_PROGRAM, CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM)
 
-_NOTING_NAME = "securerun_note"
+NOTING_NAME = "securerun_note"
 
 
 def describe(policy: Policy) -> str:
-    """The shield that this policy makes, for people: who may connect, and the programs. Asks the kernel nothing."""
+    """Return the shield that this policy makes, for people: who may connect, and the programs."""
     passing = " ".join(str(network) for network in policy.peers) or "no other host"
     lines = [
         "shield: an eBPF program on the job's cgroup, for every TCP port of the job, IPv4 and IPv6",
@@ -297,7 +285,7 @@ def describe(policy: Policy) -> str:
 
 
 def _pass_unless_listening() -> Iterator[Statement]:
-    """Goes on only with packets to a socket that listens, which is then in r7."""
+    """Go on only with packets to a socket that listens, which is then in r7."""
     yield load(R7, 8, R6, _CONTEXT_SOCKET)
     yield jump_if(R7, "==", 0, "drop")
     yield load(R2, 4, R7, _SOCKET_STATE)
@@ -305,7 +293,7 @@ def _pass_unless_listening() -> Iterator[Statement]:
 
 
 def _note_source_and_listener() -> Iterator[Statement]:
-    """Leaves the packet's protocol in r9."""
+    """Leave the packet's protocol in r9."""
     yield Remark("the listener's port and the packet's source, as 16 bytes, to the stack")
     yield load(R2, 4, R7, _SOCKET_PORT)
     yield store(4, R10, _PORT, R2)
@@ -321,12 +309,12 @@ def _note_source_and_listener() -> Iterator[Statement]:
 
 
 def _judge_loopback() -> Iterator[Statement]:
-    """Decides about what came over the loopback, and lets the rest fall through."""
+    """Decide about what came over the loopback, and let the rest fall through."""
     yield load(R2, 4, R6, _CONTEXT_INTERFACE)
     yield jump_if(R2, "!=", _LOOPBACK, "from outside")
     yield Remark("over the loopback: did a process of the job open this flow?")
     yield from _load_flow(otherwise="deny")
-    yield from _look_up(_OPENINGS, _FLOW)
+    yield from _look_up(OPENINGS, _FLOW)
     yield jump_if(R0, "==", 0, "deny")
     yield load(R2, 1, R10, _FLOW_FLAGS)
     yield calculate(R2, "&=", _SYN)
@@ -341,9 +329,9 @@ def _judge_loopback() -> Iterator[Statement]:
 
 
 def _load_flow(otherwise: str) -> Iterator[Statement]:
-    """Puts the flow and the beginning of the TCP header to the stack; the packet's protocol is in r9.
+    """Put the flow and the beginning of the TCP header to the stack; the packet's protocol is in r9.
 
-    Goes to `otherwise` when the TCP header does not follow the IP header at once.
+    Go to `otherwise` when the TCP header does not follow the IP header at once.
     """
     before4, before6 = _FLOW_PORTS - _IPV4_HEADER, _FLOW_PORTS - _IPV6_HEADER
     yield jump_if(R9, "==", _ETHERTYPE_IPV6, "flow6")
@@ -364,7 +352,7 @@ def _load_flow(otherwise: str) -> Iterator[Statement]:
 
 
 def _find_tcp_in_ipv4() -> Iterator[Statement]:
-    """Leaves the offset of the TCP header in r7 and goes to `tcp`."""
+    """Leave the offset of the TCP header in r7 and go to `tcp`."""
     yield from _mark_source_as_mapped()
     yield from _load_packet(offset=0, place=_HEADER, size=_IPV4_HEADER, otherwise="drop")
     yield load(R2, 4, R10, _HEADER + 12)
@@ -381,7 +369,7 @@ def _find_tcp_in_ipv4() -> Iterator[Statement]:
 
 
 def _find_tcp_in_ipv6() -> Iterator[Statement]:
-    """Leaves the offset of the TCP header in r7 and falls through to `tcp`; r8 is the kind of the header there."""
+    """Leave the offset of the TCP header in r7 and fall through to `tcp`; r8 is the kind of the header there."""
     yield from _load_packet(offset=0, place=_HEADER, size=_IPV6_HEADER, otherwise="drop")
     for offset in range(0, 16, 4):
         yield load(R2, 4, R10, _HEADER + 8 + offset)
@@ -437,12 +425,12 @@ def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
     yield load(R2, 4, R10, _IPV4_SOURCE)
     yield store(4, R10, _IPV4_KEY + 4, R2)
     yield store(4, R10, _IPV4_KEY, 32)
-    yield from _look_up(_PEERS4, _IPV4_KEY)
+    yield from _look_up(PEERS4, _IPV4_KEY)
     yield jump_if(R0, "==", 0, "deny")
     yield jump("pass")
     yield Label("judge6")
     yield store(4, R10, _IPV6_KEY, 128)
-    yield from _look_up(_PEERS6, _IPV6_KEY)
+    yield from _look_up(PEERS6, _IPV6_KEY)
     yield jump_if(R0, "==", 0, "deny")
     yield Label("pass")
     yield calculate(R0, "=", _PASS)
@@ -461,24 +449,24 @@ def _pass_through(interfaces: Sequence[str]) -> Iterator[Statement]:
     yield Remark("through one of the interfaces?")
     yield load(R2, 4, R6, _CONTEXT_INTERFACE)
     for interface in interfaces:
-        yield jump_if(R2, "==", _interface_symbol(interface), "source")
+        yield jump_if(R2, "==", interface_symbol(interface), "source")
     yield jump("deny")
     yield Label("source")
 
 
-def _interface_symbol(interface: str) -> Symbol:
+def interface_symbol(interface: str) -> Symbol:
     return Symbol(f"interface {interface}")
 
 
 def _count() -> Iterator[Statement]:
-    yield from _look_up(_DENIED, _SOURCE)
+    yield from _look_up(DENIED, _SOURCE)
     yield jump_if(R0, "==", 0, "count first")
     yield calculate(R1, "=", 1)
     yield atomic_add(8, R0, 0, R1)
     yield jump("drop")
     yield Label("count first")
     yield store(8, R10, _FIRST_PACKET, 1)
-    yield map_reference(R1, _DENIED)
+    yield map_reference(R1, DENIED)
     yield from _point(R2, _SOURCE)
     yield from _point(R3, _FIRST_PACKET)
     # Another processor may have been first; then its count stands, and this packet is not in it.
@@ -493,14 +481,14 @@ def _look_up(name: Symbol, key: int) -> Iterator[Statement]:
 
 
 def _mark_source_as_mapped() -> Iterator[Statement]:
-    """Makes the place for an IPv4 source the end of ::ffff:a.b.c.d."""
+    """Make the place for an IPv4 source the end of ::ffff:a.b.c.d."""
     yield store(4, R10, _SOURCE, 0)
     yield store(4, R10, _SOURCE + 4, 0)
     yield store(4, R10, _SOURCE + 8, _MAPPED_MARKER)
 
 
 def _load_packet(offset: int | Register, place: int, size: int, otherwise: str) -> Iterator[Statement]:
-    """Copies bytes of the packet, counted from the network header, to the stack; goes to `otherwise` if it is short."""
+    """Copy bytes of the packet, counted from the network header, to the stack; go to `otherwise` if it is short."""
     yield calculate(R1, "=", R6)
     yield calculate(R2, "=", offset)
     yield from _point(R3, place)
@@ -512,25 +500,6 @@ def _load_packet(offset: int | Register, place: int, size: int, otherwise: str) 
 def _point(register: Register, place: int) -> Iterator[Statement]:
     yield calculate(register, "=", R10)
     yield calculate(register, "+=", place)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Program to kernel
-# ---------------------------------------------------------------------------------------------------
-
-# Before Linux 5.11 a map is charged for all the entries that it may hold, so this is what an attacker who
-# invents source addresses can make us spend, and no more: about 0.5 MiB.
-_MOST_DENIALS = 4096
-# Peers are added before others are removed, and names may come to mean other addresses. A trie takes memory
-# only for what is in it.
-_ROOM_FOR_PEERS = 1024
-# Connections that the job opens over the loopback at once, and a note of which it must not lose. kernel/bpf/
-# bpf_lru_list.h, LOCAL_FREE_TARGET: before Linux 6.16 each processor may sit on 128 free entries of such a map while
-# another one, in want of any, throws away 128 that were just made. Some 100 bytes each.
-_FEWEST_OPENINGS = 8192
-_OPENINGS_PER_PROCESSOR = 256
-
-_CANNOT_CLOSE_LOOPBACK = "--loopback job needs Linux 5.1, whose programs see a packet's socket; use --loopback any here"
 
 
 class Shield:
@@ -561,25 +530,25 @@ class Shield:
 
     @classmethod
     def attach(cls, cgroup: int, policy: Policy) -> Shield:
-        """Hangs a shield for the policy on the cgroup whose directory `cgroup` is open on.
+        """Hang a shield for the policy on the cgroup whose directory `cgroup` is open on.
 
         Sockets that processes of the cgroup make from now on, and made before in it, are covered at once.
         Raises ShieldUnavailable when the kernel will not have it, and PolicyError for an interface that is
         not there (names are looked up in the network namespace of the caller).
         """
-        return attach_first_of(_PROGRAMS, cgroup, policy)
+        return attach_first_of(PROGRAMS, cgroup, policy)
 
     def denied(self) -> tuple[Denial, ...]:
-        """Who was turned away so far, most packets first; of more than 4096 pairs the latest. Raises ShieldUnavailable.
+        """Return who was turned away so far, most packets first; of more than 4096 pairs the latest.
 
-        Cumulative since the shield was hung up.
+        Cumulative since the shield was hung up. Raises ShieldUnavailable.
         """
         with explained("reading the shield's counters"):
-            denials = [_denial(key, value) for key, value in self._denied.items()]
+            denials = [denial_in(key, value) for key, value in self._denied.items()]
         return tuple(sorted(denials, key=_most_packets_first))
 
     def replace_peers(self, peers: Iterable[Network]) -> None:
-        """Lets these networks connect and no others; established connections stay.
+        """Let these networks connect and no others; established connections stay.
 
         Who is in the old and in the new peers can connect at every moment in between. Raises ShieldUnavailable,
         with nothing changed, when there is no room for that many.
@@ -587,24 +556,24 @@ class Shield:
         wanted = collapse(peers)
         with explained("changing the shield's peers"):
             changes = [
-                _changes(self._peers4, set(_keys(wanted, 4))),
-                _changes(self._peers6, set(_keys(wanted, 6))),
+                _changes(self._peers4, set(peer_keys(wanted, 4))),
+                _changes(self._peers6, set(peer_keys(wanted, 6))),
             ]
             for trie, new, _ in changes:
-                trie.update_many(dict.fromkeys(new, _NO_VALUE))
+                trie.update_many(dict.fromkeys(new, NO_VALUE))
             for trie, _, gone in changes:
                 for key in gone:
                     trie.delete(key)
 
     def detach(self) -> None:
-        """Takes the shield off the cgroup; nothing happens when it, or the cgroup, is gone already."""
+        """Take the shield off the cgroup; nothing happens when it, or the cgroup, is gone already."""
         with explained("taking the shield off"):
             self._program.take_off(self._cgroup, AttachType.CGROUP_INET_INGRESS)
             if self._noting is not None:
                 self._noting.take_off(self._cgroup, AttachType.CGROUP_INET_EGRESS)
 
     def close(self) -> None:
-        """Closes this process' descriptors. The attachment stays until detach(), or as long as the cgroup."""
+        """Close this process' descriptors. The attachment stays until detach(), or as long as the cgroup."""
         for thing in (self._program, self._peers4, self._peers6, self._denied):
             thing.close()
         if self._noting is not None:
@@ -615,14 +584,14 @@ class Shield:
 
 
 def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Policy) -> Shield:
-    """What Shield.attach() does, with the first of these programs that suits the policy and that the kernel accepts."""
+    """Do what Shield.attach() does, with the first of these programs that suits the policy and the kernel accepts."""
     suitable = [program for program in programs if program.closes_loopback == policy.close_loopback]
-    symbols = {_interface_symbol(name).name: _interface_index(name) for name in policy.interfaces}
+    symbols = {interface_symbol(name).name: _interface_index(name) for name in policy.interfaces}
     _raise_memory_limit()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as loading:
-        maps = [undo.enter_context(_create(shape)) for shape in _map_shapes(policy)]
+        maps = [undo.enter_context(_create(shape)) for shape in map_shapes(policy)]
         # Nobody but the programs needs the openings.
-        openings = [loading.enter_context(_create(_openings_shape()))] if policy.close_loopback else []
+        openings = [loading.enter_context(_create_openings())] if policy.close_loopback else []
         symbols.update((each.shape.name, each.fileno()) for each in (*maps, *openings))
         chosen, program = _load_first_of(suitable, policy, symbols)
         undo.enter_context(program)
@@ -631,7 +600,7 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
         undo.callback(shield.close)
         with explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
-                trie.update_many(dict.fromkeys(_keys(policy.peers_of(version), version), _NO_VALUE))
+                trie.update_many(dict.fromkeys(peer_keys(policy.peers_of(version), version), NO_VALUE))
         with explained("hanging the shield on the cgroup", FORBIDDEN_ABOVE):
             if noting is not None:
                 # First, so that there is no SYN of the job that is judged and was not noted.
@@ -643,14 +612,14 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
 
 
 def adopt(cgroup: int) -> Shield:
-    """The shield that a dead guard left on this cgroup, with its peers and counters. Needs CAP_SYS_ADMIN.
+    """Return the shield that a dead guard left on this cgroup, with its peers and counters. Needs CAP_SYS_ADMIN.
 
     A self-test that the guard died in is taken off: it would forbid the job to send anything. So is the half of a
     shield that only notes. Raises ShieldUnavailable when there is no shield on the cgroup.
     """
     with explained("looking for the shield of an earlier guard", CANNOT_OPEN):
         selftest.take_off_remains(cgroup)
-        names = {program.kernel_name: program.name for program in _PROGRAMS}
+        names = {program.kernel_name: program.name for program in PROGRAMS}
         for program in programs_on(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(names)):
             return _adopt_program(cgroup, program, names)
         _find_noting_program(cgroup, ())
@@ -658,7 +627,7 @@ def adopt(cgroup: int) -> Shield:
 
 
 def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) -> None:
-    """Raises ShieldUnavailable when a program on one of the ancestor cgroups does not get along with a shield below.
+    """Raise ShieldUnavailable when a program on one of the ancestor cgroups does not get along with a shield below.
 
     ancestors: descriptors of the directories of the cgroups above the job's. close_loopback: as in the policy; such
     a shield also judges what the job sends.
@@ -683,38 +652,13 @@ def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) 
         )
 
 
-# --- maps -------------------------------------------------------------------------------------------
-
-
-def _map_shapes(policy: Policy) -> tuple[MapShape, ...]:
-    room = {version: 2 * len(policy.peers_of(version)) + _ROOM_FOR_PEERS for version in (4, 6)}
-    return (
-        MapShape(MapType.LPM_TRIE, 4 + 4, len(_NO_VALUE), room[4], _PEERS4.name),
-        MapShape(MapType.LPM_TRIE, 4 + 16, len(_NO_VALUE), room[6], _PEERS6.name),
-        MapShape(MapType.LRU_HASH, _DENIAL_KEY.size, _PACKETS.size, _MOST_DENIALS, _DENIED.name),
-    )
-
-
-def _openings_shape() -> MapShape:
-    entries = max(_FEWEST_OPENINGS, _OPENINGS_PER_PROCESSOR * os.sysconf("SC_NPROCESSORS_CONF"))
-    return MapShape(MapType.LRU_HASH, _FLOW_SIZE, _SEQUENCE.size, entries, _OPENINGS.name)
-
-
 def _create(shape: MapShape) -> Map:
     with explained("creating the shield's maps"):
         return Map.create(shape)
 
 
-def _keys(networks: Iterable[Network], version: int) -> list[bytes]:
-    """In their order: neighbours in a trie, put there one after the other, are found in the processor's cache."""
-    return [
-        _LENGTHS[network.prefixlen] + network.network_address.packed
-        for network in networks
-        if network.version == version
-    ]
-
-
-_LENGTHS = tuple(struct.pack("=I", length) for length in range(129))
+def _create_openings() -> Map:
+    return _create(openings_shape(os.sysconf("SC_NPROCESSORS_CONF")))
 
 
 def _changes(trie: Map, wanted: set[bytes]) -> tuple[Map, set[bytes], set[bytes]]:
@@ -728,12 +672,6 @@ def _changes(trie: Map, wanted: set[bytes]) -> tuple[Map, set[bytes], set[bytes]
     return trie, wanted - present, present - wanted
 
 
-def _denial(key: bytes, value: bytes) -> Denial:
-    packed, port = _DENIAL_KEY.unpack(key)
-    address = ipaddress.IPv6Address(packed)
-    return Denial(address.ipv4_mapped or address, port, _PACKETS.unpack(value)[0])
-
-
 def _most_packets_first(denial: Denial) -> tuple[int, int, int, int]:
     return (-denial.packets, denial.source.version, int(denial.source), denial.port)
 
@@ -743,9 +681,6 @@ def _raise_memory_limit() -> None:
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
-
-
-# --- programs ---------------------------------------------------------------------------------------
 
 
 def _load_first_of(
@@ -770,7 +705,7 @@ def _load_first_of(
 
 def _load_noting_program(symbols: dict[str, int]) -> Program:
     with explained("loading the shield's program that notes the job's connections"):
-        return Program.load(_NOTING_NAME, assemble(noting_program(), symbols))
+        return Program.load(NOTING_NAME, assemble(noting_program(), symbols))
 
 
 def _interface_index(interface: str) -> int:
@@ -787,7 +722,7 @@ def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shie
         noting = _find_noting_program(cgroup, information.map_ids)
         if noting is not None:
             undo.enter_context(noting)
-        wanted = tuple(symbol.name for symbol in (_PEERS4, _PEERS6, _DENIED))
+        wanted = tuple(symbol.name for symbol in (PEERS4, PEERS6, DENIED))
         maps = {}
         for identifier in information.map_ids:
             opened = Map.open(identifier)
@@ -799,9 +734,9 @@ def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shie
 
 
 def _find_noting_program(cgroup: int, map_ids: Sequence[int]) -> Program | None:
-    """The program on the cgroup that notes in one of these maps; takes off those whose shield is gone."""
+    """Return the program on the cgroup that notes in one of these maps; take off those whose shield is gone."""
     found = None
-    for program in programs_on(cgroup, AttachType.CGROUP_INET_EGRESS, (_NOTING_NAME,)):
+    for program in programs_on(cgroup, AttachType.CGROUP_INET_EGRESS, (NOTING_NAME,)):
         if set(program.information().map_ids) & set(map_ids):
             found = program
             continue

@@ -23,7 +23,6 @@ from cgroups import Cgroup, enter, in_child, inside, new_cgroup, socket_made_in
 from hosts import Host, Network, cgroup2_mount
 from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
 
-from securerun.firewall import shield
 from securerun.firewall.policy import Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.selftest import prove
@@ -37,6 +36,7 @@ from securerun.firewall.shield import (
     noting_program,
     refuse_conflicts,
 )
+from securerun.firewall.shield_maps import map_shapes, openings_shape
 from securerun.linux.assembler import R0, Instruction, Statement, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, attached, verifier_log
 from securerun.linux.networks import collapse
@@ -816,7 +816,7 @@ def test_the_programs_are_small(statements: Sequence[Statement]) -> None:
 
 def every_shape() -> tuple[MapShape, ...]:
     policy = Policy("0123456789ab", (), ())
-    return (*shield._map_shapes(policy), shield._openings_shape())
+    return (*map_shapes(policy), openings_shape(os.sysconf("SC_NPROCESSORS_CONF")))
 
 
 def test_what_the_job_sends_costs_a_few_instructions_unless_it_opens_a_connection() -> None:

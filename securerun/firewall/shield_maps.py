@@ -1,0 +1,74 @@
+"""What the shield's maps hold, as bytes: the peers, who was turned away, and what the job itself opens. Asks nobody."""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Iterable
+
+from securerun.firewall.policy import Denial, Policy
+from securerun.linux.assembler import Symbol
+from securerun.linux.bpf import MapShape, MapType
+from securerun.linux.networks import Network
+
+PEERS4, PEERS6, DENIED = Symbol("peers4"), Symbol("peers6"), Symbol("denied")
+OPENINGS = Symbol("openings")
+
+_DENIAL_KEY = struct.Struct("=16sI")
+_PACKETS = struct.Struct("=Q")
+NO_VALUE = bytes(4)
+# A flow is source, destination, source port and destination port as they follow each other in an IPv6 packet; the flow
+# of an IPv4 packet is the end of as many bytes, after zeros. No TCP packet comes from the IPv6 address that is all
+# zeros, so neither can be taken for the other.
+_FLOW_SIZE = 16 + 16 + 2 + 2
+# What is noted of a flow: the sequence number of its SYN, and when that has arrived what no sequence number is.
+_SEQUENCE = struct.Struct("=Q")
+
+# Before Linux 5.11 a map is charged for all the entries that it may hold, so this is what an attacker who
+# invents source addresses can make us spend, and no more: about 0.5 MiB.
+_MOST_DENIALS = 4096
+# Peers are added before others are removed, and names may come to mean other addresses. A trie takes memory
+# only for what is in it.
+_ROOM_FOR_PEERS = 1024
+# Connections that the job opens over the loopback at once, and a note of which it must not lose. kernel/bpf/
+# bpf_lru_list.h, LOCAL_FREE_TARGET: before Linux 6.16 each processor may sit on 128 free entries of such a map while
+# another one, in want of any, throws away 128 that were just made. Some 100 bytes each.
+_FEWEST_OPENINGS = 8192
+_OPENINGS_PER_PROCESSOR = 256
+
+_LENGTHS = tuple(struct.pack("=I", length) for length in range(129))
+
+
+def map_shapes(policy: Policy) -> tuple[MapShape, ...]:
+    """Return the shapes of the maps of IPv4 peers, of IPv6 peers, and of who was turned away."""
+    room = {version: 2 * len(policy.peers_of(version)) + _ROOM_FOR_PEERS for version in (4, 6)}
+    return (
+        MapShape(MapType.LPM_TRIE, 4 + 4, len(NO_VALUE), room[4], PEERS4.name),
+        MapShape(MapType.LPM_TRIE, 4 + 16, len(NO_VALUE), room[6], PEERS6.name),
+        MapShape(MapType.LRU_HASH, _DENIAL_KEY.size, _PACKETS.size, _MOST_DENIALS, DENIED.name),
+    )
+
+
+def openings_shape(processors: int) -> MapShape:
+    """Return the shape of the map of flows that the job itself opens, for a host of so many processors."""
+    entries = max(_FEWEST_OPENINGS, _OPENINGS_PER_PROCESSOR * processors)
+    return MapShape(MapType.LRU_HASH, _FLOW_SIZE, _SEQUENCE.size, entries, OPENINGS.name)
+
+
+def peer_keys(networks: Iterable[Network], version: int) -> list[bytes]:
+    """Return the networks of one IP version as keys of a trie.
+
+    In their order: neighbours in a trie, put there one after the other, are found in the processor's cache.
+    """
+    return [
+        _LENGTHS[network.prefixlen] + network.network_address.packed
+        for network in networks
+        if network.version == version
+    ]
+
+
+def denial_in(key: bytes, value: bytes) -> Denial:
+    """Return what an entry of the map of who was turned away says."""
+    packed, port = _DENIAL_KEY.unpack(key)
+    address = ipaddress.IPv6Address(packed)
+    return Denial(address.ipv4_mapped or address, port, _PACKETS.unpack(value)[0])
