@@ -79,9 +79,9 @@ def whole(plan: Plan, origin: str) -> str:
     elif plan.options.firewall != "off":
         sections += ["", iptables_rules(plan.policy).rstrip()]
     if plan.options.scope != "ports":
-        from securerun.firewall import shield
+        from securerun.firewall import shield_program
 
-        sections += ["", "# shield", shield.describe(plan.policy).rstrip()]
+        sections += ["", "# shield", shield_program.describe(plan.policy).rstrip()]
     return "\n".join(sections) + "\n"
 
 

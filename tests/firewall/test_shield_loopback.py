@@ -26,17 +26,9 @@ from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
 from securerun.firewall.policy import Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.selftest import prove
-from securerun.firewall.shield import (
-    CLOSED_LOOPBACK_PROGRAM,
-    HEADER_PROGRAM,
-    Shield,
-    adopt,
-    attach_first_of,
-    describe,
-    noting_program,
-    refuse_conflicts,
-)
+from securerun.firewall.shield import Shield, adopt, attach_first_of, refuse_conflicts
 from securerun.firewall.shield_maps import map_shapes, openings_shape
+from securerun.firewall.shield_program import CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM, describe, noting_program
 from securerun.linux.assembler import R0, Instruction, Statement, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, attached, verifier_log
 from securerun.linux.networks import collapse

@@ -24,15 +24,8 @@ from securerun.firewall import selftest
 from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.selftest import egress_is_filtered, prove
-from securerun.firewall.shield import (
-    HEADER_PROGRAM,
-    SOCKET_PROGRAM,
-    Shield,
-    ShieldProgram,
-    adopt,
-    attach_first_of,
-    refuse_conflicts,
-)
+from securerun.firewall.shield import Shield, adopt, attach_first_of, refuse_conflicts
+from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM, ShieldProgram
 from securerun.linux.assembler import R0, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Program, attached
 from securerun.linux.networks import collapse

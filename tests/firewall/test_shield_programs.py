@@ -22,7 +22,8 @@ from packets import ACK, FRAGMENT, SYN, TCP, UDP, Flow
 from securerun.errors import PolicyError
 from securerun.firewall import refusals
 from securerun.firewall.policy import Denial, Policy
-from securerun.firewall.shield import HEADER_PROGRAM, SOCKET_PROGRAM, Shield, ShieldProgram, attach_first_of, describe
+from securerun.firewall.shield import Shield, attach_first_of
+from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM, ShieldProgram, describe
 from securerun.linux.assembler import Instruction, assemble
 from securerun.linux.bpf import AttachType, Program, attached, verifier_log
 from securerun.linux.networks import collapse
@@ -381,10 +382,11 @@ def test_the_shield_needs_cap_bpf_and_cap_net_admin_and_no_more(host: Host, prog
         "import ipaddress, os, sys\n"
         "from securerun.firewall import refusals, selftest, shield\n"
         "from securerun.firewall.policy import Policy\n"
+        "from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM\n"
         "assert [line.split()[1] for line in open('/proc/self/status') if line.startswith('CapEff')] == [sys.argv[3]]\n"
         "cgroup = os.open(sys.argv[1], os.O_RDONLY)\n"
         "peers = (ipaddress.ip_network('10.0.0.0/8'), ipaddress.ip_network('fd00::/8'))\n"
-        "program = [each for each in (shield.SOCKET_PROGRAM, shield.HEADER_PROGRAM) if each.name == sys.argv[2]]\n"
+        "program = [each for each in (SOCKET_PROGRAM, HEADER_PROGRAM) if each.name == sys.argv[2]]\n"
         "try:\n"
         "    held = shield.attach_first_of(program, cgroup, Policy('0123456789ab', (), peers, ('eth0',)))\n"
         "except refusals.ShieldUnavailable as error:\n"

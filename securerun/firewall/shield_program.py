@@ -1,0 +1,473 @@
+"""The shield's programs: policy → what judges each packet, as the statements of a program. Asks the kernel nothing.
+
+On the way in a program sees every packet for a socket that a process of the job made, and lets only peers open
+connections. Where the policy closes the loopback, a second program, on the way out, notes which connections the job's
+own processes are opening over it, and the first lets in those alone.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Callable
+
+from securerun.firewall.policy import Policy
+from securerun.firewall.shield_maps import DENIED, OPENINGS, PEERS4, PEERS6
+from securerun.linux.assembler import (
+    R0,
+    R1,
+    R2,
+    R3,
+    R4,
+    R6,
+    R7,
+    R8,
+    R9,
+    R10,
+    Helper,
+    Label,
+    Register,
+    Remark,
+    Statement,
+    Symbol,
+    atomic_add,
+    calculate,
+    call,
+    from_network_order,
+    jump,
+    jump_if,
+    leave,
+    listing,
+    load,
+    map_reference,
+    store,
+)
+
+# include/uapi/linux/bpf.h: offsets in struct __sk_buff and struct bpf_sock
+_CONTEXT_PROTOCOL = 16
+_CONTEXT_INTERFACE = 40
+_CONTEXT_SOCKET = 168
+_SOCKET_PORT = 44
+_SOCKET_STATE = 72
+
+# drivers/net/loopback.c: the loopback is the first device of every network namespace.
+_LOOPBACK = 1
+# include/net/tcp_states.h
+_SYN_SENT, _LISTEN = 2, 10
+
+_DROP, _PASS = 0, 1
+
+_TCP = 6
+# Transports that TCP cannot hide in: UDP, DCCP, ICMPv6, SCTP, UDP-Lite.
+_OTHER_TRANSPORTS = (17, 33, 58, 132, 136)
+_FRAGMENT, _AUTHENTICATION = 44, 51
+# Hop-by-hop, routing, destination options, mobility, HIP, shim6: length in units of 8 bytes (RFC 6564).
+_OPTION_HEADERS = (0, 43, 60, 135, 139, 140)
+_MOST_EXTENSION_HEADERS = 8
+
+_IPV4_HEADER, _IPV6_HEADER, _TCP_HEADER = 20, 40, 20
+_IPV4_WITHOUT_OPTIONS = 0x45
+_SYN_AND_ACK, _SYN = 0x12, 0x02
+
+# The two architectures of securerun are little-endian; what is loaded from a packet is in network order.
+_ETHERTYPE_IPV4 = socket.htons(0x0800)
+_ETHERTYPE_IPV6 = socket.htons(0x86DD)
+_IPV4_FRAGMENT_OFFSET = socket.htons(0x1FFF)
+_IPV6_FRAGMENT_OFFSET = socket.htons(0xFFF8)
+_MAPPED_MARKER = int.from_bytes(b"\x00\x00\xff\xff", "little", signed=True)
+
+# The stack, from r10 downwards. The key of a denial is source and port; the source of an IPv6 packet
+# is also the end of the key for the trie.
+_PORT = -4
+_SOURCE = -20
+_IPV6_KEY = -24
+_IPV4_SOURCE = -8
+_IPV4_KEY = -32
+_FIRST_PACKET = -40
+_HEADER_OFFSET = -44
+_HEADER = -88
+# A flow as the maps have it (`shield_maps`), which the rest of a TCP header follows here.
+_FLOW = -136
+_FLOW_PORTS = _FLOW + 32
+_FLOW_SEQUENCE = _FLOW_PORTS + 4
+_FLOW_FLAGS = _FLOW_PORTS + 13
+_TCP_UNTIL_FLAGS = 14
+_OPENING = -152
+
+# What a note has in place of its SYN's sequence number when that SYN has arrived: no sequence number.
+_ARRIVED = -1
+_NEW_OR_NOT, _ONLY_IF_NEW = 0, 1  # BPF_ANY, BPF_NOEXIST
+
+
+@dataclass(frozen=True)
+class ShieldProgram:
+    """One way to judge packets.
+
+    name: what the job's layer is called. kernel_name: what the kernel's lists of programs show.
+    needs: the kernel it was made for. build: names of the interfaces that peers come through to statements.
+    closes_loopback: over the loopback it lets in only what noting_program() has noted, else everybody.
+    """
+
+    name: str
+    kernel_name: str
+    needs: str
+    build: Callable[[Sequence[str]], tuple[Statement, ...]]
+    closes_loopback: bool = False
+
+
+def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+    """Judge every packet to a listening socket by its source alone. Nothing can hide in a header.
+
+    A stranger's bare ACK falls as well, which would otherwise complete a handshake from before the shield or
+    one by SYN cookie. Only listeners cost more than a few instructions.
+    """
+    return (
+        calculate(R6, "=", R1),
+        Remark("the loopback passes"),
+        load(R2, 4, R6, _CONTEXT_INTERFACE),
+        jump_if(R2, "==", _LOOPBACK, "pass"),
+        Remark("so does every packet to a socket that does not listen"),
+        *_pass_unless_listening(),
+        *_note_source_and_listener(),
+        *_judge(interfaces),
+    )
+
+
+def closed_loopback_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+    """Judge as socket_program() does, but let a packet that came over the loopback pass only if its flow was noted.
+
+    Every packet of a handshake is judged here, not the SYN alone: the ACK that ends it, too, is shown to programs with
+    the listener for its socket (net/ipv4/tcp_ipv4.c, tcp_v4_rcv(): TCP_NEW_SYN_RECV), again and again where the
+    accept queue is full and the kernel forgets it. So a note outlives its SYN: it opens once, for the SYN with its
+    sequence number, and then lets only what is no SYN pass, until newer notes push it out. That does not open
+    anything: without a handshake begun or a SYN cookie it ends in an RST, and it takes a raw socket to send.
+
+    A note of a SYN that no listener of the job ever saw, refused perhaps, is left open. Whoever gets the same port
+    number later starts with a sequence number of the kernel's choice (net/core/secure_seq.c), and has one try.
+    """
+    return (
+        calculate(R6, "=", R1),
+        Remark("every packet to a socket that does not listen passes"),
+        *_pass_unless_listening(),
+        *_note_source_and_listener(),
+        *_judge_loopback(),
+        *_judge(interfaces),
+    )
+
+
+def noting_program() -> tuple[Statement, ...]:
+    """See what the job's processes send, pass all of it, and note the flow of each SYN that goes to the loopback.
+
+    A socket in state SYN_SENT sends nothing but its SYN, first or again. The addresses are those after NAT, as the
+    listener's side will see them: net/ipv4/ip_output.c, ip_finish_output() comes after all of netfilter's hooks.
+    A SYN behind IPv4 options or IPv6 extension headers is not noted, and so will not pass.
+    """
+    return (
+        calculate(R6, "=", R1),
+        Remark("only a socket that opens a connection sends a SYN"),
+        load(R7, 8, R6, _CONTEXT_SOCKET),
+        jump_if(R7, "==", 0, "pass"),
+        load(R2, 4, R7, _SOCKET_STATE),
+        jump_if(R2, "!=", _SYN_SENT, "pass"),
+        Remark("the job's listeners judge other interfaces by source"),
+        load(R2, 4, R6, _CONTEXT_INTERFACE),
+        jump_if(R2, "!=", _LOOPBACK, "pass"),
+        load(R9, 4, R6, _CONTEXT_PROTOCOL),
+        *_load_flow(otherwise="pass"),
+        Remark("note the flow and the SYN's sequence number"),
+        load(R2, 4, R10, _FLOW_SEQUENCE),
+        store(8, R10, _OPENING, R2),
+        map_reference(R1, OPENINGS),
+        *_point(R2, _FLOW),
+        *_point(R3, _OPENING),
+        calculate(R4, "=", _NEW_OR_NOT),
+        call(Helper.MAP_UPDATE_ELEM),
+        Label("pass"),
+        calculate(R0, "=", _PASS),
+        leave(),
+    )
+
+
+def header_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+    """Judge packets that open a TCP connection (SYN without ACK) by source, for kernels without skb->sk (4.15-5.0).
+
+    It has to find the TCP header itself, and drops what it cannot walk. No loops (Linux 5.3), no direct packet
+    access (4.20), no 32-bit jumps (5.1).
+    """
+    return (
+        calculate(R6, "=", R1),
+        load(R2, 4, R6, _CONTEXT_INTERFACE),
+        jump_if(R2, "==", _LOOPBACK, "pass"),
+        store(4, R10, _PORT, 0),
+        load(R9, 4, R6, _CONTEXT_PROTOCOL),
+        jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6"),
+        jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop"),
+        *_find_tcp_in_ipv4(),
+        Label("ipv6"),
+        *_find_tcp_in_ipv6(),
+        Label("tcp"),
+        *_load_packet(offset=R7, place=_HEADER, size=_TCP_HEADER, otherwise="deny"),
+        load(R2, 1, R10, _HEADER + 13),
+        calculate(R2, "&=", _SYN_AND_ACK),
+        jump_if(R2, "!=", _SYN, "pass"),
+        load(R2, 2, R10, _HEADER + 2),
+        from_network_order(R2, 2),
+        store(4, R10, _PORT, R2),
+        *_judge(interfaces),
+    )
+
+
+SOCKET_PROGRAM = ShieldProgram("socket", "securerun_sock", "from Linux 5.1", socket_program)
+CLOSED_LOOPBACK_PROGRAM = ShieldProgram(
+    "socket and loopback", "securerun_own", "from Linux 5.1", closed_loopback_program, closes_loopback=True
+)
+HEADER_PROGRAM = ShieldProgram("header", "securerun_head", "for Linux 4.15 to 5.0", header_program)
+# Before Linux 5.1 closing the loopback would mean to search every packet of the job for its TCP header, both ways.
+PROGRAMS = (SOCKET_PROGRAM, CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM)
+
+NOTING_NAME = "securerun_note"
+
+
+def describe(policy: Policy) -> str:
+    """Return the shield that this policy makes, for people: who may connect, and the programs."""
+    passing = " ".join(str(network) for network in policy.peers) or "no other host"
+    lines = [
+        "shield: an eBPF program on the job's cgroup, for every TCP port of the job, IPv4 and IPv6",
+        f"may connect: {passing}",
+        f"through: {' '.join(policy.interfaces) or 'any interface'}",
+    ]
+    if policy.close_loopback:
+        lines += [
+            "over the loopback, and from this host's own addresses: the job's own processes, nobody else",
+            "always passes: connections that the job opens itself, connections that are established",
+            f"program {CLOSED_LOOPBACK_PROGRAM.name!r} ({CLOSED_LOOPBACK_PROGRAM.needs}; older kernels have none):",
+            listing(CLOSED_LOOPBACK_PROGRAM.build(policy.interfaces)),
+            "program for what the job sends, which notes the connections that it opens over the loopback:",
+            listing(noting_program()),
+        ]
+    else:
+        lines += [
+            "always passes: the loopback, connections that the job opens itself, connections that are established",
+            f"program {SOCKET_PROGRAM.name!r} ({SOCKET_PROGRAM.needs}; older kernels get {HEADER_PROGRAM.name!r}):",
+            listing(SOCKET_PROGRAM.build(policy.interfaces)),
+        ]
+    return "\n".join(lines)
+
+
+def _pass_unless_listening() -> Iterator[Statement]:
+    """Go on only with packets to a socket that listens, which is then in r7."""
+    yield load(R7, 8, R6, _CONTEXT_SOCKET)
+    yield jump_if(R7, "==", 0, "drop")
+    yield load(R2, 4, R7, _SOCKET_STATE)
+    yield jump_if(R2, "!=", _LISTEN, "pass")
+
+
+def _note_source_and_listener() -> Iterator[Statement]:
+    """Leave the packet's protocol in r9."""
+    yield Remark("the listener's port and the packet's source, as 16 bytes, to the stack")
+    yield load(R2, 4, R7, _SOCKET_PORT)
+    yield store(4, R10, _PORT, R2)
+    yield load(R9, 4, R6, _CONTEXT_PROTOCOL)
+    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6")
+    yield jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop")
+    yield from _mark_source_as_mapped()
+    yield from _load_packet(offset=12, place=_IPV4_SOURCE, size=4, otherwise="drop")
+    yield jump("judge")
+    yield Label("ipv6")
+    yield from _load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop")
+    yield Label("judge")
+
+
+def _judge_loopback() -> Iterator[Statement]:
+    """Decide about what came over the loopback, and let the rest fall through."""
+    yield load(R2, 4, R6, _CONTEXT_INTERFACE)
+    yield jump_if(R2, "!=", _LOOPBACK, "from outside")
+    yield Remark("over the loopback: did a process of the job open this flow?")
+    yield from _load_flow(otherwise="deny")
+    yield from _look_up(OPENINGS, _FLOW)
+    yield jump_if(R0, "==", 0, "deny")
+    yield load(R2, 1, R10, _FLOW_FLAGS)
+    yield calculate(R2, "&=", _SYN)
+    yield jump_if(R2, "!=", _SYN, "pass")
+    yield Remark("a note lets one SYN in, the very one that was noted")
+    yield load(R8, 8, R0, 0)
+    yield store(8, R0, 0, _ARRIVED)
+    yield load(R2, 4, R10, _FLOW_SEQUENCE)
+    yield jump_if(R8, "!=", R2, "deny")
+    yield jump("pass")
+    yield Label("from outside")
+
+
+def _load_flow(otherwise: str) -> Iterator[Statement]:
+    """Put the flow and the beginning of the TCP header to the stack; the packet's protocol is in r9.
+
+    Go to `otherwise` when the TCP header does not follow the IP header at once.
+    """
+    before4, before6 = _FLOW_PORTS - _IPV4_HEADER, _FLOW_PORTS - _IPV6_HEADER
+    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "flow6")
+    yield jump_if(R9, "!=", _ETHERTYPE_IPV4, otherwise)
+    yield from _load_packet(offset=0, place=before4, size=_IPV4_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
+    yield load(R2, 1, R10, before4)
+    yield jump_if(R2, "!=", _IPV4_WITHOUT_OPTIONS, otherwise)
+    yield load(R2, 1, R10, before4 + 9)
+    yield jump_if(R2, "!=", _TCP, otherwise)
+    for place in range(_FLOW, _FLOW_PORTS - 8, 8):
+        yield store(8, R10, place, 0)
+    yield jump("flow")
+    yield Label("flow6")
+    yield from _load_packet(offset=0, place=before6, size=_IPV6_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
+    yield load(R2, 1, R10, before6 + 6)
+    yield jump_if(R2, "!=", _TCP, otherwise)
+    yield Label("flow")
+
+
+def _find_tcp_in_ipv4() -> Iterator[Statement]:
+    """Leave the offset of the TCP header in r7 and go to `tcp`."""
+    yield from _mark_source_as_mapped()
+    yield from _load_packet(offset=0, place=_HEADER, size=_IPV4_HEADER, otherwise="drop")
+    yield load(R2, 4, R10, _HEADER + 12)
+    yield store(4, R10, _IPV4_SOURCE, R2)
+    yield load(R2, 2, R10, _HEADER + 6)
+    yield jump_if(R2, "&", _IPV4_FRAGMENT_OFFSET, "deny")
+    yield load(R2, 1, R10, _HEADER + 9)
+    yield jump_if(R2, "!=", _TCP, "pass")
+    yield load(R7, 1, R10, _HEADER)
+    yield calculate(R7, "&=", 0x0F)
+    yield calculate(R7, "<<=", 2)
+    yield jump_if(R7, "<", _IPV4_HEADER, "deny")
+    yield jump("tcp")
+
+
+def _find_tcp_in_ipv6() -> Iterator[Statement]:
+    """Leave the offset of the TCP header in r7 and fall through to `tcp`; r8 is the kind of the header there."""
+    yield from _load_packet(offset=0, place=_HEADER, size=_IPV6_HEADER, otherwise="drop")
+    for offset in range(0, 16, 4):
+        yield load(R2, 4, R10, _HEADER + 8 + offset)
+        yield store(4, R10, _SOURCE + offset, R2)
+    yield load(R8, 1, R10, _HEADER + 6)
+    yield calculate(R7, "=", _IPV6_HEADER)
+    for number in range(1, _MOST_EXTENSION_HEADERS + 1):
+        yield from _step_over_extension_header(number)
+    yield from _branch_at_transport()
+    yield jump("deny")
+
+
+def _branch_at_transport() -> Iterator[Statement]:
+    yield jump_if(R8, "==", _TCP, "tcp")
+    for transport in _OTHER_TRANSPORTS:
+        yield jump_if(R8, "==", transport, "pass")
+
+
+def _step_over_extension_header(number: int) -> Iterator[Statement]:
+    options, authentication, advance = (f"{place}{number}" for place in ("options", "authentication", "advance"))
+    # The verifiers of the kernels that need this program follow each value of r7 on its own: three ways to
+    # step over eight headers would be 6561 walks. Once it was in memory it is just any number.
+    yield store(4, R10, _HEADER_OFFSET, R7)
+    yield load(R7, 4, R10, _HEADER_OFFSET)
+    yield from _branch_at_transport()
+    yield from _load_packet(offset=R7, place=_HEADER, size=4, otherwise="deny")
+    yield load(R1, 1, R10, _HEADER + 1)
+    for kind in _OPTION_HEADERS:
+        yield jump_if(R8, "==", kind, options)
+    yield jump_if(R8, "==", _AUTHENTICATION, authentication)
+    yield jump_if(R8, "!=", _FRAGMENT, "deny")
+    yield load(R2, 2, R10, _HEADER + 2)
+    yield jump_if(R2, "&", _IPV6_FRAGMENT_OFFSET, "deny")
+    yield calculate(R1, "=", 8)
+    yield jump(advance)
+    yield Label(authentication)
+    yield calculate(R1, "+=", 2)
+    yield calculate(R1, "<<=", 2)
+    yield jump(advance)
+    yield Label(options)
+    yield calculate(R1, "+=", 1)
+    yield calculate(R1, "<<=", 3)
+    yield Label(advance)
+    yield calculate(R7, "+=", R1)
+    yield load(R8, 1, R10, _HEADER)
+
+
+def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
+    """Source and port are on the stack, the packet's protocol is in r9, the context in r6: pass or count and drop."""
+    yield from _pass_through(interfaces)
+    yield Remark("is the source one of the peers?")
+    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "judge6")
+    yield load(R2, 4, R10, _IPV4_SOURCE)
+    yield store(4, R10, _IPV4_KEY + 4, R2)
+    yield store(4, R10, _IPV4_KEY, 32)
+    yield from _look_up(PEERS4, _IPV4_KEY)
+    yield jump_if(R0, "==", 0, "deny")
+    yield jump("pass")
+    yield Label("judge6")
+    yield store(4, R10, _IPV6_KEY, 128)
+    yield from _look_up(PEERS6, _IPV6_KEY)
+    yield jump_if(R0, "==", 0, "deny")
+    yield Label("pass")
+    yield calculate(R0, "=", _PASS)
+    yield leave()
+    yield Label("deny")
+    yield Remark("count source and port")
+    yield from _count()
+    yield Label("drop")
+    yield calculate(R0, "=", _DROP)
+    yield leave()
+
+
+def _pass_through(interfaces: Sequence[str]) -> Iterator[Statement]:
+    if not interfaces:
+        return
+    yield Remark("through one of the interfaces?")
+    yield load(R2, 4, R6, _CONTEXT_INTERFACE)
+    for interface in interfaces:
+        yield jump_if(R2, "==", interface_symbol(interface), "source")
+    yield jump("deny")
+    yield Label("source")
+
+
+def interface_symbol(interface: str) -> Symbol:
+    return Symbol(f"interface {interface}")
+
+
+def _count() -> Iterator[Statement]:
+    yield from _look_up(DENIED, _SOURCE)
+    yield jump_if(R0, "==", 0, "count first")
+    yield calculate(R1, "=", 1)
+    yield atomic_add(8, R0, 0, R1)
+    yield jump("drop")
+    yield Label("count first")
+    yield store(8, R10, _FIRST_PACKET, 1)
+    yield map_reference(R1, DENIED)
+    yield from _point(R2, _SOURCE)
+    yield from _point(R3, _FIRST_PACKET)
+    # Another processor may have been first; then its count stands, and this packet is not in it.
+    yield calculate(R4, "=", _ONLY_IF_NEW)
+    yield call(Helper.MAP_UPDATE_ELEM)
+
+
+def _look_up(name: Symbol, key: int) -> Iterator[Statement]:
+    yield map_reference(R1, name)
+    yield from _point(R2, key)
+    yield call(Helper.MAP_LOOKUP_ELEM)
+
+
+def _mark_source_as_mapped() -> Iterator[Statement]:
+    """Make the place for an IPv4 source the end of ::ffff:a.b.c.d."""
+    yield store(4, R10, _SOURCE, 0)
+    yield store(4, R10, _SOURCE + 4, 0)
+    yield store(4, R10, _SOURCE + 8, _MAPPED_MARKER)
+
+
+def _load_packet(offset: int | Register, place: int, size: int, otherwise: str) -> Iterator[Statement]:
+    """Copy bytes of the packet, counted from the network header, to the stack; go to `otherwise` if it is short."""
+    yield calculate(R1, "=", R6)
+    yield calculate(R2, "=", offset)
+    yield from _point(R3, place)
+    yield calculate(R4, "=", size)
+    yield call(Helper.SKB_LOAD_BYTES)
+    yield jump_if(R0, "!=", 0, otherwise)
+
+
+def _point(register: Register, place: int) -> Iterator[Statement]:
+    yield calculate(register, "=", R10)
+    yield calculate(register, "+=", place)
