@@ -2,7 +2,7 @@
 # As root: sets up, then runs the tests over a copy of the tree in which every process of securerun notes the branches
 # that it takes, and reports those of the privileged side. Arguments go to pytest: scripts/coverage.sh tests/ctl/test_ctl.py
 # Tests of what the guard imports and how small it is fail here: it holds the tool that watches it. What a killed process
-# did is not known; so the child of the shield's self-test (shield.py), which its parent kills, does not count.
+# did is not known; so the child of the shield's self-test (selftest.py), which its parent kills, does not count.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/sbin:/sbin"
