@@ -14,12 +14,11 @@ from securerun.evidence.matrix import Connection, Ends, Found
 from securerun.evidence.matrix_words import Setting
 from securerun.firewall.policy import Policy
 from securerun.guard import reserved
-from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
 from securerun.guard.protocol import mark_of
 from securerun.guard.records import Record
 from securerun.host import interfaces
 from securerun.job.job import Job
-from securerun.linux import proc, sock_diag
+from securerun.linux import cgroups, proc, sock_diag
 from securerun.linux.networks import Network, shown
 from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import SocketsUnavailable
@@ -87,11 +86,9 @@ def _listeners(record: Record) -> Iterator[Found]:
 def _processes(record: Record) -> set[int]:
     launcher = Process(record.launcher, record.launcher_start)
     found = {process.pid for process in JobProcesses(mark_of(record.run_id), record.user, [launcher]).find()}
-    with contextlib.suppress(CgroupUnavailable, OSError):
-        cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
-        if cgroup is not None:
-            found |= set(cgroup.processes())
-            cgroup.close()
+    if record.cgroup:
+        with contextlib.suppress(OSError):
+            found |= cgroups.processes_of(record.cgroup)
     return found
 
 

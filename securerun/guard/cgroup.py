@@ -7,70 +7,49 @@ can be removed and made anew by that user between two calls.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import PurePosixPath
 
-from securerun.errors import Obstacle, Unavailable
+from securerun.linux import cgroups
+from securerun.linux.cgroups import CgroupUnavailable, cgroup_of, refused, relative
 
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CLONE_NEWNS = 0x00020000
-_MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
-_MS_REC_PRIVATE = 16384 | 1 << 18
 # rmdir of a cgroup answers EBUSY for a moment after its last process has gone (cgroup_destroy_locked, cgroup.c).
 _REMOVAL_SECONDS = 2.0
 # src/plugins/cgroup/v2/cgroup_v2.c, Slurm 22.05 and newer.
 _SLURM_TASK = re.compile(r"/job_[0-9]+/step_[^/]+/user/task_[^/]+$")
 # It stands in records and messages, whose texts are limited; the kernel takes names of any depth.
 _LONGEST_PATH = 2048
-# This process' view of what is mounted, then init's: `ip netns exec` hides cgroups from what it runs.
-_VIEWS = (("/proc/self/mountinfo", ""), ("/proc/1/mountinfo", "/proc/1/root"))
 _REMOVAL_INTERVAL_SECONDS = 0.005
-_REASONS = {
-    errno.EROFS: (
-        "the cgroup file system is mounted read-only (a container without --privileged?)",
-        Obstacle.READ_ONLY_CGROUPS,
-    ),
-    errno.EACCES: ("permission denied; run as root", Obstacle.NOT_PERMITTED),
-    errno.EPERM: ("not permitted; run as root", Obstacle.NOT_PERMITTED),
-    errno.EAGAIN: (
-        "a limit on cgroups is reached (cgroup.max.descendants or cgroup.max.depth of a parent)",
-        Obstacle.FULL,
-    ),
-}
-
-
-class CgroupUnavailable(Unavailable):
-    """The job can have no cgroup of its own here. The message is one line and says why."""
-
-
-@dataclass(frozen=True)
-class Hierarchy:
-    """A cgroup v2 hierarchy as seen here. place: a directory; root: which cgroup that directory is."""
-
-    place: str
-    root: str
 
 
 class JobCgroup:
     """A cgroup made for one job, below the cgroup that the launcher was in.
 
-    descriptor: the cgroup's directory. path: the cgroup, as /proc/PID/cgroup names it.
+    descriptor: the cgroup's directory. path: the cgroup, as `cgroups.cgroup_of` tells it. ancestors: descriptors of
+    the directories above, the nearest last, which are this object's to close.
+
+    Raises OSError, with these closed, when there is no such cgroup.
     """
 
     def __init__(self, ancestors: tuple[int, ...], path: PurePosixPath) -> None:
         self._ancestors = ancestors
         self._name = path.name
         self.path = str(path)
-        self.descriptor = os.open(self._name, _DIRECTORY_FLAGS, dir_fd=self._parent)
-        self._events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
-        self._become_valid()
+        with ExitStack() as undo:
+            for ancestor in ancestors:
+                undo.callback(os.close, ancestor)
+            self.descriptor = os.open(self._name, cgroups.DIRECTORY_FLAGS, dir_fd=self._parent)
+            undo.callback(os.close, self.descriptor)
+            self._events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
+            undo.callback(os.close, self._events)
+            self._become_valid()
+            undo.pop_all()
 
     @property
     def ancestors(self) -> tuple[int, ...]:
@@ -96,12 +75,12 @@ class JobCgroup:
 
         Raises CgroupUnavailable when it stays.
         """
-        if _relative(cgroup_of(os.getpid()), self.path) is None:
+        if relative(cgroup_of(os.getpid()), self.path) is None:
             return
         leave_shared_cgroups()
-        if _relative(cgroup_of(os.getpid()), self.path) is not None:
+        if relative(cgroup_of(os.getpid()), self.path) is not None:
             _move(self._parent, os.getpid())
-        if _relative(cgroup_of(os.getpid()), self.path) is not None:
+        if relative(cgroup_of(os.getpid()), self.path) is not None:
             raise CgroupUnavailable(f"the guard cannot leave {self.path}, the cgroup of the job that it is to guard")
 
     def expel(self, pid: int) -> None:
@@ -120,11 +99,7 @@ class JobCgroup:
 
     def processes(self) -> set[int]:
         """The live processes in the cgroup and below it."""
-        return {pid for directory in self._below() for pid in _members(directory)}
-
-    def ids(self) -> set[int]:
-        """The ids of the cgroup and of those below it, as sockets carry them (INET_DIAG_CGROUP_ID, kernel 5.9)."""
-        return {os.fstat(directory).st_ino for directory in self._below()}
+        return cgroups.processes_below(self.descriptor)
 
     def kill(self) -> None:
         """SIGKILL everything in it at once, what is being forked included; before kernel 5.14 one by one."""
@@ -152,7 +127,7 @@ class JobCgroup:
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise _refused(f"{self.path} cannot be removed", error) from error
+                    raise refused(f"{self.path} cannot be removed", error) from error
             time.sleep(_REMOVAL_INTERVAL_SECONDS)
 
     def close(self) -> None:
@@ -164,11 +139,6 @@ class JobCgroup:
     def _parent(self) -> int:
         return self._ancestors[-1]
 
-    def _below(self) -> Iterator[int]:
-        """The descriptors of this directory and of each below it, each open until the next is asked for."""
-        yield self.descriptor
-        yield from _directories_below(self.descriptor)
-
     def _become_valid(self) -> None:
         """Below a threaded cgroup a new one is invalid until it is threaded too (cgroup-v2.rst, Threads).
 
@@ -176,7 +146,7 @@ class JobCgroup:
         looks no deeper (cgroup_p_step_get_pids, Slurm 22.05 to 25.05), and a threaded cgroup's processes are listed in
         that of its domain.
         """
-        if _read(self.descriptor, "cgroup.type") == "domain invalid":
+        if cgroups.read(self.descriptor, "cgroup.type") == "domain invalid":
             _write(self.descriptor, "cgroup.type", "threaded")
         elif _SLURM_TASK.search(str(PurePosixPath(self.path).parent)):
             with contextlib.suppress(OSError):  # somebody has made domains of his own there
@@ -198,42 +168,33 @@ def make_job_cgroup(path: str) -> JobCgroup:
 
     Raises CgroupUnavailable when there is no cgroup v2 or nothing may be made in it.
     """
-    place = PurePosixPath(path)
-    for hierarchy in _hierarchies():
-        below = _relative(path, hierarchy.root)
-        if below is None:
-            continue
-        try:
-            ancestors = _open_down(hierarchy.place, below.parent)
-            os.mkdir(place.name, 0o755, dir_fd=ancestors[-1])
-            cgroup = JobCgroup(ancestors, place)
-        except OSError as error:
-            raise _refused(f"no cgroup can be made below {place.parent}", error) from error
-        if not _is_ours(cgroup):
-            cgroup.close()
-            raise CgroupUnavailable(f"{path} was replaced by another user's cgroup")
-        return cgroup
-    raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
+    name, parent = PurePosixPath(path).name, PurePosixPath(path).parent
+    place = next(cgroups.places_of(path), None)
+    if place is None:
+        raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
+    try:
+        ancestors = place.open(with_last=False)
+        os.mkdir(name, 0o755, dir_fd=ancestors[-1])
+        cgroup = JobCgroup(ancestors, PurePosixPath(path))
+    except OSError as error:
+        raise refused(f"no cgroup can be made below {parent}", error) from error
+    if not cgroups.is_of_this_user(cgroup.descriptor):
+        cgroup.close()
+        raise CgroupUnavailable(f"{path} was replaced by another user's cgroup")
+    return cgroup
 
 
 def open_job_cgroup(path: str) -> JobCgroup | None:
-    """The cgroup of a run that exists already; None where it does not."""
-    for hierarchy in _hierarchies():
-        below = _relative(path, hierarchy.root)
-        if below is None:
-            continue
-        with contextlib.suppress(OSError):
-            cgroup = JobCgroup(_open_down(hierarchy.place, below.parent), PurePosixPath(path))
-            if _is_ours(cgroup):
-                return cgroup
-            cgroup.close()
+    """Open the cgroup of a run that exists already; None where it does not."""
+    place = next(cgroups.places_of(path), None)
+    if place is None:
         return None
+    with contextlib.suppress(OSError):
+        cgroup = JobCgroup(place.open(with_last=False), PurePosixPath(path))
+        if cgroups.is_of_this_user(cgroup.descriptor):
+            return cgroup
+        cgroup.close()
     return None
-
-
-def _is_ours(cgroup: JobCgroup) -> bool:
-    """Whoever the parent is delegated to could have put a directory of his own in the place of ours."""
-    return os.fstat(cgroup.descriptor).st_uid == os.geteuid()
 
 
 def leave_shared_cgroups(attendants: Sequence[int] = ()) -> None:
@@ -244,7 +205,7 @@ def leave_shared_cgroups(attendants: Sequence[int] = ()) -> None:
     Batch systems end a job by its cgroup, with whatever the job started; and whom a cgroup is delegated to can freeze
     and kill what is in it, also a process of root's. The top belongs to nobody else and cannot be killed.
     """
-    for place in _tops():
+    for place in cgroups.tops():
         with contextlib.suppress(OSError):
             directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -254,154 +215,21 @@ def leave_shared_cgroups(attendants: Sequence[int] = ()) -> None:
                 os.close(directory)
 
 
-def may_leave_shared_cgroups() -> bool:
-    """Whether a guard that this process starts could leave the cgroups of the batch system; False if in doubt."""
-    tops = list(_tops())
-    return bool(tops) and all(os.access(Path(place, "cgroup.procs"), os.W_OK) for place in tops)
-
-
-def cgroup_of(pid: int) -> str:
-    """A process' cgroup in the v2 hierarchy (cgroups(7)). Raises CgroupUnavailable when it has none."""
-    try:
-        text = os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
-    except OSError as error:
-        raise _refused(f"the cgroup of process {pid} cannot be read", error) from error
-    # Users name cgroups, and Python's splitlines ends a line at characters that the kernel lets them use.
-    for line in text.split("\n"):
-        if line.startswith("0::"):
-            return line[3:]
-    raise CgroupUnavailable("this kernel has no cgroup v2 hierarchy")
-
-
-def _hierarchies() -> Iterator[Hierarchy]:
-    """Where cgroup v2 may be found, the least intrusive place first.
-
-    `ip netns exec` hides /sys/fs/cgroup from what it runs; init's view of it is still there. Where nobody has
-    mounted one, a private mount namespace keeps ours unseen.
-    """
-    for mountinfo, prefix in _VIEWS:
-        yield from _mounted(mountinfo, prefix)
-    private = _mount_privately()
-    if private is not None:
-        yield private
-
-
-def _tops() -> Iterator[str]:
-    """The top directory of every hierarchy by which processes are ended, in the first view that has any."""
-    for mountinfo, prefix in _VIEWS:
-        tops = [hierarchy.place for hierarchy in _mounted(mountinfo, prefix, _ends_processes)]
-        if tops:
-            yield from tops
-            return
-
-
-def _is_v2(kind: str, options: str) -> bool:
-    return kind == "cgroup2"
-
-
-def _ends_processes(kind: str, options: str) -> bool:
-    """Version 2 and, of version 1, where systemd and batch systems track what they end; not where memory is counted."""
-    return kind == "cgroup2" or (kind == "cgroup" and ("freezer" in options.split(",") or "name=" in options))
-
-
-def _mounted(mountinfo: str, prefix: str, wanted: Callable[[str, str], bool] = _is_v2) -> Iterator[Hierarchy]:
-    """The cgroup mounts of a mountinfo file (proc(5)); `prefix` leads to the root that its paths start from."""
-    try:
-        lines = os.fsdecode(Path(mountinfo).read_bytes()).split("\n")
-    except OSError:
-        return
-    for line in lines:
-        # Users mount too (FUSE), below names of theirs; the kernel escapes spaces and newlines in them.
-        mount, _, source = line.partition(" - ")
-        kind, _, options = (*source.split(" "), "", "")[:3]
-        if not wanted(kind, options):
-            continue
-        root, place = mount.split(" ")[3:5]
-        place = prefix + _unescaped(place)
-        with contextlib.suppress(OSError):
-            if Path(place, "cgroup.procs").exists():
-                yield Hierarchy(place, _unescaped(root))
-
-
-def _mount_privately() -> Hierarchy | None:
-    """Mount cgroup v2 where only this process sees it; None where that is not permitted."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS) != 0:
-        return None
-    if libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
-        return None
-    place = "/sys/fs/cgroup" if Path("/sys/fs/cgroup").is_dir() else "/mnt"
-    if libc.mount(b"cgroup2", place.encode(), b"cgroup2", _MS_NOSUID_NODEV_NOEXEC, None) != 0:
-        return None
-    return Hierarchy(place, "/")
-
-
-def _relative(path: str, root: str) -> PurePosixPath | None:
-    try:
-        return PurePosixPath(path).relative_to(root)
-    except ValueError:
-        return None
-
-
-def _open_down(place: str, below: PurePosixPath) -> tuple[int, ...]:
-    """Descriptors of a hierarchy's directory and of each one on the way down, the deepest last."""
-    descriptors = [os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
-    for part in below.parts:
-        descriptors.append(os.open(part, _DIRECTORY_FLAGS, dir_fd=descriptors[-1]))
-    return tuple(descriptors)
-
-
 def _move(directory: int, pid: int) -> None:
     try:
         _write(directory, "cgroup.procs", str(pid))
     except OSError as error:
-        raise _refused(f"process {pid} may not be moved between cgroups", error) from error
-
-
-def _members(directory: int) -> set[int]:
-    """The processes of one cgroup; a threaded one lists threads only (cgroup-v2.rst), and a signal to one is to all."""
-    with contextlib.suppress(FileNotFoundError, OSError):
-        return {int(line) for line in _read(directory, "cgroup.procs").split()}
-    with contextlib.suppress(FileNotFoundError, OSError):
-        return {int(line) for line in _read(directory, "cgroup.threads").split()}
-    return set()
-
-
-def _directories_below(directory: int) -> Iterator[int]:
-    for name in _children(directory):
-        with contextlib.suppress(FileNotFoundError):
-            child = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
-            try:
-                yield child
-                yield from _directories_below(child)
-            finally:
-                os.close(child)
+        raise refused(f"process {pid} may not be moved between cgroups", error) from error
 
 
 def _remove_below(directory: int) -> None:
-    for name in _children(directory):
-        child = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+    for name in cgroups.children(directory):
+        child = os.open(name, cgroups.DIRECTORY_FLAGS, dir_fd=directory)
         try:
             _remove_below(child)
         finally:
             os.close(child)
         os.rmdir(name, dir_fd=directory)
-
-
-def _children(directory: int) -> list[str]:
-    with os.scandir(directory) as entries:
-        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-
-
-def _read(directory: int, name: str) -> str:
-    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        text = b""
-        while chunk := os.read(descriptor, 65536):
-            text += chunk
-        return text.decode("ascii").strip()
-    finally:
-        os.close(descriptor)
 
 
 def _write(directory: int, name: str, text: str) -> None:
@@ -411,15 +239,3 @@ def _write(directory: int, name: str, text: str) -> None:
         os.write(descriptor, text.encode("ascii"))
     finally:
         os.close(descriptor)
-
-
-def _refused(what: str, error: OSError) -> CgroupUnavailable:
-    reason, obstacle = _REASONS.get(error.errno or 0, (error.strerror or str(error), Obstacle.OTHER))
-    return CgroupUnavailable(f"{what}: {reason}", obstacle)
-
-
-def _unescaped(text: str) -> str:
-    """mountinfo writes space, tab, newline and backslash as octal (proc(5))."""
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, character)
-    return text

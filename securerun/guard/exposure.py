@@ -80,10 +80,6 @@ class Exposure:
                     refused[port] = str(error)
         return refused
 
-    def release(self) -> None:
-        """Close the socket to the kernel."""
-        self._diagnosis.close()
-
 
 def open_exposure(lease: Lease) -> Exposure | None:
     """The look-out of a lease; None where the kernel has no sock_diag, and scope `ports` is refused from the start."""

@@ -23,19 +23,13 @@ from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, reaper, records, reserved
 from securerun.guard.caller import ROOT, Caller
-from securerun.guard.cgroup import (
-    CgroupUnavailable,
-    JobCgroup,
-    cgroup_of,
-    make_job_cgroup,
-    open_job_cgroup,
-    path_of_job_cgroup,
-)
+from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
 from securerun.linux import proc, processes
+from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from securerun.firewall.backends import NAMES, open_chains
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import records, reserved
-from securerun.guard.cgroup import CgroupUnavailable, open_job_cgroup
+from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
 from securerun.guard.reserved import ReservationUnavailable
 from securerun.linux import proc
+from securerun.linux.cgroups import CgroupUnavailable
 
 
 def dead_runs(directory: int) -> tuple[Record, ...]:

@@ -20,7 +20,7 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import inherited, limits, log, records
 from securerun.guard import lease as leases
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
-from securerun.guard.cgroup import CgroupUnavailable, leave_shared_cgroups
+from securerun.guard.cgroup import leave_shared_cgroups
 from securerun.guard.channel import Channel
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
@@ -40,6 +40,7 @@ from securerun.guard.protocol import (
 )
 from securerun.guard.watch import Watch
 from securerun.linux import capabilities
+from securerun.linux.cgroups import CgroupUnavailable
 
 NAME = "securerun-guard"
 _INPUT, _OUTPUT = 0, 1

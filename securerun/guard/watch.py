@@ -17,11 +17,11 @@ from securerun.errors import SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Denial
 from securerun.firewall.refusals import ShieldUnavailable
-from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.protocol import Message, Notice, Peers, ProtocolError, Release, Released
 from securerun.linux import processes
+from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.networks import Address
 from securerun.linux.nf_tables import Deletions
 from securerun.linux.processes import Process

@@ -249,7 +249,7 @@ def mountinfo(pid: Pid = SELF) -> list[str]:
     return os.fsdecode(Path(f"/proc/{pid}/mountinfo").read_bytes()).split("\n")
 
 
-def root(pid: int) -> str:
+def root(pid: Pid) -> str:
     """Return the path that leads from here to the root directory of a process."""
     return f"/proc/{pid}/root"
 

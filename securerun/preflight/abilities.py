@@ -20,9 +20,9 @@ from securerun.firewall.policy import Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import cgroup, reserved
-from securerun.guard.cgroup import CgroupUnavailable
 from securerun.guard.protocol import ProtocolError, Ready, Refused
-from securerun.linux import capabilities, packages, signals
+from securerun.linux import capabilities, cgroups, packages, signals
+from securerun.linux.cgroups import CgroupUnavailable
 from securerun.protection import ways
 from securerun.protection.ways import Way
 
@@ -98,10 +98,10 @@ def _capabilities() -> Ability:
 
 def _cgroup() -> Ability:
     try:
-        path = cgroup.cgroup_of(os.getpid())
+        path = cgroups.cgroup_of(os.getpid())
     except CgroupUnavailable as error:
         return Ability("cgroup", False, str(error), "boot with systemd.unified_cgroup_hierarchy=1")
-    leaves = cgroup.may_leave_shared_cgroups()
+    leaves = cgroups.may_leave_shared()
     stays = "" if leaves else "; a guard of this process' own cannot leave it, and ends with a batch job"
     return Ability("cgroup", True, f"version 2, {path}{stays}")
 

@@ -16,9 +16,9 @@ from typing import Any
 from securerun.errors import PolicyError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard import records
-from securerun.guard.cgroup import CgroupUnavailable, cgroup_of
 from securerun.guard.protocol import RUN_ID_VARIABLE
 from securerun.linux import proc
+from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.options import Options
 
 # What a lease was asked for, for launchers inside of it to compare; for their messages, never for what is closed.

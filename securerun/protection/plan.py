@@ -104,13 +104,13 @@ def policy(
 
 def print_plan(plan: Plan) -> None:
     """Print all that would be done, on standard output."""
-    from securerun.guard import cgroup
+    from securerun.linux import cgroups
     from securerun.protection import ways, words
 
     for warning in plan.peers.warnings:
         say(warning)
     obstacles = {way.name: way.obstacle for way in ways.ways()}
-    origin = words.origin(obstacles, may_leave=cgroup.may_leave_shared_cgroups())
+    origin = words.origin(obstacles, may_leave=cgroups.may_leave_shared())
     print(words.whole(plan, origin), end="")
     if plan.whitelist:
         from securerun.job import hccl_whitelist

@@ -19,16 +19,11 @@ from sandbox import NOBODY, apart
 
 from securerun.errors import Obstacle
 from securerun.guard import cgroup
-from securerun.guard.cgroup import (
-    CgroupUnavailable,
-    JobCgroup,
-    cgroup_of,
-    make_job_cgroup,
-    open_job_cgroup,
-    path_of_job_cgroup,
-)
+from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
+from securerun.linux import cgroups, proc, sock_diag
+from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 
-_OUR_VIEW_ALONE = {"_VIEWS": (("/proc/self/mountinfo", ""),)}
+_OUR_VIEW_ALONE = {"_VIEWS": (proc.SELF,)}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -79,7 +74,12 @@ def test_it_lies_below_the_launchers_own_and_is_found_again(job: JobCgroup) -> N
 
 
 def test_one_that_does_not_exist_is_not_opened(job: JobCgroup) -> None:
+    before = proc.own_descriptors()
     assert open_job_cgroup(f"{job.path}/none") is None
+    assert open_job_cgroup(f"{job.path}/none/below") is None
+    with pytest.raises(FileNotFoundError):
+        cgroups.processes_of(f"{job.path}/none")
+    assert proc.own_descriptors() == before
     # The guard would look in a mount of its own, and so change what this process sees: a child does it.
     assert in_child(lambda: open_job_cgroup("no/absolute/path")) is None
 
@@ -88,6 +88,7 @@ def test_another_users_is_neither_taken_nor_opened(job: JobCgroup) -> None:
     """Whoever the parent is delegated to can put a directory of his own in the place of ours."""
     os.chown(job.descriptor, NOBODY, -1)
     assert open_job_cgroup(job.path) is None
+    assert cgroups.processes_of(job.path) == set()
 
 
 def test_a_launcher_whose_cgroup_lies_above_what_is_seen_gets_none() -> None:
@@ -136,7 +137,7 @@ def test_where_none_is_mounted_a_private_mount_serves() -> None:
                 assert _libc.umount2(line.split()[4].encode(), 2) == 0
 
     def work() -> str:
-        vars(cgroup).update(_OUR_VIEW_ALONE)
+        vars(cgroups).update(_OUR_VIEW_ALONE)
         made = make_job_cgroup(f"/securerun-{run_id}")
         try:
             assert made.populated() is False
@@ -147,7 +148,7 @@ def test_where_none_is_mounted_a_private_mount_serves() -> None:
     assert apart(work, before=unmount_all) == f"/securerun-{run_id}"
 
     def refused() -> str:
-        vars(cgroup).update(_VIEWS=(("/proc/self/no such file", ""),))
+        vars(cgroups).update(_VIEWS=("no such process",))
         with pytest.raises(CgroupUnavailable) as refusal:
             make_job_cgroup(f"/securerun-{run_id}")
         return str(refusal.value)
@@ -162,7 +163,7 @@ def test_a_read_only_hierarchy_is_refused_in_words() -> None:
         subprocess.run(["sh", "-c", READ_ONLY_CGROUPS, str(cgroup2_mount())], check=True)
 
     def work() -> str:
-        vars(cgroup).update(_OUR_VIEW_ALONE)
+        vars(cgroups).update(_OUR_VIEW_ALONE)
         with pytest.raises(CgroupUnavailable) as refusal:
             make_job_cgroup("/securerun-0123456789ab")
         assert refusal.value.obstacle is Obstacle.READ_ONLY_CGROUPS
@@ -179,8 +180,10 @@ def test_all_below_it_belongs_to_it(job: JobCgroup, sleepers: list[subprocess.Po
     below.mkdir(parents=True)
     pids = {sleep_in(directory_of(job), sleepers), sleep_in(below, sleepers)}
     assert job.populated()
-    assert job.processes() == pids
-    assert job.ids() == {path.stat().st_ino for path in (directory_of(job), below.parent, below)}
+    assert job.processes() == cgroups.processes_of(job.path) == pids
+    assert sock_diag.cgroup_ids(job.descriptor) == {
+        path.stat().st_ino for path in (directory_of(job), below.parent, below)
+    }
     job.kill()
     assert eventually(lambda: not job.populated())
     assert {process.wait() for process in sleepers} == {-signal.SIGKILL}

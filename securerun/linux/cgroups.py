@@ -1,0 +1,239 @@
+"""Where cgroups are, which one a process is in, and which processes are in one (cgroups(7), cgroup-v2.rst).
+
+A cgroup is read relative to a descriptor of its directory: a path below a cgroup that was delegated to a user can be
+removed and made anew by that user between two calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from securerun.errors import Obstacle, Unavailable
+from securerun.linux import proc
+
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CLONE_NEWNS = 0x00020000
+_MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
+_MS_REC_PRIVATE = 16384 | 1 << 18
+# What is mounted where this process is, then where init is: `ip netns exec` hides cgroups from what it runs.
+_VIEWS: tuple[proc.Pid, ...] = (proc.SELF, proc.INIT)
+_REASONS = {
+    errno.EROFS: (
+        "the cgroup file system is mounted read-only (a container without --privileged?)",
+        Obstacle.READ_ONLY_CGROUPS,
+    ),
+    errno.EACCES: ("permission denied; run as root", Obstacle.NOT_PERMITTED),
+    errno.EPERM: ("not permitted; run as root", Obstacle.NOT_PERMITTED),
+    errno.EAGAIN: (
+        "a limit on cgroups is reached (cgroup.max.descendants or cgroup.max.depth of a parent)",
+        Obstacle.FULL,
+    ),
+}
+
+
+class CgroupUnavailable(Unavailable):
+    """A cgroup cannot be had, or not even be told, here. The message is one line and says why."""
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """A cgroup hierarchy as seen here. place: a directory; root: which cgroup that directory is."""
+
+    place: str
+    root: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cgroup is, or would be: the way `below` the directory `top` of a hierarchy."""
+
+    top: str
+    below: PurePosixPath
+
+    def open(self, *, with_last: bool) -> tuple[int, ...]:
+        """Open the directory and each one on the way down, with or without the last; the deepest comes last.
+
+        Raises OSError.
+        """
+        with ExitStack() as undo:
+            descriptors = [os.open(self.top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+            undo.callback(os.close, descriptors[0])
+            for part in (self.below if with_last else self.below.parent).parts:
+                descriptors.append(os.open(part, DIRECTORY_FLAGS, dir_fd=descriptors[-1]))
+                undo.callback(os.close, descriptors[-1])
+            undo.pop_all()
+        return tuple(descriptors)
+
+
+def cgroup_of(pid: int) -> str:
+    """Return a process' cgroup in the v2 hierarchy. Raises CgroupUnavailable when it has none."""
+    try:
+        lines = proc.cgroups(pid)
+    except OSError as error:
+        raise refused(f"the cgroup of process {pid} cannot be read", error) from error
+    for line in lines:
+        if line.startswith("0::"):
+            return line[3:]
+    raise CgroupUnavailable("this kernel has no cgroup v2 hierarchy")
+
+
+def places_of(path: str) -> Iterator[Place]:
+    """Yield where a v2 cgroup may be found by its path in `cgroup_of`, the least intrusive place first.
+
+    `ip netns exec` hides /sys/fs/cgroup from what it runs; init's view of it is still there. Where nobody has
+    mounted one, a private mount namespace keeps ours unseen.
+    """
+    for hierarchy in _hierarchies():
+        below = relative(path, hierarchy.root)
+        if below is not None:
+            yield Place(hierarchy.place, below)
+
+
+def processes_of(path: str) -> set[int]:
+    """Return the live processes in a cgroup that this user made, and below it. Raises OSError where there is none."""
+    place = next(places_of(path), None)
+    if place is None:
+        return set()
+    descriptors = place.open(with_last=True)
+    try:
+        return processes_below(descriptors[-1]) if is_of_this_user(descriptors[-1]) else set()
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def processes_below(directory: int) -> set[int]:
+    """Return the live processes in the cgroup of this descriptor, and below it."""
+    found = _members(directory)
+    for below in _directories_below(directory):
+        found |= _members(below)
+    return found
+
+
+def is_of_this_user(directory: int) -> bool:
+    """Return whether it was made from here: to whom the parent is delegated can put his own in the place of ours."""
+    return os.fstat(directory).st_uid == os.geteuid()
+
+
+def children(directory: int) -> list[str]:
+    """Return the names of the cgroups right below the one of this descriptor."""
+    with os.scandir(directory) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def read(directory: int, name: str) -> str:
+    """Read a file of the cgroup of this descriptor. Raises OSError."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return b"".join(iter(lambda: os.read(descriptor, 65536), b"")).decode("ascii").strip()
+    finally:
+        os.close(descriptor)
+
+
+def relative(path: str, root: str) -> PurePosixPath | None:
+    """Return the way from one cgroup to one below it, by their paths; None where it is not below."""
+    try:
+        return PurePosixPath(path).relative_to(root)
+    except ValueError:
+        return None
+
+
+def tops() -> list[str]:
+    """Return the top directory of every hierarchy by which processes are ended, in the first view that has any."""
+    found = ([hierarchy.place for hierarchy in _mounted(view, _ends_processes)] for view in _VIEWS)
+    return next(filter(None, found), [])
+
+
+def may_leave_shared() -> bool:
+    """Return whether what this process starts could leave the cgroups of a batch system; False if in doubt."""
+    places = tops()
+    return bool(places) and all(os.access(Path(place, "cgroup.procs"), os.W_OK) for place in places)
+
+
+def refused(what: str, error: OSError) -> CgroupUnavailable:
+    """Return what to raise for something that the kernel refused, with its reason."""
+    reason, obstacle = _REASONS.get(error.errno or 0, (error.strerror or str(error), Obstacle.OTHER))
+    return CgroupUnavailable(f"{what}: {reason}", obstacle)
+
+
+def _hierarchies() -> Iterator[Hierarchy]:
+    for view in _VIEWS:
+        yield from _mounted(view)
+    private = _mount_privately()
+    if private is not None:
+        yield private
+
+
+def _is_v2(kind: str, options: str) -> bool:
+    return kind == "cgroup2"
+
+
+def _ends_processes(kind: str, options: str) -> bool:
+    """Version 2 and, of version 1, where systemd and batch systems track what they end; not where memory is counted."""
+    return kind == "cgroup2" or (kind == "cgroup" and ("freezer" in options.split(",") or "name=" in options))
+
+
+def _mounted(view: proc.Pid, wanted: Callable[[str, str], bool] = _is_v2) -> Iterator[Hierarchy]:
+    """The cgroup mounts where a process is, as they are reached from here."""
+    try:
+        lines = proc.mountinfo(view)
+    except OSError:
+        return
+    prefix = "" if view == proc.SELF else proc.root(view)
+    for line in lines:
+        mount, _, source = line.partition(" - ")
+        kind, _, options = (*source.split(" "), "", "")[:3]
+        if not wanted(kind, options):
+            continue
+        root, place = mount.split(" ")[3:5]
+        place = prefix + _unescaped(place)
+        with contextlib.suppress(OSError):
+            if Path(place, "cgroup.procs").exists():
+                yield Hierarchy(place, _unescaped(root))
+
+
+def _mount_privately() -> Hierarchy | None:
+    """Mount cgroup v2 where only this process sees it; None where that is not permitted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        return None
+    if libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
+        return None
+    place = "/sys/fs/cgroup" if Path("/sys/fs/cgroup").is_dir() else "/mnt"
+    if libc.mount(b"cgroup2", place.encode(), b"cgroup2", _MS_NOSUID_NODEV_NOEXEC, None) != 0:
+        return None
+    return Hierarchy(place, "/")
+
+
+def _members(directory: int) -> set[int]:
+    """The processes of one cgroup; a threaded one lists threads only (cgroup-v2.rst), and a signal to one is to all."""
+    for name in ("cgroup.procs", "cgroup.threads"):
+        with contextlib.suppress(OSError):
+            return {int(line) for line in read(directory, name).split()}
+    return set()
+
+
+def _directories_below(directory: int) -> Iterator[int]:
+    """Descriptors of the cgroups below, each open until the next is asked for."""
+    for name in children(directory):
+        with contextlib.suppress(FileNotFoundError):
+            child = os.open(name, DIRECTORY_FLAGS, dir_fd=directory)
+            try:
+                yield child
+                yield from _directories_below(child)
+            finally:
+                os.close(child)
+
+
+def _unescaped(text: str) -> str:
+    """mountinfo writes space, tab, newline and backslash as octal (proc(5))."""
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text
