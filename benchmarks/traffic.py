@@ -32,7 +32,7 @@ from layers import addresses
 from securerun.firewall.backends import open_chains
 from securerun.firewall.policy import Policy, PortRange
 from securerun.firewall.shield import Shield
-from securerun.linux import bpf
+from securerun.linux import bpf, libc
 from securerun.linux.assembler import R0, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Program
 from securerun.linux.networks import collapse
@@ -88,7 +88,7 @@ def run_times() -> Iterator[None]:
     """While the block runs, the kernel notes how long programs run."""
     attributes = ctypes.create_string_buffer(256)
     number = bpf._system_call_number(os.uname().machine)
-    descriptor = bpf._library.syscall(
+    descriptor = libc.library.syscall(
         ctypes.c_long(number), ctypes.c_int(_ENABLE_STATS), attributes, ctypes.c_uint(256)
     )
     if descriptor < 0:

@@ -8,7 +8,6 @@ end. An exec would be simpler, but nobody except a parent learns how a process e
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -17,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from securerun.linux import proc
+from securerun.linux import prctl, proc
 
 _EVERY = signal.valid_signals()
 # Python ignores these; what it starts is not to (signal(7): an ignored signal stays so across execve).
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 _JOB_CONTROL = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-_PR_SET_DUMPABLE = 4
 _CAT = Path("/bin/cat")
 # Who ends a batch job or a service signals its processes one after the other.
 _FOR_ALL_SECONDS = 0.1
@@ -112,7 +110,7 @@ def _flush() -> None:
 def _end_by(number: int) -> NoReturn:
     """End by a signal: a shell tells an interrupted command from one that failed, and ends its loop only then."""
     # One core file, the command's, is enough.
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    prctl.set_dumpable(False)
     with contextlib.suppress(OSError):  # SIGKILL has no other disposition
         signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

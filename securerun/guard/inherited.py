@@ -7,15 +7,13 @@ start a guard could otherwise starve it, or have it end by itself, as soon as it
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
 
 from securerun.errors import PrivilegeError
-from securerun.linux import proc
+from securerun.linux import prctl, proc
 
-_PR_SET_NAME = 15
 _DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _UNLIMITED = (
     resource.RLIMIT_CPU,
@@ -48,7 +46,7 @@ def discard(name: str) -> None:
 
     Does what is permitted and passes over the rest: a guard in a container may not raise its limits.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+    prctl.set_name(name)
     os.closerange(_FIRST_OTHER_DESCRIPTOR, _MOST_DESCRIPTORS)
     with contextlib.suppress(PermissionError):
         os.setsid()  # refused to a process group leader, which has its own session already or is run by hand

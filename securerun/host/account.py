@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pwd
 import sys
@@ -11,9 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from securerun.errors import PrivilegeError, UsageError
-from securerun.linux import capabilities
+from securerun.linux import capabilities, prctl
 
-_PR_SET_DUMPABLE = 4
 # What was root's own, or tells how root came to be root.
 _LEFT_BEHIND = ("XDG_RUNTIME_DIR", "SUDO_USER", "SUDO_UID", "SUDO_GID", "SUDO_COMMAND", "MAIL")
 
@@ -70,7 +68,7 @@ def become(account: Account) -> None:
             f"--run-as {account.name}: this process may not become another user ({error.strerror}); start it as root"
         ) from error
     # A process that changed its user is root's in /proc until it executes something, and this one does not.
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+    prctl.set_dumpable(True)
     _take_on_environment(account)
     _require_this_python(account)
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
+from securerun.linux import libc
+
 # ---------------------------------------------------------------------------------------------------
 # The system call
 # ---------------------------------------------------------------------------------------------------
@@ -37,8 +39,6 @@ _OBJECT_NAME_SIZE = 16
 _ATTEMPTS = 5
 _LOG_SIZE = 1 << 20
 _LOG_LINES_AND_STATISTICS = 1 | 4
-
-_library = ctypes.CDLL(None, use_errno=True)
 
 
 class _Command(enum.IntEnum):
@@ -106,7 +106,7 @@ def _describe_error(number: int) -> str:
 def _call(command: _Command, attributes: bytes) -> tuple[int, bytes]:
     """The call's result and the attributes as the kernel left them. Raises OSError."""
     buffer = ctypes.create_string_buffer(attributes, _ATTRIBUTES_SIZE)
-    result = _library.syscall(
+    result = libc.library.syscall(
         ctypes.c_long(_system_call_number(os.uname().machine)),
         ctypes.c_int(command),
         buffer,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from securerun.linux import proc
+from securerun.linux import libc, prctl, proc
 
 # include/uapi/linux/capability.h
 DAC_OVERRIDE = 1
@@ -27,12 +26,6 @@ BPF = 39  # since kernel 5.8; before, SYS_ADMIN stands for it
 _VERSION_3 = 0x20080522
 _HEADER = struct.Struct("=Ii")
 _SETS = struct.Struct("=IIIIII")  # effective, permitted, inheritable: the low 32 of each, then the high 32
-_PR_CAPBSET_DROP = 24
-_PR_SET_NO_NEW_PRIVS = 38
-_PR_CAP_AMBIENT = 47
-_AMBIENT_RAISE, _AMBIENT_CLEAR = 2, 4
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def effective() -> frozenset[int]:
@@ -49,7 +42,7 @@ def keep_only(capabilities: Collection[int]) -> None:
         _drop_from_bounding_set(capabilities)
     kept = _held("CapPrm") & frozenset(capabilities)
     _set(effective=kept, inheritable=_held("CapInh") & kept)
-    forbid_new_privileges()
+    prctl.forbid_new_privileges()
 
 
 def begin_to_leave() -> None:
@@ -58,11 +51,6 @@ def begin_to_leave() -> None:
         _drop_from_bounding_set(())
     kept = _held("CapPrm") & {SETUID}
     _set(effective=kept, inheritable=())
-
-
-def forbid_new_privileges() -> None:
-    """From now on no program started from here gains by set-id bits or file capabilities (no_new_privs)."""
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 @contextmanager
@@ -76,20 +64,20 @@ def handed_on(capabilities: Collection[int]) -> Iterator[None]:
     ambient = _held("CapAmb")
     _set(effective=effective(), inheritable=inheritable | lent, permitted=permitted)
     for capability in lent:
-        _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability, 0, 0))
+        prctl.raise_ambient(capability)
     try:
         yield
     finally:
-        _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR, 0, 0, 0))
+        prctl.clear_ambient()
         for capability in ambient:
-            _check(_libc.prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability, 0, 0))
+            prctl.raise_ambient(capability)
         _set(effective=effective(), inheritable=inheritable, permitted=permitted)
 
 
 def _drop_from_bounding_set(kept: Collection[int]) -> None:
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
     for capability in set(range(last + 1)) - set(kept):
-        _check(_libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
+        prctl.drop_from_bounding_set(capability)
 
 
 def _held(kind: str) -> frozenset[int]:
@@ -99,14 +87,8 @@ def _held(kind: str) -> frozenset[int]:
 def _set(*, effective: Collection[int], inheritable: Collection[int], permitted: Collection[int] | None = None) -> None:
     sets = [_bits(kind) for kind in (effective, effective if permitted is None else permitted, inheritable)]
     low, high = [bits & 0xFFFFFFFF for bits in sets], [bits >> 32 for bits in sets]
-    _check(_libc.capset(_HEADER.pack(_VERSION_3, 0), _SETS.pack(*low, *high)))
+    libc.check(libc.library.capset(_HEADER.pack(_VERSION_3, 0), _SETS.pack(*low, *high)))
 
 
 def _bits(capabilities: Collection[int]) -> int:
     return sum(1 << number for number in set(capabilities))
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

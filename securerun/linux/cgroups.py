@@ -7,7 +7,6 @@ removed and made anew by that user between two calls.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from securerun.errors import Obstacle, Unavailable
-from securerun.linux import proc
+from securerun.linux import libc, proc
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CLONE_NEWNS = 0x00020000
@@ -201,13 +200,12 @@ def _mounted(view: proc.Pid, wanted: Callable[[str, str], bool] = _is_v2) -> Ite
 
 def _mount_privately() -> Hierarchy | None:
     """Mount cgroup v2 where only this process sees it; None where that is not permitted."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS) != 0:
+    if libc.library.unshare(_CLONE_NEWNS) != 0:
         return None
-    if libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
+    if libc.library.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
         return None
     place = "/sys/fs/cgroup" if Path("/sys/fs/cgroup").is_dir() else "/mnt"
-    if libc.mount(b"cgroup2", place.encode(), b"cgroup2", _MS_NOSUID_NODEV_NOEXEC, None) != 0:
+    if libc.library.mount(b"cgroup2", place.encode(), b"cgroup2", _MS_NOSUID_NODEV_NOEXEC, None) != 0:
         return None
     return Hierarchy(place, "/")
 

@@ -8,6 +8,8 @@ import struct
 from functools import cache
 from typing import Any
 
+from securerun.linux import libc
+
 _BIRTH = 0x800  # STATX_BTIME, since Linux 4.11
 _ITSELF = 0x1000 | 0x100  # AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW
 _SIZE = 256  # struct statx of <linux/stat.h>
@@ -33,7 +35,7 @@ def birth_of(descriptor: int, name: str = "") -> int:
 
 @cache
 def _statx() -> Any:  # noqa: ANN401 - a function of the C library
-    statx = getattr(ctypes.CDLL(None), "statx", None)
+    statx = getattr(libc.library, "statx", None)
     if statx is not None:
         statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
     return statx

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import pickle
@@ -15,15 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
+import namespaces
 import pytest
 from hosts import NAMESPACES, Host, cgroup2_mount, eventually
 
 Result = TypeVar("Result")
 
 CHILD_SECONDS = 20.0
-_CLONE_NEWNET = 0x40000000
-
-_library = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count()
 
 
@@ -81,27 +78,17 @@ def inside(host: Host) -> Iterator[None]:
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     there = os.open(NAMESPACES / host.namespace, os.O_RDONLY)
     try:
-        _set_namespace(there)
+        namespaces.enter(there, namespaces.NETWORK)
         yield
     finally:
-        _set_namespace(home)
+        namespaces.enter(home, namespaces.NETWORK)
         os.close(there)
         os.close(home)
 
 
 def leave_for_a_new_network() -> None:
     """This process alone in a network namespace whose loopback was never up; for a child of its own."""
-    _check(_library.unshare(_CLONE_NEWNET))
-
-
-def _set_namespace(descriptor: int) -> None:
-    _check(_library.setns(descriptor, _CLONE_NEWNET))
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    namespaces.leave(namespaces.NETWORK)
 
 
 def in_child(work: Callable[[], Result]) -> Result:

@@ -8,7 +8,6 @@ What is mounted or set in the child goes with it; its answer comes back as it wa
 from __future__ import annotations
 
 import codecs
-import ctypes
 import os
 import pickle
 import subprocess
@@ -17,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Callable, TypeVar
 
+import namespaces
 import pytest
 from hosts import NAMESPACES, Host
 
@@ -25,9 +25,6 @@ Answer = TypeVar("Answer")
 NOBODY = 65534
 # As root of a user namespace of its own (user_namespaces(7)): no privilege is needed for it.
 IN_NAMESPACE = ["unshare", "--map-root-user", "--net", "--user"]
-_CLONE_NEWNS = 0x00020000
-_CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def apart(
@@ -86,11 +83,11 @@ def _answer(
     writing: int, look: Callable[[], object], before: Callable[[], object], host: Host | None, user: int
 ) -> None:
     try:
-        _check(_libc.unshare(_CLONE_NEWNS))
+        namespaces.leave(namespaces.MOUNTS)
         subprocess.run(["mount", "--no-mtab", "--make-rprivate", "/"], check=True)
         if host is not None:
             with (NAMESPACES / host.namespace).open() as namespace:
-                _check(_libc.setns(namespace.fileno(), _CLONE_NEWNET))
+                namespaces.enter(namespace.fileno(), namespaces.NETWORK)
         before()
         if user:
             codecs.lookup("ascii")  # and whatever else Python loads late: it may lie where only root may look
@@ -103,9 +100,3 @@ def _answer(
     with os.fdopen(writing, "wb") as answers:
         pickle.dump(answer, answers)
     os._exit(0)
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

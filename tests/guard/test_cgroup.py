@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import signal
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+import namespaces
 import pytest
 from cgroups import in_child, new_cgroup
 from containers import READ_ONLY_CGROUPS
@@ -20,11 +20,10 @@ from sandbox import NOBODY, apart
 from securerun.errors import Obstacle
 from securerun.guard import cgroup
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
-from securerun.linux import cgroups, proc, sock_diag
+from securerun.linux import cgroups, libc, proc, sock_diag
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 
 _OUR_VIEW_ALONE = {"_VIEWS": (proc.SELF,)}
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_a_launcher_whose_cgroup_lies_above_what_is_seen_gets_none() -> None:
         def work() -> str:
             launcher = os.getppid()
             inner.enter()
-            assert _libc.unshare(0x02000000) == 0  # CLONE_NEWCGROUP
+            namespaces.leave(namespaces.CGROUPS)
             with pytest.raises(CgroupUnavailable, match="lies outside of what this cgroup namespace shows") as refusal:
                 path_of_job_cgroup(launcher, "0123456789ab")
             return str(refusal.value)
@@ -134,7 +133,7 @@ def test_where_none_is_mounted_a_private_mount_serves() -> None:
     def unmount_all() -> None:
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if " - cgroup" in line:
-                assert _libc.umount2(line.split()[4].encode(), 2) == 0
+                assert libc.library.umount2(line.split()[4].encode(), 2) == 0
 
     def work() -> str:
         vars(cgroups).update(_OUR_VIEW_ALONE)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Callable
 
 import cgroups
+import namespaces
 import pytest
 from checkout import COMMANDS
 from holding import HOLDER, Held
@@ -276,7 +277,7 @@ def test_a_dead_run_is_reaped_in_its_own_network_only(tmp_path: Path) -> None:
         assert list(reaper.reap_all(directory)) == []
         assert listed() == "60000-60015"
         assert len(os.listdir(directory)) == 2
-        cgroups._set_namespace(home)
+        namespaces.enter(home, namespaces.NETWORK)
         resident.kill()
         assert listed() == "0,1234,9000-9100,60000-60020"
         assert list(reaper.reap_all(directory)) == []
@@ -341,7 +342,7 @@ def test_a_list_that_cannot_be_written_is_said_and_nothing_is_kept_for_ours(tmp_
 
 def read_only() -> None:
     """/proc/sys as in a container: read-only, for this process."""
-    cgroups._check(cgroups._library.unshare(0x20000))  # CLONE_NEWNS
+    namespaces.leave(namespaces.MOUNTS)
     for command in (
         ["mount", "--make-rprivate", "/"],
         ["mount", "--bind", "/proc/sys", "/proc/sys"],

@@ -15,7 +15,7 @@ from cgroups import in_child
 from sandbox import NOBODY
 
 from securerun.guard.protocol import ProtocolError, Ready, Release, encode
-from securerun.linux import capabilities
+from securerun.linux import capabilities, libc
 from securerun.protection import ways
 from securerun.protection.ways import Connection
 
@@ -138,7 +138,7 @@ def test_without_sudo_or_a_guard_of_roots_that_way_is_closed(tmp_path: Path, mon
 def become_nobody_with(held: set[int]) -> None:
     """In a child. The tester's Python may lie where nobody can look, so what is read from it is read before."""
     codecs.lookup("ascii")
-    assert capabilities._libc.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+    assert libc.library.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
     os.setresuid(NOBODY, NOBODY, NOBODY)
     capabilities._set(effective=held, inheritable=(), permitted=held)
 
