@@ -50,7 +50,6 @@ class _Command(enum.IntEnum):
     PROG_LOAD = 5
     PROG_ATTACH = 8
     PROG_DETACH = 9
-    PROG_TEST_RUN = 10
     PROG_GET_FD_BY_ID = 13
     MAP_GET_FD_BY_ID = 14
     OBJ_GET_INFO_BY_FD = 15
@@ -103,7 +102,7 @@ def _describe_error(number: int) -> str:
     return "not supported by this kernel" if number == ENOTSUPP else os.strerror(number)
 
 
-def _call(command: _Command, attributes: bytes) -> tuple[int, bytes]:
+def _call(command: enum.IntEnum, attributes: bytes) -> tuple[int, bytes]:
     """The call's result and the attributes as the kernel left them. Raises OSError."""
     buffer = ctypes.create_string_buffer(attributes, _ATTRIBUTES_SIZE)
     result = libc.library.syscall(
@@ -375,24 +374,6 @@ class Program(_Descriptor):
             # ENODEV: the cgroup was removed.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
-
-    def test_run(self, frame: bytes, interface: int) -> int:
-        """What the program returns for an Ethernet frame that came in through the interface with this index.
-
-        net/bpf/test_run.c: the index must be that of an interface in the current network namespace, 0 and 1
-        both mean the loopback; the packet's socket is a new one, in no state.
-        """
-        packet = _copy(frame)
-        # struct __sk_buff: 40 bytes of other things, ifindex; what follows is zero.
-        context = _copy(struct.pack("=40xI148x", interface))
-        attributes = struct.pack(
-            "=iIIIQQIIIIQQ",
-            *(self._descriptor, 0, len(frame), 0, _address(packet), 0),
-            *(0, 0, len(context), 0, _address(context), 0),
-        )
-        _, after = _call(_Command.PROG_TEST_RUN, attributes)
-        returned: int = struct.unpack_from("=4xI", after)[0]
-        return returned
 
 
 def attached(cgroup: int, kind: AttachType) -> Attached:

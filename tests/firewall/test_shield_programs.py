@@ -18,6 +18,7 @@ import pytest
 from cgroups import Cgroup, in_child, inside, new_cgroup
 from hosts import Host, Network
 from packets import ACK, FRAGMENT, SYN, TCP, UDP, Flow
+from programs import result_of
 
 from securerun.errors import PolicyError
 from securerun.firewall import refusals
@@ -65,7 +66,7 @@ class Judge:
         return self.passes_frame(packets.frame(content))
 
     def passes_frame(self, frame: bytes) -> bool:
-        return self.program.test_run(frame, self.interface) == 1
+        return result_of(self.program, frame, self.interface) == 1
 
     def denials(self) -> set[tuple[str, int, int]]:
         return {(str(denial.source), denial.port, denial.packets) for denial in self.shield.denied()}
@@ -115,8 +116,8 @@ def test_every_port_is_closed_and_counted_by_its_number(judge: Judge, family: in
 def test_the_loopback_passes_whoever_it_claims_to_be(host: Host) -> None:
     with judging(HEADER_PROGRAM, policy()) as nobody:
         for flow in FROM_STRANGER:
-            assert nobody.program.test_run(packets.frame(packets.packet(flow, syn(flow))), 1) == 1
-            assert nobody.program.test_run(packets.frame(packets.packet(flow, syn(flow))), nobody.interface) == 0
+            assert result_of(nobody.program, packets.frame(packets.packet(flow, syn(flow))), 1) == 1
+            assert result_of(nobody.program, packets.frame(packets.packet(flow, syn(flow))), nobody.interface) == 0
 
 
 def test_without_peers_nobody_can_connect(host: Host) -> None:
@@ -210,11 +211,11 @@ def test_a_peer_gets_in_through_the_named_interfaces_only(host: Host) -> None:
         with judging(HEADER_PROGRAM, policy(str(PEER4), str(PEER6), interfaces=("eth1",))) as judge:
             for flow in FROM_PEER:
                 frame = packets.frame(packets.packet(flow, syn(flow)))
-                assert judge.program.test_run(frame, socket.if_nametoindex("eth1")) == 1
-                assert judge.program.test_run(frame, socket.if_nametoindex("eth0")) == 0
+                assert result_of(judge.program, frame, socket.if_nametoindex("eth1")) == 1
+                assert result_of(judge.program, frame, socket.if_nametoindex("eth0")) == 0
             for flow in FROM_STRANGER:
                 frame = packets.frame(packets.packet(flow, syn(flow)))
-                assert judge.program.test_run(frame, socket.if_nametoindex("eth1")) == 0
+                assert result_of(judge.program, frame, socket.if_nametoindex("eth1")) == 0
             assert {(source, packets) for source, _, packets in judge.denials()} == {
                 (str(flow.source), 1) for flow in (*FROM_PEER, *FROM_STRANGER)
             }
