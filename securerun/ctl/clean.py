@@ -13,10 +13,10 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import reaper, records, reserved
 from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
-from securerun.guard.reserved import ReservationUnavailable
 from securerun.host.account import name_of
 from securerun.linux import proc
 from securerun.linux.cgroups import CgroupUnavailable
+from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.text import printable
 
 # Tables of nftables go with the guard that owns them.

@@ -13,12 +13,11 @@ from securerun.evidence import matrix, matrix_words
 from securerun.evidence.matrix import Connection, Ends, Found
 from securerun.evidence.matrix_words import Setting
 from securerun.firewall.policy import Policy
-from securerun.guard import reserved
 from securerun.guard.protocol import mark_of
 from securerun.guard.records import Record
 from securerun.host import interfaces
 from securerun.job.job import Job
-from securerun.linux import cgroups, proc, sock_diag
+from securerun.linux import cgroups, port_ranges, proc, sock_diag
 from securerun.linux.networks import Network, shown
 from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import SocketsUnavailable
@@ -127,9 +126,9 @@ def _store(job: Job, ends: Ends) -> tuple[tuple[str, ...], bool]:
 
 def _setting() -> Setting:
     try:
-        first, last = reserved.handed_out()
+        first, last = port_ranges.handed_out()
         ephemeral = f"{first}-{last}"
-    except reserved.ReservationUnavailable:
+    except port_ranges.ReservationUnavailable:
         ephemeral = ""
     try:
         torch = metadata.version("torch")

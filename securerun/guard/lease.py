@@ -27,10 +27,10 @@ from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, 
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
 from securerun.guard.records import Record
-from securerun.guard.reserved import ReservationUnavailable
-from securerun.linux import proc, processes
+from securerun.linux import port_ranges, proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.networks import Network
+from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 
@@ -258,7 +258,7 @@ def _unreserved(ports: tuple[PortRange, ...], error: ReservationUnavailable) -> 
     listed = ",".join(map(str, ports))
     return (
         f"the planned ports are not reserved ({error}), so another program may be given one before the job has it; "
-        f"have the host's administrator add {listed} to {reserved.NAME}"
+        f"have the host's administrator add {listed} to {port_ranges.NAME}"
     )
 
 

@@ -14,9 +14,9 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import records, reserved
 from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
-from securerun.guard.reserved import ReservationUnavailable
 from securerun.linux import proc
 from securerun.linux.cgroups import CgroupUnavailable
+from securerun.linux.port_ranges import ReservationUnavailable
 
 
 def dead_runs(directory: int) -> tuple[Record, ...]:

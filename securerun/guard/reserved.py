@@ -18,33 +18,19 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from securerun.errors import PolicyError, PrivilegeError, Unavailable
-from securerun.firewall.policy import LAST_PORT, PortRange
+from securerun.errors import PolicyError
+from securerun.firewall.policy import PortRange
 from securerun.guard import records
 from securerun.guard.records import Record
-from securerun.linux import proc
+from securerun.linux import port_ranges, proc
+from securerun.linux.port_ranges import Ports, Ranges, ReservationUnavailable, numbers, understood, written
 
-NAME = "net.ipv4.ip_local_reserved_ports"
-# Whichever network namespace the process that opens them is in, these are its own.
-LIST = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
-_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _MARK = 0
-# Every second port of all alone is 190 kB, and only what the first read takes is told (kernel/sysctl.c).
-_LONGEST_LIST = 512 * 1024
 # A write takes one page, and before kernel 5.2 a number that stood across its end was read as two.
 _LONGEST_WRITE = 2048
 # By the network namespace's inode (namespaces(7)).
 _LEDGER_NAME = re.compile(r"reserved-[0-9]+\.ledger")
-_WORD = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
-
-Ports = frozenset[int]
-Ranges = tuple[tuple[int, int], ...]
-
-
-class ReservationUnavailable(PrivilegeError, Unavailable):
-    """The list of reserved ports cannot be read or written. The message is a part of a sentence, without its end."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +48,19 @@ def choose(directory: int, planned: Iterable[PortRange], run_id: str) -> Choice:
     chains, and reserved it would leave no program of the host a port to connect from.
     Raises ReservationUnavailable.
     """
-    current = _read()
-    free = _all_handed_out() - (current - _ours(directory, current))
+    current = port_ranges.reserved()
+    free = port_ranges.all_handed_out() - (current - _ours(directory, current))
     chosen = _wanted(directory, without=run_id)
     own: Ports = frozenset()
     left_out = []
     for ports in sorted(planned, key=lambda ports: (ports.last - ports.first, ports)):
-        numbers = frozenset(range(ports.first, ports.last + 1))
-        if len((chosen | numbers) & free) > len(free) // 2:
+        these = numbers([(ports.first, ports.last)])
+        if len((chosen | these) & free) > len(free) // 2:
             left_out.append(ports)
             continue
-        chosen |= numbers
-        own |= numbers
-    return Choice(tuple(_ranges(own)), tuple(left_out))
+        chosen |= these
+        own |= these
+    return Choice(port_ranges.ranges(own), tuple(left_out))
 
 
 def settle(directory: int, *, without: str = "") -> None:
@@ -82,7 +68,7 @@ def settle(directory: int, *, without: str = "") -> None:
 
     The caller holds the host's lock. Raises ReservationUnavailable, with the ledger as it should be for the next try.
     """
-    current = _read()
+    current = port_ranges.reserved()
     ours = _ours(directory, current)
     others = current - ours
     mine = _wanted(directory, without) - others
@@ -118,45 +104,12 @@ def forget(directory: int, record: Record) -> None:
 
 def are_reserved(ports: Ranges) -> bool:
     """Whether all of these ports are in the list. Raises ReservationUnavailable."""
-    return not ports or _numbers(ports) <= _read()
-
-
-def lacking(ports: Iterable[PortRange]) -> Ranges:
-    """Of these ports, those that the kernel may hand out: in its range for that, and not in the list.
-
-    Raises ReservationUnavailable.
-    """
-    numbers = frozenset(number for port in ports for number in range(port.first, port.last + 1))
-    return tuple(_ranges(numbers & _all_handed_out() - _read()))
-
-
-def with_others(ports: Ranges) -> Ranges:
-    """The whole list with these ports in it, as a write has to give it. Raises ReservationUnavailable."""
-    return tuple(_ranges(_read() - {_MARK} | _numbers(ports)))
-
-
-def handed_out() -> tuple[int, int]:
-    """The first and the last of the ports that the kernel hands out by itself. Raises ReservationUnavailable."""
-    try:
-        first, last = map(int, _RANGE.read_text(encoding="ascii").split())
-    except (OSError, ValueError) as error:
-        raise ReservationUnavailable(f"{_RANGE} cannot be read: {error}") from error
-    return first, last
-
-
-def listed(ports: Ranges) -> str:
-    """Ranges as the kernel writes them: `29500,60000-60015`."""
-    return _text(_numbers(ports))
+    return not ports or numbers(ports) <= port_ranges.reserved()
 
 
 def ledgers(directory: int) -> tuple[str, ...]:
     """The names of the ledgers among the records."""
     return tuple(name for name in sorted(os.listdir(directory)) if _LEDGER_NAME.fullmatch(name))
-
-
-def _text(ports: Iterable[int]) -> str:
-    """Ports as the kernel writes them: `29500,60000-60015`."""
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in _ranges(ports))
 
 
 def _ledger_name(network: int) -> str:
@@ -170,7 +123,7 @@ def _wanted(directory: int, without: str) -> Ports:
     for run_id, document in records.documents(directory):
         with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, PolicyError):
             if run_id != without and (document["network"], document["boot_id"]) == here:
-                wanted |= _numbers(records.reserved_ports(document))
+                wanted |= numbers(records.reserved_ports(document))
     return wanted
 
 
@@ -186,7 +139,7 @@ def _read_ledger(directory: int) -> Ports:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         document = records.read_document(directory, _ledger_name(proc.namespace("net")))
         if document["boot_id"] == proc.boot_id():
-            return _parse(document["ports"])
+            return understood(document["ports"])
     return frozenset()
 
 
@@ -196,23 +149,12 @@ def _write_ledger(directory: int, ports: Ports) -> None:
     name = _ledger_name(proc.namespace("net"))
     try:
         if ports:
-            records.write_document(directory, name, {"boot_id": proc.boot_id(), "ports": _text(ports)})
+            records.write_document(directory, name, {"boot_id": proc.boot_id(), "ports": written(ports)})
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=directory)
     except OSError as error:
         raise ReservationUnavailable(f"{records.DIRECTORY / name} cannot be written: {error.strerror}") from error
-
-
-def _read() -> Ports:
-    try:
-        descriptor = os.open(LIST, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return _parse(os.pread(descriptor, _LONGEST_LIST, 0).decode("ascii"))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise ReservationUnavailable(f"{NAME} cannot be read: {error.strerror}") from error
 
 
 def _add(ports: Ports) -> None:
@@ -223,66 +165,33 @@ def _add(ports: Ports) -> None:
     """
     for position, piece in enumerate(_pieces(ports), 1):
         _write(piece, position)
-    if not ports <= _read():
-        raise ReservationUnavailable(f"{NAME} does not take {_text(ports)}")
+    if not ports <= port_ranges.reserved():
+        raise ReservationUnavailable(f"{port_ranges.NAME} does not take {written(ports)}")
 
 
 def _take_away(ports: Ports) -> None:
     # There is no write that only takes away: what somebody adds between these two lines is lost.
-    remaining = _read() - ports
+    remaining = port_ranges.reserved() - ports
     for position, piece in enumerate(_pieces(remaining) if remaining else [b"\n"]):
         _write(piece, position)
 
 
 def _write(piece: bytes, position: int) -> None:
     try:
-        descriptor = os.open(LIST, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = os.open(port_ranges.LIST, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.pwrite(descriptor, piece, position)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ReservationUnavailable(f"{NAME} cannot be written: {error.strerror}") from error
+        raise ReservationUnavailable(f"{port_ranges.NAME} cannot be written: {error.strerror}") from error
 
 
 def _pieces(ports: Ports) -> Iterator[bytes]:
     piece = ""
-    for word in _text(ports).split(","):
+    for word in written(ports).split(","):
         if len(piece) + len(word) > _LONGEST_WRITE:
             yield piece.encode() + b"\n"
             piece = ""
         piece += f",{word}" if piece else word
     yield piece.encode() + b"\n"
-
-
-def _all_handed_out() -> Ports:
-    first, last = handed_out()
-    return frozenset(range(first, last + 1))
-
-
-def _parse(text: str) -> Ports:
-    """The ports of a list. Raises ValueError for what is none."""
-    found: set[int] = set()
-    for word in text.strip().split(",") if text.strip() else ():
-        match = _WORD.fullmatch(word)
-        if match is None:
-            raise ValueError(f"{word[:20]!r} is no port and no range of ports")
-        first, last = int(match.group(1)), int(match.group(2) or match.group(1))
-        if not first <= last <= LAST_PORT:
-            raise ValueError(f"{word} is no range of ports")
-        found.update(range(first, last + 1))
-    return frozenset(found)
-
-
-def _numbers(ranges: Ranges) -> Ports:
-    return frozenset(number for first, last in ranges for number in range(first, last + 1))
-
-
-def _ranges(ports: Iterable[int]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for port in sorted(ports):
-        if joined and port == joined[-1][1] + 1:
-            joined[-1] = (joined[-1][0], port)
-        else:
-            joined.append((port, port))
-    return joined

@@ -19,9 +19,9 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import cgroup, reserved
+from securerun.guard import cgroup
 from securerun.guard.protocol import ProtocolError, Ready, Refused
-from securerun.linux import capabilities, cgroups, packages, signals
+from securerun.linux import capabilities, cgroups, packages, port_ranges, signals
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.protection import ways
 from securerun.protection.ways import Way
@@ -168,11 +168,14 @@ def _found_backend(backend: str) -> str:
 
 def _reserved_ports() -> Ability:
     if os.geteuid() != 0:
-        return Ability("reserved-ports", None, f"only root can tell whether {reserved.NAME} can be written")
-    if os.access(reserved.LIST, os.W_OK):
-        return Ability("reserved-ports", True, f"{reserved.NAME} can be written")
+        return Ability("reserved-ports", None, f"only root can tell whether {port_ranges.NAME} can be written")
+    if os.access(port_ranges.LIST, os.W_OK):
+        return Ability("reserved-ports", True, f"{port_ranges.NAME} can be written")
     return Ability(
-        "reserved-ports", False, f"{reserved.NAME} is read-only here", f"sysctl -w {reserved.NAME}=PORTS (on the host)"
+        "reserved-ports",
+        False,
+        f"{port_ranges.NAME} is read-only here",
+        f"sysctl -w {port_ranges.NAME}=PORTS (on the host)",
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from securerun.finding import Finding
 from securerun.host import interfaces
-from securerun.linux import proc
+from securerun.linux import port_ranges, proc
 from securerun.linux.networks import Address, Network
 from securerun.preflight.scene import Scene
 
@@ -81,9 +81,7 @@ def _other_host_of(network: Network) -> Address | None:
 
 def _random_port() -> int:
     """A port from the middle of those that gloo, NCCL and torch get from the kernel."""
-    from securerun.guard import reserved
-
-    return sum(reserved.handed_out()) // 2
+    return sum(port_ranges.handed_out()) // 2
 
 
 def _is_own(address: Address) -> bool:

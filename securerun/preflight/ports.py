@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from securerun.finding import Finding
-from securerun.linux import proc
+from securerun.linux import port_ranges, proc
 from securerun.linux.sock_diag import Connection, Listener, SocketDiagnosis, SocketsUnavailable
 from securerun.preflight.scene import Scene
 
@@ -20,16 +20,14 @@ def unreserved(scene: Scene) -> Iterator[Finding]:
     """Planned ports that the kernel may hand out to anyone; a lease reserves them for as long as its job lasts."""
     if scene.reserved:
         return
-    from securerun.guard import reserved
-
-    ports = reserved.lacking(scene.ports)
+    ports = port_ranges.lacking((port.first, port.last) for port in scene.ports)
     if ports:
-        listed = reserved.listed(ports)
+        listed = port_ranges.written_ranges(ports)
         yield Finding(
             "unreserved-ports",
             f"TCP ports {listed} are among those that the kernel gives to connections, and are not reserved",
             "any connection of this host may hold one of them when the job wants to listen there",
-            f"sysctl -w {reserved.NAME}={reserved.listed(reserved.with_others(ports))}",
+            f"sysctl -w {port_ranges.NAME}={port_ranges.written_ranges(port_ranges.with_others(ports))}",
         )
 
 

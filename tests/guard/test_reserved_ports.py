@@ -26,8 +26,8 @@ from hosts import RECORDS, Host, Network, eventually, is_alive, machine_snapshot
 from securerun.firewall.policy import Policy, PortRange
 from securerun.guard import reaper, records, reserved
 from securerun.guard.records import Record
-from securerun.guard.reserved import ReservationUnavailable
-from securerun.linux import proc
+from securerun.linux import port_ranges, proc
+from securerun.linux.port_ranges import ReservationUnavailable
 
 OTHERS = "1234,9000-9100,60010-60020"
 HCCL = ((60000, 60015),)
@@ -50,12 +50,12 @@ def alone(work: Callable[[int], object], place: Path, others: str = OTHERS) -> N
 
 
 def listed() -> str:
-    return reserved.LIST.read_text().strip()
+    return port_ranges.LIST.read_text().strip()
 
 
 def write(ports: str) -> None:
     """What `sysctl -w` does: a list of one's own in place of what is there."""
-    reserved.LIST.write_text(ports + "\n")
+    port_ranges.LIST.write_text(ports + "\n")
 
 
 def run(run_id: str = ONE, ports: Sequence[tuple[int, int]] = HCCL, **changes: object) -> Record:
@@ -196,7 +196,7 @@ def test_long_lists_of_others_are_kept_whole(tmp_path: Path) -> None:
     def work(directory: int) -> None:
         for piece in range(0, len(theirs.split(",")), 400):
             words = theirs.split(",")[piece : piece + 400]
-            descriptor = os.open(reserved.LIST, os.O_WRONLY)
+            descriptor = os.open(port_ranges.LIST, os.O_WRONLY)
             os.pwrite(descriptor, ",".join(words).encode(), piece)
             os.close(descriptor)
         assert cat() == theirs
@@ -206,7 +206,7 @@ def test_long_lists_of_others_are_kept_whole(tmp_path: Path) -> None:
         assert cat() == theirs
 
     def cat() -> str:
-        return subprocess.run(["cat", reserved.LIST], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["cat", port_ranges.LIST], capture_output=True, text=True, check=True).stdout.strip()
 
     alone(work, tmp_path, others="")
 
@@ -334,7 +334,7 @@ def test_a_list_that_cannot_be_written_is_said_and_nothing_is_kept_for_ours(tmp_
         read_only()
         with pytest.raises(ReservationUnavailable, match="ip_local_reserved_ports cannot be written: Read-only"):
             begin(directory, run())
-        assert reserved._ours(directory, reserved._read()) == frozenset()
+        assert reserved._ours(directory, port_ranges.reserved()) == frozenset()
         begin(directory, run(ports=[(9000, 9010)]))  # there already
 
     alone(work, tmp_path)
