@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from securerun.console import say
 from securerun.errors import UsageError
 from securerun.host import system, umask
 from securerun.preflight import inspection
@@ -73,7 +74,7 @@ class Session:
             guarded.rely_on(self.around, asked)
         plan = plans.understand(job, asked, in_force)
         inspection.tell(inspection.inspect(plan, self.early))
-        plans.print_plan(plan)
+        _print(plan)
 
     def plan(self, job: Job, asked: Options) -> Plan:
         """Return the plan of a job; the host is looked at only where somebody asks for it by --preflight.
@@ -129,6 +130,21 @@ def begin(command: Sequence[str], asked: Options, *, needs_guard: bool) -> Sessi
     # Before torch, and whatever it loads from places that the user can write: none of that is root's business.
     user = _become(asked)
     return Session(command, began, guard, around, user, early)
+
+
+def _print(plan: Plan) -> None:
+    from securerun.linux import cgroups
+    from securerun.protection import ways, words
+
+    for warning in plan.peers.warnings:
+        say(warning)
+    obstacles = {way.name: way.obstacle for way in ways.ways()}
+    origin = words.origin(obstacles, may_leave=cgroups.may_leave_shared())
+    print(words.whole(plan, origin), end="")
+    if plan.whitelist:
+        from securerun.job import hccl_whitelist
+
+        print(f"\n# {hccl_whitelist.FILE}\n{hccl_whitelist.content(plan.whitelist)}")
 
 
 def _become(asked: Options) -> str | None:

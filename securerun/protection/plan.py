@@ -102,22 +102,6 @@ def policy(
     return understand(job, asked, umask=0).policy
 
 
-def print_plan(plan: Plan) -> None:
-    """Print all that would be done, on standard output."""
-    from securerun.linux import cgroups
-    from securerun.protection import ways, words
-
-    for warning in plan.peers.warnings:
-        say(warning)
-    obstacles = {way.name: way.obstacle for way in ways.ways()}
-    origin = words.origin(obstacles, may_leave=cgroups.may_leave_shared())
-    print(words.whole(plan, origin), end="")
-    if plan.whitelist:
-        from securerun.job import hccl_whitelist
-
-        print(f"\n# {hccl_whitelist.FILE}\n{hccl_whitelist.content(plan.whitelist)}")
-
-
 def _whitelist(job: Job, asked: Options, found: Peers) -> tuple[str, ...]:
     if not asked.hccl_whitelist:
         return ()
