@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from checkout import CHECKOUT, COMMANDS, GROUND
 from hosts import eventually, is_alive
 from terminals import terminal
 
 from securerun.audit import scan, workers
-from securerun.audit.kinds import Kinds, read_rows
+from securerun.audit.kinds import BUILT_IN, Kinds, read_rows
 from securerun.audit.scan import Directory, Settings
 from securerun.audit.tree import open_roots
 from securerun.audit.violations import Batch, Problem
@@ -448,6 +450,13 @@ def test_the_built_in_patterns_are_printed_for_who_wants_others(
     printed.write_text(capsys.readouterr().out)
     assert read_rows(printed)[: len(read_rows(None)) // 2] == read_rows(None)[: len(read_rows(None)) // 2]
     assert len(read_rows(printed)) == 2 * len(read_rows(None))
+
+
+def test_options_that_the_built_in_patterns_speak_of_exist() -> None:
+    command: Any = typer.main.get_command(app.app)
+    options = {spelling for option in command.commands["audit"].params for spelling in option.opts}
+    spoken_of = set(re.findall(r"--[\w-]+", BUILT_IN.read_text(encoding="utf-8")))
+    assert spoken_of == {"--kinds"} and spoken_of <= options
 
 
 def test_the_command_starts_without_torch(tree: Path) -> None:
