@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """Text of a user's, without what would steer a terminal or break a line of a log."""
@@ -14,3 +16,9 @@ def printable(text: str) -> str:
 def count(number: int, thing: str) -> str:
     """A number of things, in words."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def some(things: Sequence[object], most: int) -> str:
+    """Return the first few of a list, and how many more there are."""
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return ", ".join(map(str, things[:most])) + more

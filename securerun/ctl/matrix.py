@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import metadata
 
 from securerun.ctl.status import read_runs
 from securerun.errors import PrivilegeError, SecurerunError, UsageError
@@ -17,7 +16,7 @@ from securerun.guard.protocol import mark_of
 from securerun.guard.records import Record
 from securerun.host import interfaces
 from securerun.job.job import Job
-from securerun.linux import cgroups, port_ranges, proc, sock_diag
+from securerun.linux import cgroups, packages, port_ranges, proc, sock_diag
 from securerun.linux.networks import Network, shown
 from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import SocketsUnavailable
@@ -130,8 +129,4 @@ def _setting() -> Setting:
         ephemeral = f"{first}-{last}"
     except port_ranges.ReservationUnavailable:
         ephemeral = ""
-    try:
-        torch = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        torch = ""
-    return Setting(socket.gethostname(), ephemeral, torch)
+    return Setting(socket.gethostname(), ephemeral, packages.version("torch") or "")

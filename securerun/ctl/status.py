@@ -165,7 +165,7 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
     if state(record) == "stale":
         yield "guard", f"process {record.guard} is gone; try `securerunctl clean`"
     for layer in record.layers:
-        yield "closed by", f"{layer.backend} ({layer.name})"
+        yield "closed by", str(layer)
     if record.policy.ports:
         yield "ports", _some([f"{port} {port.purpose}" for port in record.policy.ports], "; ")
     yield "open to", _open_to(record.policy)

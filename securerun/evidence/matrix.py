@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from securerun.firewall.policy import PortRange, Purpose
-from securerun.job.job import Job
+from securerun.job.job import Endpoint, Job
 from securerun.linux.networks import Address
 
 # Which end of a connection is this node.
@@ -76,8 +76,7 @@ class Found:
         return "worker_store" if self.of_launcher else "other"
 
     def __str__(self) -> str:
-        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
-        return f"{'*' if self.address.is_unspecified else host}:{self.port}"
+        return str(Endpoint("*" if self.address.is_unspecified else str(self.address), self.port))
 
 
 def planned(

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from securerun.evidence import documents, report_html
 from securerun.firewall.policy import Denial
 from securerun.guard.protocol import Notice, Released, denial_document, layer_document
 from securerun.host.account import name_of
+from securerun.linux import packages
 from securerun.protection import words
 from securerun.protection.events import Checked, Finished, Gone, Installed, News, Renewed
 from securerun.protection.plan import Plan
@@ -108,8 +108,8 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
     guarding = installed.guarding if installed else None
     return {
         "format": FORMAT,
-        "securerun": _version("securerun"),
-        "torch": _version("torch"),
+        "securerun": packages.version("securerun"),
+        "torch": packages.version("torch"),
         "host": socket.gethostname(),
         "user": name_of(os.geteuid()),
         "command_line": list(journal.command),
@@ -155,7 +155,7 @@ def _told(news: News) -> Iterator[tuple[str, str]]:
     elif isinstance(news, Installed):
         yield "guarded", f"guard started {news.way}"
         for layer in news.guarding.layers:
-            yield "installed", f"closed by {layer.backend} ({layer.name})"
+            yield "installed", f"closed by {layer}"
         yield from (("notice", note) for note in news.guarding.notes)
     elif isinstance(news, Notice):
         yield from (("blocked", words.blocked(denial)) for denial in news.denied)
@@ -221,13 +221,6 @@ def _last(journal: Journal, kind: type[Kind]) -> Kind | None:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _as_json(document: dict[str, Any]) -> str:

@@ -160,6 +160,9 @@ class Layer:
         """Whether it closes every port of the job's cgroup; port chains close the planned ones."""
         return self.backend == SHIELD
 
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.name})"
+
 
 @dataclass(frozen=True)
 class Denial:

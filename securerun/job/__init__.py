@@ -1,1 +1,1 @@
-"""What is being launched: its command line, its ports, and who its peers are. Nothing here needs privilege."""
+"""The job: its command line, its ports, and who its peers are. Nothing here needs privilege."""

@@ -24,6 +24,7 @@ from securerun.guard.protocol import MAXIMUM_INTERFACES
 from securerun.host import interfaces
 from securerun.linux.networks import Network
 from securerun.options import Options
+from securerun.text import some
 
 ADDRESS = "HCCL_IF_IP"
 FAMILY = "HCCL_SOCKET_FAMILY"
@@ -174,5 +175,4 @@ def _advice(variable: str, here: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return some(names, _LISTED)

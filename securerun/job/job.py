@@ -34,14 +34,18 @@ class Endpoint:
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
         return (mapped or address).is_loopback
 
+    @property
+    def written_host(self) -> str:
+        """The host as it stands before a port."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}" if self.port else host
+        return f"{self.written_host}:{self.port}" if self.port else self.written_host
 
 
 @dataclass(frozen=True)
 class Job:
-    """One launch on this node.
+    """What runs on this node, as a part of one job.
 
     backend: the rendezvous: static, c10d, etcd, etcd-v2, parallel (torch_npu's), or one that a plug-in brings.
     endpoint: where the agents meet; None where that is no address, as with a file store.

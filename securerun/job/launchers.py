@@ -281,7 +281,7 @@ def _missing_of_torch_npu(namespace: argparse.Namespace) -> Sequence[str]:
         namespace.master_port = STATIC_PORT
         return ("--master-port", str(STATIC_PORT))
     endpoint = _parse(namespace.rdzv_endpoint, STATIC_PORT)
-    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    host = endpoint.written_host
     if namespace.master_addr == _MASTER_ADDR:
         namespace.master_addr = host
     namespace.master_port = endpoint.port

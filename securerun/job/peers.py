@@ -21,8 +21,9 @@ from securerun.job import batch, entries, ports, ranktable, resolver
 from securerun.job.entries import ANY, Entry, Tell
 from securerun.job.job import UNKNOWN_NODES, Job
 from securerun.job.resolver import Outcome, Resolver
-from securerun.linux.networks import Network, collapse
+from securerun.linux.networks import Network, collapse, is_address
 from securerun.options import SITE_CONFIG, Options
+from securerun.text import some
 
 EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 
@@ -73,15 +74,15 @@ def find_peers(
     Raises PolicyError for a peer that is no address, network or resolvable name, for a list or rank table that cannot
     be right, and where nothing tells who the other nodes of the job are.
     """
-    launch = _Launch(options, job, resolve, os.environ if environment is None else environment, tell)
+    question = _Question(options, job, resolve, os.environ if environment is None else environment, tell)
     for source in SOURCES:
-        answer = source(launch)
+        answer = source(question)
         if answer is not None:
-            return answer if source is _rank_table else _with_ports_of_table(answer, launch)
+            return answer if source is _rank_table else _with_ports_of_table(answer, question)
     alone = "; for a job of this host alone, with --peers localhost" if job.max_nodes == UNKNOWN_NODES else ""
     raise PolicyError(
         f"{job.nodes} meet at {job.endpoint or 'a rendezvous without an address'}, and nothing says which hosts they "
-        f"are{_in_brackets(launch.notes)}; name them with --peers node1,node2 or --peers @hostfile.txt (one host a "
+        f"are{_in_brackets(question.notes)}; name them with --peers node1,node2 or --peers @hostfile.txt (one host a "
         f'line), with `export SECURERUN_PEERS=@hostfile.txt`, or with peers = "node1,node2" in {SITE_CONFIG}{alone}'
     )
 
@@ -98,7 +99,7 @@ def again(peers: Peers, resolve: Resolver = resolver.addresses_of) -> Peers:
 
 
 @dataclass(frozen=True)
-class _Launch:
+class _Question:
     """What the sources are asked about. notes: what they could not read, for a launch that no source answers for."""
 
     options: Options
@@ -109,42 +110,42 @@ class _Launch:
     notes: list[str] = field(default_factory=list)
 
 
-def _asked_for(launch: _Launch) -> Peers | None:
-    return _of_option(launch) if launch.options.peers_source in _ASKED_FOR else None
+def _asked_for(question: _Question) -> Peers | None:
+    return _of_option(question) if question.options.peers_source in _ASKED_FOR else None
 
 
-def _one_node(launch: _Launch) -> Peers | None:
+def _one_node(question: _Question) -> Peers | None:
     """One agent has no other to talk to, whatever nodes the batch system gave: each may run a job of its own."""
-    return Peers((), "job of one node") if launch.job.max_nodes == 1 else None
+    return Peers((), "job of one node") if question.job.max_nodes == 1 else None
 
 
-def _batch_system(launch: _Launch) -> Peers | None:
-    found = batch.allocation(launch.environment, launch.notes.append)
+def _batch_system(question: _Question) -> Peers | None:
+    found = batch.allocation(question.environment, question.notes.append)
     if found is None:
         return None
-    patience = POD_SECONDS if found.are_pods or _IN_KUBERNETES in launch.environment else NODE_SECONDS
-    return _peers_of(_List(found.source, found.nodes, patience, counted=True), launch)
+    patience = POD_SECONDS if found.are_pods or _IN_KUBERNETES in question.environment else NODE_SECONDS
+    return _peers_of(_List(found.source, found.nodes, patience, counted=True), question)
 
 
-def _rank_table(launch: _Launch) -> Peers | None:
-    location = ranktable.locate(launch.environment, launch.notes.append)
+def _rank_table(question: _Question) -> Peers | None:
+    location = ranktable.locate(question.environment, question.notes.append)
     if location is None:
         return None
-    table = ranktable.wait_for(location, launch.tell)
+    table = ranktable.wait_for(location, question.tell)
     hosts = table.entries()
     if not hosts:
-        launch.notes.append(f"{location.source} has no addresses of hosts")
+        question.notes.append(f"{location.source} has no addresses of hosts")
         return None
-    return replace(_peers_of(_List(location.source, hosts, counted=True), launch), ports=_ports_of(table))
+    return replace(_peers_of(_List(location.source, hosts, counted=True), question), ports=_ports_of(table))
 
 
-def _site(launch: _Launch) -> Peers | None:
-    return _of_option(launch) if launch.options.peers_source not in _ASKED_FOR else None
+def _site(question: _Question) -> Peers | None:
+    return _of_option(question) if question.options.peers_source not in _ASKED_FOR else None
 
 
-def _loopback(launch: _Launch) -> Peers | None:
+def _loopback(question: _Question) -> Peers | None:
     """Nodes that meet on the loopback are all on this host."""
-    job = launch.job
+    job = question.job
     if not _meets_on_loopback(job):
         return None
     warning = (
@@ -154,7 +155,7 @@ def _loopback(launch: _Launch) -> Peers | None:
     return Peers((), "loopback rendezvous endpoint", (warning,))
 
 
-SOURCES: tuple[Callable[[_Launch], Peers | None], ...] = (
+SOURCES: tuple[Callable[[_Question], Peers | None], ...] = (
     _asked_for,
     _one_node,
     _batch_system,
@@ -164,9 +165,9 @@ SOURCES: tuple[Callable[[_Launch], Peers | None], ...] = (
 )
 
 
-def _of_option(launch: _Launch) -> Peers | None:
+def _of_option(question: _Question) -> Peers | None:
     """--peers, SECURERUN_PEERS or the site file, whichever `securerun.options.resolve` found first."""
-    options = launch.options
+    options = question.options
     if options.peers is None:
         return None
     listed = tuple({entry.word: entry for entry in entries.of_list(options.peers, options.peers_source)}.values())
@@ -175,11 +176,11 @@ def _of_option(launch: _Launch) -> Peers | None:
             f"{options.peers_source}: {options.peers!r} names no host; write node1,node2 or @hostfile.txt"
         )
     files = " ".join(dict.fromkeys(f"@{entry.file}" for entry in listed if entry.file))
-    patience = POD_SECONDS if _IN_KUBERNETES in launch.environment else 0.0
+    patience = POD_SECONDS if _IN_KUBERNETES in question.environment else 0.0
     found = _List(
         f"{options.peers_source} {files}".rstrip(), listed, patience, "correct the name, or write its address"
     )
-    return _peers_of(found, launch)
+    return _peers_of(found, question)
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,11 @@ class _Host:
     hosts: int | None
 
 
-def _peers_of(listed: _List, launch: _Launch) -> Peers:
-    job = launch.job
-    fixed = {entry: _written_out(entry, listed, launch) for entry in listed.entries}
+def _peers_of(listed: _List, question: _Question) -> Peers:
+    job = question.job
+    fixed = {entry: _written_out(entry, listed, question) for entry in listed.entries}
     names = {entry: tuple(word for word in entry.words if _is_name(word, entry)) for entry in listed.entries}
-    outcomes = _ask_all(listed, fixed, names, launch)
+    outcomes = _ask_all(listed, fixed, names, question)
     named = {name: _now(outcome, ()) for name, outcome in outcomes.items()}
     hosts = []
     for entry, group in names.items():
@@ -237,12 +238,12 @@ def _is_any(listed: _List) -> bool:
     return any(entry.is_keyword and entry.word == ANY for entry in listed.entries)
 
 
-def _written_out(entry: Entry, listed: _List, launch: _Launch) -> tuple[Network, ...]:
+def _written_out(entry: Entry, listed: _List, question: _Question) -> tuple[Network, ...]:
     """The networks of an entry that need no name service."""
     if entry.is_keyword:
         if entry.word == ANY:
             return EVERY_HOST
-        return _subnet(launch.options, launch.job, entry.place, launch.resolve)
+        return _subnet(question.options, question.job, entry.place, question.resolve)
     found = [entries.literal(word, entry.place) for word in entry.words]
     networks = tuple(network for network in found if network is not None)
     if listed.counted and any(network.prefixlen != network.max_prefixlen for network in networks):
@@ -258,19 +259,18 @@ def _ask_all(
     listed: _List,
     fixed: Mapping[Entry, tuple[Network, ...]],
     names: Mapping[Entry, tuple[str, ...]],
-    launch: _Launch,
+    question: _Question,
 ) -> dict[str, Outcome]:
     """Ask for every name, and again for those of hosts that have no address by another."""
     needed = [group for entry, group in names.items() if group and not fixed[entry] and not _is_this_host(group)]
     others = [name for group in names.values() for name in group]
 
     def tell(late: Sequence[str]) -> None:
-        more = f" and {len(late) - _NAMES_SHOWN} more" if len(late) > _NAMES_SHOWN else ""
-        shown = f"{', '.join(late[:_NAMES_SHOWN])}{more}"
+        names_shown = some(late, _NAMES_SHOWN)
         seconds = max(listed.patience, resolver.SECONDS)
-        launch.tell(f"{listed.source}: no address yet for {shown}; asking again for up to {seconds:g} s")
+        question.tell(f"{listed.source}: no address yet for {names_shown}; asking again for up to {seconds:g} s")
 
-    outcomes = resolver.ask_patiently(needed, others, launch.resolve, listed.patience, tell)
+    outcomes = resolver.ask_patiently(needed, others, question.resolve, listed.patience, tell)
     failed = [group for group in needed if not resolver.has_answered(group, outcomes)]
     if failed:
         name = failed[0][0]
@@ -328,9 +328,9 @@ def _ports_of(table: ranktable.RankTable) -> tuple[PortRange, ...]:
     return ports.ranges(numbers, Purpose.RANK_TABLE)
 
 
-def _with_ports_of_table(peers: Peers, launch: _Launch) -> Peers:
+def _with_ports_of_table(peers: Peers, question: _Question) -> Peers:
     """A rank table has ports for HCCL also where it does not name the peers; then nothing waits for it."""
-    location = ranktable.locate(launch.environment, lambda note: None)
+    location = ranktable.locate(question.environment, lambda note: None)
     if location is None:
         return peers
     try:
@@ -370,17 +370,9 @@ def _interface_to(job: Job, resolve: Resolver) -> tuple[str, ...]:
     if job.meeting_point is None or _meets_on_loopback(job):
         return ()
     host = job.meeting_point.host
-    found = (host,) if _is_address(host) else resolver.ask((host,), resolve)[host]
+    found = (host,) if is_address(host) else resolver.ask((host,), resolve)[host]
     name = interfaces.towards(found) if isinstance(found, tuple) else None
     return (name,) if name else ()
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _too_few(hosts: Sequence[_Host], job: Job, source: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.policy import FIRST_PORT, LAST_PORT
 from securerun.job import entries, jsonstream
 from securerun.job.entries import Entry, Tell
+from securerun.linux.networks import is_address
 
 # HCCL's limit for version 2.0; tables of other versions are far smaller.
 LARGEST = 1 << 30
@@ -116,7 +117,7 @@ class RankTable:
         for field, text in server.unusable:
             # MindCluster leaves host_ip empty where it knows container_ip alone; a server_id may be any text.
             is_optional = field == _IDENTIFIER or not text
-            if (is_optional and server.addresses) or (field == _IDENTIFIER and not _is_address(text)):
+            if (is_optional and server.addresses) or (field == _IDENTIFIER and not is_address(text)):
                 continue
             raise PolicyError(
                 f"{self.source}: server {server.name!r}: {field} {text!r} is no address of a host; write its own, or "
@@ -323,14 +324,6 @@ def _text(value: object) -> str:
     return value.strip() if isinstance(value, str) else str(value)
 
 
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 # The devices of every server mostly have the same few ports, and an address is looked at more than once.
 @functools.lru_cache(maxsize=1024)
 def _port_number(text: str) -> int | None:
@@ -342,7 +335,7 @@ def _port_number(text: str) -> int | None:
 @functools.lru_cache(maxsize=64)
 def _usable(text: str) -> str:
     """The address of a host that can connect, in its usual form; empty for any other text."""
-    if not _LIKE_ADDRESS.match(text) or not _is_address(text):
+    if not _LIKE_ADDRESS.match(text) or not is_address(text):
         return ""
     network = entries.single(ipaddress.ip_address(text))
     return str(network.network_address) if entries.is_host(network) else ""

@@ -13,6 +13,15 @@ Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
+def is_address(text: str) -> bool:
+    """Return whether a text is an address of IPv4 or IPv6."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def shown(network: Network) -> str:
     """A network for people: that of one host as its address."""
     return str(network) if network.num_addresses > 1 else str(network.network_address)

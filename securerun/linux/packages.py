@@ -19,3 +19,13 @@ def directories() -> Iterator[Path]:
     # Debian's own packages.
     if "deb_system" in sysconfig.get_scheme_names():
         yield Path(sysconfig.get_path("platlib", "deb_system"))
+
+
+def version(package: str) -> str | None:
+    """Return the version of a package that is installed; None where there is none of that name."""
+    from importlib import metadata  # reads e-mail headers, which nobody wants to load for less
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

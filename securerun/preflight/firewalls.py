@@ -16,6 +16,7 @@ from securerun.host import interfaces
 from securerun.linux import port_ranges, proc
 from securerun.linux.networks import Address, Network
 from securerun.preflight.scene import Scene
+from securerun.text import some
 
 if TYPE_CHECKING:
     from securerun.preflight.rules import Entrance, Packet
@@ -97,14 +98,13 @@ def _is_own(address: Address) -> bool:
 
 def _finding(entrance: Entrance, refused: list[Packet]) -> Finding:
     sources = list(dict.fromkeys(packet.source for packet in refused))
-    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
     numbers = sorted({packet.port for packet in refused if packet.source == sources[0]})
     listed = ", ".join(map(str, numbers))
     manager = _manager()
     where = f"chain {entrance.chain} of {entrance.tool} (table {entrance.table})"
     return Finding(
         "firewall",
-        f"{manager + ', ' if manager else ''}{where} turns {sources[0]}{more} away from TCP ports {listed}",
+        f"{manager + ', ' if manager else ''}{where} turns {some(sources, 1)} away from TCP ports {listed}",
         "securerun hands peers to the host's own rules, and opens nothing that those close",
         _opening(manager, entrance, sources[0]),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from securerun.firewall.policy import Denial, Policy
 from securerun.linux.networks import Network, shown
 from securerun.protection.ways import DIRECTLY
-from securerun.text import count, printable
+from securerun.text import count, printable, some
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice
@@ -30,7 +30,7 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
     yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
     for layer in guarding.layers:
         what = "every TCP port of this job" if layer.is_shield else f"TCP ports {_ports(plan.policy)}"
-        yield f"{run}{what} closed to all others by {layer.backend} ({layer.name})"
+        yield f"{run}{what} closed to all others by {layer}"
     if not guarding.has_shield:
         yield f"{run}scope ports: every other port of this job is closed within 0.2 s of its appearing"
     for note in guarding.notes:
@@ -214,9 +214,7 @@ def _in_order(network: Network) -> tuple[int, int]:
 
 
 def _addresses(networks: Sequence[Network]) -> str:
-    named = ", ".join(map(shown, networks[:_NETWORKS_NAMED]))
-    more = f" and {len(networks) - _NETWORKS_NAMED} more" if len(networks) > _NETWORKS_NAMED else ""
-    return named + more
+    return some([*map(shown, networks)], _NETWORKS_NAMED)
 
 
 def _ports(policy: Policy) -> str:
