@@ -77,7 +77,7 @@ class Instruction:
 
     @property
     def slots(self) -> int:
-        """How many of the kernel's 8-byte instructions this one takes."""
+        """Return how many of the kernel's 8-byte instructions this one takes."""
         return 2 if self.opcode == _LOAD_64_BIT_IMMEDIATE else 1
 
 
@@ -110,7 +110,7 @@ _MAP_DESCRIPTOR = 1
 
 
 def calculate(destination: Register, operator: str, operand: Register | int) -> Instruction:
-    """`destination operator operand` in 64 bits; `=` copies."""
+    """Do `destination operator operand` in 64 bits; `=` copies."""
     text = f"{destination} {operator} {operand}"
     if isinstance(operand, Register):
         opcode = _ARITHMETIC[operator] | _FROM_REGISTER
@@ -119,19 +119,19 @@ def calculate(destination: Register, operator: str, operand: Register | int) -> 
 
 
 def from_network_order(destination: Register, width: int) -> Instruction:
-    """Turns `width` bytes of a register from the network's byte order into the host's."""
+    """Turn `width` bytes of a register from the network's byte order into the host's."""
     text = f"{destination} = be{8 * width} {destination}"
     return Instruction(text, _BIG_ENDIAN, destination.number, immediate=8 * width)
 
 
 def load(destination: Register, width: int, base: Register, offset: int) -> Instruction:
-    """Reads `width` bytes at base + offset, the rest of the register becomes zero."""
+    """Read `width` bytes at base + offset, the rest of the register becomes zero."""
     text = f"{destination} = {_memory(width, base, offset)}"
     return Instruction(text, _LOAD | _WIDTHS[width], destination.number, base.number, offset)
 
 
 def store(width: int, base: Register, offset: int, value: Register | int) -> Instruction:
-    """Writes the lower `width` bytes of the value to base + offset."""
+    """Write the lower `width` bytes of the value to base + offset."""
     text = f"{_memory(width, base, offset)} = {value}"
     if isinstance(value, Register):
         return Instruction(text, _STORE_REGISTER | _WIDTHS[width], base.number, value.number, offset)
@@ -139,18 +139,18 @@ def store(width: int, base: Register, offset: int, value: Register | int) -> Ins
 
 
 def atomic_add(width: int, base: Register, offset: int, value: Register) -> Instruction:
-    """Adds to the 4 or 8 bytes at base + offset, undisturbed by other processors."""
+    """Add to the 4 or 8 bytes at base + offset, undisturbed by other processors."""
     text = f"lock {_memory(width, base, offset)} += {value}"
     return Instruction(text, _ATOMIC_ADD | _WIDTHS[width], base.number, value.number, offset)
 
 
 def jump(target: str) -> Instruction:
-    """Goes on at the label."""
+    """Go on at the label."""
     return Instruction(f"goto {target}", _JUMP, target=target)
 
 
 def jump_if(left: Register, comparison: str, right: Operand, target: str) -> Instruction:
-    """Goes on at the label when `left comparison right` holds, unsigned, in 64 bits; `&` asks for common bits."""
+    """Go on at the label when `left comparison right` holds, unsigned, in 64 bits; `&` asks for common bits."""
     text = f"if {left} {comparison} {right} goto {target}"
     opcode = _COMPARISONS[comparison]
     if isinstance(right, Register):
@@ -161,23 +161,26 @@ def jump_if(left: Register, comparison: str, right: Operand, target: str) -> Ins
 
 
 def map_reference(destination: Register, name: Symbol) -> Instruction:
-    """Puts a map into a register, for a helper; the symbol stands for the map's descriptor."""
+    """Put a map into a register, for a helper; the symbol stands for the map's descriptor."""
     text = f"{destination} = map{name}"
     return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, _MAP_DESCRIPTOR, symbol=name.name)
 
 
 def call(helper: Helper) -> Instruction:
-    """Calls a helper; r1 to r5 are lost."""
+    """Call a helper; r1 to r5 are lost."""
     return Instruction(f"call {helper.name.lower()}", _CALL, immediate=int(helper))
 
 
 def leave() -> Instruction:
-    """Ends the program with the value of r0."""
+    """End the program with the value of r0."""
     return Instruction("exit", _EXIT)
 
 
 def assemble(program: Sequence[Statement], symbols: Mapping[str, int]) -> bytes:
-    """The program as the kernel takes it, 8 bytes an instruction. ValueError: a label or symbol is missing or twice."""
+    """Return the program as the kernel takes it, 8 bytes an instruction.
+
+    Raises ValueError for a label or symbol that is missing, a label that is there twice, a number that does not fit.
+    """
     labels = _label_positions(program)
     code = bytearray()
     for statement in program:
@@ -187,7 +190,7 @@ def assemble(program: Sequence[Statement], symbols: Mapping[str, int]) -> bytes:
 
 
 def listing(program: Sequence[Statement]) -> str:
-    """The program for people: a line for each label and, indented, for each instruction and remark."""
+    """Return the program for people: a line for each label and, indented, for each instruction and remark."""
     return "\n".join(str(line) if isinstance(line, Label) else f"    {line}" for line in program)
 
 

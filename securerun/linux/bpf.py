@@ -103,7 +103,7 @@ def _describe_error(number: int) -> str:
 
 
 def _call(command: enum.IntEnum, attributes: bytes) -> tuple[int, bytes]:
-    """The call's result and the attributes as the kernel left them. Raises OSError."""
+    """Return the call's result and the attributes as the kernel left them. Raises OSError."""
     buffer = ctypes.create_string_buffer(attributes, _ATTRIBUTES_SIZE)
     result = libc.library.syscall(
         ctypes.c_long(_system_call_number(os.uname().machine)),
@@ -133,7 +133,7 @@ def _object_name(name: str) -> bytes:
 
 
 def _information(descriptor: int, content: bytes) -> bytes:
-    """What BPF_OBJ_GET_INFO_BY_FD makes of `content`, a bpf_map_info or bpf_prog_info."""
+    """Return what BPF_OBJ_GET_INFO_BY_FD makes of `content`, a bpf_map_info or bpf_prog_info."""
     buffer = _copy(content)
     _call(_Command.OBJ_GET_INFO_BY_FD, struct.pack("=iIQ", descriptor, len(content), _address(buffer)))
     return buffer.raw
@@ -149,11 +149,11 @@ class _Descriptor:
         self._descriptor = descriptor
 
     def fileno(self) -> int:
-        """The descriptor; -1 after close()."""
+        """Return the descriptor; -1 after close()."""
         return self._descriptor
 
     def close(self) -> None:
-        """Closes the descriptor. What it stood for lives on where something else holds it."""
+        """Close the descriptor. What it stood for lives on where something else holds it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -192,7 +192,10 @@ class Map(_Descriptor):
 
     @classmethod
     def create(cls, shape: MapShape) -> Map:
-        """A new map. EPERM: no privilege, or before Linux 5.11 the limit on locked memory (RLIMIT_MEMLOCK)."""
+        """Make a map.
+
+        Raises OSError, EPERM: no privilege, or before Linux 5.11 the limit on locked memory (RLIMIT_MEMLOCK).
+        """
         # kernel/bpf/lpm_trie.c: a trie without BPF_F_NO_PREALLOC is refused.
         flags = _MAP_FLAG_NO_PREALLOC if shape.kind is MapType.LPM_TRIE else 0
         sizes = (shape.kind, shape.key_size, shape.value_size, shape.entries)
@@ -201,7 +204,7 @@ class Map(_Descriptor):
 
     @classmethod
     def open(cls, identifier: int) -> Map:
-        """The map with this id. Raises OSError: ENOENT when there is none, EPERM without CAP_SYS_ADMIN."""
+        """Open the map with this id. Raises OSError: ENOENT when there is none, EPERM without CAP_SYS_ADMIN."""
         descriptor, _ = _call(_Command.MAP_GET_FD_BY_ID, struct.pack("=I", identifier))
         try:
             kind, _, key_size, value_size, entries, _, name = struct.unpack(
@@ -214,13 +217,13 @@ class Map(_Descriptor):
         return cls(descriptor, shape)
 
     def update(self, key: bytes, value: bytes) -> None:
-        """Sets one entry. Raises OSError: ENOSPC (a trie) or E2BIG (a hash) when the map is full."""
+        """Set one entry. Raises OSError: ENOSPC (a trie) or E2BIG (a hash) when the map is full."""
         self._check(key, self.shape.key_size)
         self._check(value, self.shape.value_size)
         self._element(_Command.MAP_UPDATE_ELEM, key, _copy(value))
 
     def update_many(self, entries: Mapping[bytes, bytes]) -> None:
-        """Sets many entries, in one call where the kernel can. After an error some of them may be set."""
+        """Set many entries, in one call where the kernel can. After an error some of them may be set."""
         if not entries:
             return
         for key, value in entries.items():
@@ -235,23 +238,23 @@ class Map(_Descriptor):
             self.update_one_by_one(entries)
 
     def update_one_by_one(self, entries: Mapping[bytes, bytes]) -> None:
-        """What update_many() does where the kernel knows no batches."""
+        """Do what update_many() does, where the kernel knows no batches."""
         for key, value in entries.items():
             self.update(key, value)
 
     def lookup(self, key: bytes) -> bytes | None:
-        """The value under the key, in a trie that of the longest matching prefix; None where there is none."""
+        """Return the value under the key, in a trie that of the longest matching prefix; None where there is none."""
         self._check(key, self.shape.key_size)
         value = ctypes.create_string_buffer(self.shape.value_size)
         return value.raw if self._found(_Command.MAP_LOOKUP_ELEM, key, value) else None
 
     def delete(self, key: bytes) -> bool:
-        """Removes one entry; False where there was none."""
+        """Remove one entry; return False where there was none."""
         self._check(key, self.shape.key_size)
         return self._found(_Command.MAP_DELETE_ELEM, key, None)
 
     def keys(self) -> Iterator[bytes]:
-        """Each key once, also while the map changes: entries that come or go meanwhile may be missed.
+        """Yield each key once, also while the map changes: entries that come or go meanwhile may be missed.
 
         Raises OSError ENOTSUPP for a trie before Linux 4.16.
         """
@@ -268,7 +271,7 @@ class Map(_Descriptor):
                 yield key
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Key and value of each entry, under the same terms as keys()."""
+        """Yield key and value of each entry, under the same terms as keys()."""
         for key in self.keys():
             value = self.lookup(key)
             if value is not None:
@@ -333,7 +336,7 @@ class Program(_Descriptor):
 
     @classmethod
     def load(cls, name: str, code: bytes) -> Program:
-        """Loads assembled code under a name. Raises VerifierError with the verifier's log.
+        """Load assembled code under a name. Raises VerifierError with the verifier's log.
 
         The expected attach type stays 0: the field is unknown before Linux 4.17 (E2BIG when set), and the
         kernel asks for it only from egress programs that return more than 0 and 1.
@@ -347,11 +350,11 @@ class Program(_Descriptor):
 
     @classmethod
     def open(cls, identifier: int) -> Program:
-        """The program with this id. Raises OSError: ENOENT when there is none, EPERM without CAP_SYS_ADMIN."""
+        """Open the program with this id. Raises OSError: ENOENT when there is none, EPERM without CAP_SYS_ADMIN."""
         return cls(_call(_Command.PROG_GET_FD_BY_ID, struct.pack("=I", identifier))[0])
 
     def information(self) -> ProgramInformation:
-        """The program's name and the ids of its maps."""
+        """Return the program's name and the ids of its maps."""
         identifiers = ctypes.create_string_buffer(4 * _MOST_OBJECTS)
         # struct bpf_prog_info: 52 bytes of other things, nr_map_ids, map_ids, name
         before = struct.pack("=52xIQ16x", _MOST_OBJECTS, _address(identifiers))
@@ -359,11 +362,11 @@ class Program(_Descriptor):
         return ProgramInformation(name.rstrip(b"\0").decode("ascii"), struct.unpack_from(f"={count}I", identifiers))
 
     def attach(self, cgroup: int, kind: AttachType, flags: AttachFlags) -> None:
-        """Hangs the program on the cgroup whose directory `cgroup` is open on; it stays when this process ends."""
+        """Hang the program on the cgroup whose directory `cgroup` is open on; it stays when this process ends."""
         _call(_Command.PROG_ATTACH, struct.pack("=iiII", cgroup, self._descriptor, kind, flags))
 
     def detach(self, cgroup: int, kind: AttachType) -> None:
-        """Takes the program off the cgroup. Raises OSError: ENOENT when it does not hang there."""
+        """Take the program off the cgroup. Raises OSError: ENOENT when it does not hang there."""
         _call(_Command.PROG_DETACH, struct.pack("=iiI", cgroup, self._descriptor, kind))
 
     def take_off(self, cgroup: int, kind: AttachType) -> None:
@@ -377,7 +380,7 @@ class Program(_Descriptor):
 
 
 def attached(cgroup: int, kind: AttachType) -> Attached:
-    """What hangs on the cgroup whose directory `cgroup` is open on. Raises OSError: EINVAL before Linux 4.15."""
+    """Return what hangs on the cgroup whose directory `cgroup` is open on. Raises OSError: EINVAL before Linux 4.15."""
     identifiers = ctypes.create_string_buffer(4 * _MOST_OBJECTS)
     attributes = struct.pack("=iIIIQI", cgroup, kind, 0, 0, _address(identifiers), _MOST_OBJECTS)
     _, after = _call(_Command.PROG_QUERY, attributes)
@@ -396,7 +399,7 @@ def programs_on(cgroup: int, kind: AttachType, names: Collection[str]) -> Iterat
 
 
 def verifier_log(name: str, code: bytes) -> str:
-    """What the verifier writes about the code, good or bad; empty where it was not asked (no privilege)."""
+    """Return what the verifier writes about the code, good or bad; empty where it was not asked (no privilege)."""
     log = ctypes.create_string_buffer(_LOG_SIZE)
     with contextlib.suppress(OSError):
         os.close(_load(name, code, log))

@@ -29,7 +29,7 @@ _SETS = struct.Struct("=IIIIII")  # effective, permitted, inheritable: the low 3
 
 
 def effective() -> frozenset[int]:
-    """The capabilities that this process can use now."""
+    """Return the capabilities that this process can use now."""
     return _held("CapEff")
 
 

@@ -94,7 +94,7 @@ def destroy(name: str) -> None:
 
 
 def _is_loaded() -> bool:
-    """Whether the kernel has ip_set now. Any other question would have it loaded, on hosts that never use it."""
+    """Return whether the kernel has ip_set now. Any other question would have it loaded, on hosts that never use it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         try:
             asked.getsockopt(socket.SOL_IP, _SO_IP_SET, _QUESTION_SIZE)
@@ -135,7 +135,7 @@ def _entry(network: Network) -> bytes:
 
 
 def _head(size: int, kind: int) -> bytes:
-    """Three attributes within each other: the entry, in it the address, in that the address of a family."""
+    """Return three attributes within each other: the entry, in it the address, in that the address of a family."""
     sizes = (size + 20, _DATA | NESTED, size + 8, _ADDRESS | NESTED, size + 4, kind | NETWORK_ORDER)
     return struct.pack("=HHHHHH", *sizes)
 

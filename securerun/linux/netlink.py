@@ -213,7 +213,7 @@ def not_whole(what: str = "a netlink message") -> OSError:
 
 
 def is_channel(descriptor: int, protocol: int) -> bool:
-    """Whether a descriptor of this process is a netlink socket for this; False for one that is closed."""
+    """Return whether a descriptor of this process is a netlink socket for this; False for one that is closed."""
     try:
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             return False

@@ -49,12 +49,15 @@ IPV6 = socket.AF_INET6
 
 
 def chain_exists(family: int, table: str, chain: str) -> bool:
-    """Whether nf_tables has this chain. Raises OSError when the kernel has no nf_tables or permits no look."""
+    """Return whether nf_tables has this chain.
+
+    Raises OSError when the kernel has no nf_tables or permits no look.
+    """
     return _get_chain(family, table, chain) is not None
 
 
 def table_exists(family: int, table: str) -> bool:
-    """Whether nf_tables has this table. Raises OSError as `chain_exists` does."""
+    """Return whether nf_tables has this table. Raises OSError as `chain_exists` does."""
     return _get_table(family, table) is not None
 
 
@@ -70,7 +73,7 @@ class BaseChain:
 
 
 def input_chains() -> tuple[BaseChain, ...]:
-    """The base chains that see packets to this host's own sockets. Raises OSError as `chain_exists` does."""
+    """Return the base chains that see packets to this host's own sockets. Raises OSError as `chain_exists` does."""
     found = []
     for answer in _dump(request(_GET_CHAIN, socket.AF_UNSPEC, b"", netlink.DUMP), _NEW_CHAIN):
         chain, family = attributes_of(answer), family_of(answer)
@@ -87,13 +90,13 @@ def input_chains() -> tuple[BaseChain, ...]:
 
 
 def table_has_owner(family: int, table: str) -> bool:
-    """Whether this table is there and belongs to a socket. Raises OSError as `chain_exists` does."""
+    """Return whether this table is there and belongs to a socket. Raises OSError as `chain_exists` does."""
     found = _get_table(family, table)
     return found is not None and bool(number(found.get(_TABLE_FLAGS)) & _HAS_OWNER)
 
 
 def priority_of(family: int, table: str, chain: str) -> int | None:
-    """The priority of a base chain; None where there is none of this name. Raises OSError as `chain_exists` does."""
+    """Return the priority of a base chain; None where there is none of this name. Raises OSError as `chain_exists`."""
     found = _get_chain(family, table, chain)
     if found is None or _CHAIN_HOOK not in found:
         return None
@@ -102,7 +105,7 @@ def priority_of(family: int, table: str, chain: str) -> int | None:
 
 
 def count_rules(family: int, table: str, word: str) -> int:
-    """How many rules of a table have this text in them, as in a comment. Raises OSError as `chain_exists` does."""
+    """Count the rules of a table that have this text in them, as in a comment. Raises OSError as `chain_exists`."""
     question = request(_GET_RULE, family, text(_RULE_TABLE, table), netlink.DUMP)
     return sum(word.encode() in rule for rule in _dump(question, _NEW_RULE))
 
@@ -140,7 +143,7 @@ class Deletions:
         return self._channel.fileno()
 
     def heard(self) -> bool:
-        """Take in all that happened since; whether any of it was such a deletion."""
+        """Take in all that happened since, and return whether any of it was such a deletion."""
         heard = False
         while True:
             try:
@@ -176,7 +179,7 @@ def _get_chain(family: int, table: str, chain: str) -> Attributes | None:
 
 
 def _ask(question: bytes) -> Attributes | None:
-    """What the one answer says; None where there is no such thing."""
+    """Return what the one answer says; None where there is no such thing."""
     with open_channel() as channel:
         try:
             return attributes_of(channel.ask(question))

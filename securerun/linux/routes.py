@@ -39,7 +39,7 @@ class Routes:
                 lengths.setdefault(length, defaultdict(set))[number] |= devices
 
     def devices_to(self, networks: Iterable[Network]) -> frozenset[int]:
-        """The interfaces, by index, that lead to any host of these networks by any table.
+        """Return the interfaces, by index, that lead to any host of these networks by any table.
 
         All that equally good routes and next hops name: packets go, and come, through each of them.
         """
@@ -55,7 +55,7 @@ class Routes:
 
 
 def _most_specific(network: Network, lengths: dict[int, dict[int, set[int]]], descending: list[int]) -> set[int]:
-    """The devices of the longest prefix that holds the whole network."""
+    """Return the devices of the longest prefix that holds the whole network."""
     for length in descending:
         if length <= network.prefixlen:
             devices = lengths[length].get(int(network.network_address) >> (network.max_prefixlen - length))
@@ -65,7 +65,7 @@ def _most_specific(network: Network, lengths: dict[int, dict[int, set[int]]], de
 
 
 def _within(network: Network, lengths: dict[int, dict[int, set[int]]]) -> Iterator[set[int]]:
-    """The devices of the routes to parts of the network."""
+    """Yield the devices of the routes to parts of the network."""
     if network.prefixlen == network.max_prefixlen:
         return
     prefix = int(network.network_address) >> (network.max_prefixlen - network.prefixlen)
@@ -75,7 +75,7 @@ def _within(network: Network, lengths: dict[int, dict[int, set[int]]]) -> Iterat
 
 
 def _dump(family: int) -> Iterator[tuple[int, int, int, set[int]]]:
-    """Table, prefix length, prefix and devices of each route on which packets leave this host."""
+    """Yield table, prefix length, prefix and devices of each route on which packets leave this host."""
     bits = 32 if family == socket.AF_INET else 128
     for count, payload in enumerate(_payloads(family)):
         if count >= _MOST_ROUTES:
@@ -101,7 +101,7 @@ def _devices(route: Attributes) -> Iterator[int]:
 
 
 def _payloads(family: int) -> Iterator[bytes]:
-    """The routes of one family, each as the kernel's message holds it. Raises OSError."""
+    """Yield the routes of one family, each as the kernel's message holds it. Raises OSError."""
     question = netlink.framed(_GET_ROUTE, _ROUTE.pack(family, *([0] * 8)), netlink.REQUEST | netlink.DUMP)
     with Channel(netlink.ROUTE) as channel:
         yield from (payload for kind, payload in channel.dump(question) if kind == _NEW_ROUTE)

@@ -80,7 +80,7 @@ class SocketDiagnosis:
         self._known: dict[bytes, Listener] = {}
 
     def listeners(self) -> tuple[Listener, ...]:
-        """All TCP listeners of both families, in the kernel's order, the same one as before if nothing changed.
+        """Return all TCP listeners of both families, in the kernel's order, as before if nothing changed.
 
         MPTCP listeners are among them: the connections of one arrive at a TCP socket, which is what is found here,
         with the inode of the socket that the process holds (net/mptcp/subflow.c: mptcp_subflow_create_socket); a dump
@@ -97,7 +97,7 @@ class SocketDiagnosis:
         return tuple(self._known.values())
 
     def connections(self, first: int, last: int) -> tuple[Connection, ...]:
-        """The connections of both families whose own port lies between these two, both included.
+        """Return the connections of both families whose own port lies between these two, both included.
 
         Raises SocketsUnavailable as `listeners` does.
         """
@@ -128,18 +128,18 @@ class SocketDiagnosis:
             return []
 
     def _understood(self, answers: Iterable[bytes]) -> dict[bytes, Listener]:
-        """What the answers say; one that is as before, as most are, was understood before."""
+        """Return what the answers say; one that is as before, as most are, was understood before."""
         understood = ((answer, self._known.get(answer) or _listener(answer)) for answer in answers)
         return {answer: listener for answer, listener in understood if listener is not None}
 
     def _start_over(self) -> None:
-        """What is left of an answer that went wrong must not be taken for the next one."""
+        """Open another channel: what is left of an answer that went wrong must not be taken for the next one."""
         self._channel.close()
         self._channel = _open_channel()
 
 
 def listeners() -> tuple[Listener, ...]:
-    """All TCP listeners of this network namespace, asked once; see `SocketDiagnosis.listeners`."""
+    """Return all TCP listeners of this network namespace, asked once; see `SocketDiagnosis.listeners`."""
     with contextlib.closing(SocketDiagnosis()) as diagnosis:
         return diagnosis.listeners()
 
@@ -168,12 +168,12 @@ def cgroup_ids(descriptor: int) -> frozenset[int]:
 
 
 def held(found: Iterable[Listener], holders: Mapping[int, int]) -> tuple[Listener, ...]:
-    """The listeners that the processes of `holders` (from `proc.sockets_of`) hold."""
+    """Return the listeners that the processes of `holders` (from `proc.sockets_of`) hold."""
     return tuple(listener for listener in found if listener.inode in holders)
 
 
 def outside(found: Iterable[Listener], holders: Mapping[int, int], ids: Collection[int]) -> tuple[Listener, ...]:
-    """The listeners that the processes hold and that no filter on the cgroups `ids` (from `cgroup_ids`) sees.
+    """Return the listeners that the processes hold and no filter on the cgroups `ids` (from `cgroup_ids`) sees.
 
     A socket belongs for good to the cgroup in which it was made: these were made before joining, received from
     outside, or fell to the root cgroup since net_cls or net_prio is in use (before 5.15). A kernel that does not
@@ -194,7 +194,7 @@ def _open_channel() -> Channel:
 
 
 def _port_filter(first: int, last: int) -> bytes:
-    """The kernel's own filter: own port at least `first`, and at most `last`; a jump past the end is a no.
+    """Return the kernel's own filter: own port at least `first`, and at most `last`; a jump past the end is a no.
 
     struct inet_diag_bc_op (code, step if yes, step if no), its operand in the third field of the one that follows.
     """
@@ -204,7 +204,7 @@ def _port_filter(first: int, last: int) -> bytes:
 
 
 def _listener(answer: bytes) -> Listener | None:
-    """What one answer says; None for a socket that does not listen."""
+    """Return what one answer says; None for a socket that does not listen."""
     if len(answer) < _DIAGNOSIS_SIZE:
         raise netlink.not_whole("an answer about a socket")
     if answer[_STATE] != _LISTEN:

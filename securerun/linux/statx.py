@@ -18,7 +18,7 @@ _TIME = struct.Struct("=qI")
 
 
 def birth_of(descriptor: int, name: str = "") -> int:
-    """When the file of a descriptor, or one of this name in a directory's, was made: nanoseconds since 1970.
+    """Return when the file of a descriptor, or one of this name in a directory's, was made: nanoseconds since 1970.
 
     0 where the file system, the kernel or the C library (before glibc 2.28) does not tell.
     """
