@@ -10,16 +10,13 @@ import os
 import select
 import socket
 import stat
-import struct
 from typing import Callable
 
 from securerun.errors import PrivilegeError
-from securerun.linux import proc
+from securerun.linux import local_sockets, proc
 
 ROOT = 0
 SUDO_USER_VARIABLE = "SUDO_UID"  # set by sudo itself, sudo(8)
-_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid (unix(7))
-_SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h, kernel 6.5
 _SUDO = ("sudo", "sudo-rs", "sudo.ws")  # the last two: Ubuntu 25.10 and newer, which has both
 
 
@@ -104,8 +101,8 @@ def find_peer(connection: int) -> Caller:
         with socket.socket(fileno=os.dup(connection)) as end:
             if end.family != socket.AF_UNIX:
                 raise PrivilegeError("the guard's standard input is a socket of a network; only AF_UNIX names its peer")
-            pid, user, _ = _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-            pidfd = _peer_pidfd(end)
+            pid, user = local_sockets.peer_of(end)
+            pidfd = local_sockets.pidfd_of_peer(end)
     except OSError as error:
         raise PrivilegeError(f"the guard's standard input is no socket: {error.strerror}") from error
     if pid <= 0:
@@ -182,13 +179,5 @@ def _pidfd(pid: int) -> int | None:
         return None
     try:
         return os.pidfd_open(pid)
-    except OSError:
-        return None
-
-
-def _peer_pidfd(end: socket.socket) -> int | None:
-    """The kernel's own hold on whoever connected; None where it has none to give."""
-    try:
-        return end.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
         return None

@@ -7,7 +7,6 @@ import fcntl
 import os
 import select
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Callable
 
 from securerun.guard import program
 from securerun.guard.protocol import MAXIMUM_BYTES, Message, decode, encode
-from securerun.linux import capabilities
+from securerun.linux import capabilities, local_sockets
 
 DIRECTLY = "directly"
 SOCKET = Path("/run/securerun.sock")
@@ -25,7 +24,6 @@ _PROGRAM = "securerun-guard"
 _SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")))
 # sudo's messages are looked at, so they are to be in one language; nothing else is for it.
 _SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": "C"}
-_PEER = struct.Struct("=iII")  # struct ucred (unix(7))
 _LAST_WORDS_SECONDS = 1.0
 _LAST_STANDARD = 2
 
@@ -215,7 +213,7 @@ def _open_socket() -> Connection:
     """Raises OSError when nobody, or nobody of root's, listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
         end.connect(str(SOCKET))
-        _, user, _ = _PEER.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        _, user = local_sockets.peer_of(end)
         if user != 0:
             raise PermissionError(f"{SOCKET} is served by user {user}, not by root")
         descriptor = _beside_standard(end.detach())

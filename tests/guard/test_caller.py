@@ -14,6 +14,7 @@ from sandbox import NOBODY
 from securerun.errors import PrivilegeError
 from securerun.guard import caller
 from securerun.guard.caller import SUDO_USER_VARIABLE, Caller, find_ancestor, find_peer
+from securerun.linux import local_sockets
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_a_connection_names_its_peer_only_where_the_kernel_does(monkeypatch: pyt
     near, far = socket.socketpair()
     with near, far:
         assert find_peer(near.fileno()).pid == os.getpid()
-        monkeypatch.setattr(caller, "_SO_PEERPIDFD", 0x7FFF)  # before kernel 6.5
+        monkeypatch.setattr(local_sockets, "_SO_PEERPIDFD", 0x7FFF)  # before kernel 6.5
         assert find_peer(near.fileno()).pid == os.getpid()
         monkeypatch.setenv(SUDO_USER_VARIABLE, "0")
         with pytest.raises(PrivilegeError, match="takes no socket"):
