@@ -1,4 +1,28 @@
-"""What securerun says when it will not go on: one line for a person, one exit status for a script."""
+"""What securerun says when it will not go on: one line for a person, one exit status for a script.
+
+All exceptions of securerun's own, each where it stands if that is not here; a test holds this to the code.
+
+    SecurerunError                    a command gives up, with a status of 1 where no other is said
+    ├── UsageError                    2
+    ├── PrivilegeError                77
+    │   └── ReservationUnavailable    linux.port_ranges
+    ├── PolicyError                   78
+    │   └── Unfinished                job.ranktable
+    ├── Refusal                       protection.client
+    └── CommandError                  ctl.exec
+    Unavailable                       something cannot be had on this host
+    ├── CgroupUnavailable             linux.cgroups
+    ├── ShieldUnavailable             firewall.refusals
+    ├── PortChainsUnavailable         firewall.chains
+    ├── ReservationUnavailable        linux.port_ranges
+    └── SocketsUnavailable            linux.sock_diag
+    Exception                         for the caller, who makes one of the above of it
+    ├── ProtocolError                 guard.protocol
+    ├── NftablesError                 firewall.libnftables
+    └── JSONError                     job.jsonstream
+    OSError
+    └── VerifierError                 linux.bpf
+"""
 
 from __future__ import annotations
 
