@@ -16,7 +16,7 @@ from pathlib import Path
 import securerun
 from securerun.errors import PolicyError, PrivilegeError, UsageError
 from securerun.guard.program import SOCKET_ARGUMENT
-from securerun.linux import trust
+from securerun.linux import capabilities, trust
 from securerun.protection.ways import SOCKET
 
 DEFAULT_GROUP = "securerun"
@@ -73,10 +73,8 @@ LockPersonality=yes
 SystemCallArchitectures=native
 """
 
-_CAPABILITIES = (
-    "CAP_BPF CAP_DAC_OVERRIDE CAP_KILL CAP_NET_ADMIN CAP_NET_RAW CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_RESOURCE "
-    "CAP_SETPCAP"
-)
+# The last one to give up all but these.
+_CAPABILITIES = " ".join((*sorted(capabilities.FOR_GUARDING), "CAP_SETPCAP"))
 
 
 def print_sudoers(group: str, user: str | None) -> None:

@@ -19,11 +19,11 @@ from typing import Any, Callable
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import LAST_PORT, Policy, require_ports
 from securerun.guard.caller import ROOT, Caller
+from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
 from securerun.linux import packages, trust
 from securerun.linux.networks import Network
 
-FILE = Path("/etc/securerun/guard.toml")
 # A network wider than these is half the world rather than the nodes of a job.
 _WIDEST = {4: 8, 6: 16}
 
@@ -49,7 +49,7 @@ class SitePolicy:
     runs_per_user: int = 32
 
 
-def read_site_policy(path: Path = FILE) -> tuple[SitePolicy, str]:
+def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
     """The site's policy, and why its file was ignored or "": one that others than root can change is no policy.
 
     Raises PrivilegeError for a file of root's that cannot be understood: then nobody but root is served.
@@ -79,14 +79,16 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
         if not any(first <= port.first and port.last <= last for first, last in site.ports):
             allowed = ", ".join(f"{first}-{last}" for first, last in site.ports)
             raise PolicyError(
-                f"port {port} may not be named by user {caller.user}; this host allows {allowed} ({FILE})"
+                f"port {port} may not be named by user {caller.user}; this host allows {allowed} ({LIMITS_FILE})"
             )
     count = sum(last - first + 1 for first, last in policy.joined_ports())
     if count > site.ports_per_run:
-        raise PolicyError(f"{count} ports are more than the {site.ports_per_run} that a run may name here ({FILE})")
+        raise PolicyError(
+            f"{count} ports are more than the {site.ports_per_run} that a run may name here ({LIMITS_FILE})"
+        )
     require_permitted_peers(site, policy, caller)
     if policy.accept and not site.accept:
-        raise PolicyError(f"--accept is root's, or the site's (accept = true in {FILE}); leave it out")
+        raise PolicyError(f"--accept is root's, or the site's (accept = true in {LIMITS_FILE}); leave it out")
 
 
 def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) -> None:
@@ -96,18 +98,18 @@ def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) ->
     if len(policy.peers) > site.peers_per_run:
         raise PolicyError(
             f"{len(policy.peers)} networks are more than the {site.peers_per_run} that a run may name here; name "
-            f"larger ones, or ask your administrator (peers_per_run in {FILE})"
+            f"larger ones, or ask your administrator (peers_per_run in {LIMITS_FILE})"
         )
     for network in policy.peers:
         if site.peers is None:
             if network.prefixlen < _WIDEST[network.version]:
                 raise PolicyError(
                     f"{network} is wider than /{_WIDEST[network.version]}; name the job's nodes, or ask your "
-                    f"administrator to allow it (peers in {FILE})"
+                    f"administrator to allow it (peers in {LIMITS_FILE})"
                 )
         elif not _is_within(network, site.peers):
             allowed = ", ".join(map(str, site.peers))
-            raise PolicyError(f"{network} may not be named a peer; this host allows {allowed} ({FILE})")
+            raise PolicyError(f"{network} may not be named a peer; this host allows {allowed} ({LIMITS_FILE})")
 
 
 def _require_user(site: SitePolicy, caller: Caller) -> None:
@@ -115,7 +117,9 @@ def _require_user(site: SitePolicy, caller: Caller) -> None:
         return
     if caller.user in (site.users or ()) or caller.groups & (site.groups or frozenset()):
         return
-    raise PrivilegeError(f"user {caller.user} may not have a job guarded on this host ({FILE}); ask its administrator")
+    raise PrivilegeError(
+        f"user {caller.user} may not have a job guarded on this host ({LIMITS_FILE}); ask its administrator"
+    )
 
 
 def _is_within(network: Network, allowed: Iterable[Network]) -> bool:

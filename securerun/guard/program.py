@@ -1,4 +1,7 @@
-"""How the guard's program is started: with an interpreter that nothing but root's own files has a say in."""
+"""The guard as it is installed: how its program is started, and where root says what it may do for whom.
+
+It is started with an interpreter that nothing but root's own files has a say in.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import NoReturn
 from securerun.errors import UsageError
 
 SOCKET_ARGUMENT = "--socket"
+# Of securerun.guard.limits.
+LIMITS_FILE = Path("/etc/securerun/guard.toml")
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 # -I: a `socket.py` in the working directory, PYTHONPATH and the user's site-packages are not for the guard.
 # -S: it needs the standard library alone, and site-packages' start-up files take longer than all of its own.

@@ -49,20 +49,7 @@ _PATIENCE_SECONDS = 900.0
 # An order once begun is there at once: 100,000 peers are five megabytes.
 _ORDER_SECONDS = 30.0
 _ANSWER_SECONDS = 2.0
-# What the layers take, and what it takes to see, move and end processes of others (capabilities(7)). SYS_ADMIN: bpf(2)
-# before kernel 5.8, programs by id and mounting cgroup2; DAC_OVERRIDE: cgroups delegated to users; NET_RAW: libiptc.
-_NEEDED = frozenset(
-    {
-        capabilities.BPF,
-        capabilities.DAC_OVERRIDE,
-        capabilities.KILL,
-        capabilities.NET_ADMIN,
-        capabilities.NET_RAW,
-        capabilities.SYS_ADMIN,
-        capabilities.SYS_PTRACE,
-        capabilities.SYS_RESOURCE,
-    }
-)
+_NEEDED = frozenset(capabilities.FOR_GUARDING.values())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -23,6 +23,20 @@ SYS_ADMIN = 21
 SYS_RESOURCE = 24
 BPF = 39  # since kernel 5.8; before, SYS_ADMIN stands for it
 
+# What a guard works with, the most important first: what the layers take, and what it takes to see, move and end
+# processes of others. SYS_ADMIN: bpf(2) before kernel 5.8, programs by id and mounting cgroup2; SYS_RESOURCE: to raise
+# limits; DAC_OVERRIDE: cgroups delegated to users; NET_RAW: libiptc.
+FOR_GUARDING = {
+    "CAP_NET_ADMIN": NET_ADMIN,
+    "CAP_BPF": BPF,
+    "CAP_SYS_ADMIN": SYS_ADMIN,
+    "CAP_SYS_RESOURCE": SYS_RESOURCE,
+    "CAP_SYS_PTRACE": SYS_PTRACE,
+    "CAP_KILL": KILL,
+    "CAP_DAC_OVERRIDE": DAC_OVERRIDE,
+    "CAP_NET_RAW": NET_RAW,
+}
+
 _VERSION_3 = 0x20080522
 _HEADER = struct.Struct("=Ii")
 _SETS = struct.Struct("=IIIIII")  # effective, permitted, inheritable: the low 32 of each, then the high 32
@@ -31,6 +45,11 @@ _SETS = struct.Struct("=IIIIII")  # effective, permitted, inheritable: the low 3
 def effective() -> frozenset[int]:
     """Return the capabilities that this process can use now."""
     return _held("CapEff")
+
+
+def suffice_for_guarding(held: Collection[int]) -> bool:
+    """Return whether a guard can work with these capabilities; with the others `FOR_GUARDING` it works better."""
+    return NET_ADMIN in held and (BPF in held or SYS_ADMIN in held)
 
 
 def keep_only(capabilities: Collection[int]) -> None:

@@ -28,15 +28,8 @@ from securerun.protection.ways import Way
 
 _LEAST_KERNEL = (4, 15)
 _SOCKET_KERNEL = (5, 1)
-# What a guard can do better with: adopt a shield, raise limits, see and end processes of others.
-_HELPFUL = {
-    "CAP_SYS_ADMIN": capabilities.SYS_ADMIN,
-    "CAP_SYS_RESOURCE": capabilities.SYS_RESOURCE,
-    "CAP_SYS_PTRACE": capabilities.SYS_PTRACE,
-    "CAP_KILL": capabilities.KILL,
-    "CAP_DAC_OVERRIDE": capabilities.DAC_OVERRIDE,
-    "CAP_NET_RAW": capabilities.NET_RAW,
-}
+# Without the others a guard works too, but adopts no shield, raises no limit, or sees and ends no processes of others.
+_INDISPENSABLE = ("CAP_NET_ADMIN", "CAP_BPF")
 _MENDS_OF_SHIELD = {
     Obstacle.NET_CLS: "reboot with cgroup_no_v1=net_cls,net_prio",
     Obstacle.READ_ONLY_CGROUPS: "docker run --cap-add BPF --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw",
@@ -88,10 +81,11 @@ def _kernel() -> Ability:
 
 def _capabilities() -> Ability:
     held = capabilities.effective()
-    if capabilities.NET_ADMIN not in held or not held & {capabilities.BPF, capabilities.SYS_ADMIN}:
+    if not capabilities.suffice_for_guarding(held):
         what = "this process has no CAP_NET_ADMIN and CAP_BPF, so it cannot start a guard by itself"
         return Ability("capabilities", False, what, "sudo securerunctl doctor")
-    missing = [name for name, number in _HELPFUL.items() if number not in held]
+    needed = capabilities.FOR_GUARDING.items()
+    missing = [name for name, number in needed if number not in held and name not in _INDISPENSABLE]
     without = f"; without {', '.join(missing)}" if missing else ""
     return Ability("capabilities", True, f"CAP_NET_ADMIN and CAP_BPF{without}")
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from securerun.finding import Finding
+from securerun.guard.program import LIMITS_FILE
 from securerun.job import ranktable
 from securerun.linux import proc, trust
 from securerun.linux.trust import WeakPoint
@@ -65,9 +66,7 @@ def changeable_configuration(scene: Scene) -> Iterator[Finding]:
     """securerun's own files: root's, and nobody else's."""
     if not SITE_CONFIG.parent.is_dir():
         return
-    from securerun.guard import limits
-
-    for path in (SITE_CONFIG, limits.FILE):
+    for path in (SITE_CONFIG, LIMITS_FILE):
         weakness = _weakness(path, {_ROOT})
         if weakness is not None:
             yield _changeable("config", path, weakness, f"whoever can change it decides what {path} says to every job")

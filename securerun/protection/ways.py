@@ -141,8 +141,7 @@ def _is_of_root(path: Path) -> bool:
 def _obstacle_to_direct() -> str:
     if os.geteuid() == 0:
         return ""
-    held = capabilities.effective()
-    if capabilities.NET_ADMIN in held and held & {capabilities.BPF, capabilities.SYS_ADMIN}:
+    if capabilities.suffice_for_guarding(capabilities.effective()):
         return ""
     return "this process is not root and has no CAP_NET_ADMIN and CAP_BPF"
 
@@ -160,18 +159,7 @@ def _obstacle_to_socket() -> str:
 
 
 def _open_directly() -> Connection:
-    with capabilities.handed_on(
-        {
-            capabilities.NET_ADMIN,
-            capabilities.NET_RAW,
-            capabilities.BPF,
-            capabilities.SYS_ADMIN,
-            capabilities.SYS_RESOURCE,
-            capabilities.DAC_OVERRIDE,
-            capabilities.KILL,
-            capabilities.SYS_PTRACE,
-        }
-    ):
+    with capabilities.handed_on(capabilities.FOR_GUARDING.values()):
         # SUDO_UID of the shell that this root came from would mean another way.
         return _start(program.command(), {name: value for name, value in os.environ.items() if name != "SUDO_UID"})
 
