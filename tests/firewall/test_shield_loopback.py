@@ -23,6 +23,7 @@ from cgroups import Cgroup, enter, in_child, inside, new_cgroup, socket_made_in
 from hosts import Host, Network, cgroup2_mount
 from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
 
+from securerun.errors import Obstacle
 from securerun.firewall.policy import Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.selftest import prove
@@ -854,6 +855,7 @@ def test_it_needs_cap_bpf_and_cap_net_admin_and_no_more(field: Field) -> None:
 def test_a_kernel_without_the_programs_is_told_so_and_gets_none(field: Field) -> None:
     with pytest.raises(ShieldUnavailable, match="--loopback job needs Linux 5.1") as caught:
         attach_first_of((HEADER_PROGRAM,), field.job.descriptor, field.policy)
+    assert caught.value.obstacle is Obstacle.OLD_KERNEL
     assert "\n" not in str(caught.value)
     assert programs_on(field.job) == (0, 0)
 

@@ -20,6 +20,7 @@ from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgrou
 from hosts import Host, Network, cgroup2_mount, eventually
 from packets import ACK, CWR, ECE, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
 
+from securerun.errors import Obstacle
 from securerun.firewall import selftest
 from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.refusals import ShieldUnavailable
@@ -267,8 +268,9 @@ def test_the_shield_outlives_the_sigkill_of_who_hung_it_up_and_is_adopted(field:
         adopted.detach()
         adopted.close()
         assert attempts(field.peer, field, of_the_job) == OVER_BOTH
-    with pytest.raises(ShieldUnavailable, match="no shield hangs"):
+    with pytest.raises(ShieldUnavailable, match="no shield hangs") as refused:
         adopt(field.job.descriptor)
+    assert refused.value.obstacle is Obstacle.NOTHING_THERE
 
 
 def hang_up_and_die(field: Field) -> None:
@@ -501,8 +503,9 @@ def test_a_host_without_ipv4_loopback_is_proven_over_ipv6(field: Field) -> None:
 def test_without_loopback_nothing_is_proven(field: Field) -> None:
     def work() -> None:
         leave_for_a_new_network()
-        with pytest.raises(ShieldUnavailable, match="ip link set lo up"):
+        with pytest.raises(ShieldUnavailable, match="ip link set lo up") as refused:
             prove(field.job.descriptor)
+        assert refused.value.obstacle is Obstacle.NOT_PROVEN
 
     in_child(work)
     assert attached(field.job.descriptor, EGRESS).program_ids == ()
@@ -517,8 +520,9 @@ def test_a_firewall_that_forbids_the_datagram_is_no_proof(field: Field) -> None:
 def test_a_cgroup_that_cannot_be_entered_is_no_proof(field: Field) -> None:
     with inside(field.host), new_cgroup(field.job) as threaded, new_cgroup(field.job) as invalid:
         (threaded.path / "cgroup.type").write_text("threaded")
-        with pytest.raises(ShieldUnavailable, match="could not enter the job's cgroup"):
+        with pytest.raises(ShieldUnavailable, match="could not enter the job's cgroup") as refused:
             prove(invalid.descriptor)
+        assert refused.value.obstacle is Obstacle.NOT_PROVEN
 
 
 def test_a_frozen_cgroup_holds_the_self_test_up_for_a_bounded_time(
@@ -554,8 +558,9 @@ def test_a_program_above_that_does_not_get_along_with_ours_is_refused(
     with new_cgroup(field.job) as below, Program.load("somebody_else", pass_everything()) as foreign:
         refuse_conflicts([field.job.descriptor])
         foreign.attach(field.job.descriptor, INGRESS, flags)
-        with pytest.raises(ShieldUnavailable, match=complaint):
+        with pytest.raises(ShieldUnavailable, match=complaint) as refused:
             refuse_conflicts([field.elsewhere.descriptor, field.job.descriptor])
+        assert refused.value.obstacle is Obstacle.PROGRAM_ABOVE
         if flags == AttachFlags.NONE:
             with pytest.raises(ShieldUnavailable, match="a program on a cgroup above forbids any below"):
                 Shield.attach(below.descriptor, field.policy)
@@ -582,8 +587,9 @@ def test_what_is_no_cgroup_is_told_so(field: Field, tmp_path: Path) -> None:
             lambda: refuse_conflicts([directory]),
             lambda: adopt(directory),
         ):
-            with pytest.raises(ShieldUnavailable, match="not one of a directory in a cgroup v2 file system"):
+            with pytest.raises(ShieldUnavailable, match="not one of a directory in a cgroup v2 file system") as refused:
                 action()
+            assert refused.value.obstacle is Obstacle.NO_CGROUP
     finally:
         os.close(directory)
 

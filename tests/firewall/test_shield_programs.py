@@ -20,7 +20,7 @@ from hosts import Host, Network
 from packets import ACK, FRAGMENT, SYN, TCP, UDP, Flow
 from programs import result_of
 
-from securerun.errors import PolicyError
+from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import refusals
 from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.shield import Shield, attach_first_of
@@ -185,8 +185,9 @@ def test_peers_are_replaced_while_the_shield_hangs(judge: Judge) -> None:
 def test_more_peers_than_there_is_room_for_change_nothing(judge: Judge) -> None:
     # Every other address, so that they do not collapse.
     many = [ipaddress.ip_network((0x0A000000 + 2 * number, 32)) for number in range(3000)]
-    with pytest.raises(refusals.ShieldUnavailable, match="start the job again"):
+    with pytest.raises(refusals.ShieldUnavailable, match="start the job again") as refused:
         judge.shield.replace_peers(many)
+    assert refused.value.obstacle is Obstacle.FULL
     passing = [judge.passes(packets.packet(flow, syn(flow))) for flow in (*FROM_PEER, *FROM_STRANGER)]
     assert passing == [True, True, False, False]
 
@@ -419,6 +420,7 @@ def test_without_any_privilege_the_reason_names_what_is_missing(host: Host) -> N
             os.setresuid(65534, 65534, 65534)
             with pytest.raises(refusals.ShieldUnavailable) as caught:
                 Shield.attach(cgroup.descriptor, policy())
+            assert caught.value.obstacle is Obstacle.NOT_PERMITTED
             return str(caught.value)
 
         reason = in_child(work)
