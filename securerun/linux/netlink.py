@@ -25,6 +25,7 @@ NOT_RECURSIVE, EXCLUSIVE, DUMP = 0x100, 0x200, 0x300
 NESTED, NETWORK_ORDER = 0x8000, 0x4000
 _DUMP_INTERRUPTED = 0x10
 _ERROR, _DONE = 2, 3
+_CLOSING = (_ERROR, _DONE)
 _HEADER = struct.Struct("=IHH8x")
 _ATTRIBUTE = struct.Struct("=HH")
 _ERROR_NUMBER = struct.Struct("=i")
@@ -141,7 +142,7 @@ class Dump:
             for kind, flags, payload in messages(self._receive()):
                 if flags & _DUMP_INTERRUPTED:
                     self.interrupted = True
-                if kind in (_ERROR, _DONE):
+                if kind in _CLOSING:
                     # inet_diag tells of its own errors in the closing message (netlink_dump: dump_done_errno).
                     raise_reported(payload)
                     return
@@ -158,15 +159,16 @@ def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
     Nothing is copied but the payloads, which shows with thousands of listeners.
     """
-    offset = 0
-    while offset < len(data):
-        if offset + _HEADER.size > len(data):
+    offset, size, header = 0, len(data), _HEADER.size
+    while offset < size:
+        begin = offset + header
+        if begin > size:
             raise OSError(errno.EBADMSG, "a netlink message without its header")
         length, kind, flags = _HEADER.unpack_from(data, offset)
         end = offset + length
-        if length < _HEADER.size or end > len(data):
+        if length < header or end > size:
             raise not_whole()
-        yield kind, flags, data[offset + _HEADER.size : end]
+        yield kind, flags, data[begin:end]
         offset = (end + 3) & ~3
 
 
