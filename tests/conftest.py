@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import pytest
 from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
@@ -25,15 +26,34 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what asks for root, itself or by way of its fixtures: `scripts/test.sh --fast` leaves it out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "root" in item.fixturenames:
+            item.add_marker("ground")
+
+
 @pytest.fixture(scope="session")
-def root_and_tools() -> None:
+def root() -> None:
+    """Whatever only root can do: a test that does it asks for this, and is skipped for other users, but never in CI."""
+    if os.geteuid() != 0:
+        _lack("this needs root; run it as root")
+
+
+@pytest.fixture(scope="session")
+def root_and_tools(root: None) -> None:
     """What hosts are made with: whatever needs it is skipped where it is missing, but never in CI."""
     try:
         require_root_and_tools()
     except RuntimeError as missing:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(str(missing))
+        _lack(str(missing))
+
+
+def _lack(words: str) -> NoReturn:
+    if "CI" in os.environ:
+        raise RuntimeError(words)
+    pytest.skip(words)
 
 
 @pytest.fixture
@@ -59,16 +79,21 @@ def script(tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def machine_at_start() -> MachineState:
-    """What securerun had on this machine before the tests: runs of others, or remains of a session that was killed."""
-    return machine_snapshot()
+def machine_at_start() -> MachineState | None:
+    """What securerun had on this machine before the tests: runs of others, or remains of a session that was killed.
+
+    None for who is not root: cgroups and records are made by root alone, and while such a one tests, runs of others
+    come and go.
+    """
+    return machine_snapshot() if os.geteuid() == 0 else None
 
 
 @pytest.fixture(autouse=True)
-def _nothing_of_securerun_is_left(machine_at_start: MachineState) -> Iterator[None]:
+def _nothing_of_securerun_is_left(machine_at_start: MachineState | None) -> Iterator[None]:
     """No test leaves a cgroup or a record; the next one begins when the guards of the one before are done."""
     yield
-    assert eventually(lambda: _is_clean(machine_at_start), seconds=_GUARD_SECONDS), machine_snapshot()
+    if machine_at_start is not None:
+        assert eventually(lambda: _is_clean(machine_at_start), seconds=_GUARD_SECONDS), machine_snapshot()
 
 
 def _is_clean(before: MachineState) -> bool:

@@ -65,15 +65,8 @@ def look(capsys: pytest.CaptureFixture[str]) -> Audit:
 def tree(tmp_path: Path) -> Path:
     """A tree in which there is nothing to find, though there is something of everything."""
     top = tmp_path / "run"
-    for name, mode in {
-        "run": 0o750,
-        "run/logs": 0o750,
-        "run/certs": 0o700,
-        "run/bin": 0o550,
-        "run/shared": 0o3750,
-    }.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name).chmod(mode)
+    for name in ("logs", "certs", "bin", "shared"):
+        (top / name).mkdir(parents=True)
     put(top / "model.pt", 0o640)
     put(top / "logs/train.log", 0o640)
     put(top / "logs/train.log.1", 0o440)
@@ -82,6 +75,8 @@ def tree(tmp_path: Path) -> Path:
     (top / "latest").symlink_to("model.pt")
     (top / "logs/up").symlink_to("../certs/../model.pt")
     (top / "logs/nowhere").symlink_to("not/there")
+    for name, mode in {".": 0o750, "logs": 0o750, "certs": 0o700, "bin": 0o550, "shared": 0o3750}.items():
+        (top / name).chmod(mode)
     return top
 
 
@@ -112,6 +107,7 @@ def test_nothing_is_found_where_nothing_is_wrong(tree: Path, look: Audit) -> Non
     }
 
 
+@pytest.mark.usefixtures("root")
 def test_json_says_all_about_a_finding(tree: Path, look: Audit) -> None:
     (tree / "model.pt").chmod(0o664)
     os.chown(tree / "model.pt", -1, 6)
@@ -129,6 +125,7 @@ def test_json_says_all_about_a_finding(tree: Path, look: Audit) -> None:
     }
 
 
+@pytest.mark.usefixtures("root")
 def test_every_finding_has_the_fields_and_a_problem_of_the_page(tree: Path, look: Audit) -> None:
     (tree / "model.pt").chmod(0o664)
     (tree / "bin/tool").chmod(0o6555)
@@ -201,6 +198,7 @@ def test_set_id_bits_are_found(tree: Path, look: Audit, bits: int, words: str) -
     assert (finding["path"], finding["problem"], finding["detail"]) == (str(tree / "bin/tool"), "set-id", words)
 
 
+@pytest.mark.usefixtures("root")
 def test_file_capabilities_are_found_where_they_work(tree: Path, look: Audit) -> None:
     for name in ("bin/tool", "model.pt"):
         os.setxattr(tree / name, "security.capability", NET_RAW)
@@ -210,6 +208,7 @@ def test_file_capabilities_are_found_where_they_work(tree: Path, look: Audit) ->
     assert look(tree)["findings"] == []
 
 
+@pytest.mark.usefixtures("root")
 def test_foreign_and_missing_owners_are_found(tree: Path, look: Audit) -> None:
     os.chown(tree / "model.pt", NOBODY, -1)
     os.chown(tree / "logs", NO_ACCOUNT, -1)
@@ -227,6 +226,7 @@ def test_foreign_and_missing_owners_are_found(tree: Path, look: Audit) -> None:
     }
 
 
+@pytest.mark.usefixtures("root")
 def test_for_root_the_owner_of_what_is_named_is_no_stranger_in_it(tree: Path, look: Audit) -> None:
     for path in (tree, *tree.rglob("*")):
         os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
@@ -279,6 +279,7 @@ def test_links_are_not_followed(tree: Path, look: Audit) -> None:
     assert problems(look(tree)) == {(str(tree / name), "leaves-tree") for name in ("way", "file")}
 
 
+@pytest.mark.usefixtures("root")
 def test_devices_are_found_and_sockets_and_pipes_held_to_a_files_mode(tree: Path, look: Audit) -> None:
     os.mknod(tree / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
     os.mknod(tree / "disk", stat.S_IFBLK | 0o600, os.makedev(7, 200))
@@ -313,6 +314,7 @@ def test_world_writable_parents_are_found_up_to_the_root(tree: Path, look: Audit
     assert problems(look(above / "a")) == {(str(above / "a"), "too-open"), (str(above / "a/b"), "too-open")}
 
 
+@pytest.mark.usefixtures("root")
 def test_parents_of_a_link_that_is_named_count_too(tree: Path, look: Audit) -> None:
     weak = tree.parent / "weak"
     weak.mkdir()
@@ -338,6 +340,7 @@ def test_what_is_named_twice_is_looked_at_once(tree: Path, look: Audit) -> None:
     assert (len(found["findings"]), found["seen"]) == (1, 13)
 
 
+@pytest.mark.usefixtures("root")
 def test_other_file_systems_are_looked_at_unless_told_otherwise(tree: Path, look: Audit) -> None:
     mounted = tree / "mounted"
     mounted.mkdir(mode=0o750)

@@ -129,6 +129,7 @@ def test_undo_gives_back_what_was_there(tree: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out) == {"restored": 8, "left": []}
 
 
+@pytest.mark.usefixtures("root")
 def test_undo_changes_only_what_is_still_as_it_was_mended(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = modes(tree)
     assert audit(request(tree)) == 0
@@ -165,6 +166,7 @@ def test_no_mode_is_mended_by_adding_a_bit(kind: str) -> None:
             assert permissions.excess(form | after, kind) == 0
 
 
+@pytest.mark.usefixtures("root")
 def test_closed_modes_stay_closed_and_set_group_id_and_sticky_directories_stay_so(tree: Path) -> None:
     (tree / "logs").chmod(0o3777)
     (tree / "keys").chmod(0o100)
@@ -176,6 +178,7 @@ def test_closed_modes_stay_closed_and_set_group_id_and_sticky_directories_stay_s
     assert {name: after[str(tree / name)] for name in expected} == expected
 
 
+@pytest.mark.usefixtures("root")
 def test_what_has_several_names_or_a_strangers_owner_is_left_and_named(
     tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +197,7 @@ def test_what_has_several_names_or_a_strangers_owner_is_left_and_named(
     assert document["undo_log"] == str(tree.parent / "undo")
 
 
+@pytest.mark.usefixtures("root")
 def test_what_is_no_mode_is_left_and_makes_status_1(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.setxattr(tree / "train.py", "security.capability", NET_RAW)
     (tree / "way").symlink_to(tree.parent / "outside")
@@ -285,6 +289,7 @@ def _be_closed(tree: Path) -> None:
     (tree / "logs/model.pt").chmod(0o200)
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize(
     ("happen", "why"),
     [
@@ -310,6 +315,7 @@ def test_what_changes_between_look_and_change_is_left(tree: Path, happen: Callab
     assert f"{tree}/keys/a.pem" in changed
 
 
+@pytest.mark.usefixtures("root")
 def test_a_change_meets_the_file_that_was_judged_whatever_has_its_name_by_then(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +385,7 @@ def hostile(tree: Path) -> Iterator[Hostile]:
             os.close(file)
 
 
+@pytest.mark.usefixtures("root")
 def test_nothing_outside_is_touched_while_somebody_swaps_directories_and_links(hostile: Hostile) -> None:
     outcomes: set[str] = set()
     for _ in range(_ROUNDS):
@@ -400,6 +407,7 @@ def test_whoever_followed_names_there_would_be_led_out(hostile: Hostile) -> None
     pytest.fail("nobody was led out")
 
 
+@pytest.mark.usefixtures("root")
 def test_a_look_at_such_a_tree_stays_in_it(hostile: Hostile) -> None:
     put(hostile.tree.parent / "outside/only there.pt", 0o666)
     for _ in range(_ROUNDS):
@@ -496,6 +504,7 @@ def test_a_damaged_log_is_refused_whole(tree: Path, damage: str) -> None:
     assert modes(tree) == before
 
 
+@pytest.mark.usefixtures("root")
 def test_a_log_that_others_could_have_written_is_refused(tree: Path) -> None:
     assert audit(request(tree)) == 0
     log, before = tree.parent / "undo", modes(tree)
@@ -654,6 +663,7 @@ def test_an_ordinary_users_log_goes_into_his_state_directory(monkeypatch: pytest
         assert undolog.default_path().parent == Path(expected) / "securerun/undo"
 
 
+@pytest.mark.usefixtures("root")
 def test_roots_log_goes_where_only_root_looks(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert undolog.default_path().parent == Path("/var/lib/securerun/undo")
     monkeypatch.setattr(undolog, "_ROOTS_DIRECTORY", tree.parent / "state/undo")

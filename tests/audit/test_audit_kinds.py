@@ -197,6 +197,7 @@ def test_a_row_that_cannot_be_understood_is_named(line: str, complaint: str) -> 
         parse_rows(f"# ours\n{line}\n", "rows")
 
 
+@pytest.mark.usefixtures("root")
 def test_a_site_file_counts_only_if_nobody_but_root_can_have_written_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,7 +181,7 @@ def the_run() -> dict[str, Any]:
 
 
 @pytest.fixture
-def planted() -> Iterator[int]:
+def planted(root: None) -> Iterator[int]:
     """A descriptor of /run/securerun, for tests that put things there themselves."""
     RECORDS.mkdir(mode=0o700)
     directory = os.open(RECORDS, os.O_RDONLY | os.O_DIRECTORY)
@@ -614,6 +614,7 @@ def test_without_permission_it_is_one_line_and_status_77(planted: int, arguments
     assert list(RECORDS.iterdir()) == [RECORDS / f"{RUN}.json"]
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("arguments", [["status"], ["clean"]])
 def test_something_else_in_the_directorys_place_is_one_line(tmp_path: Path, arguments: list[str]) -> None:
     RECORDS.symlink_to(tmp_path)

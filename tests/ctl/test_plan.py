@@ -130,6 +130,7 @@ def snapshot(host: Host, backend: str) -> dict[str, str]:
     return host.snapshot(legacy=backend == "legacy")
 
 
+@pytest.mark.usefixtures("root_and_tools")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_script_closes_what_securerun_closes_and_leaves_the_host_as_it_was(
     request: pytest.FixtureRequest, tmp_path: Path, backend: str

@@ -387,6 +387,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["usual", "hostile", "long"])
 def test_the_page_is_good_to_read_in_a_browser_wide_and_narrow(pages: dict[str, Path], name: str, scheme: str) -> None:
@@ -402,6 +403,7 @@ def test_the_page_is_good_to_read_in_a_browser_wide_and_narrow(pages: dict[str, 
             assert words in seen["text"]
 
 
+@pytest.mark.slow
 def test_the_page_itself_shows_what_others_wrote_and_runs_none_of_it(pages: dict[str, Path]) -> None:
     shown = browser.dump(pages["hostile"])
     assert "&lt;script&gt;window.owned=1&lt;/script&gt;" in shown

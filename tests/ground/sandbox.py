@@ -21,6 +21,7 @@ import pytest
 from hosts import NAMESPACES, Host
 
 Answer = TypeVar("Answer")
+Test = TypeVar("Test", bound=Callable[..., None])
 
 NOBODY = 65534
 # As root of a user namespace of its own (user_namespaces(7)): no privilege is needed for it.
@@ -76,7 +77,13 @@ def _has_namespaces() -> bool:
         return False
 
 
-needs_namespace = pytest.mark.skipif(not _has_namespaces(), reason="no network namespaces with veth devices here")
+_skipped_without = pytest.mark.skipif(not _has_namespaces(), reason="no network namespaces with veth devices here")
+
+
+def needs_namespace(test: Test) -> Test:
+    """Mark a test that runs something IN_NAMESPACE: for ordinary users too, where they may make such namespaces."""
+    marked: Test = pytest.mark.ground(_skipped_without(test))
+    return marked
 
 
 def _answer(

@@ -117,6 +117,7 @@ def test_a_scan_finds_every_open_port(network: Network) -> None:
     assert scan(stranger, node0.ipv4) == {1, 7001, 65535}
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_hosts_leave_nothing_behind_and_never_touch_the_machines_own_network() -> None:
     links = machine_links()
     with Network("one", "other") as network:
@@ -132,6 +133,7 @@ def test_hosts_leave_nothing_behind_and_never_touch_the_machines_own_network() -
     assert machine_links() == links
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_hosts_are_removed_when_the_block_fails() -> None:
     with pytest.raises(ZeroDivisionError), Network("one") as network:
         namespaces = network.namespaces
@@ -140,6 +142,7 @@ def test_hosts_are_removed_when_the_block_fails() -> None:
     assert not any((NAMESPACES / namespace).exists() for namespace in namespaces)
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_hosts_are_removed_when_the_interpreter_ends_inside_the_block() -> None:
     script = "from hosts import Network; n = Network('one').__enter__(); print(*n.namespaces)"
     done = subprocess.run(

@@ -60,6 +60,7 @@ def test_one_that_waits_to_be_reaped_has_ended(process: subprocess.Popen[bytes])
         served.identify_again()
 
 
+@pytest.mark.usefixtures("root")
 def test_a_process_that_became_another_users_is_not_served() -> None:
     def work() -> str:
         os.setresuid(NOBODY, NOBODY, 0)
@@ -73,6 +74,7 @@ def test_a_process_that_became_another_users_is_not_served() -> None:
     assert f"began as user {NOBODY - 1} and is user {NOBODY} now" in in_child(work)
 
 
+@pytest.mark.usefixtures("root")
 def test_a_process_of_several_users_is_not_served() -> None:
     def work() -> str:
         os.setresuid(NOBODY, NOBODY, 0)
@@ -83,6 +85,7 @@ def test_a_process_of_several_users_is_not_served() -> None:
     assert "is of several users at once (0, 65534)" in in_child(work)
 
 
+@pytest.mark.usefixtures("root")
 def test_a_process_in_another_network_is_not_served(process: subprocess.Popen[bytes]) -> None:
     def work() -> str:
         leave_for_a_new_network()

@@ -14,7 +14,7 @@ import namespaces
 import pytest
 from cgroups import in_child, new_cgroup
 from containers import READ_ONLY_CGROUPS
-from hosts import cgroup2_mount, eventually, require_root_and_tools
+from hosts import cgroup2_mount, eventually
 from sandbox import NOBODY, apart
 
 from securerun.errors import Obstacle
@@ -27,9 +27,8 @@ _OUR_VIEW_ALONE = {"_VIEWS": (proc.SELF,)}
 
 
 @pytest.fixture
-def job() -> Iterator[JobCgroup]:
+def job(root_and_tools: None) -> Iterator[JobCgroup]:
     """A cgroup as a guard makes it; all that is in it is killed afterwards."""
-    require_root_and_tools()
     made = make_job_cgroup(path_of_job_cgroup(os.getpid(), secrets.token_hex(6)))
     yield made
     with suppress(OSError):
@@ -90,8 +89,8 @@ def test_another_users_is_neither_taken_nor_opened(job: JobCgroup) -> None:
     assert cgroups.processes_of(job.path) == set()
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_a_launcher_whose_cgroup_lies_above_what_is_seen_gets_none() -> None:
-    require_root_and_tools()
     with new_cgroup() as outer, new_cgroup(outer) as inner:
 
         def work() -> str:
@@ -105,10 +104,10 @@ def test_a_launcher_whose_cgroup_lies_above_what_is_seen_gets_none() -> None:
         assert "/.." in in_child(work)
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_names_too_long_for_a_record_are_refused(
     sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    require_root_and_tools()
     monkeypatch.setattr(cgroup, "_LONGEST_PATH", 10)
     with new_cgroup() as long:
         pid = sleep_in(long.path, sleepers)
@@ -125,9 +124,9 @@ def test_a_process_that_is_gone_has_none() -> None:
         cgroup_of(process.pid)
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_where_none_is_mounted_a_private_mount_serves() -> None:
     """Nobody else sees it; and where none may be mounted, that is said."""
-    require_root_and_tools()
     run_id = secrets.token_hex(6)
 
     def unmount_all() -> None:
@@ -155,8 +154,8 @@ def test_where_none_is_mounted_a_private_mount_serves() -> None:
     assert "none may be mounted" in apart(refused, before=unmount_all, user=NOBODY)
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_a_read_only_hierarchy_is_refused_in_words() -> None:
-    require_root_and_tools()
 
     def make_read_only() -> None:
         subprocess.run(["sh", "-c", READ_ONLY_CGROUPS, str(cgroup2_mount())], check=True)
@@ -191,10 +190,10 @@ def test_all_below_it_belongs_to_it(job: JobCgroup, sleepers: list[subprocess.Po
     assert job.populated() is False
 
 
+@pytest.mark.usefixtures("root_and_tools")
 def test_below_a_threaded_one_it_is_threaded_and_is_killed_one_by_one(
     sleepers: list[subprocess.Popen[bytes]],
 ) -> None:
-    require_root_and_tools()
     with new_cgroup() as launchers:
         (launchers.path / "cgroup.type").write_text("threaded")
         place = PurePosixPath("/") / launchers.path.relative_to(str(cgroup2_mount())) / "securerun-0123456789ab"

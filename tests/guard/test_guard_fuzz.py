@@ -240,6 +240,7 @@ def _understood(line: bytes) -> Any:  # noqa: ANN401 - anything at all
     return None if doubled else document
 
 
+@pytest.mark.slow
 @settings(max_examples=_EXAMPLES, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
 @given(st.integers(min_value=0, max_value=2**64))
 def test_of_a_hundred_thousand_documents_only_orders_are_acted_upon(seed: int) -> None:
@@ -258,6 +259,7 @@ def _peak_before(peak: list[int] = []) -> int:  # noqa: B006 - remembered from t
     return peak[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=2000) | st.recursive(st.none() | st.text(), st.lists).map(json.dumps).map(str.encode))
 def test_bytes_that_were_never_an_order_are_refused(data: bytes) -> None:

@@ -154,6 +154,7 @@ _JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(_JSON)
 @settings(max_examples=500, deadline=None)
 def test_no_document_makes_the_guard_stumble(document: object) -> None:
@@ -164,6 +165,7 @@ def test_no_document_makes_the_guard_stumble(document: object) -> None:
             continue
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["version", "policy", "firewall", "command"]), _JSON)
 @settings(max_examples=300, deadline=None)
 def test_no_field_makes_the_guard_stumble(field: str, value: object) -> None:
@@ -173,6 +175,7 @@ def test_no_field_makes_the_guard_stumble(field: str, value: object) -> None:
         return
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["run_id", "ports", "peers", "interfaces", "accept"]), _JSON)
 @settings(max_examples=300, deadline=None)
 def test_no_policy_field_makes_the_guard_stumble(field: str, value: object) -> None:

@@ -29,6 +29,8 @@ from securerun.guard.records import Record
 from securerun.linux import port_ranges, proc
 from securerun.linux.port_ranges import ReservationUnavailable
 
+pytestmark = pytest.mark.usefixtures("root")
+
 OTHERS = "1234,9000-9100,60010-60020"
 HCCL = ((60000, 60015),)
 ONE, TWO = "aaaaaaaaaaaa", "bbbbbbbbbbbb"

@@ -52,6 +52,7 @@ def test_the_page_shows_the_same_table() -> None:
     assert {kind: (int(file, 8), int(directory, 8)) for kind, file, directory in rows} == TABLE
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("kind", TABLE)
 def test_a_file_at_its_maximum_is_in_order_and_one_bit_more_is_found(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -228,6 +228,7 @@ def test_slurm_s_names_do_where_slurm_does_not_answer(
     assert names({"SLURM_JOB_NODELIST": "sl[0-1]"}) == ["sl0", "sl1"]
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("mode", [0o644, 0o777])
 def test_a_command_that_cannot_be_believed_is_not_run(scontrol: Path, mode: int) -> None:
     install(scontrol, "echo NodeName=sl0 NodeAddr=10.6.6.6", mode)

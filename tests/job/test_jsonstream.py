@@ -56,6 +56,7 @@ def test_pieces_are_those_of_the_document(document: object, window: int, indente
         assert read(text) == list(leaves(document))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(DOCUMENTS, st.data())
 def test_a_document_without_its_end_is_told_from_one_that_is_wrong(document: object, data: st.DataObject) -> None:

@@ -87,6 +87,7 @@ def test_only_what_this_run_wrote_is_sealed(logs: Path, tmp_path: Path) -> None:
     assert stat.S_IMODE(logs.stat().st_mode) == 0o755
 
 
+@pytest.mark.usefixtures("root")
 def test_links_second_names_sockets_and_files_of_others_are_left_alone(logs: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -20,7 +20,7 @@ INGRESS, EGRESS = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
 
 
 @pytest.fixture
-def cgroup() -> Iterator[Cgroup]:
+def cgroup(root: None) -> Iterator[Cgroup]:
     with new_cgroup() as made:
         yield made
 
@@ -40,6 +40,7 @@ def numbers(first: int, last: int) -> Mapping[bytes, bytes]:
 # --- maps -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("root")
 def test_a_map_keeps_what_is_put_in_until_it_is_deleted() -> None:
     with Map.create(HASH) as table:
         assert table.lookup(key(1)) is None
@@ -50,6 +51,7 @@ def test_a_map_keeps_what_is_put_in_until_it_is_deleted() -> None:
         assert list(table.keys()) == []
 
 
+@pytest.mark.usefixtures("root")
 def test_many_entries_go_in_at_once_and_one_by_one() -> None:
     with Map.create(HASH) as at_once, Map.create(HASH) as one_by_one:
         at_once.update_many({})
@@ -58,6 +60,7 @@ def test_many_entries_go_in_at_once_and_one_by_one() -> None:
         assert dict(at_once.items()) == dict(one_by_one.items()) == numbers(0, 300)
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("refusal", [errno.EINVAL, bpf.ENOTSUPP])
 def test_a_kernel_without_batches_gets_entries_one_by_one(refusal: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
@@ -69,6 +72,7 @@ def test_a_kernel_without_batches_gets_entries_one_by_one(refusal: int, monkeypa
         assert dict(table.items()) == numbers(0, 300)
 
 
+@pytest.mark.usefixtures("root")
 def test_a_full_map_says_so_and_is_not_tried_one_by_one() -> None:
     with Map.create(HASH) as table:
         with pytest.raises(OSError, match="MAP_UPDATE_BATCH: Argument list too long"):
@@ -76,6 +80,7 @@ def test_a_full_map_says_so_and_is_not_tried_one_by_one() -> None:
         assert len(list(table.keys())) == 300
 
 
+@pytest.mark.usefixtures("root")
 def test_a_trie_answers_with_the_longest_matching_prefix() -> None:
     shape = MapShape(MapType.LPM_TRIE, 8, 8, 10, "networks")
     with Map.create(shape) as trie:
@@ -85,6 +90,7 @@ def test_a_trie_answers_with_the_longest_matching_prefix() -> None:
         assert trie.lookup(key(32) + bytes([11, 0, 0, 1])) is None
 
 
+@pytest.mark.usefixtures("root")
 def test_a_walk_ends_while_every_key_that_it_stands_on_disappears() -> None:
     with Map.create(HASH) as table:
         table.update_many(numbers(0, 200))
@@ -96,6 +102,7 @@ def test_a_walk_ends_while_every_key_that_it_stands_on_disappears() -> None:
         assert len(walked) == len(set(walked)) <= 2 * HASH.entries + 1
 
 
+@pytest.mark.usefixtures("root")
 def test_items_leaves_out_what_goes_meanwhile() -> None:
     with Map.create(HASH) as table:
         table.update_many(numbers(0, 2))
@@ -106,6 +113,7 @@ def test_items_leaves_out_what_goes_meanwhile() -> None:
         assert len(list(table.items())) == 1
 
 
+@pytest.mark.usefixtures("root")
 def test_an_lru_map_forgets_instead_of_growing() -> None:
     with Map.create(MapShape(MapType.LRU_HASH, 4, 8, 256, "latest")) as table:
         for number in range(2000):
@@ -113,6 +121,7 @@ def test_an_lru_map_forgets_instead_of_growing() -> None:
         assert 0 < len(list(table.keys())) <= 256
 
 
+@pytest.mark.usefixtures("root")
 def test_keys_and_values_of_another_size_never_reach_the_kernel() -> None:
     with Map.create(HASH) as table:
         for attempt in (
@@ -131,6 +140,7 @@ def test_a_name_that_the_kernel_cannot_keep_is_refused() -> None:
         Map.create(MapShape(MapType.HASH, 4, 8, 1, "a-name-of-16-chr"))
 
 
+@pytest.mark.usefixtures("root")
 def test_descriptors_are_closed_on_exec_and_only_once() -> None:
     table = Map.create(HASH)
     assert not os.get_inheritable(table.fileno())
@@ -163,6 +173,7 @@ def test_a_program_is_attached_asked_for_and_detached(cgroup: Cgroup) -> None:
             first.detach(cgroup.descriptor, INGRESS)
 
 
+@pytest.mark.usefixtures("root")
 def test_a_programs_maps_are_found_again_by_id() -> None:
     use_map = (map_reference(R1, Symbol("numbers")), calculate(R0, "=", 1), leave())
     with Map.create(HASH) as table:
@@ -175,12 +186,14 @@ def test_a_programs_maps_are_found_again_by_id() -> None:
                 assert not os.get_inheritable(again.fileno())
 
 
+@pytest.mark.usefixtures("root")
 def test_what_is_not_there_is_not_opened() -> None:
     for attempt in (lambda: Program.open(0x7FFFFFFF), lambda: Map.open(0x7FFFFFFF)):
         with pytest.raises(FileNotFoundError):
             attempt()
 
 
+@pytest.mark.usefixtures("root")
 def test_a_refused_program_comes_with_the_verifiers_words() -> None:
     with pytest.raises(bpf.VerifierError, match="R0 !read_ok") as caught:
         Program.load("no_result", assemble((leave(),), {}))
@@ -188,6 +201,7 @@ def test_a_refused_program_comes_with_the_verifiers_words() -> None:
     assert "R0 !read_ok" in caught.value.log
 
 
+@pytest.mark.usefixtures("root")
 def test_attaching_to_something_else_than_a_cgroup_is_an_error(tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
     try:
@@ -198,6 +212,7 @@ def test_attaching_to_something_else_than_a_cgroup_is_an_error(tmp_path: Path) -
         os.close(directory)
 
 
+@pytest.mark.usefixtures("root")
 def test_without_privilege_the_error_is_eperm() -> None:
     def work() -> object:
         os.setgroups([])

@@ -28,7 +28,6 @@ NOBODY = 65534
 VARIABLE = "A_JOBS_OWN_ID"
 # Generous: what is awaited takes milliseconds.
 PATIENCE_SECONDS = 20.0
-NEEDS_ROOT = pytest.mark.skipif(USER != 0, reason="needs root")
 NEEDS_UNSHARE = pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare(1)")
 
 
@@ -237,14 +236,14 @@ assert os.waitpid(guard, 0)[1] == 0
 """
 
 
-@NEEDS_ROOT
+@pytest.mark.usefixtures("root")
 @NEEDS_UNSHARE
 def test_init_is_found_where_it_is_the_launcher_alone() -> None:
     """In a container whose command is securerun the launcher is pid 1, and parent of all that lost theirs."""
     in_a_pid_namespace(IN_A_CONTAINER)
 
 
-@NEEDS_ROOT
+@pytest.mark.usefixtures("root")
 def test_another_users_process_with_the_same_id_is_not_touched(job: Job) -> None:
     mine = job.start(["sleep", "60"])
     liar = job.start(["sleep", "60"], user=NOBODY)
@@ -258,7 +257,7 @@ def test_another_users_process_with_the_same_id_is_not_touched(job: Job) -> None
     assert Process.of(again) not in found
 
 
-@NEEDS_ROOT
+@pytest.mark.usefixtures("root")
 def test_the_real_user_counts_not_the_effective_one(job: Job) -> None:
     script = f"import os, time; os.setresuid({NOBODY}, 0, 0); print('ready', flush=True); time.sleep(60)"
     pid = job.python(script)
@@ -267,7 +266,7 @@ def test_the_real_user_counts_not_the_effective_one(job: Job) -> None:
     assert processes.marked(job.mark, NOBODY) == {Process.of(pid)}
 
 
-@NEEDS_ROOT
+@pytest.mark.usefixtures("root")
 def test_descendants_of_other_users_belong_to_a_job_of_root_alone(job: Job) -> None:
     script = f"""
 import os, time
@@ -352,7 +351,7 @@ assert processes.signal(processes.Process.of(new), signal.SIGKILL)
 """
 
 
-@NEEDS_ROOT
+@pytest.mark.usefixtures("root")
 @NEEDS_UNSHARE
 @pytest.mark.skipif(not Path("/proc/sys/kernel/ns_last_pid").exists(), reason="no CONFIG_CHECKPOINT_RESTORE")
 @pytest.mark.parametrize("how", ["pidfd", "pid"])

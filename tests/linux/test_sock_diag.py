@@ -32,7 +32,7 @@ NOT_WHOLE = "not whole|without its header"
 
 
 @pytest.fixture
-def cgroup() -> Iterator[Cgroup]:
+def cgroup(root: None) -> Iterator[Cgroup]:
     with new_cgroup() as made:
         yield made
 
@@ -138,6 +138,7 @@ def test_the_network_namespace_is_the_one_in_which_the_diagnosis_was_made(networ
         assert there.listeners() == ()
 
 
+@pytest.mark.usefixtures("root")
 def test_ten_thousand_listeners_are_all_found() -> None:
     def work() -> tuple[set[int], set[int], bool, float]:
         leave_for_a_new_network()
@@ -151,8 +152,6 @@ def test_ten_thousand_listeners_are_all_found() -> None:
         same = len(first) == len(second) and all(map(operator.is_, first, second))
         return {one.port for one in first}, {port_of(one) for one in made}, same, took
 
-    if os.geteuid() != 0:
-        pytest.skip("more open files and a network namespace need root")
     found, made, same, took = in_child(work)
     assert found == made
     assert same

@@ -119,6 +119,7 @@ def test_no_end_of_a_connection_is_a_standard_stream_of_the_job() -> None:
 # Obstacles
 
 
+@pytest.mark.usefixtures("root")
 def test_without_sudo_or_a_guard_of_roots_that_way_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "_SYSTEM_DIRECTORIES", (tmp_path,))
     assert ways.sudo_program() is None
@@ -143,6 +144,7 @@ def become_nobody_with(held: set[int]) -> None:
     capabilities._set(effective=held, inheritable=(), permitted=held)
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize(
     ("held", "way_is_open"),
     [
@@ -160,6 +162,7 @@ def test_the_direct_way_takes_both_capabilities(held: set[int], way_is_open: boo
     assert (in_child(work) == "") is way_is_open
 
 
+@pytest.mark.usefixtures("root")
 def test_what_a_user_lends_to_its_guard_it_has_afterwards_as_before() -> None:
     """Programs that are started in between have it, as ambient capabilities (capabilities(7)); later ones do not."""
     lent = {capabilities.NET_ADMIN, capabilities.BPF}
@@ -202,6 +205,7 @@ def serve(path: Path, user: int) -> int:
     return child
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("user", [0, NOBODY])
 def test_a_socket_that_is_not_served_by_root_is_no_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int

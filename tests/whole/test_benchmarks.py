@@ -144,6 +144,7 @@ def names_in_script() -> list[str]:
     return found.group(1).split()
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("name", names_in_script())
 def test_each_benchmark_of_the_script_is_one_command_and_stands_in_the_page(name: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", "--help"], capture_output=True, text=True)

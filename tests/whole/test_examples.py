@@ -128,15 +128,10 @@ def run_on_both(
 
 
 @pytest.fixture(scope="module")
-def slurm_network() -> Iterator[Network]:
-    """sl0 and sl1, a controller and a stranger; skipped without root, but never in CI."""
-    try:
-        require_root_and_tools()
-        slurm.require_tools()
-    except RuntimeError as missing:
-        if "CI" in os.environ or os.geteuid() == 0:
-            raise
-        pytest.skip(str(missing))
+def slurm_network(root: None) -> Iterator[Network]:
+    """sl0 and sl1, a controller and a stranger."""
+    require_root_and_tools()
+    slurm.require_tools()
     with Network("sl0", "sl1", "controller", "stranger") as network:
         yield network
 

@@ -17,6 +17,8 @@ import pytest
 from checkout import CHECKOUT
 from hosts import Network, environment
 
+pytestmark = pytest.mark.slow
+
 VERSION = "0.2.0.dev0"
 # Where pip reaches no index, and where the tests run in a copy of a checkout that git knows nothing of.
 _CANNOT = ("No matching distribution found", "run this in a checkout")

@@ -26,7 +26,7 @@ _PEERS = {"SECURERUN_PEERS": "10.77.0.1,10.77.0.2"}
 
 
 @pytest.fixture(scope="module")
-def networks() -> Iterator[tuple[Network, Network]]:
+def networks(root_and_tools: None) -> Iterator[tuple[Network, Network]]:
     """One for each launcher, with the same names and addresses in both."""
     with Network("node0", "node1") as first, Network("node0", "node1") as second:
         yield first, second

@@ -247,6 +247,7 @@ def _compare(environment: Environment, command_lines: list[list[str]]) -> list[l
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_with_a_port_everything_is_what_torch_npu_run_makes_of_it(environment: Environment) -> None:
     compared = _compare(environment, [arguments for arguments, _ in _WITH_PORT.values()])
     for (name, (_, expected)), (upstream, ours, described) in zip(_WITH_PORT.items(), compared):
@@ -256,6 +257,7 @@ def test_with_a_port_everything_is_what_torch_npu_run_makes_of_it(environment: E
         assert ours[0] == "c10d" or ours[1:3] == expected, name
 
 
+@pytest.mark.slow
 def test_without_a_port_the_store_is_where_the_workers_look_for_it(environment: Environment) -> None:
     compared = _compare(environment, [arguments for arguments, _ in _WITHOUT_PORT.values()])
     for (name, (_, expected)), (upstream, ours, described) in zip(_WITHOUT_PORT.items(), compared):
