@@ -17,7 +17,7 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     ├── ReservationUnavailable        linux.port_ranges
     └── SocketsUnavailable            linux.sock_diag
     Exception                         for the caller, who makes one of the above of it
-    ├── ProtocolError                 guard.protocol
+    ├── ProtocolError                 guard.documents
     ├── NftablesError                 firewall.libnftables
     └── JSONError                     job.jsonstream
     OSError

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
 from securerun.guard import records
-from securerun.guard.protocol import denial_document, layer_document, policy_document
+from securerun.guard.documents import denial_document, layer_document, policy_document
 from securerun.guard.records import Record
 from securerun.host.account import name_of
 from securerun.text import printable

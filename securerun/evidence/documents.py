@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from securerun.guard.protocol import policy_document
+from securerun.guard.documents import policy_document
 from securerun.options import OPTIONS, Options
 from securerun.protection.plan import Plan
 

@@ -22,7 +22,8 @@ from securerun.console import say
 from securerun.errors import UsageError
 from securerun.evidence import documents, report_html
 from securerun.firewall.policy import Denial
-from securerun.guard.protocol import Notice, Released, denial_document, layer_document
+from securerun.guard.documents import denial_document, layer_document
+from securerun.guard.protocol import Notice, Released
 from securerun.host.account import name_of
 from securerun.linux import packages
 from securerun.protection import words

@@ -11,23 +11,34 @@
                        refused    nothing stands; the exit status and one line why
                        released   who was turned away
 
-The guard may run with more privilege than whoever talks to it. Decoding therefore knows every field, its type
-and its limits; an unknown, missing or oversized one refuses the whole document.
+The guard may run with more privilege than whoever talks to it: what is not exactly one of these is refused whole, as
+`securerun.guard.documents` reads it.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import re
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Union
 
 from securerun.errors import PolicyError
 from securerun.firewall.backends import NAMES as BACKENDS
-from securerun.firewall.policy import Denial, Layer, Policy, PortRange, purpose_of
+from securerun.firewall.policy import Denial, Layer, Policy
+from securerun.guard import documents
+from securerun.guard.documents import (
+    MAXIMUM_BYTES,
+    MAXIMUM_PEERS,
+    MAXIMUM_TEXT,
+    ProtocolError,
+    denial_document,
+    layer_document,
+    policy_document,
+    read_denial,
+    read_layer,
+    read_network,
+    read_policy,
+)
 from securerun.linux.networks import Network
 
 VERSION = 1
@@ -35,20 +46,7 @@ VERSION = 1
 RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
 FIREWALLS = ("auto", *BACKENDS, "off")
 SCOPES = ("auto", "process", "ports")
-# 100,000 collapsed IPv6 networks with quotes and commas are 4.6 MB.
-MAXIMUM_BYTES = 8 * 1024 * 1024
-MAXIMUM_PEERS = 100_000
-MAXIMUM_PORT_RANGES = 1024
-MAXIMUM_INTERFACES = 64
-MAXIMUM_TEXT = 4096
 MAXIMUM_GRACE_SECONDS = 24 * 3600
-
-
-_IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}", re.ASCII)
-
-
-class ProtocolError(Exception):
-    """The other side said something that is not in this protocol. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -180,41 +178,6 @@ def decode(line: bytes) -> Message:
         raise ProtocolError(f"{name}: {error}") from error
 
 
-def policy_document(policy: Policy) -> dict[str, Any]:
-    """The policy as JSON's own types."""
-    return {
-        "run_id": policy.run_id,
-        "ports": [{"first": port.first, "last": port.last, "purpose": port.purpose} for port in policy.ports],
-        "peers": list(policy.written_peers),
-        "interfaces": list(policy.interfaces),
-        "accept": policy.accept,
-        "close_loopback": policy.close_loopback,
-    }
-
-
-def read_policy(document: Mapping[str, Any]) -> Policy:
-    """The policy in a document; the opposite of `policy_document`. Raises ProtocolError or PolicyError."""
-    _exactly(document, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
-    return Policy(
-        run_id=_text(document, "run_id"),
-        ports=tuple(_read_port(port) for port in _list(document, "ports", MAXIMUM_PORT_RANGES)),
-        peers=tuple(_read_network(peer) for peer in _list(document, "peers", MAXIMUM_PEERS)),
-        interfaces=tuple(_entry(name) for name in _list(document, "interfaces", MAXIMUM_INTERFACES)),
-        accept=_flag(document, "accept"),
-        close_loopback=_flag(document, "close_loopback"),
-    )
-
-
-def denial_document(denial: Denial) -> dict[str, Any]:
-    """One denial as JSON's own types, as `securerunctl status --json` shows it."""
-    return {"source": str(denial.source), "port": denial.port, "packets": denial.packets}
-
-
-def layer_document(layer: Layer) -> dict[str, Any]:
-    """One layer as JSON's own types."""
-    return {"backend": layer.backend, "name": layer.name}
-
-
 def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Order):
         return {
@@ -248,112 +211,73 @@ def _body(message: Message) -> dict[str, Any]:
 
 
 def _read_order(body: Mapping[str, Any]) -> Order:
-    _exactly(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt")
+    documents.require_fields(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt")
     _require_version(body, "the launcher")
     return Order(
-        policy=read_policy(_object(body["policy"], "policy")),
+        policy=read_policy(documents.mapping(body["policy"], "policy")),
         firewall=_choice(body, "firewall", FIREWALLS),
         scope=_choice(body, "scope", SCOPES),
         grace=_seconds(body, "grace"),
         command=_printable(body, "command"),
-        adopt=_flag(body, "adopt"),
+        adopt=documents.flag(body, "adopt"),
     )
 
 
 def _read_peers(body: Mapping[str, Any]) -> Peers:
-    _exactly(body, "networks")
-    return Peers(tuple(_read_network(peer) for peer in _list(body, "networks", MAXIMUM_PEERS)))
+    documents.require_fields(body, "networks")
+    return Peers(tuple(read_network(peer) for peer in documents.items(body, "networks", MAXIMUM_PEERS)))
 
 
 def _read_release(body: Mapping[str, Any]) -> Release:
-    _exactly(body, "failed")
-    return Release(_flag(body, "failed"))
+    documents.require_fields(body, "failed")
+    return Release(documents.flag(body, "failed"))
 
 
 def _read_report(body: Mapping[str, Any]) -> Report:
-    _exactly(body)
+    documents.require_fields(body)
     return Report()
 
 
 def _read_runs(body: Mapping[str, Any]) -> Runs:
-    _exactly(body, "count")
-    return Runs(_number(body, "count"))
+    documents.require_fields(body, "count")
+    return Runs(documents.number(body, "count"))
 
 
 def _read_run(body: Mapping[str, Any]) -> Run:
-    _exactly(body, "record")
-    return Run(_object(body["record"], "a record"))
+    documents.require_fields(body, "record")
+    return Run(documents.mapping(body["record"], "a record"))
 
 
 def _read_ready(body: Mapping[str, Any]) -> Ready:
-    _exactly(body, "version", "pid")
+    documents.require_fields(body, "version", "pid")
     _require_version(body, "the guard")
-    return Ready(_number(body, "pid"))
+    return Ready(documents.number(body, "pid"))
 
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:
-    _exactly(body, "layers", "notes")
-    layers = tuple(read_layer(layer) for layer in _list(body, "layers", MAXIMUM_TEXT))
-    return Guarding(layers, tuple(_entry(note) for note in _list(body, "notes", MAXIMUM_TEXT)))
+    documents.require_fields(body, "layers", "notes")
+    layers = tuple(read_layer(layer) for layer in documents.items(body, "layers", MAXIMUM_TEXT))
+    return Guarding(layers, tuple(documents.entry(note) for note in documents.items(body, "notes", MAXIMUM_TEXT)))
 
 
 def _read_notice(body: Mapping[str, Any]) -> Notice:
-    _exactly(body, "denied", "words")
-    denied = tuple(read_denial(denial) for denial in _list(body, "denied", MAXIMUM_PEERS))
-    return Notice(denied, tuple(_entry(line) for line in _list(body, "words", MAXIMUM_TEXT)))
-
-
-def read_layer(document: object) -> Layer:
-    """The opposite of `layer_document`. Raises ProtocolError."""
-    layer = _object(document, "a layer")
-    _exactly(layer, "backend", "name")
-    return Layer(_text(layer, "backend"), _text(layer, "name"))
+    documents.require_fields(body, "denied", "words")
+    denied = tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS))
+    return Notice(denied, tuple(documents.entry(line) for line in documents.items(body, "words", MAXIMUM_TEXT)))
 
 
 def _read_refused(body: Mapping[str, Any]) -> Refused:
-    _exactly(body, "status", "message")
-    return Refused(_number(body, "status"), _text(body, "message"))
+    documents.require_fields(body, "status", "message")
+    return Refused(documents.number(body, "status"), documents.text(body, "message"))
 
 
 def _read_released(body: Mapping[str, Any]) -> Released:
-    _exactly(body, "denied")
-    return Released(tuple(read_denial(denial) for denial in _list(body, "denied", MAXIMUM_PEERS)))
-
-
-def read_denial(document: object) -> Denial:
-    """The opposite of `denial_document`. Raises ProtocolError or ValueError."""
-    denial = _object(document, "a denial")
-    _exactly(denial, "source", "port", "packets")
-    return Denial(ipaddress.ip_address(_text(denial, "source")), _number(denial, "port"), _number(denial, "packets"))
-
-
-def _read_port(document: object) -> PortRange:
-    port = _object(document, "a port range")
-    _exactly(port, "first", "last", "purpose")
-    return PortRange(_number(port, "first"), _number(port, "last"), purpose_of(_text(port, "purpose")))
-
-
-def _read_network(document: object) -> Network:
-    text = _entry(document)
-    # Python takes any text after it for a scope id (RFC 4007, 11), and these texts become rules.
-    if "%" in text:
-        raise ProtocolError(f"{text[:40]!r} has a scope id, which no firewall knows")
-    address, _, length = text.partition("/")
-    if _IPV4.fullmatch(text) is None:
-        return ipaddress.ip_network(text)
-    # What ip_network() makes of it too, in half the time: nearly all peers are written like this.
-    return ipaddress.IPv4Network((_packed(address), int(length)))
-
-
-def _packed(address: str) -> bytes:
-    try:
-        return socket.inet_pton(socket.AF_INET, address)
-    except OSError as error:
-        raise ProtocolError(f"{address!r} is not an address") from error
+    documents.require_fields(body, "denied")
+    return Released(tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS)))
 
 
 def _require_version(body: Mapping[str, Any], other: str) -> None:
-    if _number(body, "version") != VERSION:
+    if documents.number(body, "version") != VERSION:
         raise ProtocolError(f"{other} speaks version {body['version']}, this side {VERSION}; install one securerun")
 
 
@@ -369,40 +293,11 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _exactly(document: Mapping[str, Any], *names: str) -> None:
-    if document.keys() != set(names):
-        raise ProtocolError(f"fields other than {', '.join(names)}")
-
-
-def _object(document: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(document, dict):
-        raise ProtocolError(f"{what} is not an object")
-    return document
-
-
-def _text(document: Mapping[str, Any], name: str) -> str:
-    return _entry(document[name])
-
-
-def _entry(value: object) -> str:
-    if not isinstance(value, str) or len(value) > MAXIMUM_TEXT:
-        raise ProtocolError("a value that is not a text of reasonable length")
-    return value
-
-
 def _printable(document: Mapping[str, Any], name: str) -> str:
     """A text that goes to logs and terminals: nothing in it that would steer them, and no half of a surrogate pair."""
-    value = _text(document, name)
+    value = documents.text(document, name)
     if not value.isprintable():
         raise ProtocolError(f"{name} is not printable")
-    return value
-
-
-def _number(document: Mapping[str, Any], name: str) -> int:
-    value = document[name]
-    # bool is an int in Python, and no number here.
-    if type(value) is not int:
-        raise ProtocolError(f"{name} is not a whole number")
     return value
 
 
@@ -414,23 +309,9 @@ def _seconds(document: Mapping[str, Any], name: str) -> float:
 
 
 def _choice(document: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
-    value = _text(document, name)
+    value = documents.text(document, name)
     if value not in choices:
         raise ProtocolError(f"{name} {value[:40]!r} is none of {', '.join(choices)}")
-    return value
-
-
-def _flag(document: Mapping[str, Any], name: str) -> bool:
-    value = document[name]
-    if not isinstance(value, bool):
-        raise ProtocolError(f"{name} is neither true nor false")
-    return value
-
-
-def _list(document: Mapping[str, Any], name: str, most: int) -> list[Any]:
-    value = document[name]
-    if not isinstance(value, list) or len(value) > most:
-        raise ProtocolError(f"{name} is not a list of at most {most}")
     return value
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, require_ports
-from securerun.guard.protocol import (
+from securerun.guard.documents import (
     MAXIMUM_BYTES,
     ProtocolError,
     denial_document,

@@ -22,22 +22,11 @@ from securerun.guard import lease as leases
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
 from securerun.guard.cgroup import leave_shared_cgroups
 from securerun.guard.channel import Channel
+from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
 from securerun.guard.program import SOCKET_ARGUMENT
-from securerun.guard.protocol import (
-    MAXIMUM_BYTES,
-    Message,
-    Order,
-    ProtocolError,
-    Ready,
-    Refused,
-    Report,
-    Run,
-    Runs,
-    decode,
-    encode,
-)
+from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
 from securerun.guard.watch import Watch
 from securerun.linux import capabilities
 from securerun.linux.cgroups import CgroupUnavailable

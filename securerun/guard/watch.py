@@ -17,9 +17,10 @@ from securerun.errors import SecurerunError
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import Denial
 from securerun.firewall.refusals import ShieldUnavailable
+from securerun.guard.documents import ProtocolError
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
-from securerun.guard.protocol import Message, Notice, Peers, ProtocolError, Release, Released
+from securerun.guard.protocol import Message, Notice, Peers, Release, Released
 from securerun.linux import processes
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.networks import Address

@@ -28,7 +28,7 @@ SCONTROL_DIRECTORIES = (
     "/usr/local/slurm/bin",
     "/cm/shared/apps/slurm/current/bin",
 )
-# As many as the guard takes (securerun.guard.protocol.MAXIMUM_PEERS). n[0-999999999] would fill the memory.
+# As many as the guard takes (securerun.guard.documents.MAXIMUM_PEERS). n[0-999999999] would fill the memory.
 MOST_NODES = 100_000
 
 # Slurm writes no other characters; to ClusterShell, @ & ! ^ * would mean groups and operations.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import Policy
-from securerun.guard.protocol import MAXIMUM_INTERFACES
+from securerun.guard.documents import MAXIMUM_INTERFACES
 from securerun.host import interfaces
 from securerun.linux.networks import Network
 from securerun.options import Options

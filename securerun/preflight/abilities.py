@@ -20,7 +20,8 @@ from securerun.firewall.policy import Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import cgroup
-from securerun.guard.protocol import ProtocolError, Ready, Refused
+from securerun.guard.documents import ProtocolError
+from securerun.guard.protocol import Ready, Refused
 from securerun.linux import capabilities, cgroups, packages, port_ranges, signals
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.protection import ways

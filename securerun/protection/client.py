@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
+from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
     RUN_ID_VARIABLE,
     Guarding,
@@ -18,7 +19,6 @@ from securerun.guard.protocol import (
     Notice,
     Order,
     Peers,
-    ProtocolError,
     Ready,
     Refused,
     Release,

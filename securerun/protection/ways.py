@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Callable
 
 from securerun.guard import program
-from securerun.guard.protocol import MAXIMUM_BYTES, Message, decode, encode
+from securerun.guard.documents import MAXIMUM_BYTES
+from securerun.guard.protocol import Message, decode, encode
 from securerun.linux import capabilities, local_sockets
 
 DIRECTLY = "directly"

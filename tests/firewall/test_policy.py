@@ -7,7 +7,7 @@ import ipaddress
 import pytest
 
 from securerun.firewall.policy import Policy, PortRange, Purpose, purpose_of
-from securerun.guard.protocol import policy_document, read_policy
+from securerun.guard.documents import policy_document, read_policy
 
 # On the wire and in records: to change one of these is to change the protocol.
 WRITTEN = [

@@ -27,8 +27,9 @@ from users import PrivateMachine, User
 
 from securerun.errors import SecurerunError
 from securerun.guard.channel import Channel
+from securerun.guard.documents import ProtocolError
 from securerun.guard.limits import SitePolicy, require_permitted
-from securerun.guard.protocol import Order, ProtocolError
+from securerun.guard.protocol import Order
 from securerun.guard.server import Orders
 
 _EXAMPLES = 500

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from securerun.firewall.policy import Denial, Layer, Policy, PortRange
-from securerun.guard import protocol
+from securerun.guard import documents
+from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
     Guarding,
     Message,
     Notice,
     Order,
     Peers,
-    ProtocolError,
     Ready,
     Refused,
     Release,
@@ -144,7 +144,7 @@ def test_anything_else_is_refused_in_words(line: bytes) -> None:
 
 def test_message_beyond_the_limit_is_not_even_parsed() -> None:
     with pytest.raises(ProtocolError, match="more than"):
-        decode(b" " * (protocol.MAXIMUM_BYTES + 1))
+        decode(b" " * (documents.MAXIMUM_BYTES + 1))
 
 
 _JSON = st.recursive(

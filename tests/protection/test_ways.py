@@ -14,7 +14,8 @@ import pytest
 from cgroups import in_child
 from sandbox import NOBODY
 
-from securerun.guard.protocol import ProtocolError, Ready, Release, encode
+from securerun.guard.documents import ProtocolError
+from securerun.guard.protocol import Ready, Release, encode
 from securerun.linux import capabilities, libc
 from securerun.protection import ways
 from securerun.protection.ways import Connection

@@ -29,7 +29,8 @@ from hosts import Host, Network, Stream, eventually, finish, is_alive
 from probe import Probe, reach
 from users import CONFIGURATION, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
 
-from securerun.guard.protocol import ProtocolError, decode
+from securerun.guard.documents import ProtocolError
+from securerun.guard.protocol import decode
 
 _CAP_SYS_RESOURCE = 24
 

@@ -1,0 +1,153 @@
+"""What stands in the guard's records, and in what launcher and guard say to each other, as JSON's own types.
+
+The guard may run with more privilege than whoever wrote a document. Reading therefore knows every field, its type and
+its limits; an unknown, missing or oversized one refuses the whole document.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from securerun.firewall.policy import Denial, Layer, Policy, PortRange, purpose_of
+from securerun.linux.networks import Network
+
+# 100,000 collapsed IPv6 networks with quotes and commas are 4.6 MB.
+MAXIMUM_BYTES = 8 * 1024 * 1024
+MAXIMUM_PEERS = 100_000
+MAXIMUM_PORT_RANGES = 1024
+MAXIMUM_INTERFACES = 64
+MAXIMUM_TEXT = 4096
+_IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}", re.ASCII)
+
+
+class ProtocolError(Exception):
+    """A message or a record says something that it must not, or not so. The message is one line."""
+
+
+def policy_document(policy: Policy) -> dict[str, Any]:
+    """Return the policy as JSON's own types."""
+    return {
+        "run_id": policy.run_id,
+        "ports": [{"first": port.first, "last": port.last, "purpose": port.purpose} for port in policy.ports],
+        "peers": list(policy.written_peers),
+        "interfaces": list(policy.interfaces),
+        "accept": policy.accept,
+        "close_loopback": policy.close_loopback,
+    }
+
+
+def read_policy(document: Mapping[str, Any]) -> Policy:
+    """Return the policy in a document; the opposite of `policy_document`. Raises ProtocolError or PolicyError."""
+    require_fields(document, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
+    return Policy(
+        run_id=text(document, "run_id"),
+        ports=tuple(_read_port(port) for port in items(document, "ports", MAXIMUM_PORT_RANGES)),
+        peers=tuple(read_network(peer) for peer in items(document, "peers", MAXIMUM_PEERS)),
+        interfaces=tuple(entry(name) for name in items(document, "interfaces", MAXIMUM_INTERFACES)),
+        accept=flag(document, "accept"),
+        close_loopback=flag(document, "close_loopback"),
+    )
+
+
+def denial_document(denial: Denial) -> dict[str, Any]:
+    """Return one denial as JSON's own types, as `securerunctl status --json` shows it."""
+    return {"source": str(denial.source), "port": denial.port, "packets": denial.packets}
+
+
+def layer_document(layer: Layer) -> dict[str, Any]:
+    """Return one layer as JSON's own types."""
+    return {"backend": layer.backend, "name": layer.name}
+
+
+def read_layer(document: object) -> Layer:
+    """Return the layer in a document; the opposite of `layer_document`. Raises ProtocolError."""
+    layer = mapping(document, "a layer")
+    require_fields(layer, "backend", "name")
+    return Layer(text(layer, "backend"), text(layer, "name"))
+
+
+def read_denial(document: object) -> Denial:
+    """Return the denial in a document; the opposite of `denial_document`. Raises ProtocolError or ValueError."""
+    denial = mapping(document, "a denial")
+    require_fields(denial, "source", "port", "packets")
+    return Denial(ipaddress.ip_address(text(denial, "source")), number(denial, "port"), number(denial, "packets"))
+
+
+def read_network(document: object) -> Network:
+    """Return the network that a text names. Raises ProtocolError or ValueError."""
+    written = entry(document)
+    # Python takes any text after it for a scope id (RFC 4007, 11), and these texts become rules.
+    if "%" in written:
+        raise ProtocolError(f"{written[:40]!r} has a scope id, which no firewall knows")
+    address, _, length = written.partition("/")
+    if _IPV4.fullmatch(written) is None:
+        return ipaddress.ip_network(written)
+    # What ip_network() makes of it too, in half the time: nearly all peers are written like this.
+    return ipaddress.IPv4Network((_packed(address), int(length)))
+
+
+def require_fields(document: Mapping[str, Any], *names: str) -> None:
+    """Raise ProtocolError for a document that has not exactly these fields."""
+    if document.keys() != set(names):
+        raise ProtocolError(f"fields other than {', '.join(names)}")
+
+
+def mapping(document: object, what: str) -> Mapping[str, Any]:
+    """Return an object of JSON's. Raises ProtocolError for anything else."""
+    if not isinstance(document, dict):
+        raise ProtocolError(f"{what} is not an object")
+    return document
+
+
+def text(document: Mapping[str, Any], name: str) -> str:
+    """Return the text in a field. Raises ProtocolError for anything else, and for one that is too long."""
+    return entry(document[name])
+
+
+def entry(value: object) -> str:
+    """Return an item of a list as the text that it is. Raises ProtocolError as `text` does."""
+    if not isinstance(value, str) or len(value) > MAXIMUM_TEXT:
+        raise ProtocolError("a value that is not a text of reasonable length")
+    return value
+
+
+def number(document: Mapping[str, Any], name: str) -> int:
+    """Return the whole number in a field. Raises ProtocolError for anything else."""
+    value = document[name]
+    # bool is an int in Python, and no number here.
+    if type(value) is not int:
+        raise ProtocolError(f"{name} is not a whole number")
+    return value
+
+
+def flag(document: Mapping[str, Any], name: str) -> bool:
+    """Return whether a field is true. Raises ProtocolError for what is neither true nor false."""
+    value = document[name]
+    if not isinstance(value, bool):
+        raise ProtocolError(f"{name} is neither true nor false")
+    return value
+
+
+def items(document: Mapping[str, Any], name: str, most: int) -> list[Any]:
+    """Return the list in a field. Raises ProtocolError for anything else, and for more than `most` items."""
+    value = document[name]
+    if not isinstance(value, list) or len(value) > most:
+        raise ProtocolError(f"{name} is not a list of at most {most}")
+    return value
+
+
+def _read_port(document: object) -> PortRange:
+    port = mapping(document, "a port range")
+    require_fields(port, "first", "last", "purpose")
+    return PortRange(number(port, "first"), number(port, "last"), purpose_of(text(port, "purpose")))
+
+
+def _packed(address: str) -> bytes:
+    try:
+        return socket.inet_pton(socket.AF_INET, address)
+    except OSError as error:
+        raise ProtocolError(f"{address!r} is not an address") from error
