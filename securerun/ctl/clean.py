@@ -14,7 +14,6 @@ from securerun.guard import reaper, records, reserved
 from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
 from securerun.host.account import name_of
-from securerun.linux import proc
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.text import printable
@@ -68,7 +67,7 @@ def _clean(directory: int, outcome: Outcome, dry_run: bool) -> None:
     for record in dead:
         _clean_run(directory, record, outcome, dry_run)
     gone = {record.run_id for record in dead}
-    outcome.failures += [_obstacle(record) for record in readable if _is_stale(record) and record.run_id not in gone]
+    outcome.failures += [_obstacle(record) for record in readable if record.is_abandoned and record.run_id not in gone]
     ours = {*(f"{record.run_id}.json" for record in readable), *_partial(directory), *reserved.ledgers(directory)}
     for name in sorted(set(os.listdir(directory)) - ours):
         outcome.notes.append(f"left alone: {records.DIRECTORY / name} is no record that this securerun can read")
@@ -107,17 +106,13 @@ def _named(record: Record) -> str:
 
 
 def _remains(record: Record) -> Iterator[str]:
-    if record.boot_id == proc.boot_id() and record.network == proc.namespace("net"):
+    if record.stands_here:
         yield from (f"rules in {layer.backend}" for layer in record.layers if layer.backend in _OUTLIVING)
         if record.reserved:
             yield "reserved ports"
     if record.cgroup and _processes(record) is not None:
         yield f"cgroup {record.cgroup}"
     yield "its record"
-
-
-def _is_stale(record: Record) -> bool:
-    return not record.guard_lives and not record.launcher_lives
 
 
 def _obstacle(record: Record) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from securerun.errors import UsageError
+from securerun.job.job import C10D, ETCD, ETCD_V2, PARALLEL, STATIC
 from securerun.options import OPTIONS, Option
 
 SHELLS = ("bash", "zsh")
@@ -92,9 +93,7 @@ def _of_torch(parser: argparse.ArgumentParser) -> Iterator[Completion]:
 
 def _rendezvous_backends() -> tuple[str, ...]:
     """What torch's parser takes any word for: the names of `torch.distributed.elastic.rendezvous.registry`."""
-    from securerun.job.launchers import PARALLEL
-
-    return ("static", "c10d", "etcd", "etcd-v2", PARALLEL)
+    return (STATIC, C10D, ETCD, ETCD_V2, PARALLEL)
 
 
 def _spellings(completions: Iterator[Completion]) -> list[str]:

@@ -45,7 +45,7 @@ def _of_launch(arguments: Sequence[str]) -> list[Connection]:
 
 
 def _of_run(record: Record) -> list[Connection]:
-    if record.network != proc.namespace("net"):
+    if not record.stands_here:
         raise SecurerunError(
             f"run {record.run_id} is in another network namespace; look from there: "
             f"nsenter --target {record.launcher} --net securerunctl matrix --run {record.run_id}"
@@ -56,7 +56,7 @@ def _of_run(record: Record) -> list[Connection]:
 def _find(run_id: str | None) -> Record:
     runs = [record for record in read_runs() if run_id in (None, record.run_id) and record.guard_lives]
     # Those of other network namespaces come into question where there is none in this one.
-    found = [record for record in runs if record.network == proc.namespace("net")] or runs
+    found = [record for record in runs if record.stands_here] or runs
     if len(found) == 1:
         return found[0]
     if run_id is not None:
@@ -119,8 +119,7 @@ def _store(job: Job, ends: Ends) -> tuple[tuple[str, ...], bool]:
     own = interfaces.addresses_of(interfaces.names())
     if set(found).intersection(own):
         return found, True
-    # A static rendezvous is on node 0, by whatever address the others know it.
-    return found, job.backend in {"static", "parallel"} and job.node_rank == 0
+    return found, job.has_one_store and job.node_rank == 0
 
 
 def _setting() -> Setting:

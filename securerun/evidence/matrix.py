@@ -6,6 +6,7 @@ seen from this node: a peer connects to it, it connects to a peer, or nothing le
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,35 +17,53 @@ from securerun.linux.networks import Address
 # Which end of a connection is this node.
 IN, OUT, WITHIN = "in", "out", "within"
 
-# What connects to a planned port, by its purpose; "added" for one that another version has given it.
-_PLANNED: Mapping[Purpose | str, str] = {
-    Purpose.C10D_STORE: "c10d",
-    Purpose.STATIC_STORE: "static",
-    Purpose.PARALLEL_STORE: "parallel",
-    Purpose.ENDPOINT: "endpoint",
-    Purpose.MASTER_PORT: "static",
-    Purpose.HCCL: "hccl",
-    Purpose.RANK_TABLE: "hccl",
-    Purpose.ADDED: "added",
+
+class Kind(str, enum.Enum):
+    """What connects, for what."""
+
+    # Where the agents meet: a store of torch's, by its rendezvous, a plug-in's endpoint, or an etcd server.
+    C10D = "c10d"
+    STATIC = "static"
+    PARALLEL = "parallel"
+    ENDPOINT = "endpoint"
+    ETCD = "etcd"
+    # What nobody can plan: torch's second store, and what the collectives open.
+    WORKER_STORE = "worker_store"
+    GLOO = "gloo"
+    NCCL = "nccl"
+    HCCL = "hccl"
+    ADDED = "added"
+    # Found listening, and taken for gloo or NCCL, or for none of these.
+    COLLECTIVE = "collective"
+    OTHER = "other"
+
+
+# What connects to a planned port, by its purpose; ADDED for one that another version has given it.
+_PLANNED: Mapping[Purpose | str, Kind] = {
+    Purpose.C10D_STORE: Kind.C10D,
+    Purpose.STATIC_STORE: Kind.STATIC,
+    Purpose.PARALLEL_STORE: Kind.PARALLEL,
+    Purpose.ENDPOINT: Kind.ENDPOINT,
+    Purpose.MASTER_PORT: Kind.STATIC,
+    Purpose.HCCL: Kind.HCCL,
+    Purpose.RANK_TABLE: Kind.HCCL,
+    Purpose.ADDED: Kind.ADDED,
 }
-_STORES = ("c10d", "static", "parallel", "endpoint")
-# The ports that nobody can plan: torch's second store, and what the collectives open.
-_COLLECTIVES = ("gloo", "nccl")
+_STORES = frozenset({Kind.C10D, Kind.STATIC, Kind.PARALLEL, Kind.ENDPOINT})
+_COLLECTIVES = (Kind.GLOO, Kind.NCCL)
 
 
 @dataclass(frozen=True)
 class Connection:
     """One row.
 
-    kind: what connects, for what: c10d, static, parallel, endpoint or etcd (where the agents meet), worker_store, gloo,
-        nccl, hccl, added (by --ports); found listening, collective (gloo or NCCL) or other.
     direction: IN, OUT or WITHIN.
     sources, destinations: addresses, networks and, where no name service knows it, a host name.
     ports: those listened on, as text; empty for those chosen at random. listening: what listens there now, as
         ADDRESS:PORT; None where nobody has looked.
     """
 
-    kind: str
+    kind: Kind
     direction: str
     sources: tuple[str, ...]
     destinations: tuple[str, ...]
@@ -69,11 +88,11 @@ class Found:
     of_launcher: bool
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """What it is taken for: torch's stores are bound to all addresses, what the collectives open is to one."""
         if not self.address.is_unspecified:
-            return "collective"
-        return "worker_store" if self.of_launcher else "other"
+            return Kind.COLLECTIVE
+        return Kind.WORKER_STORE if self.of_launcher else Kind.OTHER
 
     def __str__(self) -> str:
         return str(Endpoint("*" if self.address.is_unspecified else str(self.address), self.port))
@@ -91,11 +110,11 @@ def planned(
         else:
             rows += _both_ways(kind, texts, ends)
     if job.meeting_point is None and job.endpoint is not None:
-        rows.append(Connection("etcd", OUT, ends.node, store, (str(job.endpoint.port),)))
-    if _has_second_store(job):
-        rows += _both_ways("worker_store", (), ends)
-    if not any(row.kind == "hccl" for row in rows):  # HCCL_HOST_SOCKET_PORT_RANGE=auto
-        rows += _both_ways("hccl", (), ends)
+        rows.append(Connection(Kind.ETCD, OUT, ends.node, store, (str(job.endpoint.port),)))
+    if not job.has_one_store:  # the workers meet at another, on a random port (TCPStore, port 0)
+        rows += _both_ways(Kind.WORKER_STORE, (), ends)
+    if not any(row.kind is Kind.HCCL for row in rows):  # HCCL_HOST_SOCKET_PORT_RANGE=auto
+        rows += _both_ways(Kind.HCCL, (), ends)
     return [*rows, *(row for kind in _COLLECTIVES for row in _both_ways(kind, (), ends))]
 
 
@@ -114,25 +133,20 @@ def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> l
             rows.append(inbound if now or not ends.peers else outbound)
     rows += [_listening(one, ends) for one in found if not any(one.port in planned for planned in plan)]
     if ends.peers:
-        rows.append(Connection("collective", OUT, ends.node, ends.peers))
+        rows.append(Connection(Kind.COLLECTIVE, OUT, ends.node, ends.peers))
     return rows
 
 
-def _by_kind(ports: Iterable[PortRange]) -> Iterator[tuple[str, tuple[PortRange, ...]]]:
+def _by_kind(ports: Iterable[PortRange]) -> Iterator[tuple[Kind, tuple[PortRange, ...]]]:
     """The planned ports of each kind."""
-    kinds: dict[str, list[PortRange]] = {}
+    kinds: dict[Kind, list[PortRange]] = {}
     for port in ports:
-        kinds.setdefault(_PLANNED.get(port.purpose, "added"), []).append(port)
+        kinds.setdefault(_PLANNED.get(port.purpose, Kind.ADDED), []).append(port)
     for kind, found in kinds.items():
         yield kind, tuple(found)
 
 
-def _has_second_store(job: Job) -> bool:
-    """Whether the workers meet at another store than the agents, on a port chosen at random (TCPStore, port 0)."""
-    return job.backend not in {"static", "parallel"}
-
-
-def _to_store(kind: str, ports: tuple[str, ...], ends: Ends, store: tuple[str, ...], *, here: bool) -> Connection:
+def _to_store(kind: Kind, ports: tuple[str, ...], ends: Ends, store: tuple[str, ...], *, here: bool) -> Connection:
     if not ends.peers:
         return Connection(kind, WITHIN, ends.node, store, ports)
     if here:
@@ -140,7 +154,7 @@ def _to_store(kind: str, ports: tuple[str, ...], ends: Ends, store: tuple[str, .
     return Connection(kind, OUT, ends.node, store, ports)
 
 
-def _both_ways(kind: str, ports: tuple[str, ...], ends: Ends) -> list[Connection]:
+def _both_ways(kind: Kind, ports: tuple[str, ...], ends: Ends) -> list[Connection]:
     if not ends.peers:
         return [Connection(kind, WITHIN, ends.node, ends.node, ports)]
     return [

@@ -30,7 +30,7 @@ def reap(directory: int, record: Record) -> None:
     Raises PortChainsUnavailable, ReservationUnavailable or CgroupUnavailable for what cannot be removed; then the
     record stays.
     """
-    if record.network == proc.namespace("net") and record.boot_id == proc.boot_id():
+    if record.stands_here:
         for layer in record.layers:
             if layer.backend in NAMES:
                 open_chains(layer.backend, record.run_id).remove()
@@ -55,7 +55,7 @@ def reap_all(directory: int) -> Iterator[str]:
 
 
 def _is_dead(record: Record) -> bool:
-    if record.guard_lives or record.launcher_lives:
+    if not record.is_abandoned:
         return False
     if record.boot_id != proc.boot_id() or not record.cgroup:
         return True

@@ -90,6 +90,16 @@ class Record:
         """Whether the launcher still runs."""
         return self._lives(self.launcher, self.launcher_start)
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether launcher and guard are both gone, so that nobody looks after what stands of the run."""
+        return not self.guard_lives and not self.launcher_lives
+
+    @property
+    def stands_here(self) -> bool:
+        """Whether its rules are in this network namespace, and were not gone with another boot."""
+        return self.network == proc.namespace("net") and self.boot_id == proc.boot_id()
+
     def _lives(self, pid: int, start: int) -> bool:
         if self.boot_id != proc.boot_id():
             return False

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from securerun.firewall.policy import LAST_PORT, PortRange, Purpose
-from securerun.job.job import C10D_PORT, UNKNOWN_NODES, Endpoint, Job
+from securerun.job.job import BY_ENVIRONMENT, C10D, C10D_PORT, STATIC, UNKNOWN_NODES, Endpoint, Job
 
 _NODES = re.compile(r"([1-9][0-9]{0,5})(?::([1-9][0-9]{0,5}))?")
 _ENDPOINT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]/]+))(?::(?P<port>[0-9]{1,5}))?")
@@ -21,10 +21,10 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
     least, most = _nodes(environment)
     rendezvous = _value(environment, "PET_RDZV_ENDPOINT")
     if rendezvous:
-        backend = _value(environment, "PET_RDZV_BACKEND") or "static"
-        endpoint = _endpoint(rendezvous, C10D_PORT if backend == "c10d" else None)
+        backend = _value(environment, "PET_RDZV_BACKEND") or STATIC
+        endpoint = _endpoint(rendezvous, C10D_PORT if backend == C10D else None)
     else:
-        backend = "env"
+        backend = BY_ENVIRONMENT
         host = _value(environment, "PET_MASTER_ADDR", "MASTER_ADDR")
         endpoint = Endpoint(host.strip("[]"), _port(environment)) if host else None
     return Job(

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from securerun.firewall.policy import PortRange
 from securerun.text import count
 
+# The rendezvous backends that torch has itself: torch/distributed/elastic/rendezvous/registry.py.
+STATIC, C10D, ETCD, ETCD_V2 = "static", "c10d", "etcd", "etcd-v2"
+# The one that torch_npu 2.1 to 2.13 brings: torch_npu/distributed/rendezvous.py.
+PARALLEL = "parallel"
+# None at all: MASTER_ADDR and MASTER_PORT tell the processes (torch.distributed.init_process_group, env://).
+BY_ENVIRONMENT = "env"
 # Of a job whose command nobody has read (`securerun.job.environment`).
 UNKNOWN_NODES = 0
 # torch/distributed/elastic/rendezvous/c10d_rendezvous_backend.py, DEFAULT_PORT; a test holds it to the installed torch.
@@ -77,4 +83,14 @@ class Job:
     @property
     def meeting_point(self) -> Endpoint | None:
         """The endpoint, if it is a port of the job's own: an etcd server is somebody else's."""
-        return None if self.backend in {"etcd", "etcd-v2"} else self.endpoint
+        return None if self.backend in {ETCD, ETCD_V2} else self.endpoint
+
+    @property
+    def has_one_store(self) -> bool:
+        """Whether its workers meet where its agents do: at a store of node 0's, by whatever address others know it."""
+        return self.backend in {STATIC, PARALLEL}
+
+    @property
+    def first_node_listens(self) -> bool:
+        """Whether only node 0 listens at the meeting point; with every other backend any agent may."""
+        return self.has_one_store or self.backend == BY_ENVIRONMENT

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from securerun.errors import UsageError
-from securerun.job.job import C10D_PORT, Endpoint, Job
+from securerun.job.job import C10D, C10D_PORT, ETCD, ETCD_V2, PARALLEL, STATIC, Endpoint, Job
 from securerun.options import Arity
 
 # torch/distributed/elastic/rendezvous/etcd_rendezvous.py and etcd_rendezvous_backend.py, _create_etcd_client
@@ -31,9 +31,7 @@ STATIC_PORT = 29500
 # torch/distributed/run.py, get_args_parser(): where the store is if nothing says so.
 _MASTER_ADDR = "127.0.0.1"
 
-# The rendezvous that torch_npu brings, and the option that torch_npu_run has beside torchrun's: torch_npu 2.1 to 2.13,
-# torch_npu/distributed/rendezvous.py and torch_npu/distributed/run.py.
-PARALLEL = "parallel"
+# The option that torch_npu_run has beside torchrun's: torch_npu 2.1 to 2.13, torch_npu/distributed/run.py.
 _TIERED = "enable_tiered_parallel_tcpstore"
 
 _NO_PORT = -1
@@ -185,14 +183,14 @@ def _nodes(nnodes: str) -> tuple[int, int]:
 def _rendezvous(namespace: argparse.Namespace, max_nodes: int) -> tuple[str, Endpoint | None]:
     """torch.distributed.run.run, and get_rdzv_endpoint after it."""
     if namespace.standalone:
-        return "c10d", Endpoint("localhost", 0)
+        return C10D, Endpoint("localhost", 0)
     backend: str = namespace.rdzv_backend
     text: str = namespace.rdzv_endpoint
-    if backend == "static":
+    if backend == STATIC:
         return _static(namespace, text, max_nodes)
-    if backend == "c10d":
+    if backend == C10D:
         return backend, None if _has_file_store(namespace.rdzv_conf) else _parse(text, C10D_PORT)
-    if backend in {"etcd", "etcd-v2"}:
+    if backend in {ETCD, ETCD_V2}:
         return backend, _parse(text, ETCD_PORT)
     if backend == PARALLEL and namespace.master_port is not None:
         # _create_parallel_handler: the store listens there, whatever the endpoint says.
@@ -207,12 +205,12 @@ def _static(namespace: argparse.Namespace, text: str, max_nodes: int) -> tuple[s
             raise UsageError(
                 f"--rdzv-endpoint {text!r} has no port, and static rendezvous needs one; write {text}:29500"
             )
-        return "static", endpoint
+        return STATIC, endpoint
     port = namespace.master_port
     # From torch 2.12 the parser has no default port, and one node without one turns to c10d on a random port.
     if port is None and max_nodes == 1:
-        return "c10d", Endpoint("localhost", 0)
-    return "static", _parse(f"{namespace.master_addr}:{STATIC_PORT if port is None else port}", _NO_PORT)
+        return C10D, Endpoint("localhost", 0)
+    return STATIC, _parse(f"{namespace.master_addr}:{STATIC_PORT if port is None else port}", _NO_PORT)
 
 
 def _parse(text: str, default_port: int) -> Endpoint:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import FIRST_PORT, LAST_PORT, PortRange, Purpose
-from securerun.job.job import Job
+from securerun.job.job import C10D, PARALLEL, STATIC, Job
 
 # HCCL_IF_BASE_PORT in the CANN environment variable reference: 1024-65520, 60000 by default, 16 ports from there on
 # (CANN 8.0), 32 since CANN 8.3.
@@ -26,9 +26,9 @@ HCCL_PORTS_SINCE_8_3 = 32
 HCCL_RANGE = "HCCL_HOST_SOCKET_PORT_RANGE"
 
 _STORES = {
-    "c10d": Purpose.C10D_STORE,
-    "static": Purpose.STATIC_STORE,
-    "parallel": Purpose.PARALLEL_STORE,
+    C10D: Purpose.C10D_STORE,
+    STATIC: Purpose.STATIC_STORE,
+    PARALLEL: Purpose.PARALLEL_STORE,
 }
 # CANN's own files say `version=8.3.RC1` or `Version=8.3.0.1.200`; a few hundred bytes each.
 _CANN_VERSION = re.compile(r"^version=(\d+)\.(\d+)", re.IGNORECASE | re.MULTILINE)

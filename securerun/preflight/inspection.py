@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from securerun.protection.plan import Plan
 
 WARN, STRICT, OFF = "warn", "strict", "off"
-# Where one node's agents meet, only the first node's listens there; with every other backend any agent may.
-_FIRST_NODE_LISTENS = frozenset({"static", "parallel", "env"})
 
 
 @dataclass(frozen=True)
@@ -129,6 +127,6 @@ def _mode(asked: Options) -> str:
 def _shared_port(job: Job) -> int | None:
     """The port of the job's store, where another agent of the job may have it on this host already."""
     endpoint = job.meeting_point
-    if endpoint is None or (job.backend in _FIRST_NODE_LISTENS and job.node_rank == 0):
+    if endpoint is None or (job.first_node_listens and job.node_rank == 0):
         return None
     return endpoint.port

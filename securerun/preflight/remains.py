@@ -18,7 +18,7 @@ _NAMED = 8
 def dead_runs(scene: Scene) -> Iterator[Finding]:
     """Runs whose guard and launcher were both killed. The next guard of any run removes what they left."""
     for record in records.read_host():
-        if not record.guard_lives and not record.launcher_lives:
+        if record.is_abandoned:
             yield Finding(
                 "remains",
                 f"run {record.run_id} was killed together with its guard",
