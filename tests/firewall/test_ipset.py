@@ -65,6 +65,16 @@ def test_a_set_is_made_changed_in_place_and_destroyed(node: Host) -> None:
             ipset.destroy(name)
 
 
+def test_a_refusal_of_the_longest_message_is_read_whole(node: Host) -> None:
+    """It carries a copy of what it refuses."""
+    networks = policy(count=ip_set._ENTRIES_A_MESSAGE).peers_of(6)
+    with inside(node):
+        ip_set.make(SET6, networks)
+        ip_set.destroy(SET6)
+        with nfnetlink.open_channel() as channel, pytest.raises(FileNotFoundError):
+            ip_set._order(channel, ip_set._ADD, ip_set._entries(SET6, networks))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_peers_of_each_run_pass_by_sets_and_nobody_else_on_both_families(network: Network, backend: str) -> None:
     node, peer, stranger = network
