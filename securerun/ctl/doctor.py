@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from securerun.finding import Finding
-from securerun.firewall.policy import PortRange, Purpose
+from securerun.firewall.policy import SHIELD, PortRange, Purpose
 from securerun.host import interfaces, umask
 from securerun.job import environment, ports
 from securerun.linux.networks import Network
@@ -21,7 +20,6 @@ from securerun.text import printable
 
 _STATES = {True: "yes", False: "no", None: "?"}
 _NPU_DEVICES = "davinci*"
-_GUARD = "guard "
 
 
 def examine(*, as_json: bool) -> int:
@@ -31,7 +29,7 @@ def examine(*, as_json: bool) -> int:
     if as_json:
         document = {
             "findings": [finding.document() for finding in findings],
-            "host": [dataclasses.asdict(ability) for ability in found],
+            "host": [ability.document() for ability in found],
         }
         print(json.dumps(document, indent=2))
     else:
@@ -59,13 +57,11 @@ def _of_host() -> tuple[Finding, ...]:
 def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
     """What keeps a job from being guarded at all, or from being guarded well."""
     for ability in found:
-        if ability.name == "shield" and ability.works is False:
-            yield Finding(
-                "shield", f"no shield: {ability.what}", "random ports stay open for up to 0.2 s", ability.mend
-            )
-    guards = [ability for ability in found if ability.name.startswith(_GUARD)]
+        if ability.name == SHIELD and ability.works is False:
+            yield Finding("shield", f"no shield: {ability.what}", "random ports stay open for up to 0.2 s", ability.fix)
+    guards = [ability for ability in found if ability.way]
     if not any(ability.works for ability in guards):
-        reasons = "; ".join(f"{ability.name.removeprefix(_GUARD)}: {ability.what}" for ability in guards)
+        reasons = "; ".join(f"{ability.way}: {ability.what}" for ability in guards)
         yield Finding(
             "guard", f"no guard can be had ({reasons})", "jobs are refused with 77", "securerunctl setup sudoers"
         )
@@ -92,8 +88,8 @@ def _neighbours() -> Iterator[Network]:
 def _lines(found: Sequence[Ability], findings: Sequence[Finding]) -> Iterator[str]:
     width = max(len(ability.name) for ability in found)
     for ability in found:
-        mend = f"; `{ability.mend}`" if ability.mend else ""
-        yield printable(f"{ability.name:<{width}}  {_STATES[ability.works]:<3}  {ability.what}{mend}")
+        fix = f"; `{ability.fix}`" if ability.fix else ""
+        yield printable(f"{ability.name:<{width}}  {_STATES[ability.works]:<3}  {ability.what}{fix}")
     yield ""
     if not findings:
         yield "nothing to mend"

@@ -12,11 +12,13 @@ import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from securerun.errors import Obstacle, SecurerunError
 from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import SHIELD, Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import cgroup
@@ -31,11 +33,11 @@ _LEAST_KERNEL = (4, 15)
 _SOCKET_KERNEL = (5, 1)
 # Without the others a guard works too, but adopts no shield, raises no limit, or sees and ends no processes of others.
 _INDISPENSABLE = ("CAP_NET_ADMIN", "CAP_BPF")
-_MENDS_OF_SHIELD = {
+_FIXES_OF_SHIELD = {
     Obstacle.NET_CLS: "reboot with cgroup_no_v1=net_cls,net_prio",
     Obstacle.READ_ONLY_CGROUPS: "docker run --cap-add BPF --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw",
 }
-_MEND_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add BPF (in a container); else start in another cgroup"
+_FIX_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add BPF (in a container); else start in another cgroup"
 _BACKENDS = {
     "iptables": "apt-get install iptables (dnf install iptables-nft)",
     "nftables": "apt-get install nftables (dnf install nftables)",
@@ -43,8 +45,8 @@ _BACKENDS = {
 }
 _WAYS = {
     ways.DIRECTLY: "sudo securerunctl doctor",
-    "by sudo": "securerunctl setup sudoers",
-    "by systemd": "securerunctl setup systemd",
+    ways.BY_SUDO: "securerunctl setup sudoers",
+    ways.BY_SYSTEMD: "securerunctl setup systemd",
 }
 _ANSWER_SECONDS = 10.0
 _EXAMPLE_PEER = ipaddress.IPv4Network("192.0.2.1/32")  # RFC 5737: nobody's address
@@ -54,13 +56,19 @@ _EXAMPLE_PEER = ipaddress.IPv4Network("192.0.2.1/32")  # RFC 5737: nobody's addr
 class Ability:
     """One thing that a host can do or not; None where only root can tell.
 
-    what: how it is, or why not. mend: the command that gives the ability, "" where it is there.
+    what: how it is, or why not. fix: the command that gives the ability, "" where it is there.
+    way: which way to a guard this is about; "" for other abilities.
     """
 
     name: str
     works: bool | None
     what: str
-    mend: str = ""
+    fix: str = ""
+    way: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """Return the ability as JSON's own types, as `securerunctl doctor --json` has it."""
+        return {"name": self.name, "works": self.works, "what": self.what, "mend": self.fix}
 
 
 def find() -> tuple[Ability, ...]:
@@ -109,9 +117,9 @@ def _shield() -> Ability:
             name = _try_shield(policy)
     except (CgroupUnavailable, ShieldUnavailable) as error:
         if os.geteuid() != 0:
-            return Ability("shield", None, "only root can try it", "sudo securerunctl doctor")
-        return Ability("shield", False, str(error), _MENDS_OF_SHIELD.get(error.obstacle, _MEND_OF_SHIELD))
-    return Ability("shield", True, f"the {name} filter was hung on a cgroup here, proven, and taken off")
+            return Ability(SHIELD, None, "only root can try it", "sudo securerunctl doctor")
+        return Ability(SHIELD, False, str(error), _FIXES_OF_SHIELD.get(error.obstacle, _FIX_OF_SHIELD))
+    return Ability(SHIELD, True, f"the {name} filter was hung on a cgroup here, proven, and taken off")
 
 
 def _try_shield(policy: Policy) -> str:
@@ -132,11 +140,11 @@ def _try_shield(policy: Policy) -> str:
 
 
 def _port_chains() -> Iterator[Ability]:
-    for backend, mend in _BACKENDS.items():
+    for backend, fix in _BACKENDS.items():
         try:
             what = _found_backend(backend)
         except PortChainsUnavailable as error:
-            yield Ability(backend, False, str(error), mend)
+            yield Ability(backend, False, str(error), fix)
         else:
             yield Ability(backend, True, what)
 
@@ -178,15 +186,15 @@ def _guards() -> Iterator[Ability]:
     """Whether a guard answers, by the first way that leads to one; it is let go before it has an order."""
     answered = ""
     for way in ways.ways():
-        name = f"guard {way.name}"
+        about = partial(Ability, f"guard {way.name}", way=way.name)
         obstacle = way.obstacle or ("" if answered else _refusal(way))
         if obstacle:
-            yield Ability(name, False, obstacle, _WAYS[way.name])
+            yield about(works=False, what=obstacle, fix=_WAYS[way.name])
         elif answered:
-            yield Ability(name, None, f"not tried: a guard answers {answered}")
+            yield about(works=None, what=f"not tried: a guard answers {answered}")
         else:
             answered = way.name
-            yield Ability(name, True, "a guard answers")
+            yield about(works=True, what="a guard answers")
 
 
 def _refusal(way: Way) -> str:

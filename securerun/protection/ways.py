@@ -19,7 +19,7 @@ from securerun.guard.documents import MAXIMUM_BYTES
 from securerun.guard.protocol import Message, decode, encode
 from securerun.linux import capabilities, local_sockets
 
-DIRECTLY = "directly"
+DIRECTLY, BY_SUDO, BY_SYSTEMD = "directly", "by sudo", "by systemd"
 SOCKET = Path("/run/securerun.sock")
 _PROGRAM = "securerun-guard"
 _SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")))
@@ -113,8 +113,8 @@ def ways() -> tuple[Way, ...]:
     """The three ways, in the order in which they are tried. Looks, and starts nothing."""
     return (
         Way(DIRECTLY, _obstacle_to_direct(), _open_directly),
-        Way("by sudo", _obstacle_to_sudo(), _open_by_sudo),
-        Way("by systemd", _obstacle_to_socket(), _open_socket),
+        Way(BY_SUDO, _obstacle_to_sudo(), _open_by_sudo),
+        Way(BY_SYSTEMD, _obstacle_to_socket(), _open_socket),
     )
 
 
