@@ -13,9 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import securerun
 from securerun.errors import PolicyError, PrivilegeError, UsageError
-from securerun.guard.program import SOCKET_ARGUMENT
+from securerun.guard.program import PACKAGE, SOCKET_ARGUMENT
 from securerun.linux import capabilities, trust
 from securerun.protection.ways import SOCKET
 
@@ -102,9 +101,8 @@ def print_systemd(group: str) -> None:
 def trusted_program() -> Path:
     """This installation's securerun-guard. Raises PrivilegeError when others than root could change what it runs."""
     program = Path(sys.executable).parent / _PROGRAM
-    package = Path(securerun.__file__).parent
     try:
-        for part in (program, Path(sys.executable), package, *package.rglob("*.py")):
+        for part in (program, Path(sys.executable), PACKAGE, *PACKAGE.rglob("*.py")):
             weakness = trust.weak_point(part)
             if weakness is not None:
                 raise PrivilegeError(

@@ -16,6 +16,8 @@ from securerun.errors import UsageError
 SOCKET_ARGUMENT = "--socket"
 # Of securerun.guard.limits.
 LIMITS_FILE = Path("/etc/securerun/guard.toml")
+# All of securerun: what a guard runs is found in it.
+PACKAGE = Path(__file__).parent.parent
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 # -I: a `socket.py` in the working directory, PYTHONPATH and the user's site-packages are not for the guard.
 # -S: it needs the standard library alone, and site-packages' start-up files take longer than all of its own.
