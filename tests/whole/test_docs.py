@@ -26,6 +26,8 @@ from users import PrivateMachine
 README, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
 DEVELOPERS = (CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "SECURITY.md")
 PAGES = (README, CHINESE, *DEVELOPERS, *sorted((CHECKOUT / "docs").glob("*.md")))
+# What else is written for whoever reads the code.
+TOLD = tuple(CHECKOUT / "docs" / name for name in ("decisions.md", "glossary.md", "how-it-works.md", "threat-model.md"))
 LANGUAGES = {"sh", "python", "toml", "yaml", "json", "text"}
 
 # What stands for something that this machine has not, or that would take long.
@@ -257,6 +259,16 @@ def test_every_script_and_every_link_leads_somewhere(page: Path) -> None:
     for name, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text):
         headings = re.findall(r"^#+ (.*)", (page.parent / name if name else page).read_text(), re.MULTILINE)
         assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
+
+
+@pytest.mark.parametrize("page", [*DEVELOPERS, *TOLD], ids=lambda page: page.name)
+def test_every_module_and_every_test_that_a_page_names_is_there(page: Path) -> None:
+    """Pages for users name scripts of the users' own; these name the house's."""
+    places = ("benchmarks", "scripts", "securerun", "tests")
+    modules = [f"/{path.relative_to(CHECKOUT)}" for place in places for path in (CHECKOUT / place).rglob("*.py")]
+    text = page.read_text()
+    named = {*re.findall(r"[\w/]+\.py\b", text), *(f"{name}.py" for name in re.findall(r"`(test_\w+)`", text))}
+    assert [name for name in named if not any(path.endswith(f"/{name}") for path in modules)] == []
 
 
 def test_the_table_of_exposure_has_what_is_in_the_picture() -> None:
