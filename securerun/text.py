@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """Text of a user's, without what would steer a terminal or break a line of a log."""
+    """Return text of a user's, without what would steer a terminal or break a line of a log."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
@@ -14,7 +14,7 @@ def printable(text: str) -> str:
 
 
 def count(number: int, thing: str) -> str:
-    """A number of things, in words."""
+    """Return a number of things, in words."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 

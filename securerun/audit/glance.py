@@ -30,9 +30,10 @@ _WHOSE = "what is in it is not decided by the job's user alone"
 
 
 def of_launch(paths: Iterable[Path], environment: Mapping[str, str]) -> tuple[Finding, ...]:
-    """What is wrong with these files and directories, as `securerunctl audit` has it; what is not there is left out.
+    """Return what is wrong with these files and directories, as `securerunctl audit` has it.
 
-    Of large trees as much as can be seen in a moment. Raises UsageError for a table of kinds that cannot be right.
+    What is not there is left out; of large trees there is as much as can be seen in a moment. Raises UsageError for a
+    table of kinds that cannot be right.
     """
     roots = open_roots(path for path in paths if path.exists())
     try:

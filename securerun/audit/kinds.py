@@ -41,7 +41,7 @@ class _Candidate(NamedTuple):
 
 
 def read_rows(patterns: Path | None) -> tuple[Row, ...]:
-    """The rows of a file, or of the site's where none is named, before the built-in ones.
+    """Return the rows of a file, or of the site's where none is named, before the built-in ones.
 
     Raises UsageError for a file that cannot be read or understood, and for a site file that others could have written.
     """
@@ -70,7 +70,7 @@ def _rows_of(path: Path) -> tuple[Row, ...]:
 
 
 def parse_rows(text: str, source: str) -> tuple[Row, ...]:
-    """The rows of a table of patterns. Raises UsageError that names the line."""
+    """Return the rows of a table of patterns. Raises UsageError that names the line."""
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.rsplit(None, 1)
@@ -105,7 +105,10 @@ class Shortcuts(NamedTuple):
     elsewhere: Callable[[str], object] | None
 
     def needs_all_of(self, name: str, dot: int) -> bool:
-        """Whether more of a name than its part from its last dot on decides. The audit's loop has this in line."""
+        """Return whether more of a name than its part from its last dot on decides.
+
+        The audit's loop has this in line.
+        """
         return (
             name[:HEAD] in self.heads
             or (dot >= 0 and name[dot:] in self.tails)
@@ -134,7 +137,7 @@ class Kinds:
         self.shortcuts = self._files.shortcuts()
 
     def of_root(self, path: str) -> Kind:
-        """The kind of a directory, by its absolute path, where an audit begins: the directories above it count too."""
+        """Return the kind of a directory, by its absolute path, where an audit begins; those above it count too."""
         if self._given is not None:
             return self._given
         kind = Kind.DATA
@@ -143,7 +146,7 @@ class Kinds:
         return kind
 
     def of_directory(self, path: str, parent: Kind) -> Kind:
-        """The kind of a directory, by its absolute path, in one of kind `parent`."""
+        """Return the kind of a directory, by its absolute path, in one of kind `parent`."""
         if parent is Kind.KEY:
             return parent
         own = self._directories.kind(path)
@@ -152,7 +155,7 @@ class Kinds:
         return own or (Kind.DATA if parent is Kind.HOME else parent)
 
     def of_file(self, name: str, directory: Kind) -> tuple[Kind, bool]:
-        """The kind of a file in a directory of kind `directory`, and whether its name, in lower case, told."""
+        """Return the kind of a file in a directory of kind `directory`, and whether its name, in lower case, told."""
         own = self._files.kind(name)
         if directory is Kind.KEY:
             return (Kind.CRYPTO_TOOL if own in _TOOLS else Kind.KEY), True
@@ -240,13 +243,13 @@ class _DirectoryNames:
 
 
 def _inside(pattern: str) -> str | None:
-    """What names with a dot before their ending have to contain to match, for *.log.* and *.pt.trace.json."""
+    """Return what names with a dot before their ending have to contain to match, for *.log.* and *.pt.trace.json."""
     middle = pattern[1:].rstrip("*")
     return middle if pattern[:1] == "*" and middle[:1] == "." and not _WILDCARD.search(middle) else None
 
 
 def _expanded(pattern: str, environment: Mapping[str, str]) -> str:
-    """A pattern with the path that an environment variable says in its place; "" where it says none."""
+    """Return a pattern with the path that an environment variable says in its place; "" where it says none."""
     if not pattern.startswith("$"):
         return pattern
     name, _, rest = pattern[1:].partition("/")

@@ -12,7 +12,7 @@ from securerun.linux import trust
 
 
 def look_above(settings: Settings) -> Iterator[Violation]:
-    """What is wrong with the directories, and links, on the way from / to what is audited. Raises OSError."""
+    """Yield what is wrong with the directories, and links, on the way from / to what is audited. Raises OSError."""
     seen: set[str] = set()
     for number, root in enumerate(settings.roots):
         kind = settings.kinds.of_root(root.path)

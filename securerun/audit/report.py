@@ -26,7 +26,7 @@ _HEADINGS = ("kind", "files", "directories", "findings")
 
 
 def lines(batch: Batch, roots: Sequence[Root]) -> list[str]:
-    """What was found in a directory, a line each: where, what is wrong, and what fixes it. All of them are one text."""
+    """Return what was found in a directory, a line each: where, what is wrong, and what fixes it. All are one text."""
     place = roots[batch.root].absolute(batch.path)
     prefix = f"{place.rstrip('/')}/"
     found = []
@@ -41,12 +41,12 @@ def lines(batch: Batch, roots: Sequence[Root]) -> list[str]:
 
 
 def line(violation: Violation, roots: Sequence[Root]) -> str:
-    """The same of a single violation."""
+    """Return the same of a single violation."""
     return f"{printable(roots[violation.root].absolute(violation.path))}: {_words(violation.wrong)}"
 
 
 def documents(batch: Batch, roots: Sequence[Root]) -> list[str]:
-    """What was found in a directory as `audit --json` prints it, with commas between. All of it is one text."""
+    """Return what was found in a directory as `audit --json` prints it, with commas between. All of it is one text."""
     place = roots[batch.root].absolute(batch.path)
     prefix = f"{place.rstrip('/')}/"
     found = [
@@ -58,12 +58,12 @@ def documents(batch: Batch, roots: Sequence[Root]) -> list[str]:
 
 
 def document(violation: Violation, roots: Sequence[Root]) -> dict[str, Any]:
-    """The same of a single violation, as JSON's own types."""
+    """Return the same of a single violation, as JSON's own types."""
     return {"path": roots[violation.root].absolute(violation.path), **_document(violation.wrong)}
 
 
 def _document(wrong: Wrong) -> dict[str, Any]:
-    """All but where it is. maximum: of its row, where the mode is what is wrong."""
+    """Return all but where it is. maximum: of its row, where the mode is what is wrong."""
     is_of_mode = wrong.problem in (Problem.TOO_OPEN, Problem.SET_ID, Problem.OPEN_PARENT)
     return {
         "type": _TYPES.get(stat.S_IFMT(wrong.mode), "unknown"),
@@ -85,7 +85,7 @@ def _document_text(wrong: Wrong) -> str:
 def summary(
     files: Mapping[Kind, int], directories: Mapping[Kind, int], violations: Mapping[Kind, int]
 ) -> list[dict[str, Any]]:
-    """How much was seen and found of each row, for the rows of which anything was."""
+    """Return how much was seen and found of each row, for the rows of which anything was."""
     counts = [
         (row.kind, files.get(row.kind, 0), directories.get(row.kind, 0), violations.get(row.kind, 0)) for row in ROWS
     ]
@@ -93,7 +93,7 @@ def summary(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The summary for a person."""
+    """Yield the summary for a person."""
     cells = [_HEADINGS, *([str(row["kind"]), *(f"{row[each]:,}" for each in _HEADINGS[1:])] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for first, *others in cells:
@@ -102,7 +102,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _words(wrong: Wrong) -> str:
-    """What is wrong: of a million violations most are wrong in the same way."""
+    """Return what is wrong: of a million violations most are wrong in the same way."""
     detail = printable(wrong.detail)
     return _WORDS[wrong.problem].format(
         mode=f"{stat.S_IMODE(wrong.mode):04o}",

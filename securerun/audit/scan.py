@@ -292,7 +292,7 @@ class Scan(Generic[T]):
         self._find(visit, name, status, kind, wrongs)
 
     def _stays_within(self, directory: Directory, target: str) -> bool:
-        """Whether a link in a directory leads to what is audited. Another link on its way is judged by itself."""
+        """Return whether a link in a directory leads to what is audited. Others on its way are judged by themselves."""
         parts = [part for part in target.split("/") if part not in ("", ".")]
         ups = next((at for at, part in enumerate(parts) if part != ".."), len(parts))
         depth = len(directory.path.split("/")) if directory.path else 0
@@ -303,7 +303,7 @@ class Scan(Generic[T]):
         return any(each.contains(real) for each in self._settings.roots)
 
     def _wrongs(self, status: os.stat_result, kind: Kind, detail: str = "") -> tuple[Wrong, ...]:
-        """What is wrong with the mode and the owners of a file or directory of this kind. detail: about its kind."""
+        """Return what is wrong with the mode and the owners of what is of this kind. detail: about its kind."""
         return (*_of_mode(status, kind, detail), *_of_owners(status, kind, self._settings.owners))
 
     def _identity(self, visit: _Visit, name: str, status: os.stat_result) -> Identity | None:
@@ -373,7 +373,7 @@ def _has_name(look_up: Callable[[int], object], number: int) -> bool:
 
 
 def _begins_as_program(name: str, descriptor: int) -> bool:
-    """Whether a file that may be executed is one: after `chmod -R 777` everything may be."""
+    """Return whether a file that may be executed is one: after `chmod -R 777` everything may be."""
     try:
         # Whatever took its name meanwhile, opening it does not wait.
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor)
@@ -388,7 +388,7 @@ def _begins_as_program(name: str, descriptor: int) -> bool:
 
 
 def _has_capabilities(name: str, descriptor: int) -> bool:
-    """Whether executing a file gives capabilities (capabilities(7))."""
+    """Return whether executing a file gives capabilities (capabilities(7))."""
     place = f"{proc.path_of_own_descriptor(descriptor)}/{name}"
     try:
         return bool(os.getxattr(place, _CAPABILITY, follow_symlinks=False))

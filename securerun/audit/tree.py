@@ -31,20 +31,20 @@ class Root:
     named: Path = Path("/")
 
     def absolute(self, path: str) -> str:
-        """The absolute path of what has this path below the root; "" is the root itself."""
+        """Return the absolute path of what has this path below the root; "" is the root itself."""
         if path.startswith("/"):
             return path  # of a directory above
         return f"{self.path.rstrip('/')}/{path}" if path else self.path
 
     def contains(self, path: str) -> bool:
-        """Whether an absolute path without links is of this tree."""
+        """Return whether an absolute path without links is of this tree."""
         if self.only is not None:
             return path == self.absolute(self.only)
         return path == self.path or path.startswith(f"{self.path.rstrip('/')}/")
 
 
 def open_roots(paths: Iterable[Path]) -> list[Root]:
-    """The roots of what a user named, links on the way followed; what is in another of them is not one more.
+    """Return the roots of what a user named, links on the way followed; what is in another of them is not one more.
 
     Raises UsageError where there is nothing.
     """
@@ -70,7 +70,7 @@ def _open_root(path: Path) -> Root:
 
 
 def open_real(path: str) -> int:
-    """A descriptor of a directory by its absolute path, which no link is on. Raises OSError."""
+    """Return a descriptor of a directory by its absolute path, which no link is on. Raises OSError."""
     top = os.open("/", _PASS)
     try:
         return _descend(top, [part for part in path.split("/") if part], _PASS)
@@ -79,7 +79,7 @@ def open_real(path: str) -> int:
 
 
 def _descend(descriptor: int, names: Sequence[str], flags: int) -> int:
-    """A new descriptor of the directory that these names lead to."""
+    """Return a new descriptor of the directory that these names lead to."""
     if not names:
         return os.open(".", flags, dir_fd=descriptor)
     current = descriptor

@@ -23,7 +23,7 @@ _ROOTS_DIRECTORY = Path("/var/lib/securerun/undo")
 
 
 def default_path() -> Path:
-    """Where a log goes when nobody says: a new name in root's directory, or in the state directory of the user."""
+    """Return where a log goes when nobody says: a new name in root's directory, or in the user's for state."""
     name = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.jsonl"
     if os.geteuid() == 0:
         return _ROOTS_DIRECTORY / name
@@ -47,7 +47,7 @@ def write(path: Path, roots: Sequence[Root], changes: Sequence[Change]) -> None:
 
 
 def _lines(roots: Sequence[Root], changes: Sequence[Change]) -> Iterator[dict[str, Any]]:
-    """What roots there are, each change, and how many there were."""
+    """Yield what roots there are, each change, and how many there were."""
     places = [(root.path, os.fstat(root.descriptor)) for root in roots]
     described = [{"path": path, "device": status.st_dev, "inode": status.st_ino} for path, status in places]
     yield {"format": _FORMAT, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "roots": described}
@@ -108,7 +108,7 @@ def opened(path: Path) -> Iterator[tuple[list[Root], list[Change]]]:
 
 
 def _read(path: Path) -> str:
-    """The text of a log that only this user can have written: what it says will be done."""
+    """Return the text of a log that only this user can have written: what it says will be done."""
     try:
         with open(path, encoding="ascii", opener=_open_itself) as stream:
             status = os.fstat(stream.fileno())
@@ -171,6 +171,6 @@ def _open_again(entry: dict[str, Any]) -> Root:
 
 
 def _on_device(change: Change, devices: Sequence[tuple[int, int]]) -> Change:
-    """A file system may have another number since it was mounted again."""
+    """Have a change name its device as it is now: a file system mounted again may have another number."""
     then, now = devices[change.root]
     return change._replace(found=change.found._replace(device=now)) if change.found.device == then else change

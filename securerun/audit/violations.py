@@ -41,7 +41,7 @@ class Identity(NamedTuple):
 
 
 def identity_of(status: os.stat_result, birth: int = 0) -> Identity:
-    """What tells this file from others, and this state of it from later ones."""
+    """Return what tells this file from others, and this state of it from later ones."""
     mode, inode, device, _, owner, group, *_ = status
     return Identity(device, inode, owner, group, mode, birth)
 
@@ -93,7 +93,7 @@ class Batch(NamedTuple):
     entries: list[Entry]
 
     def below(self, name: str) -> str:
-        """The path below the root of what has this name here."""
+        """Return the path below the root of what has this name here."""
         return f"{self.path}/{name}" if self.path and name else self.path or name
 
 

@@ -80,7 +80,7 @@ class _Sum:
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of this name. Raises UsageError for one that is none."""
+    """Return the kind of this name. Raises UsageError for one that is none."""
     try:
         return Kind(name)
     except ValueError as error:
@@ -191,7 +191,7 @@ def _look_above(settings: Settings, total: _Sum) -> list[Violation]:
 
 
 def _look(settings: Settings, total: _Sum, present: Callable[[Batch], list[T]]) -> Iterator[list[T]]:
-    """What is found, block by block, while `total` grows and, where it takes long, a bar shows that it does."""
+    """Yield what is found, block by block, while `total` grows and, where it takes long, a bar shows that it does."""
     starts = [Directory(number, "", settings.kinds.of_root(root.path)) for number, root in enumerate(settings.roots)]
     with _Bar("{task.completed:,} files and directories looked at") as bar:
         for number, outcome in enumerate(look(settings, starts, present)):
@@ -227,7 +227,7 @@ def _is_wanted(request: Request, count: int) -> bool:
 
 
 def _owners(names: Sequence[str], roots: Sequence[Root]) -> frozenset[int]:
-    """Who may own what is audited: who asks, whom he names, and for root the owners of what he named."""
+    """Return who may own what is audited: who asks, whom he names, and for root the owners of what he named."""
     owners = {os.geteuid(), *map(_user_id, names)}
     if os.geteuid() == 0:
         owners.update(os.stat(root.only or ".", dir_fd=root.descriptor, follow_symlinks=False).st_uid for root in roots)
@@ -294,7 +294,7 @@ def _print_what_is_left(
 
 
 def _proposal_lines(violations: Sequence[Violation], proposal: fix.Proposal, roots: Sequence[Root]) -> Iterator[str]:
-    """Each violation, and what will be done about it."""
+    """Yield each violation, and what will be done about it."""
     will = {(change.root, change.path): f"--fix makes it {change.mode:04o}" for change in proposal.changes}
     will.update(((each.change.root, each.change.path), f"--fix leaves it: {each.why}") for each in proposal.refused)
     for violation in violations:

@@ -73,7 +73,7 @@ def _wait_for(pid: int, bystanders: _Bystanders) -> int:
 
 
 def _changes(pid: int) -> Iterator[int]:
-    """The wait statuses that are there now: one SIGCHLD may stand for several."""
+    """Yield the wait statuses that are there now: one SIGCHLD may stand for several."""
     while True:
         changed, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
         if not changed:
@@ -82,7 +82,7 @@ def _changes(pid: int) -> Iterator[int]:
 
 
 def _is_of_our_group(pid: int) -> bool:
-    """Whether signals to our group reach the child; an interactive shell makes a group of its own."""
+    """Return whether signals to our group reach the child; an interactive shell makes a group of its own."""
     return os.getpgid(pid) == os.getpgrp()
 
 
@@ -129,7 +129,7 @@ class _Bystanders:
         self._present = [_Bystander()]
 
     def were_sent(self, number: int) -> bool:
-        """Whether this signal was for all of the group; each is told of once."""
+        """Return whether this signal was for all of the group; each is told of once."""
         deadline = time.monotonic() + _FOR_ALL_SECONDS
         while True:
             told = [bystander for bystander in self._present if bystander.tells_of(number)]
@@ -177,7 +177,7 @@ class _Bystander:
         self._told: set[int] = set()
 
     def tells_of(self, number: int) -> bool:
-        """Whether it was sent this signal and has not told so before."""
+        """Return whether it was sent this signal and has not told so before."""
         if number in self._told:
             return False
         if number - 1 not in proc.status(self._pid).bits("ShdPnd"):

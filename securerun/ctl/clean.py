@@ -52,7 +52,7 @@ def clean_host(*, dry_run: bool) -> int:
 
 
 def _may_hold_something(dry_run: bool) -> bool:
-    """Whether to look at all: `host_lock` makes the directory of records, and removes an empty one."""
+    """Return whether to look at all: `host_lock` makes the directory of records, and removes an empty one."""
     directory = open_records()
     if directory is None:
         return False
@@ -82,7 +82,7 @@ def _clean_partial(directory: int, outcome: Outcome, dry_run: bool) -> None:
 
 
 def _partial(directory: int) -> list[str]:
-    """What a killed guard was writing. A directory of such a name is not its work, and stays."""
+    """Return what a killed guard was writing. A directory of such a name is not its work, and stays."""
     names = records.partial(directory)
     return [name for name in names if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode)]
 
@@ -116,7 +116,7 @@ def _remains(record: Record) -> Iterator[str]:
 
 
 def _obstacle(record: Record) -> str:
-    """Why a run whose launcher and guard are gone cannot be cleaned up after from here."""
+    """Return why a run whose launcher and guard are gone cannot be cleaned up after from here."""
     processes = sorted(_processes(record) or ())
     if processes:
         pids = " ".join(map(str, processes[:_PIDS_NAMED])) + (" ..." if len(processes) > _PIDS_NAMED else "")
@@ -128,7 +128,7 @@ def _obstacle(record: Record) -> str:
 
 
 def _processes(record: Record) -> set[int] | None:
-    """What runs in the run's cgroup; None where it has none any more."""
+    """Return what runs in the run's cgroup; None where it has none any more."""
     cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
     if cgroup is None:
         return None

@@ -54,7 +54,7 @@ def print_completion(shell: str) -> None:
 
 
 def render_bash(known: list[Completion], made_with: str) -> str:
-    """The script for bash. What it leaves open is completed as file names."""
+    """Return the script for bash. What it leaves open is completed as file names."""
     valued = "|".join(_spellings(one for one in known if one.takes_value))
     return _BASH.format(
         made_with=made_with,
@@ -65,7 +65,7 @@ def render_bash(known: list[Completion], made_with: str) -> str:
 
 
 def render_zsh(known: list[Completion], made_with: str) -> str:
-    """The script for zsh, to be sourced or to lie in the function path."""
+    """Return the script for zsh, to be sourced or to lie in the function path."""
     return _ZSH.format(made_with=made_with, options=" \\\n        ".join(_zsh_options(known)))
 
 
@@ -92,7 +92,7 @@ def _of_torch(parser: argparse.ArgumentParser) -> Iterator[Completion]:
 
 
 def _rendezvous_backends() -> tuple[str, ...]:
-    """What torch's parser takes any word for: the names of `torch.distributed.elastic.rendezvous.registry`."""
+    """Return what torch's parser takes any word for: the names of `torch.distributed.elastic.rendezvous.registry`."""
     return (STATIC, C10D, ETCD, ETCD_V2, PARALLEL)
 
 

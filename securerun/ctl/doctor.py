@@ -55,7 +55,7 @@ def _of_host() -> tuple[Finding, ...]:
 
 
 def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
-    """What keeps a job from being guarded at all, or from being guarded well."""
+    """Yield what keeps a job from being guarded at all, or from being guarded well."""
     for ability in found:
         if ability.name == SHIELD and ability.works is False:
             yield Finding("shield", f"no shield: {ability.what}", "random ports stay open for up to 0.2 s", ability.fix)
@@ -68,7 +68,7 @@ def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
 
 
 def _ports() -> Iterator[PortRange]:
-    """The ports of a job started from this shell, HCCL's only where there is an NPU or a word of HCCL."""
+    """Yield the ports of a job started from this shell, HCCL's only where there is an NPU or a word of HCCL."""
     job = environment.describe_job(os.environ, ())
     for planned in ports.plan_ports(job, os.environ, None):
         if planned.purpose != Purpose.HCCL or _has_npu():
@@ -81,7 +81,7 @@ def _has_npu() -> bool:
 
 
 def _neighbours() -> Iterator[Network]:
-    """The networks that this host is on, where a job's peers would be."""
+    """Yield the networks that this host is on, where a job's peers would be."""
     yield from interfaces.networks_of(interfaces.with_networks())
 
 

@@ -116,7 +116,7 @@ def _run(program: str, command: Sequence[str], plan: Plan) -> None:
 
 
 def _understand(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """What is asked of securerun, and the command; none after help was asked for."""
+    """Return what is asked of securerun, and the command; none after help was asked for."""
     taken, rest = options.take(arguments, lambda _: None)
     if rest and rest[0] in {"-h", "--help"}:
         _print_help()
@@ -139,7 +139,7 @@ def _print_help() -> None:
 
 
 def _find(name: str) -> str:
-    """The program of a command's first word, looked for in PATH as a shell does. Raises CommandError."""
+    """Return the program of a command's first word, looked for in PATH as a shell does. Raises CommandError."""
     found = shutil.which(name)
     if found is not None:
         return found

@@ -67,7 +67,7 @@ def _find(run_id: str | None) -> Record:
 
 
 def _listeners(record: Record) -> Iterator[Found]:
-    """What the processes of a run listen on, in the order of ports."""
+    """Yield what the processes of a run listen on, in the order of ports."""
     try:
         listeners = sock_diag.listeners()
     except SocketsUnavailable as error:
@@ -91,7 +91,10 @@ def _processes(record: Record) -> set[int]:
 
 
 def _ends(policy: Policy) -> Ends:
-    """This node's addresses on the interfaces that peers come in through, and the peers: a list of nodes has it too."""
+    """Return this node's addresses on the interfaces that peers come in through, and the peers.
+
+    A list of nodes has this one too, which is no peer of its own.
+    """
     wanted = policy.interfaces or _towards(policy.peers) or interfaces.names()
     every = interfaces.addresses_of(interfaces.names())
     own = interfaces.addresses_of(wanted) or every or ("127.0.0.1",)
@@ -99,14 +102,14 @@ def _ends(policy: Policy) -> Ends:
 
 
 def _towards(peers: Iterable[Network]) -> tuple[str, ...]:
-    """The interfaces that lead to the first peer of each family: one job meets on one network."""
+    """Return the interfaces that lead to the first peer of each family: one job meets on one network."""
     first = {network.version: str(network.network_address) for network in reversed(list(peers))}
     found = (interfaces.towards([address]) for address in first.values())
     return tuple(dict.fromkeys(name for name in found if name))
 
 
 def _store(job: Job, ends: Ends) -> tuple[tuple[str, ...], bool]:
-    """The addresses where the agents meet, and whether that is this node."""
+    """Return the addresses where the agents meet, and whether that is this node."""
     from securerun.job import resolver
 
     if job.endpoint is None:

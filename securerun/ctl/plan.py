@@ -26,7 +26,7 @@ def print_plan(arguments: Sequence[str], form: str) -> None:
 
 
 def render(plan: Plan, form: str) -> str:
-    """The plan in one of the forms that are not for people. Raises PolicyError for one that it does not have."""
+    """Return the plan in one of the forms that are not for people. Raises PolicyError for one that it does not have."""
     from securerun.evidence import documents
     from securerun.firewall import nftables, script
     from securerun.protection import words

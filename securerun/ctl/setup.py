@@ -99,7 +99,7 @@ def print_systemd(group: str) -> None:
 
 
 def trusted_program() -> Path:
-    """This installation's securerun-guard. Raises PrivilegeError when others than root could change what it runs."""
+    """Return this installation's securerun-guard. Raises PrivilegeError when others than root could change it."""
     program = Path(sys.executable).parent / _PROGRAM
     try:
         for part in (program, Path(sys.executable), PACKAGE, *PACKAGE.rglob("*.py")):

@@ -49,7 +49,7 @@ def show(*, as_json: bool, watch: bool) -> None:
 
 
 def read_runs() -> tuple[Record, ...]:
-    """The records of this host's runs, for an ordinary user of his own; none where no run has made the directory.
+    """Return the records of this host's runs, for an ordinary user their own; none where no run has made a record.
 
     Raises PrivilegeError for whoever may not read them and has no guard who does.
     """
@@ -81,7 +81,7 @@ def _read_own_runs() -> tuple[Record, ...]:
 
 
 def open_records() -> int | None:
-    """A descriptor of the record directory; None where there is none. Raises PrivilegeError or SecurerunError."""
+    """Open the record directory; None where there is none. Raises PrivilegeError or SecurerunError."""
     try:
         return records.open_to_read()
     except PermissionError as error:
@@ -137,7 +137,7 @@ def _json_lines(indent: int | None = None) -> Iterator[str]:
 
 
 def _table_lines() -> Iterator[str]:
-    """A table with one row a run; its details are in the lines below the row."""
+    """Draw a table with one row a run; its details are in the lines below the row."""
     runs = read_runs()
     if not runs:
         yield _NO_RUNS
@@ -182,13 +182,13 @@ def _open_to(policy: Policy) -> str:
 
 
 def _some(parts: Sequence[str], separator: str) -> str:
-    """The first few, and how many more there are."""
+    """Return the first few, and how many more there are."""
     more = [f"and {len(parts) - _NAMED} more"] if len(parts) > _NAMED else []
     return separator.join([*parts[:_NAMED], *more])
 
 
 def _started(record: Record) -> datetime:
-    """When the run started, in local time. A record may hold a number that is no time."""
+    """Return when the run started, in local time. A record may hold a number that is no time."""
     try:
         return datetime.fromtimestamp(record.started).astimezone()
     except (ValueError, OverflowError, OSError):

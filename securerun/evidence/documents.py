@@ -13,7 +13,7 @@ _DEFAULT = "default"
 
 
 def of_plan(plan: Plan) -> dict[str, Any]:
-    """What would run, the policy, and where each part of it comes from. Every field is always there.
+    """Return what would run, the policy, and where each part of it comes from. Every field is always there.
 
     `policy` is as the guard gets it; `entrance` says why peers come in through its interfaces. `peers` says who named
     them and what each host name stands for, `hccl_whitelist` what HCCL is given. `options` has the value of each option

@@ -101,7 +101,7 @@ class Found:
 def planned(
     job: Job, ports: Sequence[PortRange], ends: Ends, store: tuple[str, ...], *, here: bool
 ) -> list[Connection]:
-    """The matrix of a launch. store: the addresses where the agents meet; here: whether they are this node's."""
+    """Return the matrix of a launch. store: the addresses where the agents meet; here: whether they are this node's."""
     rows = []
     for kind, found in _by_kind(ports):
         texts = tuple(map(str, found))
@@ -119,7 +119,7 @@ def planned(
 
 
 def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> list[Connection]:
-    """The matrix of a job that runs here: its plan, and what listens now. found: all listeners of its processes."""
+    """Return the matrix of a job that runs here: its plan, and what listens now. found: all that its processes hold."""
     rows = []
     plan = [ports for ports in ports if ports.purpose != Purpose.OPENED_MEANWHILE]
     for kind, ranges in _by_kind(plan):
@@ -138,7 +138,7 @@ def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> l
 
 
 def _by_kind(ports: Iterable[PortRange]) -> Iterator[tuple[Kind, tuple[PortRange, ...]]]:
-    """The planned ports of each kind."""
+    """Yield the planned ports of each kind."""
     kinds: dict[Kind, list[PortRange]] = {}
     for port in ports:
         kinds.setdefault(_PLANNED.get(port.purpose, Kind.ADDED), []).append(port)

@@ -340,7 +340,7 @@ Row = Mapping[str, str]
 
 
 def rows(connections: Iterable[Connection], setting: Setting, language: str) -> list[Row]:
-    """The matrix in words: for each connection the text of every column, by the names in COLUMNS."""
+    """Return the matrix in words: for each connection the text of every column, by the names in COLUMNS."""
     words = LANGUAGES[language]
     return [_row(connection, setting, words) for connection in connections]
 
@@ -397,7 +397,7 @@ def _remarks(connection: Connection, kind: _Words, words: _Language) -> Iterator
 
 
 def table(found: Sequence[Row], language: str) -> str:
-    """A block a row, a line a column: sixteen columns side by side fit no terminal. Long lists are cut short."""
+    """Write a block a row, a line a column: sixteen columns side by side fit no terminal. Long lists are cut short."""
     labels = LANGUAGES[language].columns
     width = max(map(_width, labels)) + 2
     blocks = (
@@ -408,7 +408,7 @@ def table(found: Sequence[Row], language: str) -> str:
 
 
 def markdown(found: Sequence[Row], language: str) -> str:
-    """A table in Markdown (GitHub's), all of it."""
+    """Return a table in Markdown (GitHub's), all of it."""
     labels = LANGUAGES[language].columns
     lines = [_markdown_line(labels), _markdown_line(["---"] * len(labels))]
     lines += [_markdown_line([row[name] for name in COLUMNS]) for row in found]
@@ -416,7 +416,7 @@ def markdown(found: Sequence[Row], language: str) -> str:
 
 
 def comma_separated(found: Sequence[Row], language: str) -> str:
-    """Comma-separated values (RFC 4180); what a spreadsheet would compute begins with an apostrophe."""
+    """Return comma-separated values (RFC 4180); what a spreadsheet would compute begins with an apostrophe."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(LANGUAGES[language].columns)
@@ -426,7 +426,7 @@ def comma_separated(found: Sequence[Row], language: str) -> str:
 
 
 def as_json(found: Sequence[Row], language: str) -> str:
-    """The columns by their names in COLUMNS, with their labels, and the rows."""
+    """Return the columns by their names in COLUMNS, with their labels, and the rows."""
     labels = dict(zip(COLUMNS, LANGUAGES[language].columns))
     document = {"language": language, "columns": labels, "rows": found}
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -445,7 +445,7 @@ def _markdown_line(cells: Iterable[str]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Return text that Markdown shows as it is."""
     for character in "\\|`*_<>[]":
         cell = cell.replace(character, f"\\{character}")
     return cell

@@ -96,7 +96,7 @@ def kept(name: str, source: str, command: Sequence[str], began: float) -> Iterat
 
 
 def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
-    """The report as JSON's own types. Every field is always there; what is not known is null.
+    """Return the report as JSON's own types. Every field is always there; what is not known is null.
 
     `launch` is null for a launch that was refused before it was understood; `guard` for one that never had a guard;
     `denied` where no guard could say who was turned away. `timeline` is in order of time.
@@ -145,7 +145,7 @@ def _timeline(journal: Journal, ending: Ending) -> Iterator[dict[str, Any]]:
 
 
 def _told(news: News) -> Iterator[tuple[str, str]]:
-    """What there is to say of something heard: its kind and a line, or several."""
+    """Yield what there is to say of something heard: its kind and a line, or several."""
     if isinstance(news, Plan):
         yield (
             "understood",
@@ -184,7 +184,7 @@ def _event(at: float, journal: Journal, kind: str, text: str) -> dict[str, Any]:
 
 
 def _ending(failure: BaseException | None) -> Ending:
-    """The exit status that a launch is about to have, and why."""
+    """Return the exit status that a launch is about to have, and why."""
     now = time.time()
     if failure is None:
         return Ending(now, 0)
@@ -201,7 +201,7 @@ def _ending(failure: BaseException | None) -> Ending:
 
 
 def _of_workers(failure: BaseException) -> str:
-    """Which worker failed first, where that is what torch's ChildFailedError says."""
+    """Return which worker failed first, where that is what torch's ChildFailedError says."""
     with contextlib.suppress(Exception):
         rank, first = failure.get_first_failure()  # type: ignore[attr-defined]
         return f"worker {rank} failed first, with exit code {first.exitcode}"
@@ -215,7 +215,7 @@ def _outcome(ending: Ending, *, started: bool) -> str:
 
 
 def _last(journal: Journal, kind: type[Kind]) -> Kind | None:
-    """The last thing of a kind that was heard."""
+    """Return the last thing of a kind that was heard."""
     found = [news for _, news in journal.heard if isinstance(news, kind)]
     return found[-1] if found else None
 

@@ -138,7 +138,7 @@ _OUTCOMES = {"ended well": "good", "failed": "bad", "refused": "bad"}
 
 
 def render(document: Document) -> str:
-    """The page of a report (`report.of_journal`)."""
+    """Return the page of a report (`report.of_journal`)."""
     sections = [
         _summary(document),
         _timeline(document),
@@ -183,7 +183,7 @@ def _summary(document: Document) -> str:
 
 
 def _phases(timeline: Sequence[Document]) -> str:
-    """A bar for the length of each part of the run; nothing where there was but one."""
+    """Return a bar for the length of each part of the run; nothing where there was but one."""
     at = {event["kind"]: event["seconds"] for event in reversed(timeline)}
     found = [(label, at[last] - at[first]) for first, last, label in _PHASES if {first, last} <= at.keys()]
     if len(found) < 2:
@@ -207,7 +207,7 @@ def _timeline(document: Document) -> str:
 
 
 def _shade(event: Document, status: int) -> str:
-    """The class of an event; how the launch ended has a colour of its own."""
+    """Return the class of an event; how the launch ended has a colour of its own."""
     kind: str = event["kind"]
     if kind == "ended":
         return "failure" if status else "success"
@@ -276,7 +276,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; nothing where there are no rows."""
+    """Return a table of cells that are HTML already; nothing where there are no rows."""
     if not rows:
         return ""
     sides = ['class="right"' if number in right else 'class="left"' for number in range(len(headings))]
@@ -304,7 +304,7 @@ def _short(text: str) -> str:
 
 
 def _shortest(network: str) -> str:
-    """A network of one address as that address."""
+    """Return a network of one address as that address."""
     return network.removesuffix("/128" if ":" in network else "/32")
 
 

@@ -129,7 +129,7 @@ class Policy:
         return tuple(f"{written_address(peer.network_address)}/{peer.prefixlen}" for peer in self.peers)
 
     def peers_of(self, version: int) -> tuple[Network, ...]:
-        """The peers of one IP version, 4 or 6."""
+        """Return the peers of one IP version, 4 or 6."""
         return self._peers_by_version[version]
 
     @cached_property
@@ -138,7 +138,7 @@ class Policy:
         return {4: self.peers[:first6], 6: self.peers[first6:]}
 
     def joined_ports(self) -> list[tuple[int, int]]:
-        """The port plan as first and last ports, ascending, joined where ranges overlap or touch."""
+        """Return the port plan as first and last ports, ascending, joined where ranges overlap or touch."""
         joined: list[tuple[int, int]] = []
         for first, last in sorted((port.first, port.last) for port in self.ports):
             if joined and first <= joined[-1][1] + 1:
@@ -174,7 +174,7 @@ class Denial:
 
 
 def merged(*counts: Iterable[Denial]) -> tuple[Denial, ...]:
-    """One line a source and port from several layers' counts, most packets first."""
+    """Return one line a source and port from several layers' counts, most packets first."""
     total: Counter[tuple[Address, int]] = Counter()
     for denials in counts:
         for denial in denials:

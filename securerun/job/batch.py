@@ -63,7 +63,7 @@ class Allocation:
 
 
 def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
-    """The nodes that the first batch system to know them names; None where none does.
+    """Return the nodes that the first batch system to know them names; None where none does.
 
     note: told of a file that a batch system names and this host does not have.
     Raises PolicyError for a variable or file that cannot be read as what it should be.
@@ -76,7 +76,7 @@ def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
 
 
 def expand(text: str, place: str, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The names in a folded node list such as `cn[001-128],login1`.
+    """Return the names in a folded node list such as `cn[001-128],login1`.
 
     Raises PolicyError, which begins with `place`, for what is no node list.
     """
@@ -129,7 +129,7 @@ def _node_addresses(lists: Iterable[str], environment: Mapping[str, str]) -> dic
 
 
 def _scontrol(arguments: tuple[str, ...], environment: Mapping[str, str]) -> str:
-    """What Slurm's scontrol prints; nothing where there is none, and where it fails or takes too long."""
+    """Return what Slurm's scontrol prints; nothing where there is none, and where it fails or takes too long."""
     command = _find_scontrol()
     if command is None:
         return ""
@@ -233,7 +233,7 @@ def _shortened(text: str) -> str:
 
 
 def _size(text: str) -> int:
-    """How many names a node list holds, or a few more, without writing them out."""
+    """Return how many names a node list holds, or a few more, without writing them out."""
     return sum(math.prod(map(_size_of_ranges, _BRACKETS.findall(piece))) for piece in _PIECE.findall(text))
 
 

@@ -46,7 +46,7 @@ class Entrance:
 
 
 def entrance(options: Options, environment: Mapping[str, str], peers: Sequence[Network]) -> Entrance:
-    """Where these peers may come in: what the user says, else what the variables name and what leads to a peer.
+    """Return where these peers may come in: what the user says, else what the variables name and what leads to a peer.
 
     A job without peers may have variables for another host: gloo and HCCL may not be used in it.
     Raises PolicyError for an interface that this host does not have, and for a variable that cannot be read.
@@ -65,7 +65,7 @@ def entrance(options: Options, environment: Mapping[str, str], peers: Sequence[N
 
 
 def _with_ways(names: tuple[str, ...], source: str, peers: Iterable[Network]) -> Entrance:
-    """The interfaces that the variables name, and those that lead to a peer."""
+    """Return the interfaces that the variables name, and those that lead to a peer."""
     try:
         leading = interfaces.leading_to(peers)
     except OSError as error:
@@ -77,7 +77,7 @@ def _with_ways(names: tuple[str, ...], source: str, peers: Iterable[Network]) ->
 
 
 def warnings(environment: Mapping[str, str], peers: Sequence[Network]) -> Iterator[str]:
-    """What the user should know about HCCL's variables and who the peers are.
+    """Yield what the user should know about HCCL's variables and who the peers are.
 
     Raises PolicyError for a variable that HCCL would refuse.
     """
@@ -90,7 +90,7 @@ def warnings(environment: Mapping[str, str], peers: Sequence[Network]) -> Iterat
 
 
 def _named(environment: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each variable that is set, and the interfaces of this host that it names."""
+    """Yield each variable that is set, and the interfaces of this host that it names."""
     here = interfaces.names()
     address, pattern = environment.get(ADDRESS, "").strip(), environment.get(HCCL, "").strip()
     if address:  # "HCCL_IF_IP > HCCL_SOCKET_IFNAME"
@@ -132,7 +132,7 @@ def _all_of(variable: str, text: str, here: Sequence[str]) -> tuple[str, ...]:
 
 
 def _holder(text: str) -> str:
-    """The interface that has HCCL's address."""
+    """Return the interface that has HCCL's address."""
     address = _address(text)
     name = interfaces.with_address(str(address))
     if name is None:
@@ -148,7 +148,7 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _version(environment: Mapping[str, str]) -> tuple[int | None, str]:
-    """The IP version that HCCL is told to use, if it is told, and by what."""
+    """Return the IP version that HCCL is told to use, if it is told, and by what."""
     family, address = environment.get(FAMILY, "").strip(), environment.get(ADDRESS, "").strip()
     if family and family not in _VERSIONS:
         raise PolicyError(f"{FAMILY}={family} is no address family of HCCL's; write AF_INET or AF_INET6, or unset it")
@@ -158,7 +158,7 @@ def _version(environment: Mapping[str, str]) -> tuple[int | None, str]:
 
 
 def _fit_a_policy(names: Sequence[str]) -> bool:
-    """Whether a policy can hold these names, and a guard be told of them."""
+    """Return whether a policy can hold these names, and a guard be told of them."""
     try:
         Policy("0" * 12, (), (), tuple(names))
     except PolicyError:

@@ -52,7 +52,7 @@ class Entry:
 
 
 def of_list(text: str, source: str) -> Iterator[Entry]:
-    """The entries of a list with commas or white space between, `@FILE` standing for the hosts in that file.
+    """Yield the entries of a list with commas or white space between, `@FILE` standing for the hosts in that file.
 
     Raises PolicyError for a file that is no host file.
     """
@@ -64,7 +64,7 @@ def of_list(text: str, source: str) -> Iterator[Entry]:
 
 
 def of_file(name: str, place: str) -> Iterator[Entry]:
-    """The hosts in a file, one a line, `#` for comments; `host slots=8` as Open MPI and DeepSpeed write it.
+    """Yield the hosts in a file, one a line, `#` for comments; `host slots=8` as Open MPI and DeepSpeed write it.
 
     Raises PolicyError, which begins with `place`, for a file that is none.
     """
@@ -86,7 +86,7 @@ def of_file(name: str, place: str) -> Iterator[Entry]:
 
 
 def literal(word: str, place: str) -> Network | None:
-    """The network that a word writes out, an address being one of its own; None for a host name.
+    """Return the network that a word writes out, an address being one of its own; None for a host name.
 
     Raises PolicyError, which begins with `place`, for what is neither, and for what can be no peer.
     """
@@ -103,7 +103,7 @@ def literal(word: str, place: str) -> Network | None:
 
 
 def single(address: Address) -> Network:
-    """The network of one address; the zone of fe80::1%eth0 is not on the wire and goes."""
+    """Return the network of one address; the zone of fe80::1%eth0 is not on the wire and goes."""
     # By number: given an address, Python's networks write it as text and read that again.
     if isinstance(address, ipaddress.IPv4Address):
         return ipaddress.IPv4Network(int(address))
@@ -113,7 +113,7 @@ def single(address: Address) -> Network:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file exists, also where it cannot be looked at: reading it says why."""
+    """Return whether a file exists, also where it cannot be looked at: reading it says why."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -124,7 +124,7 @@ def is_there(path: Path) -> bool:
 
 
 def is_host(network: Network) -> bool:
-    """Whether another host can connect from there."""
+    """Return whether another host can connect from there."""
     start = network.network_address
     nowhere = network.prefixlen == network.max_prefixlen and start.is_unspecified
     return not (nowhere or start.is_loopback or network.is_multicast)

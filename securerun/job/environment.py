@@ -17,7 +17,7 @@ _ENDPOINT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]/]+))(?
 
 
 def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
-    """The job that a command is taken for. What is not certain is left open: the number of nodes, the endpoint."""
+    """Return the job that a command is taken for. What is not certain is left open: how many nodes, the endpoint."""
     least, most = _nodes(environment)
     rendezvous = _value(environment, "PET_RDZV_ENDPOINT")
     if rendezvous:
@@ -39,8 +39,9 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
 
 
 def _known_ports(environment: Mapping[str, str]) -> tuple[PortRange, ...]:
-    """The port of the job's store, also where its host is not named. What is no port (Kubernetes sets MASTER_PORT to
-    `tcp://10.96.0.7:2222` for a Service `master`) says nothing.
+    """Return the port of the job's store, also where its host is not named.
+
+    What is no port (Kubernetes sets MASTER_PORT to `tcp://10.96.0.7:2222` for a Service `master`) says nothing.
     """
     port = _port(environment)
     return (PortRange(port, port, Purpose.MASTER_PORT),) if port else ()
@@ -73,5 +74,5 @@ def _endpoint(text: str, default_port: int | None) -> Endpoint | None:
 
 
 def _value(environment: Mapping[str, str], *names: str) -> str:
-    """The first of these variables that is set to something."""
+    """Return the first of these variables that is set to something."""
     return next((environment[name].strip() for name in names if environment.get(name, "").strip()), "")

@@ -40,7 +40,7 @@ _ATTEMPTS = 8
 
 
 def addresses_of(peers: Iterable[Network], nodes: int = 0, ranks: int = 0) -> tuple[str, ...]:
-    """The addresses for the list: this host's own, and the peers'.
+    """Return the addresses for the list: this host's own, and the peers'.
 
     peers: who may connect, each by itself. nodes: how many the job may have. ranks: how many each node has.
 
@@ -53,7 +53,7 @@ def addresses_of(peers: Iterable[Network], nodes: int = 0, ranks: int = 0) -> tu
 
 
 def ranks_of(nproc_per_node: str) -> int:
-    """How many ranks --nproc-per-node stands for on this host; 0 for what torch is going to refuse."""
+    """Return how many ranks --nproc-per-node stands for on this host; 0 for what torch is going to refuse."""
     from torch.distributed.run import determine_local_world_size
 
     with contextlib.suppress(ValueError):
@@ -62,7 +62,7 @@ def ranks_of(nproc_per_node: str) -> int:
 
 
 def content(addresses: Sequence[str]) -> str:
-    """The file's text."""
+    """Return the file's text."""
     return json.dumps({"host_ip": list(addresses)})
 
 
@@ -153,7 +153,7 @@ def _prefix() -> str:
 
 
 def _new_directory(place: Path) -> tuple[Path, int]:
-    """A new directory of this user's alone, and a descriptor that holds its lock. Raises OSError."""
+    """Make a directory of this user's alone; returns it and a descriptor that holds its lock. Raises OSError."""
     for _ in range(_ATTEMPTS):
         made = Path(tempfile.mkdtemp(prefix=_prefix(), dir=place))
         # The sweep of another launcher may take it between its making and its locking.
@@ -166,7 +166,7 @@ def _new_directory(place: Path) -> tuple[Path, int]:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of a directory, with its lock, which goes with the last process that has it. Raises OSError."""
+    """Open a directory with its lock, which goes with the last process that has the descriptor. Raises OSError."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,7 +198,7 @@ def _sweep(place: Path) -> None:
 
 
 def _somebody_was_told_of(path: Path) -> bool:
-    """Whether a process of this user was started with this list (proc(5), environ)."""
+    """Return whether a process of this user was started with this list (proc(5), environ)."""
     return bool(processes.started_with(f"{FILE}={path}", proc.pids()))
 
 

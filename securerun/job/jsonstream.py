@@ -47,7 +47,7 @@ class ListStart:
 
 
 def pieces(file: TextIO, whole: Container[str]) -> Iterator[Piece]:
-    """Every value in a document, in its order; containers are entered, unless their path is one of `whole`.
+    """Yield every value in a document, in its order; containers are entered, unless their path is one of `whole`.
 
     Each list announces itself with a `ListStart`. Raises JSONError, and UnicodeDecodeError from the file.
     """
@@ -109,7 +109,7 @@ class _Text:
         self._ended = False
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the file."""
+        """Return the next character that is no white space; empty at the end of the file."""
         while True:
             space = _SPACE.match(self._window, self._place)
             self._place = space.end() if space else self._place
@@ -121,7 +121,7 @@ class _Text:
         self._place += 1
 
     def decode(self) -> object:
-        """The value that begins with the character that `peek` found."""
+        """Return the value that begins with the character that `peek` found."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._window, self._place)
@@ -136,13 +136,13 @@ class _Text:
                 return value
 
     def error(self, message: str, place: int | None = None, is_cut_off: bool = False) -> JSONError:
-        """What to raise for something wrong here."""
+        """Return what to raise for something wrong here."""
         place = self._place if place is None else place
         at_end = self._ended and _BEGINNING.fullmatch(self._window[place:].rstrip()) is not None
         return JSONError(message, self._line + self._window.count("\n", 0, place), is_cut_off or at_end)
 
     def _is_cut_off(self, error: json.JSONDecodeError) -> bool:
-        """Whether the text ends within a string: the error then stands where that begins, or at an escape in it."""
+        """Return whether the text ends within a string: the error is then where it begins, or at an escape in it."""
         in_escape = error.msg.startswith("Invalid \\u") and '"' not in self._window[error.pos :]
         return in_escape or error.msg.startswith("Unterminated")
 

@@ -75,7 +75,7 @@ class Command:
 
 
 def choose(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Launcher:
-    """The launcher of that name; for `auto`, the one that has what the command line asks for.
+    """Return the launcher of that name; for `auto`, the one that has what the command line asks for.
 
     parser: `parser_of_all()`.
     """
@@ -85,7 +85,7 @@ def choose(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str])
 
 
 def parser_of_all() -> argparse.ArgumentParser:
-    """A parser that knows every launcher's options, to tell which launcher a command line is for."""
+    """Return a parser that knows every launcher's options, to tell which launcher a command line is for."""
     from torch.distributed.run import get_args_parser
 
     parser: argparse.ArgumentParser = get_args_parser()
@@ -94,7 +94,7 @@ def parser_of_all() -> argparse.ArgumentParser:
 
 
 def values_of(parser: argparse.ArgumentParser) -> Arity:
-    """How many values the options of a parser take, for `securerun.options.take`.
+    """Return how many values the options of a parser take, for `securerun.options.take`.
 
     The function that is returned reads a token as argparse does (ArgumentParser._parse_optional): exact names,
     `--name=value`, abbreviations, short options run together. None means a positional argument; an option that the
@@ -116,7 +116,7 @@ def values_of(parser: argparse.ArgumentParser) -> Arity:
 
 
 def describe_job(namespace: argparse.Namespace) -> Job:
-    """The job that torch would run for these parsed arguments.
+    """Return the job that torch would run for these parsed arguments.
 
     Raises UsageError, in one line, where torch would raise in the middle of a launch.
     """
@@ -268,7 +268,7 @@ def _torch_npu_run(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequen
 
 
 def _missing_of_torch_npu(namespace: argparse.Namespace) -> Sequence[str]:
-    """What torch_npu_run needs beside torch 2.12 and newer, whose parser has no default for --master-port.
+    """Return what torch_npu_run needs beside torch 2.12 and newer, whose parser has no default for --master-port.
 
     It listens at --master-addr and --master-port even if an endpoint is given, and tells its workers the endpoint;
     without a port it would try to listen at `127.0.0.1:None`. So an endpoint stands for what is not given.
@@ -308,7 +308,7 @@ def _import_torch_npu() -> Any:  # noqa: ANN401 - a module
 
 
 def _asks_for_torch_npu(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> bool:
-    """Whether the rendezvous is torch_npu's own, or an option is that torchrun does not have."""
+    """Return whether the rendezvous is torch_npu's own, or an option is that torchrun does not have."""
     if os.environ.get(f"PET_{_TIERED.upper()}", "").lower() == "true":
         return True
     try:

@@ -66,7 +66,7 @@ def find_peers(
     environment: Mapping[str, str] | None = None,
     tell: Tell = lambda words: None,
 ) -> Peers:
-    """Who may connect to this job.
+    """Return who may connect to this job.
 
     environment: where batch systems leave what they know; this process' own by default.
     tell: takes one line for the user, when something has to be waited for.
@@ -88,7 +88,7 @@ def find_peers(
 
 
 def again(peers: Peers, resolve: Resolver = resolver.addresses_of) -> Peers:
-    """The same peers with the addresses that their names have now: pods come back with other ones.
+    """Return the same peers with the addresses that their names have now: pods come back with other ones.
 
     A name that has no address any more has none; one that the name service could not be asked for keeps what it had.
     Takes `resolver.SECONDS` at most; it has nothing to ask where `peers.named` is empty.
@@ -239,7 +239,7 @@ def _is_any(listed: _List) -> bool:
 
 
 def _written_out(entry: Entry, listed: _List, question: _Question) -> tuple[Network, ...]:
-    """The networks of an entry that need no name service."""
+    """Return the networks of an entry that need no name service."""
     if entry.is_keyword:
         if entry.word == ANY:
             return EVERY_HOST
@@ -282,7 +282,7 @@ def _ask_all(
 
 
 def _count(entry: Entry, fixed: tuple[Network, ...], networks: tuple[Network, ...], listed: _List) -> int | None:
-    """How many hosts an entry is."""
+    """Return how many hosts an entry is."""
     if any(network.prefixlen != network.max_prefixlen for network in fixed):
         return None
     if listed.counted:
@@ -306,7 +306,7 @@ def _refuse_nowhere(entry: Entry, outcomes: Iterable[Outcome]) -> None:
 
 
 def _now(outcome: Outcome, before: tuple[Network, ...]) -> tuple[Network, ...]:
-    """The networks of a name after it was asked for."""
+    """Return the networks of a name after it was asked for."""
     if isinstance(outcome, tuple):
         return tuple(network for network in map(_single, outcome) if entries.is_host(network))
     return () if resolver.is_gone(outcome) else before
@@ -317,7 +317,7 @@ def _single(address: str) -> Network:
 
 
 def _is_this_host(names: Iterable[str]) -> bool:
-    """Whether one of a node's names is this host's own, in full or without its domain."""
+    """Return whether one of a node's names is this host's own, in full or without its domain."""
     own = socket.gethostname()
     short = own.partition(".")[0]
     return any(name in {own, short} or (own == short and name.partition(".")[0] == own) for name in names)
@@ -329,7 +329,7 @@ def _ports_of(table: ranktable.RankTable) -> tuple[PortRange, ...]:
 
 
 def _with_ports_of_table(peers: Peers, question: _Question) -> Peers:
-    """A rank table has ports for HCCL also where it does not name the peers; then nothing waits for it."""
+    """Add the ports that a rank table has for HCCL where it does not name the peers; then nothing waits for it."""
     location = ranktable.locate(question.environment, lambda note: None)
     if location is None:
         return peers
@@ -348,7 +348,7 @@ def _own_addresses() -> frozenset[str]:
 
 
 def _subnet(options: Options, job: Job, place: str, resolve: Resolver) -> tuple[Network, ...]:
-    """The networks of the chosen interfaces, else of the one that leads to the endpoint, else of the only one."""
+    """Return the networks of the chosen interfaces, else of the one towards the endpoint, else of the only one."""
     wanted = interfaces.require(interfaces.parse(options.interface), options.interface_source)
     wanted = wanted or _interface_to(job, resolve) or interfaces.with_networks()
     if not options.interface and len(wanted) > 1:
@@ -376,7 +376,7 @@ def _interface_to(job: Job, resolve: Resolver) -> tuple[str, ...]:
 
 
 def _too_few(hosts: Sequence[_Host], job: Job, source: str) -> Iterator[str]:
-    """A warning for the job that waits for a node which may not connect. A list may hold this host, or leave it out."""
+    """Warn of a job that waits for a node which may not connect. A list may hold this host, or leave it out."""
     counts = [host.hosts for host in hosts]
     others = sum(count for count in counts if count is not None)
     if None in counts or others >= job.max_nodes:

@@ -42,7 +42,7 @@ def plan_ports(
     source: str = "--ports",
     known: Iterable[PortRange] = (),
 ) -> tuple[PortRange, ...]:
-    """The ports of a job, in ascending order, each range once.
+    """Return the ports of a job, in ascending order, each range once.
 
     The endpoint's port is planned on every node, since any of them may turn out to hold the store; HCCL's ports are
     planned on every host, with or without NPUs in sight; so is what the job is known to listen on. `extra` is what the
@@ -58,7 +58,7 @@ def plan_ports(
 
 
 def ranges(numbers: Iterable[int], purpose: Purpose) -> tuple[PortRange, ...]:
-    """Ports as ranges, in ascending order; those that follow one another are one range.
+    """Return ports as ranges, in ascending order; those that follow one another are one range.
 
     Raises PolicyError for what is no TCP port.
     """
@@ -107,7 +107,7 @@ def _hccl_base(text: str) -> int:
 
 
 def _parse(text: str, purpose: Purpose, source: str) -> Iterator[PortRange]:
-    """The ranges in a list such as `7000,8000-8010`."""
+    """Yield the ranges in a list such as `7000,8000-8010`."""
     words = [word for word in re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", text)) if word]
     if not words:
         raise PolicyError(f"{source}: {text!r} names no port; write ports and ranges as in 7000,8000-8010")
@@ -126,7 +126,7 @@ def _parse(text: str, purpose: Purpose, source: str) -> Iterator[PortRange]:
 
 
 def _cann_version(environment: Mapping[str, str]) -> tuple[int, int]:
-    """The newest CANN that the files under ASCEND_HOME_PATH speak of; (0, 0) if none does.
+    """Return the newest CANN that the files under ASCEND_HOME_PATH speak of; (0, 0) if none does.
 
     Where files disagree the newest counts: sixteen closed ports too many do no harm, too few would.
     """
@@ -138,7 +138,7 @@ def _cann_version(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _cann_files(home: Path) -> Iterator[str]:
-    """What torch_npu.utils.collect_env and the CANN documentation read to tell the version."""
+    """Yield what torch_npu.utils.collect_env and the CANN documentation read to tell the version."""
     architecture = home / f"{platform.machine()}-linux"
     candidates = (
         *architecture.glob("ascend_*_install.info"),

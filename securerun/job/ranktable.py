@@ -101,7 +101,7 @@ class RankTable:
         return tuple(Entry(server.addresses, place) for server, place in places.items())
 
     def ports(self, own: Callable[[], Collection[str]]) -> tuple[int, ...]:
-        """The ports that HCCL is told to use on this host; those of every host, if none has an address of this one.
+        """Return the ports that HCCL is told to use on this host; those of all, if none has an address of this one.
 
         own: this host's addresses; asked only if there are ports.
         """
@@ -135,7 +135,7 @@ class Unfinished(PolicyError):
 
 
 def locate(environment: Mapping[str, str], note: Tell) -> Location | None:
-    """The rank table that the environment names, else the one that MindCluster or ModelArts has mounted.
+    """Return the rank table that the environment names, else the one that MindCluster or ModelArts has mounted.
 
     note: told of a table that the environment names and this host does not have.
     """
@@ -279,7 +279,7 @@ class _Table:
         self._ranks.setdefault(addresses, set()).update(self._ports([members]))
 
     def _ports(self, devices: Iterable[Mapping[str, object]]) -> tuple[int, ...]:
-        """The host_port of each device that has one: text in version 1.2, a number in 2.0."""
+        """Return the host_port of each device that has one: text in version 1.2, a number in 2.0."""
         found = {_text(device["host_port"]) for device in devices if device.get("host_port") is not None}
         return tuple(self._port(text) for text in found if text)
 
@@ -299,7 +299,7 @@ def _of_ranks(addresses: tuple[str, ...], ports: set[int]) -> Server:
 
 
 def _host_addresses(rank: Mapping[str, object]) -> Iterator[str]:
-    """The addresses of a rank that are its host's."""
+    """Yield the addresses of a rank that are its host's."""
     for level in _objects(rank.get("level_list")):
         for address in _objects(level.get("rank_addr_list")):
             kind, ports = _text(address.get("addr_type", "")).upper(), address.get("ports")
@@ -334,7 +334,7 @@ def _port_number(text: str) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def _usable(text: str) -> str:
-    """The address of a host that can connect, in its usual form; empty for any other text."""
+    """Return the address of a host that can connect, in its usual form; empty for any other text."""
     if not _LIKE_ADDRESS.match(text) or not is_address(text):
         return ""
     network = entries.single(ipaddress.ip_address(text))
@@ -365,7 +365,7 @@ def _refuse_unreadable(status: os.stat_result, source: str) -> None:
 
 
 def _version(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written or replaced."""
+    """Return what changes when a file is written or replaced."""
     try:
         status = path.stat()
     except OSError:

@@ -23,7 +23,7 @@ _SECONDS_A_NAME_IN_A_HURRY = 0.01
 
 
 def pace(names: int) -> tuple[float, float]:
-    """The shortest and the longest pause, in seconds, between two times that so many names are asked for."""
+    """Return the shortest and the longest pause, in seconds, between two times that so many names are asked for."""
     return max(LEAST_SECONDS, names * _SECONDS_A_NAME_IN_A_HURRY), max(MOST_SECONDS, names * _SECONDS_A_NAME)
 
 

@@ -23,7 +23,7 @@ _STALLED_SECONDS = 0.05
 
 
 def addresses_of(name: str) -> Iterable[str]:
-    """All addresses of a host name, A and AAAA records or the hosts file; OSError where it has none."""
+    """Return all addresses of a host name, A and AAAA records or the hosts file; OSError where it has none."""
     found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     return dict.fromkeys(str(address[4][0]) for address in found)
 
@@ -87,12 +87,12 @@ def ask_patiently(
 
 
 def has_answered(group: Iterable[str], outcomes: dict[str, Outcome]) -> bool:
-    """Whether one of these names has addresses."""
+    """Return whether one of these names has addresses."""
     return any(isinstance(outcomes[name], tuple) for name in group)
 
 
 def is_gone(outcome: Outcome) -> bool:
-    """Whether the name service knows that a name has no address; not that it could not be asked."""
+    """Return whether the name service knows that a name has no address; not that it could not be asked."""
     if not isinstance(outcome, socket.gaierror):
         return False
     # EAI_NODATA is glibc's: the name is there and has no address.

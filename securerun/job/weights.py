@@ -12,7 +12,7 @@ ALLOWED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def is_true(text: str) -> bool:
-    """Whether torch takes a variable's text for yes."""
+    """Return whether torch takes a variable's text for yes."""
     return text.lower() in {"1", "y", "yes", "true"}
 
 

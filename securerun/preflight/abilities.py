@@ -72,7 +72,7 @@ class Ability:
 
 
 def find() -> tuple[Ability, ...]:
-    """All of them, in the order in which they build on each other."""
+    """Return all of them, in the order in which they build on each other."""
     return (_kernel(), _capabilities(), _cgroup(), _shield(), *_port_chains(), _reserved_ports(), *_guards())
 
 
@@ -123,7 +123,7 @@ def _shield() -> Ability:
 
 
 def _try_shield(policy: Policy) -> str:
-    """The name of the program that the kernel took. Raises CgroupUnavailable or ShieldUnavailable."""
+    """Return the name of the program that the kernel took. Raises CgroupUnavailable or ShieldUnavailable."""
     with contextlib.ExitStack() as undo:
         made = cgroup.make_job_cgroup(cgroup.path_of_job_cgroup(os.getpid(), policy.run_id))
         undo.callback(made.close)
@@ -150,7 +150,7 @@ def _port_chains() -> Iterator[Ability]:
 
 
 def _found_backend(backend: str) -> str:
-    """What of a backend is here. Raises PortChainsUnavailable."""
+    """Return what of a backend is here. Raises PortChainsUnavailable."""
     if backend == "legacy":
         # Its libraries register the tables, and load modules, as soon as they are asked anything.
         if any((path / "iptc" / "__init__.py").is_file() for path in packages.directories()):
@@ -183,7 +183,7 @@ def _reserved_ports() -> Ability:
 
 
 def _guards() -> Iterator[Ability]:
-    """Whether a guard answers, by the first way that leads to one; it is let go before it has an order."""
+    """Try whether a guard answers, by the first way that leads to one; it is let go before it has an order."""
     answered = ""
     for way in ways.ways():
         about = partial(Ability, f"guard {way.name}", way=way.name)
@@ -198,7 +198,7 @@ def _guards() -> Iterator[Ability]:
 
 
 def _refusal(way: Way) -> str:
-    """Why no guard can be had by a way that has no obstacle; "" if one can."""
+    """Return why no guard can be had by a way that has no obstacle; "" if one can."""
     try:
         connection = way.open()
     except OSError as error:

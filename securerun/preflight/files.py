@@ -49,7 +49,7 @@ _DEBUG_OPTION = re.compile(r"--[\w-]*(prof|dump|trace)[\w-]*(dir|path)", re.IGNO
 
 
 def changeable_programs(scene: Scene) -> Iterator[Finding]:
-    """The script, what its arguments name, the rank table, the packages: by whom they can be changed.
+    """Find who can change the script, what its arguments name, the rank table and the packages.
 
     Each weak place once: a directory that everybody may write to is above many of them.
     """
@@ -93,7 +93,7 @@ CHECKS = (changeable_programs, changeable_configuration, open_keys, open_directo
 
 
 def of_launch(scene: Scene) -> Iterator[Path]:
-    """The files and directories that are a launch's own: what its command names, its rank table, its logs and caches.
+    """Yield the files and directories that are a launch's own: what its command names, rank table, logs, caches.
 
     Not what comes with the system or with Python.
     """
@@ -105,7 +105,7 @@ def of_launch(scene: Scene) -> Iterator[Path]:
 
 
 def _named(scene: Scene) -> Iterator[tuple[str, str, Path]]:
-    """The script or program of a command, and the files that its arguments name: name of the check, words, path."""
+    """Yield the script or program of a command, and the files that its arguments name: check, words, path."""
     if not scene.command:
         return
     first, *arguments = scene.command
@@ -129,7 +129,7 @@ def _script(name: str) -> Path | None:
 
 
 def _module(name: str) -> Path | None:
-    """Where `python -m` finds a module's outermost package; to find more, Python would have to run it."""
+    """Return where `python -m` finds a module's outermost package; to find more, Python would have to run it."""
     specification = importlib.machinery.PathFinder.find_spec(name.partition(".")[0], [str(Path.cwd()), *sys.path])
     if specification is None:
         return None
@@ -139,7 +139,7 @@ def _module(name: str) -> Path | None:
 
 
 def _packages() -> Iterator[tuple[str, str, Path]]:
-    """Where this Python looks for modules: site-packages, the standard library, PYTHONPATH."""
+    """Yield where this Python looks for modules: site-packages, the standard library, PYTHONPATH."""
     for entry in sys.path:
         path = Path(entry or ".")
         if path.is_dir():
@@ -185,7 +185,7 @@ def _directories_of_options(scene: Scene) -> Iterator[tuple[str, Path]]:
 
 
 def _directory(scene: Scene, variable: str, usual: str) -> Path | None:
-    """The directory that a variable names, or the usual one; None where there is neither."""
+    """Return the directory that a variable names, or the usual one; None where there is neither."""
     text = scene.environment.get(variable, "").strip() or usual
     if not text:
         return None
@@ -202,7 +202,7 @@ def _weakness(path: Path, owners: Collection[int]) -> WeakPoint | None:
 
 
 def _trusted_owners() -> frozenset[int]:
-    """Who may own what a job runs: root, and the job's user.
+    """Return who may own what a job runs: root, and the job's user.
 
     In a user namespace whoever has no number there has the overflow user's (user_namespaces(7)), the host's root too.
     """

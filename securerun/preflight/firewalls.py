@@ -49,7 +49,7 @@ CHECKS = (turned_away,)
 
 
 def _packets(scene: Scene) -> Iterator[Packet]:
-    """What peers would send first, to some ports of the plan and to one of those that are chosen at random."""
+    """Yield what peers would send first, to some ports of the plan and to one of those that are chosen at random."""
     from securerun.preflight.rules import Packet
 
     numbers = [planned.first for planned in scene.ports[:_PORTS_TRIED]] + [_random_port()]
@@ -66,7 +66,7 @@ def _packets(scene: Scene) -> Iterator[Packet]:
 
 
 def _interface_to(network: Network, scene: Scene) -> str | None:
-    """Where a peer's packets come in, if there is no doubt about it."""
+    """Return where a peer's packets come in, if there is no doubt about it."""
     names = scene.interfaces
     if not names:
         with contextlib.suppress(OSError):
@@ -75,18 +75,18 @@ def _interface_to(network: Network, scene: Scene) -> str | None:
 
 
 def _other_host_of(network: Network) -> Address | None:
-    """A host of a network that is not this one; None where it holds no other."""
+    """Return a host of a network that is not this one; None where it holds no other."""
     hosts = [network.network_address] if network.num_addresses == 1 else [network[1], network[-2]]
     return next((host for host in hosts if not _is_own(host)), None)
 
 
 def _random_port() -> int:
-    """A port from the middle of those that gloo, NCCL and torch get from the kernel."""
+    """Return a port from the middle of those that gloo, NCCL and torch get from the kernel."""
     return sum(port_ranges.handed_out()) // 2
 
 
 def _is_own(address: Address) -> bool:
-    """Whether this host has the address: its packets come over the loopback."""
+    """Return whether this host has the address: its packets come over the loopback."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -122,7 +122,7 @@ def _opening(manager: str, entrance: Entrance, source: Address) -> str:
 
 
 def _manager() -> str:
-    """The program that keeps this host's rules, if one of the two does: its own command has to open them."""
+    """Return the program that keeps this host's rules, if one of the two does: its own command has to open them."""
     if _is_running_firewalld():
         return "firewalld"
     return "ufw" if _is_enabled_ufw() else ""

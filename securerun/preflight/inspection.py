@@ -76,7 +76,7 @@ def inspect(plan: Plan, early: Early, hear: Hear = nobody) -> tuple[Finding, ...
 
 
 def inspect_inner(job: Job, asked: Options, early: Early) -> tuple[Finding, ...]:
-    """The same inside of a run, where only a launch that asks for it is looked at: ports and peers are that run's."""
+    """Do the same inside of a run, where only who asks for it is looked at: ports and peers are that run's."""
     mode = asked.preflight or OFF
     if mode == OFF:
         return ()
@@ -99,7 +99,7 @@ def tell(findings: Iterable[Finding]) -> None:
 
 
 def _permissions(scene: Scene, asked: Options) -> tuple[Finding, ...]:
-    """What a report says of the launch's files."""
+    """Return what a report says of the launch's files."""
     if asked.report is None or asked.dry_run:
         return ()
     from securerun.audit import glance
@@ -125,7 +125,7 @@ def _mode(asked: Options) -> str:
 
 
 def _shared_port(job: Job) -> int | None:
-    """The port of the job's store, where another agent of the job may have it on this host already."""
+    """Return the port of the job's store, where another agent of the job may have it on this host already."""
     endpoint = job.meeting_point
     if endpoint is None or (job.first_node_listens and job.node_rank == 0):
         return None

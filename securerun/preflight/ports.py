@@ -70,7 +70,7 @@ def _is_in_the_way(listener: Listener, scene: Scene) -> bool:
 
 
 def _holders() -> dict[int, int]:
-    """The process of each socket, by inode; without those that this user may not look into."""
+    """Return the process of each socket, by inode; without those that this user may not look into."""
     return proc.sockets_of(proc.pids())
 
 

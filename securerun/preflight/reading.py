@@ -53,7 +53,7 @@ class Reading:
                 self.readable = True
 
     def entrances(self) -> tuple[Entrance, ...]:
-        """The chains that packets to this host pass, securerun's own left out."""
+        """Return the chains that packets to this host pass, securerun's own left out."""
         if self._entrances is None:
             self._entrances = tuple(self._read())
         return self._entrances

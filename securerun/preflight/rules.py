@@ -51,7 +51,7 @@ class Rule:
     verdict: Verdict
 
     def holds(self, packet: Packet) -> bool | None:
-        """Whether all conditions hold; None where that cannot be told."""
+        """Return whether all conditions hold; None where that cannot be told."""
         answers = [condition(packet) for condition in self.conditions]
         return False if False in answers else None if None in answers else True
 
@@ -71,7 +71,7 @@ class Entrance:
     chains: Mapping[str, Sequence[Rule]] = field(repr=False)
 
     def turns_away(self, packet: Packet) -> bool:
-        """Whether it certainly drops or rejects the packet."""
+        """Return whether it certainly drops or rejects the packet."""
         if self.version not in (0, packet.source.version):
             return False
         ends = self._walk(self.chain, packet, 0)
@@ -100,7 +100,7 @@ class Entrance:
 
 
 def read_saved(text: str, version: int, ours: str) -> Iterator[Entrance]:
-    """The INPUT chain in iptables-save's text of the filter table. ours: a chain to leave out."""
+    """Yield the INPUT chain of iptables-save's text of the filter table. ours: a chain to leave out."""
     chains: dict[str, list[Rule]] = {}
     policy = ""
     for line in text.splitlines():
@@ -156,7 +156,7 @@ def _saved_rule(words: Sequence[str]) -> Rule:
 
 
 def _values(words: Sequence[str], start: int) -> list[str]:
-    """The words up to the next option; iptables-save writes no value that begins with a dash."""
+    """Return the words up to the next option; iptables-save writes no value that begins with a dash."""
     values = []
     for word in words[start:]:
         if word == "!" or (word.startswith("-") and len(word) > 1):
@@ -178,7 +178,7 @@ def _target(option: str, name: str) -> Verdict:
 
 
 def _saved_condition(option: str, values: Sequence[str]) -> Condition | None:
-    """The condition of one option; None for one that says nothing (the name of a match, a comment)."""
+    """Return the condition of one option; None for one that says nothing (the name of a match, a comment)."""
     value = values[0] if values else ""
     if option in ("-m", "--comment"):
         return None
@@ -215,7 +215,7 @@ def _is_in(address: Address, text: str) -> bool | None:
 
 
 def _is_named(interface: str | None, pattern: str) -> bool | None:
-    """Whether a packet came through an interface; `eth+` and `eth*` are all that begin so."""
+    """Return whether a packet came through an interface; `eth+` and `eth*` are all that begin so."""
     if pattern == "lo":
         return False
     if interface is None:
@@ -224,14 +224,14 @@ def _is_named(interface: str | None, pattern: str) -> bool | None:
 
 
 def _has_port(text: str, port: int) -> bool | None:
-    """Whether a port is in a list such as `22,8000:8010`."""
+    """Return whether a port is in a list such as `22,8000:8010`."""
     ranges = [re.fullmatch(r"(\d+)(?::(\d+))?", word) for word in text.split(",")]
     ends = [(int(match[1]), int(match[2] or match[1])) for match in ranges if match]
     return any(first <= port <= last for first, last in ends) if len(ends) == len(ranges) else None
 
 
 def _has_flags(looked_at: str, wanted: str) -> bool:
-    """Whether a SYN, which has no other flag, has of these flags those that are wanted."""
+    """Return whether a SYN, which has no other flag, has of these flags those that are wanted."""
     every = {"FIN", "SYN", "RST", "PSH", "ACK", "URG"}
     named = [
         every if word == "ALL" else set() if word == "NONE" else set(word.split(",")) for word in (looked_at, wanted)
@@ -245,7 +245,7 @@ _VERSIONS = {"ip": 4, "ip6": 6, "inet": 0}
 
 
 def read_listed(text: str, ours: str) -> Iterator[Entrance]:
-    """The base chains at the input hook in the output of `nft -j list ruleset`. ours: how our own tables begin."""
+    """Yield the base chains at the input hook in the output of `nft -j list ruleset`. ours: how our tables begin."""
     objects = [item for item in json.loads(text).get("nftables", ()) if isinstance(item, dict)]
     sets: dict[tuple[str, str, str], Any] = {}
     tables: dict[tuple[str, str], dict[str, list[Rule]]] = {}
@@ -278,7 +278,7 @@ class _ListedRule:
         self._table = table
 
     def rules(self, expressions: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
-        """A rule as one of ours; one with a verdict map is one for each of its elements."""
+        """Read a rule as one of ours; one with a verdict map is one for each of its elements."""
         conditions: list[Condition] = []
         for expression in expressions:
             ((kind, body),) = expression.items()
@@ -308,7 +308,7 @@ class _ListedRule:
         return lambda packet: self._is(_value_of(left, packet), right)
 
     def _is(self, value: Any, right: Any) -> bool | None:  # noqa: ANN401 - JSON
-        """Whether a packet's value is the right side of a match, or among it. None: not known."""
+        """Return whether a packet's value is the right side of a match, or among it. None: not known."""
         if value is None:
             return None
         if value == ():  # a packet that has no such field, or no such state
@@ -346,7 +346,7 @@ def _listed_verdict(body: Mapping[str, Any]) -> Verdict:
 
 
 def _value_of(left: Any, packet: Packet) -> Any:  # noqa: ANN401 - JSON
-    """What the left side of a match is of this packet; None where that is not known, a tuple for one of several."""
+    """Return what the left of a match is of this packet; None where that is not known, a tuple for one of several."""
     if not isinstance(left, dict):
         return None
     ((kind, body),) = left.items()
@@ -413,5 +413,5 @@ def _is_between(value: Any, first: Any, last: Any) -> bool | None:  # noqa: ANN4
 
 
 def _element(element: Any) -> Any:  # noqa: ANN401 - JSON
-    """An element of a set, without its time-out, counter or comment."""
+    """Return an element of a set, without its time-out, counter or comment."""
     return element["elem"]["val"] if isinstance(element, dict) and "elem" in element else element

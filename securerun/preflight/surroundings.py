@@ -26,7 +26,10 @@ _VERSION = re.compile(r"([0-9]+)\.([0-9]+)")
 
 
 def shells_umask(scene: Scene) -> Iterator[Finding]:
-    """The shell's own umask: the job's is securerun's, but what stands beside it in the job script has the shell's."""
+    """Find a loose umask of the shell's own.
+
+    The job's is securerun's, but what stands beside it in the job script has the shell's.
+    """
     if scene.umask & umask.LEAST != umask.LEAST:
         yield Finding(
             "umask",
@@ -37,7 +40,7 @@ def shells_umask(scene: Scene) -> Iterator[Finding]:
 
 
 def root(scene: Scene) -> Iterator[Finding]:
-    """A job that runs as root."""
+    """Find a job that runs as root."""
     if scene.command and os.geteuid() == 0:
         yield Finding(
             "root",
@@ -67,7 +70,7 @@ def address_randomisation(scene: Scene) -> Iterator[Finding]:
 
 
 def torch_release(scene: Scene) -> Iterator[Finding]:
-    """A torch whose `torch.load` runs code whatever it is told (CVE-2025-32434)."""
+    """Find a torch whose `torch.load` runs code whatever it is told (CVE-2025-32434)."""
     version = _torch_version()
     match = _VERSION.match(version)
     if match and (int(match.group(1)), int(match.group(2))) < _SAFE_TORCH:
@@ -80,7 +83,7 @@ def torch_release(scene: Scene) -> Iterator[Finding]:
 
 
 def code_in_weights(scene: Scene) -> Iterator[Finding]:
-    """The variable that has torch.load run code again."""
+    """Find the variable that has torch.load run code again."""
     value = scene.environment.get(weights.ALLOWED, "")
     if weights.is_true(value):
         yield Finding(
@@ -111,7 +114,7 @@ CHECKS = (shells_umask, root, address_randomisation, torch_release, code_in_weig
 
 
 def _torch_version() -> str:
-    """The loaded torch's, else that of the installed one; "" where there is none. Nothing is imported for it."""
+    """Return the loaded torch's, else that of the installed one; "" where there is none. Nothing is imported for it."""
     loaded = sys.modules.get("torch")
     if loaded is not None:
         return str(getattr(loaded, "__version__", ""))
