@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # As root: sets up, then runs the tests over a copy of the tree in which every process of securerun notes the branches
-# that it takes, and reports those of the privileged side. Arguments go to pytest: scripts/coverage.sh tests/ctl/test_ctl.py
+# that it takes, and reports those of what runs as root: guard, firewall and linux. Arguments go to pytest:
+#   scripts/coverage.sh tests/ctl/test_ctl.py
 # Tests of what the guard imports and how small it is fail here: it holds the tool that watches it. What a killed process
 # did is not known; so the child of the shield's self-test (selftest.py), which its parent kills, does not count.
 set -euo pipefail
@@ -23,7 +24,7 @@ data_file = $place/data/coverage
 source = $place/securerun
 patch = fork, _exit, execv
 [report]
-include = */securerun/guard/*, */securerun/firewall/*
+include = */securerun/guard/*, */securerun/firewall/*, */securerun/linux/*
 exclude_also =
     if TYPE_CHECKING:
     def (_answer_and_exit|_errno_of|_enter|_listed|_send_to_self|_send_over)\(

@@ -187,6 +187,15 @@ def test_no_module_is_named_after_nothing() -> None:
     assert not [name for name in _modules() if NO_NAMES.intersection(name.split("."))]
 
 
+def test_the_picture_of_the_wings_shows_them_in_this_order() -> None:
+    page = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.search(r"^ wing .*?\n ─+ .*?\n(.*?)\n ─+\n(.*)", page, re.DOTALL | re.MULTILINE)
+    assert rows, "the picture has a line below its heads, and one above the last floor"
+    first_column = [re.findall(r"\w+", row[:14]) for row in rows[1].splitlines()]
+    assert [name for names in first_column for name in names] == [name for wing in WINGS[1:-1] for name in wing]
+    assert tuple(re.findall(r"\w+", rows[2].partition("  ")[0])) == WINGS[-1]
+
+
 def _lines(rule: str, found: list[Import] | list[str]) -> str:
     return "\n  ".join([rule, *map(str, found)])
 
