@@ -21,7 +21,7 @@ from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denial, Layer, Policy, PortRange, merged
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import neighbours, reaper, records, reserved
+from securerun.guard import neighbours, reaper, records, reserved, run_directory
 from securerun.guard.caller import ROOT, Caller
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
@@ -82,7 +82,7 @@ class Lease:
         Raises PortChainsUnavailable or PrivilegeError, and PolicyError for a port that is also another user's.
         """
         new = dataclasses.replace(self.policy, ports=tuple(ports))
-        with _recording() as directory:
+        with run_directory.recording() as directory:
             neighbours.require_harmless(dataclasses.replace(self.record, policy=new), records.read_all(directory))
         self.policy = dataclasses.replace(self.policy, ports=(*self.policy.ports, *new.ports))
         self.write(policy=self.policy)
@@ -96,7 +96,7 @@ class Lease:
         """
         policy = dataclasses.replace(self.policy, peers=networks)
         require_permitted_peers(self.site, policy, self.caller)
-        with _recording() as directory:
+        with run_directory.recording() as directory:
             run = dataclasses.replace(self.record, policy=policy)
             neighbours.require_harmless_peers(run, records.read_all(directory))
         if self.shield is not None:
@@ -109,7 +109,7 @@ class Lease:
         """Put the port chains in place again. Raises PortChainsUnavailable or PrivilegeError."""
         if self.chains is None:
             return
-        with records.host_lock():
+        with run_directory.host_lock():
             self.chains.install(self.policy, self.drops.group if self.drops else None)
 
     def chains_stand(self) -> bool:
@@ -120,14 +120,14 @@ class Lease:
         """Reserve the job's ports again if somebody took them off the list. Raises PrivilegeError."""
         if reserved.are_reserved(self.record.reserved):
             return
-        with _recording() as directory:
+        with run_directory.recording() as directory:
             reserved.settle(directory)
 
     def write(self, **changes: object) -> None:
         """Change the run's record. Raises PrivilegeError when it cannot be written."""
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
-        with _recording() as directory:
-            records.write(directory, self.record)
+        with run_directory.recording() as directory:
+            run_directory.write(directory, self.record)
 
     def is_over(self) -> bool:
         """Whether the launcher and all that came from it are gone."""
@@ -164,7 +164,7 @@ class Lease:
         if self.cgroup is not None:
             self.cgroup.remove()
             self.cgroup.close()
-        with records.host_lock() as directory:
+        with run_directory.host_lock() as directory:
             if self.chains is not None:
                 self.chains.remove()
             _remove_record(directory, self.policy.run_id)
@@ -191,7 +191,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
             )
         if lease.shield is None:
             _require_sight_of_listeners()
-            with _recording() as directory:
+            with run_directory.recording() as directory:
                 neighbours.require_unweakened(lease.record, records.read_all(directory))
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended():
@@ -218,7 +218,7 @@ def _require_sight_of_listeners() -> None:
 
 def _begin(lease: Lease) -> None:
     """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
-    with _recording() as directory:
+    with run_directory.recording() as directory:
         lease.notes += tuple(reaper.reap_all(directory))
         known = records.read_all(directory)
         own = next((record for record in known if record.run_id == lease.policy.run_id), None)
@@ -239,12 +239,12 @@ def _reserve_ports(lease: Lease, directory: int) -> None:
     try:
         choice = reserved.choose(directory, lease.policy.ports, lease.policy.run_id)
         lease.record = dataclasses.replace(lease.record, reserved=choice.reserved)
-        records.write(directory, lease.record)
+        run_directory.write(directory, lease.record)
         reserved.settle(directory)
         lease.notes += tuple(_too_many(choice.left_out))
     except ReservationUnavailable as error:
         lease.record = dataclasses.replace(lease.record, reserved=())
-        records.write(directory, lease.record)
+        run_directory.write(directory, lease.record)
         lease.notes += (_unreserved(lease.policy.ports, error),)
 
 
@@ -356,10 +356,10 @@ def _add_chains(lease: Lease) -> None:
         return
     drops = _open_drop_log(order.policy.run_id)
     try:
-        with records.host_lock() as directory:
+        with run_directory.host_lock() as directory:
             chains = _choose(order, lease.caller, directory)
             lease.record = dataclasses.replace(lease.record, layers=(*lease.guarding.layers, _layer(chains)))
-            records.write(directory, lease.record)
+            run_directory.write(directory, lease.record)
             lease.chains = chains
             _install(chains, order.policy, drops)
             lease.drops = drops
@@ -416,7 +416,7 @@ def _open_drop_log(run_id: str) -> DropLog | None:
 def _remove_chains(lease: Lease) -> None:
     if lease.chains is None:
         return
-    with records.host_lock(), contextlib.suppress(PortChainsUnavailable):
+    with run_directory.host_lock(), contextlib.suppress(PortChainsUnavailable):
         lease.chains.remove()
 
 
@@ -432,26 +432,14 @@ def _remove_cgroup(lease: Lease) -> None:
 
 def _undo_record(run_id: str) -> None:
     """Undo without hiding the error that made us undo; where that fails, the record stays, for a reaper."""
-    with records.host_lock() as directory, contextlib.suppress(ReservationUnavailable):
+    with run_directory.host_lock() as directory, contextlib.suppress(ReservationUnavailable):
         _remove_record(directory, run_id)
 
 
 def _remove_record(directory: int, run_id: str) -> None:
     """Give back the ports that the run reserved, and remove the record that names them."""
     reserved.give_back(directory, run_id)
-    records.remove(directory, run_id)
-
-
-@contextlib.contextmanager
-def _recording() -> Iterator[int]:
-    """The host's lock, with what goes wrong on the disk put into words."""
-    try:
-        with records.host_lock() as directory:
-            yield directory
-    except OSError as error:
-        raise PrivilegeError(
-            f"the run cannot be recorded in {records.DIRECTORY}: {error.strerror}; make room there, then try again"
-        ) from error
+    run_directory.remove(directory, run_id)
 
 
 def _record(order: Order, caller: Caller) -> Record:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
-from securerun.guard import records
+from securerun.guard import records, run_directory
 from securerun.guard.records import Record
 from securerun.linux import port_ranges, proc
 from securerun.linux.port_ranges import Ports, Ranges, ReservationUnavailable, numbers, understood, written
@@ -149,7 +149,7 @@ def _write_ledger(directory: int, ports: Ports) -> None:
     name = _ledger_name(proc.namespace("net"))
     try:
         if ports:
-            records.write_document(directory, name, {"boot_id": proc.boot_id(), "ports": written(ports)})
+            run_directory.write_document(directory, name, {"boot_id": proc.boot_id(), "ports": written(ports)})
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=directory)

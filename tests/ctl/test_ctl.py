@@ -31,7 +31,7 @@ from hosts import RECORDS, Host, Network, cgroup2_mount, environment, eventually
 
 from securerun.ctl import app
 from securerun.firewall.policy import Denial, Layer, Policy, PortRange
-from securerun.guard import records
+from securerun.guard import run_directory
 from securerun.guard.records import Record
 from securerun.linux import proc
 
@@ -432,7 +432,7 @@ def test_a_fifo_in_a_records_place_is_left_and_said(planted: int) -> None:
 
 def test_a_directory_named_as_a_partial_record_harms_nobody(planted: int) -> None:
     (RECORDS / f".{RUN}.json.partial").mkdir()
-    records.write(planted, dead("aaaaaaaaaaaa"))
+    run_directory.write(planted, dead("aaaaaaaaaaaa"))
     for arguments in (["clean", "--dry-run"], ["clean"]):
         done = ctl(*arguments)
         assert done.returncode == 0
@@ -463,11 +463,11 @@ def check_left_alone(name: str, plant: Callable[[Path], object]) -> None:
 
 def test_records_of_the_dead_go_and_of_the_living_stay(planted: int) -> None:
     other_boot = "00000000-0000-0000-0000-000000000000"
-    records.write(planted, record("aaaaaaaaaaaa"))
-    records.write(planted, record("bbbbbbbbbbbb", launcher_start=1, launcher=1, draining=True))
-    records.write(planted, record("cccccccccccc", guard_start=proc.start_time(os.getpid()) + 1))
-    records.write(planted, dead("dddddddddddd"))
-    records.write(planted, record("eeeeeeeeeeee", boot_id=other_boot, layers=(Layer("iptables", "SECURERUN"),)))
+    run_directory.write(planted, record("aaaaaaaaaaaa"))
+    run_directory.write(planted, record("bbbbbbbbbbbb", launcher_start=1, launcher=1, draining=True))
+    run_directory.write(planted, record("cccccccccccc", guard_start=proc.start_time(os.getpid()) + 1))
+    run_directory.write(planted, dead("dddddddddddd"))
+    run_directory.write(planted, record("eeeeeeeeeeee", boot_id=other_boot, layers=(Layer("iptables", "SECURERUN"),)))
     (RECORDS / ".ffffffffffff.json.partial").write_text("{")
     states = {run["run_id"][0]: run["state"] for run in runs()}
     assert states == {"a": "guarding", "b": "draining", "c": "stale", "d": "stale", "e": "stale"}
@@ -490,7 +490,7 @@ def test_a_containers_pids_mean_nothing_out_here(planted: int) -> None:
     children = Path(f"/proc/{inside.pid}/task/{inside.pid}/children")
     assert eventually(lambda: children.read_text().strip() != "")
     namespace = Path(f"/proc/{children.read_text().strip()}/ns/pid").stat().st_ino
-    records.write(planted, dead(processes=namespace))
+    run_directory.write(planted, dead(processes=namespace))
     assert the_run()["state"] == "guarding"
     assert ctl("clean").stdout == "nothing to remove\n"
     inside.kill()
@@ -502,8 +502,8 @@ def test_a_containers_pids_mean_nothing_out_here(planted: int) -> None:
 
 def test_what_a_user_wrote_cannot_steer_the_terminal(planted: int) -> None:
     command = "\x1b]0;gotcha\x07 \u202e\r\n" + os.fsdecode(b"\xff") + " ü [red]"
-    records.write(planted, record("aaaaaaaaaaaa", command=command, user=4_000_000_000, started=1e300))
-    records.write(planted, dead("bbbbbbbbbbbb", command=command, user=2**40, started=float("nan")))
+    run_directory.write(planted, record("aaaaaaaaaaaa", command=command, user=4_000_000_000, started=1e300))
+    run_directory.write(planted, dead("bbbbbbbbbbbb", command=command, user=2**40, started=float("nan")))
     assert {run["command"] for run in runs()} == {command}
     assert [run["user"] for run in runs()] == ["4000000000", str(2**40)]
     for encoding in ("utf-8", "ascii"):
@@ -520,7 +520,7 @@ def test_long_lists_are_cut_in_the_table_and_whole_in_json(planted: int) -> None
     ports = tuple(PortRange(port, port, "worker") for port in range(1000, 1050))
     denied = tuple(Denial(ipaddress.ip_address(f"10.1.0.{number}"), 0, 1) for number in range(50))
     policy = Policy(RUN, ports, peers, ("eth0", "ib0"))
-    records.write(planted, record(policy=policy, denied=denied))
+    run_directory.write(planted, record(policy=policy, denied=denied))
     run = the_run()
     assert (len(run["peers"]), len(run["ports"]), len(run["denied"])) == (50, 50, 50)
     assert run["interface"] == "eth0,ib0"
@@ -533,7 +533,7 @@ def test_long_lists_are_cut_in_the_table_and_whole_in_json(planted: int) -> None
 
 
 def test_the_table_fits_the_terminal(planted: int) -> None:
-    records.write(planted, record(command="train.py " + 50 * "漢字 "))
+    run_directory.write(planted, record(command="train.py " + 50 * "漢字 "))
     for columns in (40, 80, 132):
         with on_terminal(columns, "status") as (process, read):
             assert process.wait(timeout=30) == 0
@@ -544,12 +544,12 @@ def test_the_table_fits_the_terminal(planted: int) -> None:
 
 
 def test_watching_a_terminal_ends_well_with_ctrl_c(planted: int) -> None:
-    records.write(planted, record())
+    run_directory.write(planted, record())
     with on_terminal(80, "status", "--watch") as (process, read):
         assert eventually(lambda: RUN in read())
-        records.write(planted, record(draining=True))
+        run_directory.write(planted, record(draining=True))
         assert eventually(lambda: "draining" in read())
-        records.remove(planted, RUN)
+        run_directory.remove(planted, RUN)
         assert eventually(lambda: "no runs on this host" in read())
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
@@ -558,7 +558,7 @@ def test_watching_a_terminal_ends_well_with_ctrl_c(planted: int) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_watching_into_a_pipe_prints_every_second(planted: int, as_json: bool) -> None:
-    records.write(planted, record())
+    run_directory.write(planted, record())
     process = start("status", "--watch", *["--json"] * as_json)
     assert process.stdout is not None
     times: list[float] = []
@@ -577,7 +577,7 @@ def test_watching_into_a_pipe_prints_every_second(planted: int, as_json: bool) -
 
 def test_watching_takes_little_of_a_processor(planted: int) -> None:
     networks = tuple(ipaddress.ip_network(f"10.{number >> 8}.{number & 255}.1/32") for number in range(20_000))
-    records.write(planted, record(policy=Policy(RUN, (), networks)))
+    run_directory.write(planted, record(policy=Policy(RUN, (), networks)))
     process = start("status", "--watch")
     assert process.stdout is not None
     process.stdout.readline()
@@ -590,7 +590,7 @@ def test_watching_takes_little_of_a_processor(planted: int) -> None:
 
 
 def test_a_reader_that_has_enough_is_no_error(planted: int) -> None:
-    records.write(planted, record())
+    run_directory.write(planted, record())
     process = start("status", "--watch")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -605,7 +605,7 @@ def test_a_reader_that_has_enough_is_no_error(planted: int) -> None:
 
 @pytest.mark.parametrize("arguments", [["status"], ["status", "--json"], ["clean"], ["clean", "--dry-run"]])
 def test_without_permission_it_is_one_line_and_status_77(planted: int, arguments: list[str]) -> None:
-    records.write(planted, dead())
+    run_directory.write(planted, dead())
     status, words = as_nobody(*arguments)
     assert status == 77, words
     assert words.startswith("securerunctl: ")
@@ -629,7 +629,7 @@ def test_something_else_in_the_directorys_place_is_one_line(tmp_path: Path, argu
 
 @pytest.mark.parametrize("arguments", [["status"], ["status", "--json"], ["clean"], ["--help"]])
 def test_commands_load_neither_torch_nor_psutil(planted: int, arguments: list[str]) -> None:
-    records.write(planted, dead())
+    run_directory.write(planted, dead())
     call = (
         "import sys\n"
         "from securerun.ctl import app\n"

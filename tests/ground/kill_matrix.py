@@ -74,8 +74,8 @@ ENDING_SECONDS = 2.0
 _INSTALL_SECONDS, _RESTART_SECONDS, _RELEASE_SECONDS = 0.15, 0.1, 0.01
 
 _REAP = (
-    "from securerun.guard import reaper, records\n"
-    "with records.host_lock() as directory:\n"
+    "from securerun.guard import reaper, run_directory\n"
+    "with run_directory.host_lock() as directory:\n"
     "    print(*reaper.reap_all(directory), sep='\\n')"
 )
 

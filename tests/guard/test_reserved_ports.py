@@ -24,7 +24,7 @@ from holding import HOLDER, Held
 from hosts import RECORDS, Host, Network, eventually, is_alive, machine_snapshot
 
 from securerun.firewall.policy import Policy, PortRange
-from securerun.guard import reaper, records, reserved
+from securerun.guard import reaper, records, reserved, run_directory
 from securerun.guard.records import Record
 from securerun.linux import port_ranges, proc
 from securerun.linux.port_ranges import ReservationUnavailable
@@ -82,13 +82,13 @@ def run(run_id: str = ONE, ports: Sequence[tuple[int, int]] = HCCL, **changes: o
 
 
 def begin(directory: int, record: Record) -> None:
-    records.write(directory, record)
+    run_directory.write(directory, record)
     reserved.settle(directory)
 
 
 def end(directory: int, run_id: str = ONE) -> None:
     reserved.give_back(directory, run_id)
-    records.remove(directory, run_id)
+    run_directory.remove(directory, run_id)
 
 
 def test_the_ports_of_a_run_are_added_to_what_is_there_and_taken_away_again(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_killed_at_any_step_the_next_look_makes_it_right(tmp_path: Path, step: i
 
     def work(directory: int) -> None:
         begin(directory, run(TWO, [(60008, 60031)]))
-        records.write(directory, run(ONE, [(29500, 29500), *HCCL]))
+        run_directory.write(directory, run(ONE, [(29500, 29500), *HCCL]))
         attempt(step, lambda: reserved.settle(directory))
         attempt(step, lambda: reserved.give_back(directory, ONE))
         end(directory, ONE)
@@ -305,9 +305,9 @@ def test_the_ledger_of_a_network_that_is_gone_goes_with_its_runs(tmp_path: Path)
 def test_a_run_and_a_ledger_of_another_boot_say_nothing_of_this_one(tmp_path: Path) -> None:
     def work(directory: int) -> None:
         before = run(boot_id="an earlier boot")
-        records.write(directory, before)
+        run_directory.write(directory, before)
         (ledger,) = (f"reserved-{before.network}.ledger",)
-        records.write_document(directory, ledger, {"boot_id": before.boot_id, "ports": "0,60010-60020"})
+        run_directory.write_document(directory, ledger, {"boot_id": before.boot_id, "ports": "0,60010-60020"})
         write(f"0,{OTHERS}")
         assert list(reaper.reap_all(directory)) == []
         assert os.listdir(directory) == []
@@ -363,7 +363,7 @@ def test_records_of_guards_that_reserved_nothing_are_read() -> None:
 @pytest.mark.parametrize("wrong", [[[60015, 60000]], [[0, 5]], [[1, 65536]], [["1", "2"]], [[1]], [1], "1-2", None])
 def test_a_record_with_other_ports_is_none_of_ours(tmp_path: Path, wrong: object) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
-    records.write_document(directory, f"{ONE}.json", {**run().document(), "reserved": wrong})
+    run_directory.write_document(directory, f"{ONE}.json", {**run().document(), "reserved": wrong})
     assert records.read_all(directory) == ()
     os.close(directory)
 

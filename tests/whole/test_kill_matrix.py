@@ -34,7 +34,7 @@ from kill_matrix import (
 )
 from probe import Probe, reach
 
-from securerun.guard import records
+from securerun.guard import records, run_directory
 
 SEED = 0
 # torch's own start, on a machine that does something else as well.
@@ -129,7 +129,7 @@ class RealJob:
 
     def _runs(self) -> list[str]:
         """The runs of this launcher that have a record."""
-        with records.host_lock() as directory:
+        with run_directory.host_lock() as directory:
             found = records.read_all(directory)
         return [record.run_id for record in found if record.launcher == self.launcher.pid]
 

@@ -1,0 +1,179 @@
+"""/run/securerun as guards make, lock and fill it; what stands there, `securerun.guard.records` reads.
+
+The lock is on the directory itself: it orders the installs and removals of all guards of the host, and the directory
+goes with the last record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import stat
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from securerun.errors import PrivilegeError
+from securerun.firewall.policy import RUN_ID
+from securerun.guard.records import DIRECTORY, Record
+
+# Of a record, or of a ledger of securerun.guard.reserved.
+_PARTIAL_NAME = re.compile(rf"\.({RUN_ID.pattern}\.json|reserved-[0-9]+\.ledger)\.partial")
+_LOCK_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def host_lock() -> Iterator[int]:
+    """Hold the host's lock; yields the descriptor of the record directory, made if it is missing.
+
+    Raises PrivilegeError when the directory cannot be made, is not safely ours, or stays locked for 30 s.
+    """
+    directory = _lock(_LOCK_SECONDS)
+    try:
+        yield directory
+    finally:
+        with contextlib.suppress(OSError):
+            DIRECTORY.rmdir()  # only the last run finds it empty
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[int]:
+    """Hold the host's lock as `host_lock` does, with what goes wrong on the disk put into words.
+
+    Raises PrivilegeError.
+    """
+    try:
+        with host_lock() as directory:
+            yield directory
+    except OSError as error:
+        raise PrivilegeError(
+            f"the run cannot be recorded in {DIRECTORY}: {error.strerror}; make room there, then try again"
+        ) from error
+
+
+def write(directory: int, record: Record) -> None:
+    """Write or replace a run's record, whole or not at all, and on disk before this returns."""
+    write_document(directory, f"{record.policy.run_id}.json", record.document())
+
+
+def write_document(directory: int, name: str, document: Mapping[str, Any]) -> None:
+    """Write or replace a file, whole or not at all, and on disk before this returns. Raises OSError."""
+    partial = f".{name}.partial"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(partial, flags, 0o600, dir_fd=directory)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(document))  # json.dump() goes without the encoder in C
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(partial, dir_fd=directory)
+        raise
+    os.fsync(directory)
+
+
+def remove(directory: int, run_id: str) -> None:
+    """Remove a run's record; it may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{run_id}.json", dir_fd=directory)
+
+
+def partial(directory: int) -> tuple[str, ...]:
+    """The names of records that were being written when their guard was killed."""
+    return tuple(name for name in sorted(os.listdir(directory)) if _PARTIAL_NAME.fullmatch(name))
+
+
+def remove_partial(directory: int) -> None:
+    """Remove what a killed guard was writing. Writers hold the lock, so under the lock nobody is writing now."""
+    for name in partial(directory):
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=directory)
+
+
+class _TimeUp(Exception):
+    """The lock was not to be had in time."""
+
+
+def _lock(seconds: float) -> int:
+    """The record directory, locked. Waits in the kernel's queue, so that none of many guards starves."""
+    try:
+        with _alarm(seconds):
+            while True:
+                directory = _open_directory()
+                if directory is not None and _locked(directory):
+                    return directory
+    except _TimeUp as error:
+        raise PrivilegeError(
+            f"another guard has held the lock on {DIRECTORY} for {seconds:.0f} s; "
+            f"find it with `fuser -v {DIRECTORY}`, then try again"
+        ) from error
+
+
+def _locked(directory: int) -> bool:
+    """Lock the directory; False, and closed, where its last user has removed it meanwhile."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        if _is_current(directory):
+            return True
+    except _TimeUp:
+        os.close(directory)
+        raise
+    os.close(directory)
+    return False
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise _TimeUp in the block after some time. Only the main thread can: guards and securerunctl have no other."""
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _open_directory() -> int | None:
+    """The record directory, made if missing; None when its last user removed it in that moment.
+
+    Whoever else could write there could forge records: that is refused.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            DIRECTORY.mkdir(mode=0o700)
+        if not DIRECTORY.exists():
+            return None
+        directory = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise PrivilegeError(
+            f"cannot use {DIRECTORY}: {error.strerror}; run as root, with /run writable, or use --unprotected"
+        ) from error
+    status = os.fstat(directory)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        os.close(directory)
+        raise PrivilegeError(
+            f"{DIRECTORY} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}, "
+            "so its records cannot be trusted; remove it, or `chown 0` and `chmod 700` it"
+        )
+    return directory
+
+
+def _is_current(directory: int) -> bool:
+    """Whether the directory that we locked is still the one at its path: its last user removes it."""
+    try:
+        at_path = DIRECTORY.lstat()
+    except FileNotFoundError:
+        return False
+    return (at_path.st_dev, at_path.st_ino) == (os.fstat(directory).st_dev, os.fstat(directory).st_ino)
