@@ -14,7 +14,7 @@ class PortChainsUnavailable(Unavailable):
 
 
 class PortChains(Protocol):
-    """The port chains of one run. Callers hold the host's lock (guard/records.py) while they change them."""
+    """The port chains of one run. Callers hold the host's lock (guard/run_directory.py) while they change them."""
 
     backend: str
     """The name of the backend, as `--firewall` takes it."""

@@ -1,7 +1,7 @@
 """Port chains through iptables-restore and ip6tables-restore, whichever tables those commands write.
 
 What they are given, and what their rules mean, is text of `dispatcher.py`; here the commands are run.
-The functions here that change the host expect the caller to hold the host's lock (guard/records.py).
+The functions here that change the host expect the caller to hold the host's lock (guard/run_directory.py).
 """
 
 from __future__ import annotations

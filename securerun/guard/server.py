@@ -18,7 +18,7 @@ from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import inherited, limits, log, records
-from securerun.guard import lease as leases
+from securerun.guard.acquire import acquire, require_room
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
 from securerun.guard.cgroup import leave_shared_cgroups
 from securerun.guard.channel import Channel
@@ -191,10 +191,10 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
     if not by_socket:
         # Whom this cgroup is delegated to could freeze a guard that holds the host's lock, so out of it before that;
         # but not before the order is found good: until then a flood of guards is charged to whoever starts them.
-        leases.require_room(order, caller, permitted)
+        require_room(order, caller, permitted)
         # sudo too: it waits for its command, and a replaced guard's would be waited for in the job's cgroup.
         leave_shared_cgroups(sudo_processes())
-    return leases.acquire(order, caller, permitted)
+    return acquire(order, caller, permitted)
 
 
 def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:

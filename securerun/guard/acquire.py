@@ -1,0 +1,299 @@
+"""How a job gets its lease, before it starts: each layer after the one that it stands on, and proven.
+
+Acquiring goes from what needs no clean-up to what does: the record, the cgroup, the shield on it, its proof, the
+launcher's move, the port chains. Whatever fails, everything before it is undone, in the opposite order. A guard
+that takes over from a dead one goes the same way and keeps what it finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from securerun.errors import Obstacle, PrivilegeError
+from securerun.firewall import backends, selftest, shield
+from securerun.firewall.chains import PortChains, PortChainsUnavailable
+from securerun.firewall.droplog import DropLog
+from securerun.firewall.policy import Layer, Policy, PortRange
+from securerun.firewall.refusals import ShieldUnavailable
+from securerun.firewall.shield import Shield
+from securerun.guard import neighbours, reaper, records, reserved, run_directory
+from securerun.guard.caller import ROOT, Caller
+from securerun.guard.cgroup import make_job_cgroup, open_job_cgroup, path_of_job_cgroup
+from securerun.guard.lease import Lease, first_record, remove_record
+from securerun.guard.limits import SitePolicy
+from securerun.guard.protocol import Order
+from securerun.guard.records import Record
+from securerun.linux import port_ranges, proc
+from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
+from securerun.linux.port_ranges import ReservationUnavailable
+from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
+
+_LOG_GROUPS_TRIED = 8
+_LAST_LOG_GROUP = 65535
+
+
+def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
+    """Install every layer that the order asks for around the caller, proven.
+
+    Raises PrivilegeError or PolicyError, with nothing left behind, when the job could not be guarded or may not be.
+    """
+    lease = Lease(order, caller, site)
+    with ExitStack() as undo:
+        _begin(lease)
+        undo.callback(_undo_record, order.policy.run_id)
+        _add_shield(lease, undo)
+        undo.callback(_remove_chains, lease)
+        _add_chains(lease)
+        if lease.shield is None and lease.chains is None:
+            raise PrivilegeError(
+                f"the job cannot be guarded: {'; '.join(lease.notes)}. Run as root, or with CAP_BPF, CAP_NET_ADMIN and "
+                "a writable cgroup file system; --unprotected starts it open to everyone"
+            )
+        if lease.shield is None:
+            _require_sight_of_listeners()
+            with run_directory.recording() as directory:
+                neighbours.require_unweakened(lease.record, records.read_all(directory))
+        lease.write(layers=lease.guarding.layers)
+        if caller.has_ended():
+            raise PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
+        undo.pop_all()
+    return lease
+
+
+def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
+    """A first look, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
+    with contextlib.suppress(OSError):  # `acquire` says what is wrong with the records
+        neighbours.require_room(first_record(order, caller), records.read_host(), site)
+
+
+def _require_sight_of_listeners() -> None:
+    """Scope `ports` closes what it sees; where the kernel does not tell who listens, it would close nothing."""
+    try:
+        SocketDiagnosis().close()
+    except SocketsUnavailable as error:
+        raise PrivilegeError(
+            f"the job cannot be guarded: no shield, and no sight of its ports ({error}); `modprobe tcp_diag inet_diag`"
+        ) from error
+
+
+def _begin(lease: Lease) -> None:
+    """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
+    with run_directory.recording() as directory:
+        lease.notes += tuple(reaper.reap_all(directory))
+        known = records.read_all(directory)
+        own = next((record for record in known if record.run_id == lease.policy.run_id), None)
+        if own is not None:
+            _take_over(lease, own)
+        elif records.exists(directory, lease.policy.run_id):
+            raise PrivilegeError(
+                f"{records.DIRECTORY} has something in the place of the record of run {lease.policy.run_id}; remove it"
+            )
+        neighbours.require_room(lease.record, known, lease.site)
+        if lease.order.firewall != "off":
+            neighbours.require_harmless(lease.record, known)
+        _reserve_ports(lease, directory)
+
+
+def _reserve_ports(lease: Lease, directory: int) -> None:
+    """Record the run and reserve its ports, the record first: a reaper goes by it. What cannot be reserved is noted."""
+    try:
+        choice = reserved.choose(directory, lease.policy.ports, lease.policy.run_id)
+        lease.record = dataclasses.replace(lease.record, reserved=choice.reserved)
+        run_directory.write(directory, lease.record)
+        reserved.settle(directory)
+        lease.notes += tuple(_too_many(choice.left_out))
+    except ReservationUnavailable as error:
+        lease.record = dataclasses.replace(lease.record, reserved=())
+        run_directory.write(directory, lease.record)
+        lease.notes += (_unreserved(lease.policy.ports, error),)
+
+
+def _too_many(ports: tuple[PortRange, ...]) -> Iterator[str]:
+    if ports:
+        listed = ", ".join(map(str, ports))
+        yield f"ports {listed} are not reserved: this host would have too few left for connections of its own"
+
+
+def _unreserved(ports: tuple[PortRange, ...], error: ReservationUnavailable) -> str:
+    listed = ",".join(map(str, ports))
+    return (
+        f"the planned ports are not reserved ({error}), so another program may be given one before the job has it; "
+        f"have the host's administrator add {listed} to {port_ranges.NAME}"
+    )
+
+
+def _take_over(lease: Lease, found: Record) -> None:
+    """Go on from the record of a dead guard of this very job."""
+    same_job = (found.launcher, found.launcher_start, found.user) == (
+        lease.caller.pid,
+        lease.caller.start,
+        lease.caller.user,
+    )
+    if not lease.order.adopt or found.guard_lives or not same_job:
+        raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
+    lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started)
+
+
+def _add_shield(lease: Lease, undo: ExitStack) -> None:
+    """Give the job its cgroup and the shield on it; in scope `auto` go on without them and say why.
+
+    Raises PrivilegeError where the shield is insisted on, or is the only layer that can do what the policy asks.
+    """
+    try:
+        _add_cgroup(lease, undo)
+        if lease.order.scope != "ports":
+            _hang_shield(lease, undo)
+        _move_in(lease, undo)
+    except (CgroupUnavailable, ShieldUnavailable) as error:
+        if lease.order.scope == "process":
+            raise PrivilegeError(
+                f"the job cannot be shielded: {error}; mend that, or use --scope auto; nothing was started"
+            ) from error
+        if lease.order.scope == "auto":
+            lease.notes += (f"no shield ({error})",)
+        _forget_shield(lease, undo)
+    if lease.shield is None and lease.policy.close_loopback:
+        reason = "; ".join(lease.notes) or "--scope ports leaves it out"
+        raise PrivilegeError(f"only the shield can close the loopback, and there is none: {reason}; use --loopback any")
+
+
+def _add_cgroup(lease: Lease, undo: ExitStack) -> None:
+    """Make the job's cgroup, or open what a dead guard made. Recorded first: a reaper finds no other way to it."""
+    path = lease.record.cgroup or path_of_job_cgroup(lease.caller.pid, lease.policy.run_id)
+    lease.write(cgroup=path)
+    lease.cgroup = (open_job_cgroup(path) if lease.order.adopt else None) or make_job_cgroup(path)
+    undo.callback(_remove_cgroup, lease)
+    lease.cgroup.leave()
+
+
+def _hang_shield(lease: Lease, undo: ExitStack) -> None:
+    """Take over the shield of a dead guard, or hang and prove one of our own before anything is behind it."""
+    cgroup = lease.cgroup
+    if cgroup is None:
+        return
+    if lease.order.adopt:
+        with contextlib.suppress(ShieldUnavailable):
+            lease.shield = shield.adopt(cgroup.descriptor)
+            undo.callback(lease.shield.close)
+            lease.shield.replace_peers(lease.policy.peers)
+            return
+    shield.refuse_conflicts(cgroup.ancestors, close_loopback=lease.policy.close_loopback)
+    lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
+    undo.callback(lease.shield.close)
+    # The self-test forbids all sending for its moment, so it comes before anything moves in.
+    if not cgroup.populated() and not selftest.prove(cgroup.descriptor):
+        raise ShieldUnavailable(
+            "filters on a cgroup do not run on this host (before kernel 5.15 an active net_cls or net_prio cgroup, "
+            "one container start with cgroup v1, switches them off until the next boot)",
+            Obstacle.NET_CLS,
+        )
+
+
+def _move_in(lease: Lease, undo: ExitStack) -> None:
+    cgroup = lease.cgroup
+    if cgroup is None or cgroup_of(lease.caller.pid) == cgroup.path:
+        return
+    undo.callback(cgroup.expel, lease.caller.pid)
+    cgroup.enter(lease.caller.pid)
+
+
+def _forget_shield(lease: Lease, undo: ExitStack) -> None:
+    """Without a shield the cgroup still tells what belongs to the job, if the launcher could move in."""
+    if lease.shield is not None:
+        lease.shield.detach()
+        lease.shield.close()
+        lease.shield = None
+    try:
+        _move_in(lease, undo)
+    except CgroupUnavailable:
+        _remove_cgroup(lease)
+
+
+def _add_chains(lease: Lease) -> None:
+    """Add the port chains; with `auto` a host that cannot have them keeps the shield alone, and hears why."""
+    order = lease.order
+    if order.firewall == "off" or not order.policy.ports:
+        return
+    drops = _open_drop_log(order.policy.run_id)
+    try:
+        with run_directory.host_lock() as directory:
+            chains = _choose(order, lease.caller, directory)
+            lease.record = dataclasses.replace(lease.record, layers=(*lease.guarding.layers, _layer(chains)))
+            run_directory.write(directory, lease.record)
+            lease.chains = chains
+            _install(chains, order.policy, drops)
+            lease.drops = drops
+    except PortChainsUnavailable as error:
+        lease.chains = None
+        if drops is not None:
+            drops.close()
+        if order.firewall != "auto":
+            raise PrivilegeError(
+                f"no port chains can be installed: {error}; mend that, or use --firewall auto; nothing was started"
+            ) from error
+        alone = "; the shield closes every port by itself" if lease.shield else ""
+        lease.notes += (f"no port chains ({error}){alone}",)
+
+
+def _choose(order: Order, caller: Caller, directory: int) -> PortChains:
+    """The backend that the order names, or the best; but one backend a host: one's drop ignores another's pass."""
+    in_use = records.layers_in(directory, proc.namespace("net")) & set(backends.NAMES)
+    if order.firewall == "auto":
+        if in_use:
+            return backends.open_chains(sorted(in_use)[0], order.policy.run_id)
+        return backends.open_best_chains(order.policy.run_id)
+    if caller.user != ROOT and not in_use and order.firewall != backends.open_best_chains(order.policy.run_id).backend:
+        raise PortChainsUnavailable("which backend a host uses first is for root to say")
+    others = in_use - {order.firewall}
+    if others:
+        raise PortChainsUnavailable(
+            f"other runs of this host use {', '.join(sorted(others))}, and the two would collide"
+        )
+    return backends.open_chains(order.firewall, order.policy.run_id)
+
+
+def _layer(chains: PortChains) -> Layer:
+    return Layer(chains.backend, chains.name)
+
+
+def _install(chains: PortChains, policy: Policy, drops: DropLog | None) -> None:
+    """Install with the log group, or without it on kernels that have no NFLOG target."""
+    if drops is not None:
+        with contextlib.suppress(PortChainsUnavailable):
+            chains.install(policy, drops.group)
+            return
+    chains.install(policy, None)
+
+
+def _open_drop_log(run_id: str) -> DropLog | None:
+    """A log group of our own: the first free one of a few, since other programs hold groups too."""
+    for attempt in range(_LOG_GROUPS_TRIED):
+        with contextlib.suppress(OSError):
+            return DropLog((int(run_id, 16) + attempt) % _LAST_LOG_GROUP + 1)
+    return None
+
+
+def _remove_chains(lease: Lease) -> None:
+    if lease.chains is None:
+        return
+    with run_directory.host_lock(), contextlib.suppress(PortChainsUnavailable):
+        lease.chains.remove()
+
+
+def _remove_cgroup(lease: Lease) -> None:
+    """Undo without hiding the error that made us undo."""
+    if lease.cgroup is None:
+        return
+    with contextlib.suppress(CgroupUnavailable):
+        lease.cgroup.remove()
+    lease.cgroup.close()
+    lease.cgroup = None
+
+
+def _undo_record(run_id: str) -> None:
+    """Undo without hiding the error that made us undo; where that fails, the record stays, for a reaper."""
+    with run_directory.host_lock() as directory, contextlib.suppress(ReservationUnavailable):
+        remove_record(directory, run_id)
