@@ -178,15 +178,15 @@ def audit(
             raise UsageError("--undo takes back what its log says; leave PATH and --fix out")
         raise typer.Exit(command.undo(Path(undo), as_json=as_json))
     request = command.Request(
-        tuple(map(Path, paths or ())),
-        command.kind_of(given) if given else None,
-        fix,
-        yes,
-        as_json,
-        tuple(owner),
-        Path(kinds) if kinds else None,
-        one_file_system,
-        Path(undo_log) if undo_log else None,
+        paths=tuple(map(Path, paths or ())),
+        given=command.kind_of(given) if given else None,
+        fix=fix,
+        yes=yes,
+        as_json=as_json,
+        owners=tuple(owner),
+        kinds=Path(kinds) if kinds else None,
+        one_file_system=one_file_system,
+        undo_log=Path(undo_log) if undo_log else None,
     )
     raise typer.Exit(command.audit(request))
 

@@ -18,7 +18,7 @@ from securerun.linux.networks import Address
 IN, OUT, WITHIN = "in", "out", "within"
 
 
-class Kind(str, enum.Enum):
+class Service(str, enum.Enum):
     """What connects, for what."""
 
     # Where the agents meet: a store of torch's, by its rendezvous, a plug-in's endpoint, or an etcd server.
@@ -39,18 +39,18 @@ class Kind(str, enum.Enum):
 
 
 # What connects to a planned port, by its purpose; ADDED for one that another version has given it.
-_PLANNED: Mapping[Purpose | str, Kind] = {
-    Purpose.C10D_STORE: Kind.C10D,
-    Purpose.STATIC_STORE: Kind.STATIC,
-    Purpose.PARALLEL_STORE: Kind.PARALLEL,
-    Purpose.ENDPOINT: Kind.ENDPOINT,
-    Purpose.MASTER_PORT: Kind.STATIC,
-    Purpose.HCCL: Kind.HCCL,
-    Purpose.RANK_TABLE: Kind.HCCL,
-    Purpose.ADDED: Kind.ADDED,
+_PLANNED: Mapping[Purpose | str, Service] = {
+    Purpose.C10D_STORE: Service.C10D,
+    Purpose.STATIC_STORE: Service.STATIC,
+    Purpose.PARALLEL_STORE: Service.PARALLEL,
+    Purpose.ENDPOINT: Service.ENDPOINT,
+    Purpose.MASTER_PORT: Service.STATIC,
+    Purpose.HCCL: Service.HCCL,
+    Purpose.RANK_TABLE: Service.HCCL,
+    Purpose.ADDED: Service.ADDED,
 }
-_STORES = frozenset({Kind.C10D, Kind.STATIC, Kind.PARALLEL, Kind.ENDPOINT})
-_COLLECTIVES = (Kind.GLOO, Kind.NCCL)
+_STORES = frozenset({Service.C10D, Service.STATIC, Service.PARALLEL, Service.ENDPOINT})
+_COLLECTIVES = (Service.GLOO, Service.NCCL)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Connection:
         ADDRESS:PORT; None where nobody has looked.
     """
 
-    kind: Kind
+    service: Service
     direction: str
     sources: tuple[str, ...]
     destinations: tuple[str, ...]
@@ -88,11 +88,11 @@ class Found:
     of_launcher: bool
 
     @property
-    def kind(self) -> Kind:
+    def service(self) -> Service:
         """What it is taken for: torch's stores are bound to all addresses, what the collectives open is to one."""
         if not self.address.is_unspecified:
-            return Kind.COLLECTIVE
-        return Kind.WORKER_STORE if self.of_launcher else Kind.OTHER
+            return Service.COLLECTIVE
+        return Service.WORKER_STORE if self.of_launcher else Service.OTHER
 
     def __str__(self) -> str:
         return str(Endpoint("*" if self.address.is_unspecified else str(self.address), self.port))
@@ -103,63 +103,65 @@ def planned(
 ) -> list[Connection]:
     """Return the matrix of a launch. store: the addresses where the agents meet; here: whether they are this node's."""
     rows = []
-    for kind, found in _by_kind(ports):
+    for service, found in _by_service(ports):
         texts = tuple(map(str, found))
-        if kind in _STORES:
-            rows += [_to_store(kind, texts, ends, store, here=here)]
+        if service in _STORES:
+            rows += [_to_store(service, texts, ends, store, here=here)]
         else:
-            rows += _both_ways(kind, texts, ends)
+            rows += _both_ways(service, texts, ends)
     if job.meeting_point is None and job.endpoint is not None:
-        rows.append(Connection(Kind.ETCD, OUT, ends.node, store, (str(job.endpoint.port),)))
+        rows.append(Connection(Service.ETCD, OUT, ends.node, store, (str(job.endpoint.port),)))
     if not job.has_one_store:  # the workers meet at another, on a random port (TCPStore, port 0)
-        rows += _both_ways(Kind.WORKER_STORE, (), ends)
-    if not any(row.kind is Kind.HCCL for row in rows):  # HCCL_HOST_SOCKET_PORT_RANGE=auto
-        rows += _both_ways(Kind.HCCL, (), ends)
-    return [*rows, *(row for kind in _COLLECTIVES for row in _both_ways(kind, (), ends))]
+        rows += _both_ways(Service.WORKER_STORE, (), ends)
+    if not any(row.service is Service.HCCL for row in rows):  # HCCL_HOST_SOCKET_PORT_RANGE=auto
+        rows += _both_ways(Service.HCCL, (), ends)
+    return [*rows, *(row for service in _COLLECTIVES for row in _both_ways(service, (), ends))]
 
 
 def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> list[Connection]:
     """Return the matrix of a job that runs here: its plan, and what listens now. found: all that its processes hold."""
     rows = []
     plan = [ports for ports in ports if ports.purpose != Purpose.OPENED_MEANWHILE]
-    for kind, ranges in _by_kind(plan):
+    for service, ranges in _by_service(plan):
         texts = tuple(map(str, ranges))
         now = tuple(str(one) for one in found if any(one.port in ports for ports in ranges))
-        inbound = Connection(kind, IN if ends.peers else WITHIN, ends.peers or ends.node, ends.node, texts, now)
-        outbound = Connection(kind, OUT, ends.node, ends.peers, texts)
-        if kind not in _STORES:
+        inbound = Connection(service, IN if ends.peers else WITHIN, ends.peers or ends.node, ends.node, texts, now)
+        outbound = Connection(service, OUT, ends.node, ends.peers, texts)
+        if service not in _STORES:
             rows += [inbound, outbound] if ends.peers else [inbound]
         else:
             rows.append(inbound if now or not ends.peers else outbound)
     rows += [_listening(one, ends) for one in found if not any(one.port in planned for planned in plan)]
     if ends.peers:
-        rows.append(Connection(Kind.COLLECTIVE, OUT, ends.node, ends.peers))
+        rows.append(Connection(Service.COLLECTIVE, OUT, ends.node, ends.peers))
     return rows
 
 
-def _by_kind(ports: Iterable[PortRange]) -> Iterator[tuple[Kind, tuple[PortRange, ...]]]:
-    """Yield the planned ports of each kind."""
-    kinds: dict[Kind, list[PortRange]] = {}
+def _by_service(ports: Iterable[PortRange]) -> Iterator[tuple[Service, tuple[PortRange, ...]]]:
+    """Yield the planned ports of each service."""
+    services: dict[Service, list[PortRange]] = {}
     for port in ports:
-        kinds.setdefault(_PLANNED.get(port.purpose, Kind.ADDED), []).append(port)
-    for kind, found in kinds.items():
-        yield kind, tuple(found)
+        services.setdefault(_PLANNED.get(port.purpose, Service.ADDED), []).append(port)
+    for service, found in services.items():
+        yield service, tuple(found)
 
 
-def _to_store(kind: Kind, ports: tuple[str, ...], ends: Ends, store: tuple[str, ...], *, here: bool) -> Connection:
+def _to_store(
+    service: Service, ports: tuple[str, ...], ends: Ends, store: tuple[str, ...], *, here: bool
+) -> Connection:
     if not ends.peers:
-        return Connection(kind, WITHIN, ends.node, store, ports)
+        return Connection(service, WITHIN, ends.node, store, ports)
     if here:
-        return Connection(kind, IN, ends.peers, store, ports)
-    return Connection(kind, OUT, ends.node, store, ports)
+        return Connection(service, IN, ends.peers, store, ports)
+    return Connection(service, OUT, ends.node, store, ports)
 
 
-def _both_ways(kind: Kind, ports: tuple[str, ...], ends: Ends) -> list[Connection]:
+def _both_ways(service: Service, ports: tuple[str, ...], ends: Ends) -> list[Connection]:
     if not ends.peers:
-        return [Connection(kind, WITHIN, ends.node, ends.node, ports)]
+        return [Connection(service, WITHIN, ends.node, ends.node, ports)]
     return [
-        Connection(kind, IN, ends.peers, ends.node, ports),
-        Connection(kind, OUT, ends.node, ends.peers, ports),
+        Connection(service, IN, ends.peers, ends.node, ports),
+        Connection(service, OUT, ends.node, ends.peers, ports),
     ]
 
 
@@ -167,4 +169,4 @@ def _listening(found: Found, ends: Ends) -> Connection:
     destinations = ends.node if found.address.is_unspecified else (str(found.address),)
     from_outside = ends.peers and not found.address.is_loopback
     sources, direction = (ends.peers, IN) if from_outside else (destinations, WITHIN)
-    return Connection(found.kind, direction, sources, destinations, (str(found.port),), (str(found),))
+    return Connection(found.service, direction, sources, destinations, (str(found.port),), (str(found),))

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from securerun.evidence.matrix import IN, OUT, WITHIN, Connection, Kind
+from securerun.evidence.matrix import IN, OUT, WITHIN, Connection, Service
 from securerun.text import printable
 
 _SHOWN = 8
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class _Words:
-    """The words for one kind of connection. version: whether that of torch applies."""
+    """The words for one service. version: whether that of torch applies."""
 
     component: str
     description: str
@@ -78,7 +78,7 @@ class _Language:
     closed: str
     joint: str
     stop: str
-    kinds: Mapping[Kind, _Words]
+    services: Mapping[Service, _Words]
 
 
 _ENGLISH = _Language(
@@ -117,64 +117,64 @@ _ENGLISH = _Language(
     closed="securerun lets only the peers connect",
     joint=", ",
     stop="; ",
-    kinds={
-        Kind.STATIC: _Words(
+    services={
+        Service.STATIC: _Words(
             "PyTorch",
             "the store at which agents and workers meet (TCPStore, static rendezvous)",
             "yes: --master-port",
             "listens on all addresses of node 0",
             "torchrun with --master-addr and --master-port",
         ),
-        Kind.C10D: _Words(
+        Service.C10D: _Words(
             "PyTorch",
             "the store at which the agents meet (TCPStore, c10d rendezvous)",
             "yes: --rdzv-endpoint",
             "listens on all addresses of the node that the endpoint names",
             "torchrun with --rdzv-backend c10d",
         ),
-        Kind.PARALLEL: _Words(
+        Service.PARALLEL: _Words(
             "PyTorch (torch_npu)",
             "the store at which agents and workers meet (parallel TCPStore of torch_npu_run)",
             "yes: --master-port",
             "listens on the address in --master-addr",
             "torch_npu_run",
         ),
-        Kind.ENDPOINT: _Words(
+        Service.ENDPOINT: _Words(
             "PyTorch",
             "the endpoint at which the agents meet",
             "yes: --rdzv-endpoint",
             "what listens there is the rendezvous plug-in's own",
             "torchrun with a rendezvous backend of a plug-in",
         ),
-        Kind.ETCD: _Words(
+        Service.ETCD: _Words(
             "etcd",
             "the etcd server at which the agents meet",
             "yes: --rdzv-endpoint",
             "the server is not the job's; securerun does not close it",
             "torchrun with --rdzv-backend etcd or etcd-v2",
         ),
-        Kind.WORKER_STORE: _Words(
+        Service.WORKER_STORE: _Words(
             "PyTorch",
             "the store at which the workers meet (TCPStore of the agent)",
             "no: chosen at random",
             "listens on all addresses of the node that gets rank 0",
             "every rendezvous but static and parallel",
         ),
-        Kind.GLOO: _Words(
+        Service.GLOO: _Words(
             "PyTorch (gloo)",
             "one port for each process and process group with backend gloo",
             "no: chosen at random",
             "listens on the address of GLOO_SOCKET_IFNAME, else of the host name",
             "process groups with backend gloo",
         ),
-        Kind.NCCL: _Words(
+        Service.NCCL: _Words(
             "PyTorch (NCCL)",
             "bootstrap and socket transport of NCCL",
             "no: chosen at random",
             "listens on the addresses of NCCL_SOCKET_IFNAME",
             "process groups with backend nccl",
         ),
-        Kind.HCCL: _Words(
+        Service.HCCL: _Words(
             "HCCL",
             "HCCL's exchange between hosts",
             "yes: HCCL_IF_BASE_PORT or HCCL_HOST_SOCKET_PORT_RANGE",
@@ -182,7 +182,7 @@ _ENGLISH = _Language(
             "jobs on Ascend NPUs",
             of_torch=False,
         ),
-        Kind.ADDED: _Words(
+        Service.ADDED: _Words(
             "training script",
             "added with --ports",
             "yes: --ports names it, the script opens it",
@@ -190,14 +190,14 @@ _ENGLISH = _Language(
             "where the script listens by itself",
             of_torch=False,
         ),
-        Kind.COLLECTIVE: _Words(
+        Service.COLLECTIVE: _Words(
             "PyTorch (gloo or NCCL)",
             "process groups: bound to one address, as gloo and NCCL do",
             "no: chosen at random",
             "one for each process and process group",
             "process groups with backend gloo or nccl",
         ),
-        Kind.OTHER: _Words(
+        Service.OTHER: _Words(
             "PyTorch or training script",
             "bound to all addresses by a worker: a store of the workers' own, or a server of the script's",
             "no: chosen at random",
@@ -243,64 +243,64 @@ _CHINESE = _Language(
     closed="securerun 仅允许对端节点连接",
     joint="、",
     stop="；",
-    kinds={
-        Kind.STATIC: _Words(
+    services={
+        Service.STATIC: _Words(
             "PyTorch",
             "静态分布式场景下，代理进程和训练进程汇合所用的 TCPStore（backend 为 static）",
             "是：--master-port",
             "在 0 号节点的所有地址上侦听",
             "torchrun 使用 --master-addr 和 --master-port",
         ),
-        Kind.C10D: _Words(
+        Service.C10D: _Words(
             "PyTorch",
             "动态分布式场景下，代理进程汇合所用的 TCPStore（backend 为 c10d）",
             "是：--rdzv-endpoint",
             "在 endpoint 所指节点的所有地址上侦听",
             "torchrun 使用 --rdzv-backend c10d",
         ),
-        Kind.PARALLEL: _Words(
+        Service.PARALLEL: _Words(
             "PyTorch（torch_npu）",
             "代理进程和训练进程汇合所用的 TCPStore（torch_npu_run 的 parallel）",
             "是：--master-port",
             "在 --master-addr 指定的地址上侦听",
             "torch_npu_run",
         ),
-        Kind.ENDPOINT: _Words(
+        Service.ENDPOINT: _Words(
             "PyTorch",
             "代理进程汇合的地址和端口",
             "是：--rdzv-endpoint",
             "由 rendezvous 插件自行侦听",
             "torchrun 使用插件提供的 rendezvous backend",
         ),
-        Kind.ETCD: _Words(
+        Service.ETCD: _Words(
             "etcd",
             "代理进程汇合所用的 etcd 服务",
             "是：--rdzv-endpoint",
             "该服务不属于本任务，securerun 不对其设限",
             "torchrun 使用 --rdzv-backend etcd 或 etcd-v2",
         ),
-        Kind.WORKER_STORE: _Words(
+        Service.WORKER_STORE: _Words(
             "PyTorch",
             "训练进程汇合所用的 TCPStore（由代理进程侦听）",
             "否：随机端口",
             "在 rank 0 所在节点的所有地址上侦听",
             "backend 不为 static 和 parallel 时",
         ),
-        Kind.GLOO: _Words(
+        Service.GLOO: _Words(
             "PyTorch（gloo）",
             "每个进程在每个 gloo 通信组中侦听一个端口",
             "否：随机端口",
             "在 GLOO_SOCKET_IFNAME 指定的网卡地址上侦听，未指定时为主机名对应的地址",
             "使用 gloo 通信组时",
         ),
-        Kind.NCCL: _Words(
+        Service.NCCL: _Words(
             "PyTorch（NCCL）",
             "NCCL 的 bootstrap 和 socket 传输",
             "否：随机端口",
             "在 NCCL_SOCKET_IFNAME 指定的网卡地址上侦听",
             "使用 nccl 通信组时",
         ),
-        Kind.HCCL: _Words(
+        Service.HCCL: _Words(
             "HCCL",
             "HCCL 在主机之间的通信",
             "是：HCCL_IF_BASE_PORT 或 HCCL_HOST_SOCKET_PORT_RANGE",
@@ -308,7 +308,7 @@ _CHINESE = _Language(
             "在昇腾 NPU 上训练时",
             of_torch=False,
         ),
-        Kind.ADDED: _Words(
+        Service.ADDED: _Words(
             "训练脚本",
             "通过 --ports 添加的端口",
             "是：由脚本侦听，通过 --ports 指定",
@@ -316,14 +316,14 @@ _CHINESE = _Language(
             "训练脚本自行侦听端口时",
             of_torch=False,
         ),
-        Kind.COLLECTIVE: _Words(
+        Service.COLLECTIVE: _Words(
             "PyTorch（gloo 或 NCCL）",
             "通信组：绑定在单个地址上，与 gloo 和 NCCL 一致",
             "否：随机端口",
             "每个进程在每个通信组中一个",
             "使用 gloo 或 nccl 通信组时",
         ),
-        Kind.OTHER: _Words(
+        Service.OTHER: _Words(
             "PyTorch 或训练脚本",
             "训练进程在所有地址上侦听的端口：训练进程自己的 TCPStore，或脚本提供的服务",
             "否：随机端口",
@@ -346,7 +346,7 @@ def rows(connections: Iterable[Connection], setting: Setting, language: str) -> 
 
 
 def _row(connection: Connection, setting: Setting, words: _Language) -> Row:
-    kind = words.kinds[connection.kind]
+    service = words.services[connection.service]
     ports = ", ".join(connection.ports) or words.random
     own = words.node.format(node=setting.node)
     open_to_all = _EVERY_HOST.intersection(connection.sources + connection.destinations)
@@ -354,36 +354,36 @@ def _row(connection: Connection, setting: Setting, words: _Language) -> Row:
     source = peer if connection.direction == IN else own
     destination = peer if connection.direction == OUT else own
     cells = (
-        kind.component,
+        service.component,
         source,
         ", ".join(connection.sources),
         _source_port(connection, setting, words),
-        kind.component if connection.kind is Kind.ETCD else destination,
+        service.component if connection.service is Service.ETCD else destination,
         ", ".join(connection.destinations),
         ports,
         "TCP",
-        kind.description,
-        kind.changeable,
+        service.description,
+        service.changeable,
         words.no_authentication,
         words.none,
         words.not_applicable,
-        setting.torch if kind.of_torch and setting.torch else words.all_versions,
-        kind.scenario,
-        words.stop.join(_remarks(connection, kind, words)),
+        setting.torch if service.of_torch and setting.torch else words.all_versions,
+        service.scenario,
+        words.stop.join(_remarks(connection, service, words)),
     )
     return {name: printable(cell) for name, cell in zip(COLUMNS, cells)}
 
 
 def _source_port(connection: Connection, setting: Setting, words: _Language) -> str:
-    if connection.kind is Kind.HCCL and connection.ports:
+    if connection.service is Service.HCCL and connection.ports:
         return words.hccl_source.format(ports=", ".join(connection.ports))
     if connection.direction == IN or not setting.ephemeral:
         return words.chosen
     return words.chosen_from.format(ports=setting.ephemeral)
 
 
-def _remarks(connection: Connection, kind: _Words, words: _Language) -> Iterator[str]:
-    yield kind.remarks
+def _remarks(connection: Connection, service: _Words, words: _Language) -> Iterator[str]:
+    yield service.remarks
     if connection.direction == WITHIN:
         yield words.within
     if connection.direction == IN and not _EVERY_HOST.intersection(connection.sources):

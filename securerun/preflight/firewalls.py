@@ -19,7 +19,7 @@ from securerun.preflight.scene import Scene
 from securerun.text import some
 
 if TYPE_CHECKING:
-    from securerun.preflight.rules import Entrance, Packet
+    from securerun.preflight.rules import InputChain, Packet
 
 _FIREWALLD = Path("/run/firewalld.pid")
 _UFW = Path("/etc/ufw/ufw.conf")
@@ -32,15 +32,15 @@ _WIDEST = {4: 8, 6: 16}
 def turned_away(scene: Scene) -> Iterator[Finding]:
     """Peers that a firewall of this host's own certainly turns away, by name of the firewall and the first of them."""
     readable = scene.rules is not None and scene.rules.readable
-    entrances = scene.rules.entrances() if scene.rules else ()
-    packets = [*_packets(scene)] if entrances or not readable else []
-    for entrance in entrances:
+    chains = scene.rules.chains() if scene.rules else ()
+    packets = [*_packets(scene)] if chains or not readable else []
+    for chain in chains:
         refused: list[Packet] = []
         # What somebody else's tool printed has yet another shape: nothing is known of these rules then.
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            refused += [packet for packet in packets if entrance.turns_away(packet)]
+            refused += [packet for packet in packets if chain.turns_away(packet)]
         if refused:
-            yield _finding(entrance, refused)
+            yield _finding(chain, refused)
     if packets and not readable:
         yield from _unreadable(packets[0].source)
 
@@ -96,29 +96,29 @@ def _is_own(address: Address) -> bool:
     return True
 
 
-def _finding(entrance: Entrance, refused: list[Packet]) -> Finding:
+def _finding(chain: InputChain, refused: list[Packet]) -> Finding:
     sources = list(dict.fromkeys(packet.source for packet in refused))
     numbers = sorted({packet.port for packet in refused if packet.source == sources[0]})
     listed = ", ".join(map(str, numbers))
     manager = _manager()
-    where = f"chain {entrance.chain} of {entrance.tool} (table {entrance.table})"
+    where = f"chain {chain.name} of {chain.tool} (table {chain.table})"
     return Finding(
         "firewall",
         f"{manager + ', ' if manager else ''}{where} turns {some(sources, 1)} away from TCP ports {listed}",
         "securerun hands peers to the host's own rules, and opens nothing that those close",
-        _opening(manager, entrance, sources[0]),
+        _opening(manager, chain, sources[0]),
     )
 
 
-def _opening(manager: str, entrance: Entrance, source: Address) -> str:
+def _opening(manager: str, chain: InputChain, source: Address) -> str:
     if manager == "firewalld":
         return f"firewall-cmd --zone=trusted --add-source={source}"
     if manager == "ufw":
         return f"ufw allow proto tcp from {source}"
-    if entrance.tool == "nft":
+    if chain.tool == "nft":
         family = "ip" if source.version == 4 else "ip6"
-        return f"nft insert rule {entrance.table} {entrance.chain} {family} saddr {source} meta l4proto tcp accept"
-    return f"{entrance.tool} -I INPUT -s {source} -p tcp -j ACCEPT"
+        return f"nft insert rule {chain.table} {chain.name} {family} saddr {source} meta l4proto tcp accept"
+    return f"{chain.tool} -I INPUT -s {source} -p tcp -j ACCEPT"
 
 
 def _manager() -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from securerun.linux import nf_tables
 
 if TYPE_CHECKING:
-    from securerun.preflight.rules import Entrance
+    from securerun.preflight.rules import InputChain
 
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
 _ENVIRONMENT = {"PATH": _DIRECTORIES, "LC_ALL": "C"}
@@ -40,23 +40,23 @@ class Reading:
     """The host's rules, read by their own tools while this process does something else.
 
     Nothing is started where no base chain and no legacy table sees packets to this host. Only root may read rules:
-    `readable` says whether this process could, and `entrances` is empty where it could not.
+    `readable` says whether this process could, and `chains` is empty where it could not.
     """
 
     def __init__(self) -> None:
         self._texts: list[_Text] = []
-        self._entrances: tuple[Entrance, ...] | None = None
+        self._chains: tuple[InputChain, ...] | None = None
         self.readable = False
         if os.geteuid() == 0:
             with contextlib.suppress(OSError):
                 self._begin()
                 self.readable = True
 
-    def entrances(self) -> tuple[Entrance, ...]:
+    def chains(self) -> tuple[InputChain, ...]:
         """Return the chains that packets to this host pass, securerun's own left out."""
-        if self._entrances is None:
-            self._entrances = tuple(self._read())
-        return self._entrances
+        if self._chains is None:
+            self._chains = tuple(self._read())
+        return self._chains
 
     def close(self) -> None:
         """End what still reads. May be called again."""
@@ -90,7 +90,7 @@ class Reading:
         )
         self._texts.append(_Text(process, version))
 
-    def _read(self) -> Iterator[Entrance]:
+    def _read(self) -> Iterator[InputChain]:
         """Tables that iptables understands come in its own words; nft knows its matches by no more than their names."""
         if not self._texts:
             return

@@ -57,15 +57,15 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Entrance:
+class InputChain:
     """A base chain that every packet to this host passes, with the chains of its table.
 
-    version: the IP version that it sees, 4 or 6; 0 for both. place: its name for a person, and for its tool.
+    version: the IP version that it sees, 4 or 6; 0 for both. table: as a person and its tool name it.
     """
 
     tool: str
     table: str
-    chain: str
+    name: str
     version: int
     policy: str
     chains: Mapping[str, Sequence[Rule]] = field(repr=False)
@@ -74,7 +74,7 @@ class Entrance:
         """Return whether it certainly drops or rejects the packet."""
         if self.version not in (0, packet.source.version):
             return False
-        ends = self._walk(self.chain, packet, 0)
+        ends = self._walk(self.name, packet, 0)
         return {self.policy if end in (_NEXT, _RETURN) else end for end in ends} == {DROP}
 
     def _walk(self, chain: str, packet: Packet, depth: int) -> set[str]:
@@ -99,7 +99,7 @@ class Entrance:
         return ends - {_NEXT, _RETURN} | (back if ends & {_NEXT, _RETURN} else set())
 
 
-def read_saved(text: str, version: int, ours: str) -> Iterator[Entrance]:
+def read_saved(text: str, version: int, ours: str) -> Iterator[InputChain]:
     """Yield the INPUT chain of iptables-save's text of the filter table. ours: a chain to leave out."""
     chains: dict[str, list[Rule]] = {}
     policy = ""
@@ -114,7 +114,7 @@ def read_saved(text: str, version: int, ours: str) -> Iterator[Entrance]:
                 chains.setdefault(words[1], []).append(_saved_rule(words[2:]))
     if "INPUT" in chains:
         tool = "iptables" if version == 4 else "ip6tables"
-        yield Entrance(tool, "filter", "INPUT", version, policy, chains)
+        yield InputChain(tool, "filter", "INPUT", version, policy, chains)
 
 
 _POLICIES = {"ACCEPT": ACCEPT, "DROP": DROP}
@@ -244,7 +244,7 @@ def _has_flags(looked_at: str, wanted: str) -> bool:
 _VERSIONS = {"ip": 4, "ip6": 6, "inet": 0}
 
 
-def read_listed(text: str, ours: str) -> Iterator[Entrance]:
+def read_listed(text: str, ours: str) -> Iterator[InputChain]:
     """Yield the base chains at the input hook in the output of `nft -j list ruleset`. ours: how our tables begin."""
     objects = [item for item in json.loads(text).get("nftables", ()) if isinstance(item, dict)]
     sets: dict[tuple[str, str, str], Any] = {}
@@ -266,7 +266,7 @@ def read_listed(text: str, ours: str) -> Iterator[Entrance]:
             chains = tables[body["family"], body["table"]]
             version = _VERSIONS[body["family"]]
             place = f"{body['family']} {body['table']}"
-            yield Entrance("nft", place, body["name"], version, body.get("policy", ACCEPT), chains)
+            yield InputChain("nft", place, body["name"], version, body.get("policy", ACCEPT), chains)
 
 
 class _ListedRule:

@@ -71,8 +71,8 @@ def planned(job: Job, *ports: PortRange, ends: Ends = ENDS, here: bool = True) -
     return matrix.planned(job, ports, ends, STORE, here=here)
 
 
-def kinds(connections: list[Connection]) -> list[tuple[str, str]]:
-    return [(connection.kind, connection.direction) for connection in connections]
+def services(connections: list[Connection]) -> list[tuple[str, str]]:
+    return [(connection.service, connection.direction) for connection in connections]
 
 
 def rows(connections: list[Connection], language: str = "en") -> list[matrix_words.Row]:
@@ -86,9 +86,9 @@ def test_the_columns_are_those_of_the_security_notes() -> None:
 
 def test_both_languages_have_the_same_words_to_say() -> None:
     english, chinese = LANGUAGES["en"], LANGUAGES["zh"]
-    assert english.kinds.keys() == chinese.kinds.keys()
-    for kind, words in english.kinds.items():
-        assert words.of_torch == chinese.kinds[kind].of_torch
+    assert english.services.keys() == chinese.services.keys()
+    for service, words in english.services.items():
+        assert words.of_torch == chinese.services[service].of_torch
     for name, words in vars(english).items():
         other = getattr(chinese, name)
         assert type(words) is type(other)
@@ -98,8 +98,8 @@ def test_both_languages_have_the_same_words_to_say() -> None:
 
 def test_a_static_job_has_one_store_and_whatever_the_collectives_open() -> None:
     found = planned(STATIC, plans.PORTS[0], HCCL)
-    both = [(kind, direction) for kind in ("hccl", "gloo", "nccl") for direction in ("in", "out")]
-    assert kinds(found) == [("static", "in"), *both]
+    both = [(service, direction) for service in ("hccl", "gloo", "nccl") for direction in ("in", "out")]
+    assert services(found) == [("static", "in"), *both]
     store = rows(found)[0]
     assert store["source_ip"] == "10.77.0.2, fd77::2"
     assert store["destination_ip"] == "10.77.0.1"
@@ -112,29 +112,29 @@ def test_a_static_job_has_one_store_and_whatever_the_collectives_open() -> None:
 
 def test_the_store_of_another_node_is_what_this_one_connects_to() -> None:
     (store, *_) = planned(C10D, C10D_PORT, here=False)
-    assert (store.kind, store.direction, store.sources, store.destinations) == ("c10d", "out", ENDS.node, STORE)
+    assert (store.service, store.direction, store.sources, store.destinations) == ("c10d", "out", ENDS.node, STORE)
     row = rows([store])[0]
     assert row["source_port"] == "chosen by the operating system (32768-60999)"
 
 
 def test_every_rendezvous_but_static_has_a_second_store_on_a_random_port() -> None:
     for job, ports in ((C10D, (C10D_PORT,)), (ETCD, ())):
-        found = [row for row in planned(job, *ports) if row.kind == "worker_store"]
+        found = [row for row in planned(job, *ports) if row.service == "worker_store"]
         assert [row.direction for row in found] == ["in", "out"]
         assert rows(found)[0]["destination_port"] == "random, chosen by the operating system"
 
 
 def test_an_etcd_server_is_somebody_elses() -> None:
-    (server,) = [row for row in planned(ETCD) if row.kind == "etcd"]
+    (server,) = [row for row in planned(ETCD) if row.service == "etcd"]
     assert (server.direction, server.ports) == ("out", ("2379",))
     assert rows([server])[0]["destination_device"] == "etcd"
 
 
 def test_hccl_is_there_with_its_range_or_with_random_ports() -> None:
-    ranged = rows([row for row in planned(STATIC, HCCL) if row.kind == "hccl"])
+    ranged = rows([row for row in planned(STATIC, HCCL) if row.service == "hccl"])
     assert {row["destination_port"] for row in ranged} == {"60000-60015"}
     assert {row["source_port"] for row in ranged} == {"60000-60015, or chosen by the operating system"}
-    automatic = rows([row for row in planned(STATIC) if row.kind == "hccl"])
+    automatic = rows([row for row in planned(STATIC) if row.service == "hccl"])
     assert {row["destination_port"] for row in automatic} == {"random, chosen by the operating system"}
 
 
@@ -146,24 +146,24 @@ def test_a_job_of_one_node_stays_on_it() -> None:
 
 def test_ports_that_the_user_added_are_the_scripts() -> None:
     found = planned(STATIC, PortRange(7000, 7010, "added with --ports"))
-    assert [(row.kind, row.ports) for row in found][:2] == [("added", ("7000-7010",))] * 2
+    assert [(row.service, row.ports) for row in found][:2] == [("added", ("7000-7010",))] * 2
 
 
-def test_every_purpose_of_a_plan_has_a_kind() -> None:
-    found = {purpose: planned(STATIC, PortRange(7000, 7010, purpose))[0].kind for purpose in Purpose}
+def test_every_purpose_of_a_plan_has_a_service() -> None:
+    found = {purpose: planned(STATIC, PortRange(7000, 7010, purpose))[0].service for purpose in Purpose}
     # A port that was opened meanwhile is in no plan.
-    assert [one for one, kind in found.items() if kind == "added"] == [Purpose.ADDED, Purpose.OPENED_MEANWHILE]
-    assert {*found.values()} <= LANGUAGES["en"].kinds.keys()
+    assert [one for one, service in found.items() if service == "added"] == [Purpose.ADDED, Purpose.OPENED_MEANWHILE]
+    assert {*found.values()} <= LANGUAGES["en"].services.keys()
 
 
 def test_a_purpose_that_is_not_known_is_a_port_that_somebody_added() -> None:
-    assert kinds(planned(STATIC, PortRange(7000, 7010, "store of some later torch")))[0] == ("added", "in")
+    assert services(planned(STATIC, PortRange(7000, 7010, "store of some later torch")))[0] == ("added", "in")
 
 
 def test_a_port_that_was_closed_meanwhile_is_shown_as_what_listens_there() -> None:
     found = matrix.Found(ipaddress.ip_address("10.77.0.1"), 40000, of_launcher=False)
     for ports in ((), (PortRange(40000, 40000, Purpose.OPENED_MEANWHILE),)):
-        assert matrix.running(ports, ENDS, [found])[0].kind == "collective"
+        assert matrix.running(ports, ENDS, [found])[0].service == "collective"
 
 
 def test_a_job_that_is_open_to_every_host_is_not_called_closed() -> None:

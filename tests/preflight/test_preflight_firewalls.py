@@ -292,7 +292,7 @@ def test_looking_registers_no_table_and_starts_nothing_where_no_rule_is(node0: H
         before = names.read_text() if names.exists() else None
         reading = Reading()
         started = list(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-        return started, reading.entrances(), (names.read_text() if names.exists() else None) == before
+        return started, reading.chains(), (names.read_text() if names.exists() else None) == before
 
     with Network("fresh") as fresh:
         before = fresh["fresh"].snapshot()
