@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from securerun.audit.tree import Root, Way
+from securerun.audit.tree import Descent, Root
 from securerun.audit.violations import Identity, Problem, Violation, identity_of
 from securerun.host import permissions
 from securerun.linux import proc
@@ -81,18 +81,18 @@ def propose(violations: Iterable[Violation], owners: frozenset[int]) -> Proposal
 
 def make(roots: Sequence[Root], changes: Iterable[Change]) -> Iterator[Result]:
     """Make changes, one after the other, each only where the file is still as it was found."""
-    way = Way(roots)
+    descent = Descent(roots)
     try:
         for change in changes:
-            yield Result(change, _make(way, change))
+            yield Result(change, _make(descent, change))
     finally:
-        way.close()
+        descent.close()
 
 
-def _make(way: Way, change: Change) -> str:
+def _make(descent: Descent, change: Change) -> str:
     parent, _, name = change.path.rpartition("/")
     try:
-        with way.directory(change.root, parent, to_read=False) as directory:
+        with descent.directory(change.root, parent, to_read=False) as directory:
             file = os.open(name or ".", _THIS_FILE, dir_fd=directory)
         try:
             return _change_mode(file, change)

@@ -20,7 +20,7 @@ from operator import itemgetter
 from typing import Callable, Generic, NamedTuple, TypeVar
 
 from securerun.audit.kinds import HEAD, Kinds
-from securerun.audit.tree import Root, Way
+from securerun.audit.tree import Descent, Root
 from securerun.audit.violations import Batch, Entry, Identity, Problem, Wrong, identity_of
 from securerun.host import permissions
 from securerun.host.permissions import Kind
@@ -106,7 +106,7 @@ class Scan(Generic[T]):
         self._settings = settings
         self._kinds = settings.kinds
         self._present = present
-        self._way = Way(settings.roots)
+        self._descent = Descent(settings.roots)
         self._known: dict[Kind, dict[tuple[str, int, int, int], _Verdict]] = {kind: {} for kind in Kind}
         self._out: Outcome[T] = Outcome()
         self._seen = 0
@@ -128,7 +128,7 @@ class Scan(Generic[T]):
         return self._out
 
     def close(self) -> None:
-        self._way.close()
+        self._descent.close()
 
     def _count_known(self) -> None:
         for known in self._known.values():
@@ -144,7 +144,7 @@ class Scan(Generic[T]):
         """Judge a directory and the files in it; returns the directories in it."""
         only = self._settings.roots[directory.root].only
         try:
-            with self._way.directory(directory.root, directory.path, to_read=True) as descriptor:
+            with self._descent.directory(directory.root, directory.path, to_read=True) as descriptor:
                 visit = _Visit(directory, descriptor, entries)
                 if only is not None:
                     self._judge_one(visit, only)
@@ -157,19 +157,19 @@ class Scan(Generic[T]):
             return []
 
     def _excuse(self, directory: Directory, error: OSError, entries: list[Entry]) -> None:
-        """A directory that may not be read has a mode all the same; one that is gone has nothing."""
+        """Judge a directory that may not be read: it has a mode all the same; one that is gone has nothing."""
         if error.errno == errno.ENOENT:
             return
         status = os.stat_result((stat.S_IFDIR, *_NOTHING[1:]))
-        way = self._way.directory(directory.root, directory.path, to_read=False)
-        with contextlib.suppress(OSError), way as place:
+        opening = self._descent.directory(directory.root, directory.path, to_read=False)
+        with contextlib.suppress(OSError), opening as place:
             status = os.fstat(place)
             self._judge_directory(_Visit(directory, place, entries), status)
         why = "it became something else meanwhile" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
         self._not_looked_at(entries, "", status, directory.kind, why)
 
     def _judge_files(self, visit: _Visit) -> None:
-        """The loop that a million files go through: for most of them their ending, mode and owner are known."""
+        """Judge files in the loop that a million of them go through: for most of them their ending, mode and owner are known."""
         known = self._known[visit.directory.kind]
         heads, _, inner, elsewhere = self._kinds.shortcuts
         is_enough = not self._settings.identities

@@ -93,7 +93,7 @@ def _descend(descriptor: int, names: Sequence[str], flags: int) -> int:
     return current
 
 
-class Way:
+class Descent:
     """The way from a root down to where a walk is: what is near shares what is open of it."""
 
     def __init__(self, roots: Sequence[Root]) -> None:
@@ -104,7 +104,7 @@ class Way:
 
     @contextlib.contextmanager
     def directory(self, root: int, path: str, *, to_read: bool) -> Iterator[int]:
-        """A descriptor of the directory at a path below a root, by number. Raises OSError, for links on the way too."""
+        """Open the directory at a path below a root, by number. Raises OSError, for links on the way too."""
         names = path.split("/") if path else []
         parents = names[:-1][:_KEPT]
         self._go_to(root, parents)

@@ -85,7 +85,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[list[Root], list[Change]]]:
-    """The roots and the changes of a log, to be taken back while the block lasts.
+    """Open a log; yields its roots and its changes, to be taken back while the block lasts.
 
     Raises UsageError for a log that cannot be understood or was not written by this user, and SecurerunError where a
     root is not the directory any more that it was.

@@ -94,7 +94,7 @@ def print_kinds() -> None:
 
 
 def audit(request: Request) -> int:
-    """Look at what is named, print what is found, mend it if that is asked for; the exit status.
+    """Look at what is named, print what is found, fix it if that is asked for; returns the exit status.
 
     Raises UsageError for what cannot be looked at or understood, SecurerunError where no undo log can be written.
     """
@@ -117,7 +117,7 @@ def audit(request: Request) -> int:
 
 
 def undo(log: Path, *, as_json: bool) -> int:
-    """Give back the modes that the log of a --fix says were changed; the exit status.
+    """Give back the modes that the log of a --fix says were changed; returns the exit status.
 
     Raises UsageError for what is no log of this user's, SecurerunError where its trees are others by now.
     """
@@ -242,7 +242,7 @@ def _user_id(name: str) -> int:
 
 
 def _allow_many_descriptors() -> None:
-    """Each path that is named takes one, and a shell's * names many."""
+    """Raise the limit: each path that is named takes one, and a shell's * names many."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
