@@ -169,7 +169,7 @@ class Scan(Generic[T]):
         self._not_looked_at(entries, "", status, directory.kind, why)
 
     def _judge_files(self, visit: _Visit) -> None:
-        """Judge files in the loop that a million of them go through: for most of them their ending, mode and owner are known."""
+        """Judge files, a million of which may go through this loop: of most, ending, mode and owner are known."""
         known = self._known[visit.directory.kind]
         heads, _, inner, elsewhere = self._kinds.shortcuts
         is_enough = not self._settings.identities
