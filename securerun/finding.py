@@ -20,7 +20,7 @@ class Finding:
     fix: str
 
     def __str__(self) -> str:
-        return printable(f"{self.what}: {self.why}; mend it by `{self.fix}`")
+        return printable(f"{self.what}: {self.why}; fix: `{self.fix}`")
 
     def document(self) -> dict[str, str]:
         """Return the finding as JSON's own types, as reports and `securerunctl doctor --json` have it."""

@@ -175,7 +175,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "run-as",
-        "For root: the user that the job is to be. securerun becomes this user, with his groups and no privilege, "
+        "For root: the user that the job is to be. securerun becomes this user, with their groups and no privilege, "
         "before anything of the job is loaded; the guard stays root's.",
         metavar="USER",
         example="--run-as USER",

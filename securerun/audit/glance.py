@@ -23,7 +23,7 @@ _MOST_TOLD = 100
 _WHY = {
     Problem.TOO_OPEN: "more users get at it than its row of the permission table allows",
     Problem.SET_ID: "whoever runs it gets another's rights",
-    Problem.CAPABILITIES: "whoever runs it gets rights that are not his",
+    Problem.CAPABILITIES: "whoever runs it gets rights that are not theirs",
     Problem.OPEN_PARENT: "everybody may put something else in the place of what is below",
 }
 _WHOSE = "what is in it is not decided by the job's user alone"

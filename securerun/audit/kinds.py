@@ -56,7 +56,7 @@ def _site_rows() -> tuple[Row, ...]:
     except OSError as error:
         raise UsageError(f"{SITE_FILE} cannot be looked at: {error.strerror}; try as root") from error
     if weakness is not None:
-        raise UsageError(f"{SITE_FILE} decides what may be open, but {weakness}; mend that, or remove {SITE_FILE}")
+        raise UsageError(f"{SITE_FILE} decides what may be open, but {weakness}; fix that, or remove {SITE_FILE}")
     return _rows_of(SITE_FILE)
 
 

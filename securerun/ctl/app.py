@@ -144,7 +144,7 @@ _PATHS = typer.Argument(None, metavar="PATH...", help="Files and directories to 
 _OWNERS = typer.Option([], "--owner", metavar="USER", help="A user whose files are in order here too.")
 
 
-@app.command(short_help="Show what is more open than the permission table allows, and mend it.")
+@app.command(short_help="Show what is more open than the permission table allows, and fix it.")
 def audit(
     paths: list[str] = _PATHS,
     given: str = typer.Option("", "--as", metavar="KIND", help="What all of it is; by default names tell."),
@@ -191,7 +191,7 @@ def audit(
     raise typer.Exit(command.audit(request))
 
 
-@app.command(short_help="Look for what is to be mended on this host, and for what securerun can do here.")
+@app.command(short_help="Look for what to fix on this host, and for what securerun can do here.")
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON for programs.")) -> None:
     """Look for what is to be mended on this host, and for what securerun can do here; each with the command that helps.
 

@@ -34,7 +34,7 @@ CLEAN, FINDINGS = 0, 1
 _REFRESH_SECONDS = 0.1
 # A bar is worth its while for so many changes.
 _MANY_CHANGES = 1000
-_NO_MODE = "only modes are mended"
+_NO_MODE = "only modes are fixed"
 
 
 @dataclass(frozen=True)
@@ -287,8 +287,8 @@ def _print_what_is_left(
     else:
         _print(f"{_path(roots, result.change)} is left as it is: {result.why}" for result in results if result.why)
     if log is not None:
-        mended = sum(not result.why for result in results)
-        print(f"{_number(mended, 'mode')} mended; {_undo_words(log)}")
+        fixed = sum(not result.why for result in results)
+        print(f"{_number(fixed, 'mode')} fixed; {_undo_words(log)}")
     if any(left):
         print(f"{_number(sum(map(bool, left)), 'finding')} left")
 

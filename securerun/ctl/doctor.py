@@ -92,6 +92,6 @@ def _lines(found: Sequence[Ability], findings: Sequence[Finding]) -> Iterator[st
         yield printable(f"{ability.name:<{width}}  {_STATES[ability.works]:<3}  {ability.what}{fix}")
     yield ""
     if not findings:
-        yield "nothing to mend"
+        yield "nothing to fix"
     for finding in findings:
         yield f"{finding.name}: {finding}"

@@ -115,7 +115,7 @@ remove_from() {
     } | "$1-restore" --noflush --wait 10 || fail "$1-restore has changed nothing; the rules are still there"
     [ -z "$others" ] || return 0
     case $jumps in *'securerun made this'*) ;; *) return 0 ;; esac
-    # Only an empty INPUT that lets everything pass: what somebody else put there since is his.
+    # Only an empty INPUT that lets everything pass: what somebody else put there since is theirs.
     now=$("$1-save" -t filter)
     case $now in *'-A INPUT '*) return 0 ;; *':INPUT ACCEPT'*) "$1" -w 10 -X INPUT 2> /dev/null || : ;; esac
     case $jumps in *'@MADE_TABLE@'*) command -v nft > /dev/null || return 0 ;; *) return 0 ;; esac

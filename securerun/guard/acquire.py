@@ -150,7 +150,7 @@ def _add_shield(lease: Lease, undo: ExitStack) -> None:
     except (CgroupUnavailable, ShieldUnavailable) as error:
         if lease.order.scope == "process":
             raise PrivilegeError(
-                f"the job cannot be shielded: {error}; mend that, or use --scope auto; nothing was started"
+                f"the job cannot be shielded: {error}; fix that, or use --scope auto; nothing was started"
             ) from error
         if lease.order.scope == "auto":
             lease.notes += (f"no shield ({error})",)
@@ -232,7 +232,7 @@ def _add_chains(lease: Lease) -> None:
             drops.close()
         if order.firewall != "auto":
             raise PrivilegeError(
-                f"no port chains can be installed: {error}; mend that, or use --firewall auto; nothing was started"
+                f"no port chains can be installed: {error}; fix that, or use --firewall auto; nothing was started"
             ) from error
         alone = "; the shield closes every port by itself" if lease.shield else ""
         lease.notes += (f"no port chains ({error}){alone}",)

@@ -85,7 +85,7 @@ def open_directories(scene: Scene) -> Iterator[Finding]:
     for kind, path in _directories(scene):
         if path not in told and path.is_dir():
             told.add(path)
-            why = f"more than the owner and his group's readers get at it, and a {kind} directory may have 750"
+            why = f"more than the owner and their group's readers get at it, and a {kind} directory may have 750"
             yield from _too_open("directory", path, kind, why)
 
 

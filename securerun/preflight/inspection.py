@@ -88,7 +88,7 @@ def require_none(findings: Sequence[Finding]) -> None:
     """Raise PolicyError, with a line for each finding, where there is any."""
     if findings:
         found = count(len(findings), "finding")
-        verdict = f"--preflight strict: {found}, so nothing was started; mend them, or use --preflight warn"
+        verdict = f"--preflight strict: {found}, so nothing was started; fix them, or use --preflight warn"
         raise PolicyError("\n".join([*map(str, findings), verdict]))
 
 

@@ -239,7 +239,7 @@ def _no_way(obstacles: list[str]) -> str:
     user = name_of(os.getuid())
     return "\n".join(
         [
-            f"no guard is to be had as user {user}, so nothing was started. One of these gives one:",
+            f"no guard is available to user {user}, so nothing was started. One of these gives one:",
             "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
             "  an administrator permits the guard by sudo: securerunctl setup sudoers",
             "  an administrator has systemd start it: securerunctl setup systemd",

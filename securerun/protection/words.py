@@ -64,7 +64,7 @@ def renewed(before: Peers, now: Peers) -> str:
     """Which addresses of the peers' names came and went while the job runs."""
     gone = _addresses(sorted(set(before.listed) - set(now.listed), key=_in_order))
     come = _addresses(sorted(set(now.listed) - set(before.listed), key=_in_order))
-    changes = (f"{gone} may connect no more" if gone else "", f"{come} may connect now" if come else "")
+    changes = (f"{gone} may no longer connect" if gone else "", f"{come} may connect now" if come else "")
     return f"the names of {now.source} have other addresses: {'; '.join(filter(None, changes))}"
 
 
@@ -124,7 +124,7 @@ def origin(obstacles: Mapping[str, str], *, may_leave: bool) -> str:
     """Where the guard of a launch comes from. obstacles: why each way cannot be tried, "" if it can."""
     way = next((way for way, obstacle in obstacles.items() if not obstacle), None)
     if way is None:
-        return f"none to be had: {'; '.join(obstacles.values())}"
+        return f"none is available: {'; '.join(obstacles.values())}"
     if way != DIRECTLY:
         return f"started {way}, if that permits it to you"
     return "started directly" + (

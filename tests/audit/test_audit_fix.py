@@ -99,7 +99,7 @@ def test_all_that_is_too_open_is_closed_and_said_before(tree: Path, capsys: pyte
     said = capsys.readouterr().out
     assert f"{tree}/keys/a.pem: 0666, may be 0600 at most (key); --fix makes it 0600\n" in said
     assert f"{tree}/train.py: runs as its owner (set-user-id); chmod ug-s; --fix makes it 0550\n" in said
-    assert said.endswith(f"8 modes mended; undo with: securerunctl audit --undo {tree.parent}/undo\n")
+    assert said.endswith(f"8 modes fixed; undo with: securerunctl audit --undo {tree.parent}/undo\n")
     assert audit(Request([tree])) == 0
 
 
@@ -190,7 +190,7 @@ def test_what_has_several_names_or_a_strangers_owner_is_left_and_named(
     assert left == {
         (f"{tree}/logs/theirs.pt", "too-open"): "it has 2 names (hard links), of which some may be elsewhere",
         (f"{tree}/model.pt", "too-open"): "its owner is a stranger here",
-        (f"{tree}/model.pt", "foreign-owner"): "only modes are mended",
+        (f"{tree}/model.pt", "foreign-owner"): "only modes are fixed",
     }
     assert (tree.parent / "outside/model.pt").stat().st_mode & 0o777 == 0o666
     assert (tree / "model.pt").stat().st_mode & 0o777 == 0o666
@@ -204,7 +204,7 @@ def test_what_is_no_mode_is_left_and_makes_status_1(tree: Path, capsys: pytest.C
     assert audit(request(tree)) == 1
     said = capsys.readouterr().out
     assert (
-        f"{tree}/way: leads out of the tree, to {tree.parent}/outside; --fix leaves it: only modes are mended\n" in said
+        f"{tree}/way: leads out of the tree, to {tree.parent}/outside; --fix leaves it: only modes are fixed\n" in said
     )
     assert said.endswith("2 findings left\n")
     assert modes(tree.parent / "outside")[f"{tree.parent}/outside/model.pt"] == 0o666
@@ -587,7 +587,7 @@ def test_on_a_terminal_somebody_is_asked_after_he_was_shown(tree: Path) -> None:
     assert "nothing was changed" in said and "9 findings left" in said
     status, said = _answered(tree, "y\n")
     assert status == 0 and modes(tree) == mended(tree)
-    assert "8 modes mended; undo with:" in said
+    assert "8 modes fixed; undo with:" in said
 
 
 def test_who_has_said_yes_is_not_asked(tree: Path) -> None:
@@ -630,9 +630,9 @@ def test_an_ordinary_user_mends_his_own_and_not_what_is_others(node: Host, root_
             (alice.home, "too-open"): None,
             (own, "too-open"): None,
             (bobs, "too-open"): "its owner is a stranger here",
-            (bobs, "foreign-owner"): "only modes are mended",
+            (bobs, "foreign-owner"): "only modes are fixed",
             (roots, "too-open"): "Operation not permitted",
-            (f"{alice.home}/run/closed", "not-looked-at"): "only modes are mended",
+            (f"{alice.home}/run/closed", "not-looked-at"): "only modes are fixed",
         }
         log = document["undo_log"]
         assert log.startswith(f"{alice.home}/.local/state/securerun/undo/")

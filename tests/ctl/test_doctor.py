@@ -70,7 +70,7 @@ def test_text_has_the_same_as_json_in_lines(node: Host) -> None:
     host, _, findings = done.stdout.partition("\n\n")
     assert [line.split("  ")[0].strip() for line in host.splitlines()] == [*_ABILITIES]
     assert "umask: the shell's umask is 0022: " in findings
-    assert all("mend it by `" in line for line in findings.splitlines())
+    assert all("fix: `" in line for line in findings.splitlines())
 
 
 def test_status_is_0_where_nothing_is_to_be_mended(node: Host, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_a_pod_that_comes_back_with_another_address_may_connect_and_its_old_one_
         done = finish(job, text_input="")
     assert done.returncode == 0, done
     (line,) = (line for line in done.stderr.splitlines() if "other addresses" in line)
-    said = f"{', '.join(before.addresses)} may connect no more; {', '.join(after.addresses)} may connect now"
+    said = f"{', '.join(before.addresses)} may no longer connect; {', '.join(after.addresses)} may connect now"
     assert line == f"securerun: the names of --peers have other addresses: {said}"
 
 

@@ -468,7 +468,7 @@ def test_worker_whose_launcher_is_gone_is_told_and_others_are_not(tmp_path: Path
 def test_findings_are_a_line_each_and_strict_refuses_all_at_once() -> None:
     findings = [Finding("a", "this", "because", "mend it"), Finding("b", "evil\n\x1b[2J", "of that", "mend that")]
     said = [str(finding) for finding in findings]
-    assert said == ["this: because; mend it by `mend it`", "evil\\n\\x1b[2J: of that; mend it by `mend that`"]
+    assert said == ["this: because; fix: `mend it`", "evil\\n\\x1b[2J: of that; fix: `mend that`"]
     with pytest.raises(PolicyError, match="--preflight strict: 2 findings, so nothing was started") as refused:
         inspection.require_none(findings)
     assert refused.value.status == 78

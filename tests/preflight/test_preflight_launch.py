@@ -25,7 +25,7 @@ _WORKER = (
 
 def findings(errors: str) -> list[str]:
     """The lines of the preflight's; an old run's remains may be those of tests that run at the same time."""
-    lines = [line for line in errors.splitlines() if "; mend it by `" in line]
+    lines = [line for line in errors.splitlines() if "; fix: `" in line]
     return [line for line in lines if "whose launcher is gone" not in line]
 
 
@@ -38,7 +38,7 @@ def test_each_finding_is_a_line_and_the_job_runs(node: Host, script: str) -> Non
     done = node.run([jobs.SECURERUN, "--ports", "7000", script], umask=0o022)
     assert (done.returncode, done.stdout) == (0, "ran with\n"), done
     (umask, root) = (line for line in findings(done.stderr) if "umask" in line or "root" in line)
-    assert umask.startswith("securerun: the shell's umask is 0022: ") and umask.endswith("mend it by `umask 0027`")
+    assert umask.startswith("securerun: the shell's umask is 0022: ") and umask.endswith("fix: `umask 0027`")
     assert root.startswith("securerun: running as root, and so is the job: ")
     # After the words on what is closed, which come first: a launch that is refused has one thing to mend.
     assert done.stderr.index("closed to all others by shield") < done.stderr.index(umask) < done.stderr.index(root)
