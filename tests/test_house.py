@@ -44,14 +44,14 @@ FLOORS = {name: floor for floor, wing in enumerate(WINGS) for name in wing}
 OF_THE_GUARD = {f"securerun.guard.{name}" for name in ("protocol", "documents", "records", "program")}
 # They do the guard's own work, as root, in the process of the command.
 AS_ROOT = {
-    "securerun.ctl.clean": {"securerun.guard.cgroup", "securerun.guard.reaper", "securerun.guard.reserved"},
+    "securerun.ctl.clean": {"securerun.guard.reaper"},
     "securerun.preflight.abilities": {"securerun.guard.cgroup"},
 }
 
 # All of securerun that runs as root, by wing. Who adds a module adds it here, and so says so.
 LOADED_BY_THE_GUARD = {
-    "guard": "caller cgroup channel documents exposure inherited lease limits log neighbours program protocol reaper "
-    "records reserved server watch",
+    "guard": "acquire caller cgroup channel documents exposure inherited lease limits log neighbours program protocol "
+    "reaper records reserved run_directory server watch",
     "firewall": "backends chains droplog policy refusals selftest shield shield_maps shield_program",
     "linux": "assembler bpf capabilities cgroups libc local_sockets netlink networks nf_tables nflog nfnetlink "
     "packages port_ranges prctl proc processes sock_diag trust",
