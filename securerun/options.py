@@ -342,7 +342,7 @@ def take_early(arguments: Sequence[str], key: str) -> dict[str, Value]:
 
 
 def resolve(taken: Mapping[str, Value], environment: Mapping[str, str], config_path: Path = SITE_CONFIG) -> Options:
-    """The options in force: flag, then environment, then site file.
+    """Return the options in force: flag, then environment, then site file.
 
     Raises UsageError for a value that an option does not take, and for a site file that cannot be read.
     """
@@ -362,14 +362,17 @@ def resolve(taken: Mapping[str, Value], environment: Mapping[str, str], config_p
 
 
 def seconds(text: str, source: str) -> float:
-    """The seconds that an option's text stands for. Raises UsageError for what is no number of seconds up to a day."""
+    """Return the seconds that an option's text stands for.
+
+    Raises UsageError for what is no number of seconds up to a day.
+    """
     if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) and float(text) <= _DAY_SECONDS:
         return float(text)
     raise UsageError(f"{source}: {text!r} is no number of seconds up to {_DAY_SECONDS}; write 10, or 0.5")
 
 
 def help_text(options: Sequence[Option] = OPTIONS, before: str = "the script") -> str:
-    """The block of `--help` that stands beside torch's own, or that of a command which begins `before` another.
+    """Return the block of `--help` that stands beside torch's own, or that of a command which begins `before` another.
 
     A line an option, so that all of them are seen at once; docs/options.md has the rest.
     """
@@ -435,7 +438,7 @@ def _checked(option: Option, value: Value, place: str) -> Value:
 
 
 def _read_site_file(path: Path) -> dict[str, _Found]:
-    """The settings of the site file by key; none where there is no such file."""
+    """Return the settings of the site file by key; none where there is no such file."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -491,7 +494,10 @@ def _toml_word(option: Option, item: object) -> str | None:
 
 
 def _toml_complaint(message: str, text: str) -> str:
-    """The parser's message with its line first: "Invalid value (at line 3, column 9)", "... (at end of document)"."""
+    """Return the parser's message with its line first.
+
+    "Invalid value (at line 3, column 9)", "... (at end of document)".
+    """
     where = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)", message)
     what = message[: where.start()] if where else message
     line = where.group(1) if where and where.group(1) else str(len(text.splitlines()) or 1)
@@ -499,7 +505,7 @@ def _toml_complaint(message: str, text: str) -> str:
 
 
 def _line_of(key: str, text: str) -> int:
-    """The line that sets a key of the document's top level, or opens the table of that name."""
+    """Return the line that sets a key of the document's top level, or opens the table of that name."""
     quoted = rf"[\"']?{re.escape(key)}[\"']?"
     pattern = re.compile(rf"\s*(?:{quoted}\s*[.=]|\[+\s*{quoted}\s*[].])")
     lines = (number for number, line in enumerate(text.splitlines(), 1) if pattern.match(line))

@@ -261,7 +261,7 @@ class Scan(Generic[T]):
             self._find(visit, name, status, verdict.kind, (_wrong(Problem.CAPABILITIES, verdict.kind, status),))
 
     def _judge_directory(self, visit: _Visit, status: os.stat_result) -> None:
-        """A directory that holds key material is one of key material."""
+        """Take a directory that holds key material for one of key material."""
         kind, detail = visit.directory.kind, ""
         if visit.key is not None and kind is not Kind.KEY:
             kind, detail = Kind.KEY, f"it holds {visit.key}"

@@ -234,7 +234,7 @@ def completion(shell: str = typer.Argument(..., help="bash or zsh.")) -> None:
 
 
 def main() -> None:
-    """The command securerunctl."""
+    """Be the command securerunctl."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no name or command is lost to a terminal's ASCII

@@ -18,7 +18,10 @@ NAMES = tuple(_CLASSES)
 
 
 def open_chains(backend: str, run_id: str) -> PortChains:
-    """The port chains of a run in one backend. Raises PortChainsUnavailable where this host has no such thing."""
+    """Return the port chains of a run in one backend.
+
+    Raises PortChainsUnavailable where this host has no such thing.
+    """
     module, name = _CLASSES[backend]
     make = cast("Callable[[str], PortChains]", getattr(importlib.import_module(module), name))
     return make(run_id)
@@ -30,7 +33,10 @@ def prepare() -> None:
 
 
 def open_best_chains(run_id: str) -> PortChains:
-    """The first backend that this host has. Raises PortChainsUnavailable, with all reasons, where it has none."""
+    """Return the first backend that this host has.
+
+    Raises PortChainsUnavailable, with all reasons, where it has none.
+    """
     reasons = []
     for backend in _AUTOMATIC:
         try:

@@ -52,7 +52,7 @@ class Dispatcher:
         return next((made for made in (MADE_TABLE, MADE_CHAIN) for jump in self.jumps if made in jump), MADE_NOTHING)
 
     def rules_of(self, run_id: str) -> tuple[str, ...]:
-        """The rules whose comment names this run."""
+        """Return the rules whose comment names this run."""
         return tuple(rule for rule in self.rules if run_of(rule) == run_id)
 
 

@@ -13,7 +13,7 @@ from securerun.linux.networks import Network
 
 
 def render(name: str, networks: Sequence[Network]) -> str:
-    """The set in ipset's own language, as `ipset restore` takes it: for people."""
+    """Return the set in ipset's own language, as `ipset restore` takes it: for people."""
     family = "inet6" if networks[0].version == 6 else "inet"
     create = f"create {name} {ip_set.KIND} family {family} maxelem {len(networks)}"
     return "\n".join([create, *(f"add {name} {network}" for network in networks), ""])

@@ -146,7 +146,10 @@ def _made(found: Mapping[Family, Dispatcher]) -> dict[Family, str]:
 
 
 def _will_make(family: Family) -> str:
-    """What our transaction is about to bring into being beside the dispatcher: legacy tables come with their chains."""
+    """Return what our transaction is about to bring into being beside the dispatcher.
+
+    Legacy tables come with their chains.
+    """
     try:
         if not nf_tables.table_exists(family.netfilter, "filter"):
             return MADE_TABLE

@@ -118,7 +118,7 @@ class View:
         return self._table.is_chain(CHAIN)
 
     def entries(self, chain: str) -> list[Entry]:
-        """The rules of a chain in their order; none where there is no such chain."""
+        """Return the rules of a chain in their order; none where there is no such chain."""
         return list(self._entries(chain)) if self._table.is_chain(chain) else []
 
     def jumps(self) -> list[int]:
@@ -164,7 +164,7 @@ class View:
             raw = self._table.next_rule(raw)
 
     def _encoded(self, rule: str) -> ctypes.Array[ctypes.c_ubyte]:
-        """The kernel's form of a rendered rule. Rules that differ in their source alone share one template."""
+        """Return the kernel's form of a rendered rule. Rules that differ in their source alone share one template."""
         source, rest = "", rule
         if rule.startswith("-s "):
             _, source, rest = rule.split(" ", 2)
@@ -199,7 +199,7 @@ class FilterTable:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[View]:
-        """The table as it is now, for the length of the block.
+        """Hold the table as it is now, for the length of the block.
 
         Raises PortChainsUnavailable for whatever libiptc refuses within the block.
         """
@@ -240,7 +240,7 @@ def filter_tables() -> tuple[FilterTable, ...]:
 
 
 def _comment_of(raw: ctypes.Structure) -> str:
-    """The text of the comment match in a rule as libiptc holds it (struct ipt_entry or ip6t_entry)."""
+    """Return the text of the comment match in a rule as libiptc holds it (struct ipt_entry or ip6t_entry)."""
     data = ctypes.string_at(ctypes.addressof(raw), raw.target_offset)
     offset = ctypes.sizeof(raw)
     while offset < len(data):
@@ -294,7 +294,7 @@ def _match_interface(rule: _Rule, interface: str, *, negated: bool) -> None:
 
 
 def _words(error: object) -> str:
-    """An error of libiptc's in its own words; python-iptables shows them as bytes."""
+    """Return an error of libiptc's in its own words; python-iptables shows them as bytes."""
     text = error.decode(errors="replace") if isinstance(error, bytes) else str(error)
     return re.sub(r"b'([^']*)'", r"\1", text)
 
@@ -326,13 +326,16 @@ def _load() -> ModuleType:
 
 
 def _forget() -> None:
-    """A half-loaded python-iptables must not look like a loaded one."""
+    """Unload a half-loaded python-iptables, which must not look like a loaded one."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "iptc"]:
         del sys.modules[name]
 
 
 def _stand_in(directory: Path) -> ModuleType:
-    """A module with what python-iptables takes from its own `iptc.util`; its wrapper of longjmp is in `directory`."""
+    """Return a module with what python-iptables takes from its own `iptc.util`.
+
+    Its wrapper of longjmp is in `directory`.
+    """
 
     def find_library(*names: str) -> tuple[ctypes.CDLL, int]:
         if "xtwrapper" in names:
@@ -350,7 +353,7 @@ def _stand_in(directory: Path) -> ModuleType:
 
 
 def _loaded(sonames: list[str]) -> tuple[ctypes.CDLL, int]:
-    """The first of these libraries that the loader finds in the system's directories, and its version."""
+    """Return the first of these libraries that the loader finds in the system's directories, and its version."""
     for soname in sonames:
         with contextlib.suppress(OSError):
             return ctypes.CDLL(soname, mode=ctypes.RTLD_GLOBAL), int(soname.rpartition(".")[2])
@@ -358,7 +361,7 @@ def _loaded(sonames: list[str]) -> tuple[ctypes.CDLL, int]:
 
 
 def _extensions() -> Path:
-    """The directory of iptables' extensions, beside the libxtables that has been loaded."""
+    """Return the directory of iptables' extensions, beside the libxtables that has been loaded."""
     for library in proc.own_mapped_files():
         if "/libxtables.so." in str(library):
             return library.parent / "xtables"

@@ -132,7 +132,7 @@ def _require_netfilter() -> None:
 
 
 def _netlink_descriptors() -> frozenset[int]:
-    """This process' descriptors that are netlink sockets to netfilter."""
+    """Return this process' descriptors that are netlink sockets to netfilter."""
     # The descriptor that listed the directory is closed by now.
     own = proc.own_descriptors()
     return frozenset(descriptor for descriptor in own if netlink.is_channel(descriptor, netlink.NETFILTER))

@@ -51,12 +51,14 @@ _DATA = "tcp flags & (syn | ack) != syn"
 
 
 def table_name(run_id: str) -> str:
-    """The table of one run, in family inet."""
+    """Return the table of one run, in family inet."""
     return f"securerun-{run_id}"
 
 
 def render(policy: Policy, log_group: int | None) -> str:
-    """The text in nft's language that installs the policy: `nft -f` would take it, but own it only while it runs.
+    """Return the text in nft's language that installs the policy.
+
+    `nft -f` would take it, but own it only while it runs.
 
     `create` refuses a table that exists, which `table` alone would add to. libnftables 1.0.6 ignores sets and
     chains in the block of `create`, so they follow in a block of their own, and its comment would be ignored.
@@ -68,7 +70,7 @@ def render(policy: Policy, log_group: int | None) -> str:
 
 
 def render_lasting(policy: Policy) -> str:
-    """The text for `nft -f` that makes a table which nobody owns the policy's, whether it is there already or not.
+    """Return the text for `nft -f` that makes a table the policy's which nobody owns, be it there already or not.
 
     It is emptied and refilled in place, for the reason that `render_change` has. What is emptied must exist, so all
     that a table of ours may hold is declared first.
@@ -84,13 +86,13 @@ def render_lasting(policy: Policy) -> str:
 
 
 def render_lasting_removal(run_id: str) -> str:
-    """The text for `nft -f` that removes such a table, whether it is there or not."""
+    """Return the text for `nft -f` that removes such a table, whether it is there or not."""
     name = table_name(run_id)
     return f"table inet {name}\ndelete table inet {name}\n"
 
 
 def render_change(policy: Policy, log_group: int | None, standing: str) -> str:
-    """The text that makes a table that was rendered as `standing` the policy's, by emptying and refilling it in place.
+    """Return the text that makes a table, rendered as `standing`, the policy's, by emptying and refilling it in place.
 
     Not by deleting and making it: although that is one transaction, a packet that is between two base chains while
     it happens meets a chain of the new table before and one of the old table after (6.18: a stranger's SYNs at
@@ -192,7 +194,7 @@ def _sets(policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[list[str]]:
 
 
 def _peer_sets(policy: Policy) -> Iterator[_PeerSet]:
-    """The sets that are not empty. Hosts stand apart: without intervals 10,000 of them take half the time."""
+    """Yield the sets that are not empty. Hosts stand apart: without intervals 10,000 of them take half the time."""
     for version, bits in ((4, 32), (6, 128)):
         hosts, networks = [], []
         for peer in policy.peers_of(version):

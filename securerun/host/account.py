@@ -30,7 +30,7 @@ class Account:
 
 @cache
 def name_of(user: int) -> str:
-    """The name of a user id, or the number where passwd has none for it (a container's --user 12345)."""
+    """Return the name of a user id, or the number where passwd has none for it (a container's --user 12345)."""
     try:
         return pwd.getpwuid(user).pw_name
     except (KeyError, OverflowError):
@@ -38,7 +38,7 @@ def name_of(user: int) -> str:
 
 
 def find_account(name: str, source: str) -> Account:
-    """The account of a user name or id. Raises UsageError where there is none, and for root's."""
+    """Return the account of a user name or id. Raises UsageError where there is none, and for root's."""
     try:
         entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
     except (KeyError, OverflowError) as error:

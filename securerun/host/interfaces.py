@@ -14,18 +14,18 @@ ANY = "any"
 
 
 def parse(text: str | None) -> tuple[str, ...]:
-    """The names in a list with commas, each once, in order; none for the word `any`."""
+    """Return the names in a list with commas, each once, in order; none for the word `any`."""
     words = (text or "").replace(",", " ").split()
     return () if words == [ANY] else tuple(dict.fromkeys(words))
 
 
 def names() -> tuple[str, ...]:
-    """The interfaces of this host (of this network namespace), in the kernel's order."""
+    """Return the interfaces of this host (of this network namespace), in the kernel's order."""
     return tuple(name for _, name in socket.if_nameindex())
 
 
 def require(wanted: Sequence[str], source: str = "--interface") -> tuple[str, ...]:
-    """The names, if this host has all of these interfaces.
+    """Return the names, if this host has all of these interfaces.
 
     Raises PolicyError that lists those that exist.
     """
@@ -37,7 +37,7 @@ def require(wanted: Sequence[str], source: str = "--interface") -> tuple[str, ..
 
 
 def networks_of(wanted: Iterable[str]) -> tuple[Network, ...]:
-    """The networks that these interfaces are on, collapsed.
+    """Return the networks that these interfaces are on, collapsed.
 
     Without link-local networks (169.254.0.0/16, fe80::/10): every host on the cable is on those, whatever network it
     belongs to. Without networks of a single address: they hold no other host.
@@ -47,7 +47,7 @@ def networks_of(wanted: Iterable[str]) -> tuple[Network, ...]:
 
 
 def addresses_of(wanted: Iterable[str]) -> tuple[str, ...]:
-    """The addresses of these interfaces, IPv4 before IPv6; without the loopback's and link-local ones."""
+    """Return the addresses of these interfaces, IPv4 before IPv6; without the loopback's and link-local ones."""
     by_interface = _addresses()
     found = (address for name in wanted for address, _ in by_interface.get(name, ()))
     usable = {address for address in found if not (address.is_loopback or address.is_link_local)}
@@ -55,13 +55,13 @@ def addresses_of(wanted: Iterable[str]) -> tuple[str, ...]:
 
 
 def with_networks() -> tuple[str, ...]:
-    """The interfaces that `networks_of` knows a network of, in the kernel's order; never the loopback."""
+    """Return the interfaces that `networks_of` knows a network of, in the kernel's order; never the loopback."""
     by_interface = _networks()
     return tuple(name for name in names() if by_interface.get(name))
 
 
 def leading_to(networks: Iterable[Network]) -> tuple[str, ...]:
-    """The interfaces that lead to any host of these networks, by this host's routes, in the kernel's order.
+    """Return the interfaces that lead to any host of these networks, by this host's routes, in the kernel's order.
 
     Where the hosts' own routes are the same, which is what networks are made for, their packets come in through these
     and no others. Raises OSError where the kernel does not tell its routes.
@@ -73,7 +73,7 @@ def leading_to(networks: Iterable[Network]) -> tuple[str, ...]:
 
 
 def with_address(address: str) -> str | None:
-    """The interface that has this address, the loopback included; None if none has."""
+    """Return the interface that has this address, the loopback included; None if none has."""
     wanted = ipaddress.ip_address(address)
     return next((name for name, own in _addresses().items() if any(wanted == one for one, _ in own)), None)
 
@@ -85,7 +85,7 @@ def own_addresses() -> tuple[str, ...]:
 
 
 def towards(addresses: Iterable[str]) -> str | None:
-    """The interface with the address that this host uses to reach the first of these addresses it has a route to.
+    """Return the interface by whose address this host reaches the first of these addresses that it has a route to.
 
     For an address of this host's own, the interface that has it. None where the way is the loopback, or there is none.
     """

@@ -36,7 +36,7 @@ class Row:
     words: str
 
     def maximum(self, mode: int) -> int:
-        """The maximum for whatever has this `st_mode`: a directory's, or that of all else."""
+        """Return the maximum for whatever has this `st_mode`: a directory's, or that of all else."""
         return self.directory if stat.S_ISDIR(mode) else self.file
 
 
@@ -61,7 +61,7 @@ _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 def row(kind: str) -> Row:
-    """The row of a kind. Raises ValueError for a name that is no kind."""
+    """Return the row of a kind. Raises ValueError for a name that is no kind."""
     try:
         return _BY_KIND[kind]
     except KeyError as error:
@@ -69,7 +69,7 @@ def row(kind: str) -> Row:
 
 
 def excess(mode: int, kind: str) -> int:
-    """The permission bits that `st_mode` has beyond its row; 0 when it is no more open than it may be.
+    """Return the permission bits that `st_mode` has beyond its row; 0 when it is no more open than it may be.
 
     Of the bits above the nine of read, write and execute, set-id bits of files count. Those of directories make files
     take over the group and give no right to anyone; the sticky bit takes rights away.

@@ -19,7 +19,7 @@ _NAMES = (
 
 
 def current() -> int:
-    """This process' umask, which can only be read by setting it: everything is closed for that moment."""
+    """Return this process' umask, which can only be read by setting it: everything is closed for that moment."""
     found = os.umask(0o777)
     os.umask(found)
     return found
@@ -39,7 +39,7 @@ def tighten(requested: str, source: str = "--umask") -> int:
 
 
 def parse(text: str, source: str = "--umask") -> int:
-    """The number that an octal umask stands for; PolicyError if it is none, or looser than 0027."""
+    """Return the number that an octal umask stands for; PolicyError if it is none, or looser than 0027."""
     if not re.fullmatch(r"(0o)?[0-7]{1,4}", text) or int(text, 8) > 0o777:
         raise PolicyError(f"{source}: umask {text!r} is no octal number of 0000-0777; write 0027, or a stricter one")
     mask = int(text, 8)
@@ -53,5 +53,5 @@ def parse(text: str, source: str = "--umask") -> int:
 
 
 def stricter(current: int, requested: int) -> int:
-    """The umask that takes away what either takes away."""
+    """Return the umask that takes away what either takes away."""
     return current | requested

@@ -112,7 +112,7 @@ def _slurm(environment: Mapping[str, str], note: Tell) -> Allocation | None:
 
 
 def _slurm_node(name: str, address: str | None, source: str) -> Entry:
-    """The name stays where NodeAddr is another: the job may meet on one network, and Slurm on a second one."""
+    """Keep the name where NodeAddr is another: the job may meet on one network, and Slurm on a second one."""
     return Entry((name,) if address in (None, name) else (name, address), source)
 
 

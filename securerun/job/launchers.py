@@ -226,7 +226,10 @@ def _parse(text: str, default_port: int) -> Endpoint:
 
 
 def _parse_of_plugin(text: str) -> Endpoint | None:
-    """What a plug-in's endpoint means is the plug-in's own; what looks like a host and a port is taken for that."""
+    """Read a plug-in's endpoint, whose meaning is the plug-in's own.
+
+    What looks like a host and a port is taken for that.
+    """
     if not text.strip():
         return None
     try:

@@ -110,7 +110,7 @@ def _take_away(descriptor: int, maximum: int) -> None:
 
 @contextlib.contextmanager
 def _noted(outcome: _Outcome) -> Iterator[None]:
-    """What has gone meanwhile is no failure."""
+    """Seal one, without complaint where it has gone meanwhile."""
     try:
         yield
     except FileNotFoundError:

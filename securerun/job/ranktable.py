@@ -234,7 +234,7 @@ class _Table:
             self._status = value
 
     def complete(self) -> RankTable:
-        """Raises Unfinished where the status says so, PolicyError where there was no list of a rank table."""
+        """Raise Unfinished where the status says so, PolicyError where there was no list of a rank table."""
         if self._status != COMPLETED:
             raise Unfinished(
                 f"{self._source}: the rank table's status is {self._status!r}, not {COMPLETED!r}",

@@ -180,7 +180,7 @@ def _ends_processes(kind: str, options: str) -> bool:
 
 
 def _mounted(view: proc.Pid, wanted: Callable[[str, str], bool] = _is_v2) -> Iterator[Hierarchy]:
-    """The cgroup mounts where a process is, as they are reached from here."""
+    """Yield the cgroup mounts where a process is, as they are reached from here."""
     try:
         lines = proc.mountinfo(view)
     except OSError:
@@ -211,7 +211,10 @@ def _mount_privately() -> Hierarchy | None:
 
 
 def _members(directory: int) -> set[int]:
-    """The processes of one cgroup; a threaded one lists threads only (cgroup-v2.rst), and a signal to one is to all."""
+    """Return the processes of one cgroup.
+
+    A threaded one lists threads only (cgroup-v2.rst), and a signal to one is to all.
+    """
     for name in ("cgroup.procs", "cgroup.threads"):
         with contextlib.suppress(OSError):
             return {int(line) for line in read(directory, name).split()}

@@ -23,12 +23,12 @@ def is_address(text: str) -> bool:
 
 
 def shown(network: Network) -> str:
-    """A network for people: that of one host as its address."""
+    """Return a network for people: that of one host as its address."""
     return str(network) if network.num_addresses > 1 else str(network.network_address)
 
 
 def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
-    """The fewest networks that hold the same addresses, IPv4 before IPv6, each in ascending order.
+    """Return the fewest networks that hold the same addresses, IPv4 before IPv6, each in ascending order.
 
     IPv4 addresses written as IPv6 (::ffff:a.b.c.d, RFC 4291 2.5.5.2) become IPv4: that is what is on the wire.
     Raises PolicyError for a network with a scope id: Python takes any text for one, and no firewall knows them.
@@ -80,5 +80,5 @@ def _size(network: Network) -> int:
 
 
 def written_address(address: Address) -> str:
-    """The address as str() has it, for IPv4 in half the time: 10,000 peers are written more than once."""
+    """Return the address as str() has it, for IPv4 in half the time: 10,000 peers are written more than once."""
     return socket.inet_ntoa(address.packed) if isinstance(address, ipaddress.IPv4Address) else str(address)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def directories() -> Iterator[Path]:
-    """The directories of installed packages, the nearest first; they may not exist."""
+    """Yield the directories of installed packages, the nearest first; they may not exist."""
     # Before Python 3.14 it takes `site` to make sys.prefix the virtual environment's.
     environment = Path(sys.executable).parent.parent
     if (environment / "pyvenv.cfg").is_file():

@@ -329,7 +329,7 @@ def _sockets_of(pid: int) -> Iterable[int]:
 
 
 def _sockets_in(place: str) -> list[int] | None:
-    """The inodes of the sockets among a process' descriptors; None when no descriptor is seen at all."""
+    """Return the inodes of the sockets among a process' descriptors; None when no descriptor is seen at all."""
     try:
         directory = os.open(place, _DIRECTORY_FLAGS)
     except OSError:
@@ -344,7 +344,7 @@ def _sockets_in(place: str) -> list[int] | None:
 
 
 def _socket_at(directory: int, name: str) -> int | None:
-    """The inode behind a link "socket:[N]"; None for any other, or when it was closed meanwhile."""
+    """Return the inode behind a link "socket:[N]"; None for any other, or when it was closed meanwhile."""
     with contextlib.suppress(OSError, ValueError):
         target = os.readlink(name, dir_fd=directory)
         if target.startswith("socket:["):

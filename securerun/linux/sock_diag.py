@@ -145,7 +145,7 @@ def listeners() -> tuple[Listener, ...]:
 
 
 def cgroup_id(descriptor: int) -> int:
-    """The number by which sockets name the cgroup of this directory.
+    """Return the number by which sockets name the cgroup of this directory.
 
     INET_DIAG_CGROUP_ID is the kernfs id, which has been the inode number since 5.5 (fs/kernfs: kernfs_ino).
     """
@@ -153,7 +153,9 @@ def cgroup_id(descriptor: int) -> int:
 
 
 def cgroup_ids(descriptor: int) -> frozenset[int]:
-    """The numbers of a cgroup and of all below it; to be asked after the listeners were, so that none is too new.
+    """Return the numbers of a cgroup and of all below it.
+
+    To be asked after the listeners were, so that none is too new.
 
     Sockets outlive the directory of their cgroup, and stay filtered: unite the answer with the earlier ones.
     """
@@ -230,7 +232,7 @@ def _address(packed: bytes) -> Address:
 
 
 def _children(top: int, path: str) -> list[tuple[str, int]]:
-    """The cgroups right below `path`, itself below `top`: path and number of each. Gone meanwhile: none."""
+    """Return the cgroups right below `path`, itself below `top`: path and number of each. Gone meanwhile: none."""
     try:
         directory = os.open(path, _DIRECTORY_FLAGS, dir_fd=top)
     except OSError:

@@ -16,7 +16,7 @@ _NAMED = 8
 
 
 def dead_runs(scene: Scene) -> Iterator[Finding]:
-    """Runs whose guard and launcher were both killed. The next guard of any run removes what they left."""
+    """Yield runs whose guard and launcher were both killed. The next guard of any run removes what they left."""
     for record in records.read_host():
         if record.is_abandoned:
             yield Finding(

@@ -106,7 +106,7 @@ class Guard:
             self._connection.send(Peers(networks))
 
     def report(self) -> tuple[Mapping[str, Any], ...]:
-        """The records of this user's runs, which only root may read by himself. May be asked again and again.
+        """Return the records of this user's runs, which only root may read unasked. May be asked again and again.
 
         Raises Refusal with the guard's reason, or PrivilegeError when no guard can be spoken to.
         """
@@ -156,7 +156,10 @@ class Guard:
             connection.close()
 
     def _ready(self) -> Connection:
-        """A guard that waits for its order, by the first way that leads to one. Raises PrivilegeError, Refusal."""
+        """Return a guard that waits for its order, by the first way that leads to one.
+
+        Raises PrivilegeError, Refusal.
+        """
         while self._connection is not None:
             answer = self._received(self._connection, _READY_SECONDS)
             if isinstance(answer, Refused):

@@ -43,7 +43,7 @@ class Enclosing:
 
 
 def find(environment: Mapping[str, str]) -> Enclosing | None:
-    """The run that the environment names, if this process is proven to be in it."""
+    """Return the run that the environment names, if this process is proven to be in it."""
     run_id = environment.get(RUN_ID_VARIABLE, "")
     if not RUN_ID.fullmatch(run_id):
         return None
@@ -58,12 +58,12 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
 
 
 def terms(asked: Options, *, shield: bool) -> str:
-    """What a lease was asked for, as the text of the variable that tells launchers inside of it."""
+    """Return what a lease was asked for, as the text of the variable that tells launchers inside of it."""
     return json.dumps({**_given(asked), "shield": shield, "network": proc.namespace("net")})
 
 
 def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
-    """The options, as flags, that a launcher inside of a run was given and that this run does not have as well.
+    """Return the options, as flags, that a launcher inside of a run was given and that this run does not have as well.
 
     Raises PolicyError for those that insist on more protection than the run has.
     """
@@ -81,7 +81,7 @@ def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
 
 
 def _given(asked: Options) -> dict[str, str | bool]:
-    """The options that are not left at their defaults."""
+    """Return the options that are not left at their defaults."""
     values = {name: getattr(asked, name) for name in _TERMS}
     return {name: _short(value) for name, value in values.items() if value != _default(name)}
 
@@ -91,7 +91,7 @@ def _default(name: str) -> Any:  # noqa: ANN401 - what an option's value is
 
 
 def _short(value: str | bool) -> str | bool:
-    """A value as it is, or a digest of a long one: no text of the environment may exceed 128 KiB (execve(2))."""
+    """Return a value as it is, or a digest of a long one: no text of the environment may exceed 128 KiB (execve(2))."""
     if isinstance(value, bool) or len(value) <= _LONGEST_TERM:
         return value
     import hashlib  # where a list of peers is that long

@@ -128,7 +128,7 @@ def _unprotected(hear: Hear) -> Iterator[None]:
 
 
 def _teller(renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
-    """What takes the news from the guard, while the job runs."""
+    """Return what takes the news from the guard, while the job runs."""
     from securerun.protection import words
 
     def tell(notice: Notice) -> None:

@@ -54,7 +54,7 @@ class Connection:
         return True
 
     def receive(self, seconds: float | None) -> Message | None:
-        """The guard's next message; None when it has ended, or says nothing within the time.
+        """Return the guard's next message; None when it has ended, or says nothing within the time.
 
         Raises ProtocolError for what this version of securerun does not understand.
         """
@@ -110,7 +110,7 @@ class Way:
 
 
 def ways() -> tuple[Way, ...]:
-    """The three ways, in the order in which they are tried. Looks, and starts nothing."""
+    """Return the three ways, in the order in which they are tried. Looks, and starts nothing."""
     return (
         Way(DIRECTLY, _obstacle_to_direct(), _open_directly),
         Way(BY_SUDO, _obstacle_to_sudo(), _open_by_sudo),
@@ -119,7 +119,7 @@ def ways() -> tuple[Way, ...]:
 
 
 def guard_program() -> Path | None:
-    """The program that sudo is asked for: this installation's if it belongs to root, else the system's.
+    """Return the program that sudo is asked for: this installation's if it belongs to root, else the system's.
 
     None where there is neither. Whether the caller may run it is for sudo to say.
     """
@@ -190,7 +190,10 @@ def _start(command: list[str], environment: dict[str, str]) -> Connection:
 
 
 def _beside_standard(descriptor: int) -> int:
-    """The same, but not as a standard stream: started with one closed, this process would hand it to every worker."""
+    """Return the same, but not as a standard stream.
+
+    Started with one closed, this process would hand it to every worker.
+    """
     if descriptor > _LAST_STANDARD:
         return descriptor
     moved: int = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _LAST_STANDARD + 1)
@@ -199,7 +202,7 @@ def _beside_standard(descriptor: int) -> int:
 
 
 def _open_socket() -> Connection:
-    """Raises OSError when nobody, or nobody of root's, listens there."""
+    """Connect to systemd's socket. Raises OSError when nobody, or nobody of root's, listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
         end.connect(str(SOCKET))
         _, user = local_sockets.peer_of(end)

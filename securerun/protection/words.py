@@ -25,7 +25,7 @@ _SCOPES = {
 
 
 def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
-    """What is closed, by what, and to whom it is open. way: how the guard came by its privilege."""
+    """Yield what is closed, by what, and to whom it is open. way: how the guard came by its privilege."""
     run = f"run {plan.policy.run_id}: "
     yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
     for layer in guarding.layers:
@@ -54,7 +54,7 @@ def end(run_id: str, denied: Sequence[Denial] | None) -> Iterator[str]:
 
 
 def news(notice: Notice) -> Iterator[str]:
-    """What happens while the job runs."""
+    """Yield what happens while the job runs."""
     for denial in notice.denied:
         yield f"{blocked(denial)}; if it is a node of this job, add it with --peers"
     yield from notice.words
@@ -69,7 +69,7 @@ def renewed(before: Peers, now: Peers) -> str:
 
 
 def whole(plan: Plan, origin: str) -> str:
-    """The whole plan for a person: what would listen, who may connect, and the text of each layer.
+    """Return the whole plan for a person: what would listen, who may connect, and the text of each layer.
 
     origin: where the guard would come from.
     """
@@ -86,7 +86,7 @@ def whole(plan: Plan, origin: str) -> str:
 
 
 def iptables_rules(policy: Policy) -> str:
-    """What iptables-restore and ip6tables-restore are given, on a host where no run has installed anything yet.
+    """Return what iptables-restore and ip6tables-restore are given, on a host where no run has installed anything yet.
 
     Before it, in ipset's language, the sets that it names, where there are many peers.
     """
@@ -104,14 +104,14 @@ def iptables_rules(policy: Policy) -> str:
 
 
 def nftables_rules(policy: Policy) -> str:
-    """What libnftables is given. `nft -f` would take it, and own the table only until it ends."""
+    """Return what libnftables is given. `nft -f` would take it, and own the table only until it ends."""
     from securerun.firewall import nftables
 
     return f"# nft -f\n{nftables.render(policy, None)}"
 
 
 def about(plan: Plan) -> list[str]:
-    """What a plan is for, a line each: the head of a script."""
+    """Return what a plan is for, a line each: the head of a script."""
     lines = [
         _row("command", " ".join(plan.job.command)),
         *_port_rows(plan.policy),
@@ -133,7 +133,7 @@ def origin(obstacles: Mapping[str, str], *, may_leave: bool) -> str:
 
 
 def relying(run_id: str, without_effect: Sequence[str]) -> str:
-    """What a launcher says that finds itself inside of a run."""
+    """Return what a launcher says that finds itself inside of a run."""
     if not without_effect:
         return f"run {run_id} guards this process already, so no second lease is taken"
     has = "has" if len(without_effect) == 1 else "have"
@@ -144,14 +144,14 @@ def relying(run_id: str, without_effect: Sequence[str]) -> str:
 
 
 def left(run_id: str, processes: int, *, failed: bool) -> str:
-    """What becomes of the processes that a command left running."""
+    """Return what becomes of the processes that a command left running."""
     number = "1 process" if processes == 1 else f"{processes} processes"
     fate = "to be ended, since it failed" if failed else "guarded until the last of them ends"
     return f"run {run_id}: the command left {number} running, {fate}"
 
 
 def unprotected() -> str:
-    """The warning of a run that nothing protects."""
+    """Return the warning of a run that nothing protects."""
     return "--unprotected: every TCP port of this job is open to every host; the umask is all that was set"
 
 
