@@ -44,7 +44,7 @@ FLOORS = {name: floor for floor, wing in enumerate(WINGS) for name in wing}
 OF_THE_GUARD = {f"securerun.guard.{name}" for name in ("protocol", "documents", "records", "program")}
 # They do the guard's own work, as root, in the process of the command.
 AS_ROOT = {
-    "securerun.ctl.clean": {"securerun.guard.reaper"},
+    "securerun.ctl.clean": {"securerun.guard.cleaning"},
     "securerun.preflight.abilities": {"securerun.guard.cgroup"},
 }
 

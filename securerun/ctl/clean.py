@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 
 from securerun.ctl.status import open_records
-from securerun.guard import reaper, records
-from securerun.guard.reaper import Abandoned, Remains
+from securerun.guard import cleaning, records
+from securerun.guard.cleaning import Abandoned, Remains
 from securerun.guard.records import Record
 from securerun.host.account import name_of
 from securerun.text import printable
@@ -24,7 +24,7 @@ def clean_host(*, dry_run: bool) -> int:
     Raises PrivilegeError for whoever may not do that.
     """
     # Nothing is printed before the host's lock is free: a reader of this output that takes its time must not keep it.
-    remains = reaper.clean(dry_run=dry_run) if _may_hold_something(dry_run) else Remains((), (), ())
+    remains = cleaning.clean(dry_run=dry_run) if _may_hold_something(dry_run) else Remains((), (), ())
     done, failures = list(_done(remains, dry_run)), list(_failures(remains))
     if not done and not failures:
         print("nothing to remove")

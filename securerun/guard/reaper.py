@@ -7,10 +7,7 @@ cleaned up after by its guard.
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from securerun.firewall.backends import NAMES, open_chains
 from securerun.firewall.chains import PortChainsUnavailable
@@ -21,80 +18,29 @@ from securerun.linux import proc
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.port_ranges import ReservationUnavailable
 
-_OBSTACLES = (PortChainsUnavailable, ReservationUnavailable, CgroupUnavailable)
-
-
-@dataclass(frozen=True)
-class Abandoned:
-    """A run whose launcher and guard are gone.
-
-    processes: what runs in its cgroup; None where it has none any more. is_dead: whether what it left may be removed
-    from here. failure: why that did not succeed, None where it did, or was not tried.
-    """
-
-    record: Record
-    processes: frozenset[int] | None
-    is_dead: bool
-    failure: str | None
-
-
-@dataclass(frozen=True)
-class Remains:
-    """What was found in the record directory beside the runs that live.
-
-    partial: names of what killed guards were writing. foreign: names of what is not ours, or no longer readable.
-    """
-
-    partial: tuple[str, ...]
-    abandoned: tuple[Abandoned, ...]
-    foreign: tuple[str, ...]
-
-
-def clean(*, dry_run: bool) -> Remains:
-    """Remove what dead runs left, or only look; return what was found, with what could not be removed and why.
-
-    Raises PrivilegeError for whoever may not do that.
-    """
-    with run_directory.host_lock() as directory:
-        return _cleaned(directory, dry_run=dry_run)
+# What stands in the way of reaping, but for the disk.
+OBSTACLES = (PortChainsUnavailable, ReservationUnavailable, CgroupUnavailable)
 
 
 def reap_all(directory: int) -> Iterator[str]:
     """Reap every dead run and yield a line for each that could not be reaped. The caller holds the host's lock."""
     run_directory.remove_partial(directory)
     for record in records.read_all(directory):
-        if not (_is_dead(record) and _is_within_reach(record)):
+        if not may_reap(record):
             continue
         try:
-            _reap(directory, record)
-        except _OBSTACLES as error:
+            reap(directory, record)
+        except OBSTACLES as error:
             yield f"what run {record.run_id} left cannot be removed: {error}"
 
 
-def _cleaned(directory: int, *, dry_run: bool) -> Remains:
-    partial = _partial_files(directory)
-    if not dry_run:
-        run_directory.remove_partial(directory)
-    readable = records.read_all(directory)
-    abandoned = tuple(_reaped(directory, record, dry_run=dry_run) for record in readable if record.is_abandoned)
-    ours = {*(f"{record.run_id}.json" for record in readable), *partial, *reserved.ledgers(directory)}
-    return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)))
+def may_reap(record: Record) -> bool:
+    """Return whether a run is dead, and what it left can be removed from here. The caller holds the host's lock."""
+    return _is_dead(record) and _is_within_reach(record)
 
 
-def _reaped(directory: int, record: Record, *, dry_run: bool) -> Abandoned:
-    processes = _processes(record)
-    is_dead = _is_dead(record) and _is_within_reach(record)
-    failure = None
-    if is_dead and not dry_run:
-        try:
-            _reap(directory, record)
-        except (*_OBSTACLES, OSError) as error:
-            failure = str(error)
-    return Abandoned(record, processes, is_dead, failure)
-
-
-def _reap(directory: int, record: Record) -> None:
-    """Remove a dead run's chains, reserved ports, cgroup and record.
+def reap(directory: int, record: Record) -> None:
+    """Remove a dead run's chains, reserved ports, cgroup and record. The caller holds the host's lock.
 
     Raises PortChainsUnavailable, ReservationUnavailable or CgroupUnavailable for what cannot be removed; then the
     record stays.
@@ -113,12 +59,6 @@ def _reap(directory: int, record: Record) -> None:
     run_directory.remove(directory, record.run_id)
 
 
-def _partial_files(directory: int) -> tuple[str, ...]:
-    """Return what killed guards were writing. A directory of such a name is not their work, and stays."""
-    names = run_directory.partial(directory)
-    return tuple(name for name in names if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode))
-
-
 def _is_dead(record: Record) -> bool:
     if not record.is_abandoned:
         return False
@@ -130,16 +70,6 @@ def _is_dead(record: Record) -> bool:
     populated = cgroup.populated()
     cgroup.close()
     return not populated
-
-
-def _processes(record: Record) -> frozenset[int] | None:
-    cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
-    if cgroup is None:
-        return None
-    try:
-        return frozenset(cgroup.processes())
-    finally:
-        cgroup.close()
 
 
 def _is_within_reach(record: Record) -> bool:

@@ -11,7 +11,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from securerun.errors import Obstacle, Unavailable
@@ -37,24 +36,20 @@ _REASONS = {
 }
 
 
+# A directory, and which cgroup that directory is.
+Hierarchy = tuple[str, str]
+
+
 class CgroupUnavailable(Unavailable):
     """A cgroup cannot be had, or not even be told, here. The message is one line and says why."""
 
 
-@dataclass(frozen=True)
-class Hierarchy:
-    """A cgroup hierarchy as seen here. place: a directory; root: which cgroup that directory is."""
-
-    place: str
-    root: str
-
-
-@dataclass(frozen=True)
 class Place:
     """Where a cgroup is, or would be: the way `below` the directory `top` of a hierarchy."""
 
-    top: str
-    below: PurePosixPath
+    def __init__(self, top: str, below: PurePosixPath) -> None:
+        self._top = top
+        self._below = below
 
     def open(self, *, with_last: bool) -> tuple[int, ...]:
         """Open the directory and each one on the way down, with or without the last; the deepest comes last.
@@ -62,9 +57,9 @@ class Place:
         Raises OSError.
         """
         with ExitStack() as undo:
-            descriptors = [os.open(self.top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+            descriptors = [os.open(self._top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
             undo.callback(os.close, descriptors[0])
-            for part in (self.below if with_last else self.below.parent).parts:
+            for part in (self._below if with_last else self._below.parent).parts:
                 descriptors.append(os.open(part, DIRECTORY_FLAGS, dir_fd=descriptors[-1]))
                 undo.callback(os.close, descriptors[-1])
             undo.pop_all()
@@ -89,10 +84,10 @@ def places_of(path: str) -> Iterator[Place]:
     `ip netns exec` hides /sys/fs/cgroup from what it runs; init's view of it is still there. Where nobody has
     mounted one, a private mount namespace keeps ours unseen.
     """
-    for hierarchy in _hierarchies():
-        below = relative(path, hierarchy.root)
+    for top, root in _hierarchies():
+        below = relative(path, root)
         if below is not None:
-            yield Place(hierarchy.place, below)
+            yield Place(top, below)
 
 
 def processes_of(path: str) -> set[int]:
@@ -146,7 +141,7 @@ def relative(path: str, root: str) -> PurePosixPath | None:
 
 def tops() -> list[str]:
     """Return the top directory of every hierarchy by which processes are ended, in the first view that has any."""
-    found = ([hierarchy.place for hierarchy in _mounted(view, _ends_processes)] for view in _VIEWS)
+    found = ([top for top, _ in _mounted(view, _ends_processes)] for view in _VIEWS)
     return next(filter(None, found), [])
 
 
@@ -195,7 +190,7 @@ def _mounted(view: proc.Pid, wanted: Callable[[str, str], bool] = _is_v2) -> Ite
         place = prefix + _unescaped(place)
         with contextlib.suppress(OSError):
             if Path(place, "cgroup.procs").exists():
-                yield Hierarchy(place, _unescaped(root))
+                yield place, _unescaped(root)
 
 
 def _mount_privately() -> Hierarchy | None:
@@ -207,7 +202,7 @@ def _mount_privately() -> Hierarchy | None:
     place = "/sys/fs/cgroup" if Path("/sys/fs/cgroup").is_dir() else "/mnt"
     if libc.library.mount(b"cgroup2", place.encode(), b"cgroup2", _MS_NOSUID_NODEV_NOEXEC, None) != 0:
         return None
-    return Hierarchy(place, "/")
+    return place, "/"
 
 
 def _members(directory: int) -> set[int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
@@ -34,11 +33,12 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DELETED = " (deleted)"
 
 
-@dataclass(frozen=True)
+# Plain classes: making dataclasses of them would take a guard half a millisecond at its start.
 class Stat:
     """/proc/PID/stat at one moment. fields: from the third on, the state; before it the command may hold anything."""
 
-    fields: tuple[bytes, ...]
+    def __init__(self, fields: list[bytes]) -> None:
+        self._fields = fields
 
     @property
     def parent(self) -> int:
@@ -71,14 +71,14 @@ class Stat:
         return int(self._field(50)), int(self._field(51))
 
     def _field(self, number: int) -> bytes:
-        return self.fields[number - _FIRST_FIELD]
+        return self._fields[number - _FIRST_FIELD]
 
 
-@dataclass(frozen=True)
 class Status:
     """/proc/PID/status at one moment."""
 
-    text: bytes
+    def __init__(self, text: bytes) -> None:
+        self._text = text
 
     @property
     def parent(self) -> int:
@@ -100,7 +100,7 @@ class Status:
 
         The name of the process comes first, and the kernel escapes newlines in it (and nothing else).
         """
-        return self.text.partition(f"\n{field}:".encode())[2].partition(b"\n")[0].split()
+        return self._text.partition(f"\n{field}:".encode())[2].partition(b"\n")[0].split()
 
     def bits(self, field: str) -> frozenset[int]:
         """Return the numbers of the bits that are set in a field: capabilities from 0 on, signals less one."""
@@ -123,7 +123,7 @@ def stat(pid: Pid) -> Stat:
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     if len(fields) <= 51 - _FIRST_FIELD:
         raise ProcessLookupError(f"/proc/{pid}/stat is not whole")
-    return Stat(tuple(fields))
+    return Stat(fields)
 
 
 def status(pid: Pid) -> Status:

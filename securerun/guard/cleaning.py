@@ -1,0 +1,84 @@
+"""The reaper for people: `securerunctl clean` runs this, as root, and tells what is found. No guard loads it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+
+from securerun.guard import reaper, records, reserved, run_directory
+from securerun.guard.cgroup import open_job_cgroup
+from securerun.guard.records import Record
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """A run whose launcher and guard are gone.
+
+    processes: what runs in its cgroup; None where it has none any more. is_dead: whether what it left may be removed
+    from here. failure: why that did not succeed, None where it did, or was not tried.
+    """
+
+    record: Record
+    processes: frozenset[int] | None
+    is_dead: bool
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What was found in the record directory beside the runs that live.
+
+    partial: names of what killed guards were writing. foreign: names of what is not ours, or no longer readable.
+    """
+
+    partial: tuple[str, ...]
+    abandoned: tuple[Abandoned, ...]
+    foreign: tuple[str, ...]
+
+
+def clean(*, dry_run: bool) -> Remains:
+    """Remove what dead runs left, or only look; return what was found, with what could not be removed and why.
+
+    Raises PrivilegeError for whoever may not do that.
+    """
+    with run_directory.host_lock() as directory:
+        return _cleaned(directory, dry_run=dry_run)
+
+
+def _cleaned(directory: int, *, dry_run: bool) -> Remains:
+    partial = _partial_files(directory)
+    if not dry_run:
+        run_directory.remove_partial(directory)
+    readable = records.read_all(directory)
+    abandoned = tuple(_reaped(directory, record, dry_run=dry_run) for record in readable if record.is_abandoned)
+    ours = {*(f"{record.run_id}.json" for record in readable), *partial, *reserved.ledgers(directory)}
+    return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)))
+
+
+def _reaped(directory: int, record: Record, *, dry_run: bool) -> Abandoned:
+    processes = _processes(record)
+    is_dead = reaper.may_reap(record)
+    failure = None
+    if is_dead and not dry_run:
+        try:
+            reaper.reap(directory, record)
+        except (*reaper.OBSTACLES, OSError) as error:
+            failure = str(error)
+    return Abandoned(record, processes, is_dead, failure)
+
+
+def _partial_files(directory: int) -> tuple[str, ...]:
+    """Return what killed guards were writing. A directory of such a name is not their work, and stays."""
+    names = run_directory.partial(directory)
+    return tuple(name for name in names if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode))
+
+
+def _processes(record: Record) -> frozenset[int] | None:
+    cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
+    if cgroup is None:
+        return None
+    try:
+        return frozenset(cgroup.processes())
+    finally:
+        cgroup.close()
