@@ -110,7 +110,7 @@ def _take_away(descriptor: int, maximum: int) -> None:
 
 @contextlib.contextmanager
 def _noted(outcome: _Outcome) -> Iterator[None]:
-    """Seal one, without complaint where it has gone meanwhile."""
+    """Note in the outcome what fails in the block; what has gone meanwhile is no failure."""
     try:
         yield
     except FileNotFoundError:
