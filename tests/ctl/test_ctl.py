@@ -28,6 +28,7 @@ import probe
 import pytest
 from checkout import COMMANDS
 from hosts import RECORDS, Host, Network, cgroup2_mount, environment, eventually, finish, is_alive, machine_snapshot
+from process_table import fields_of
 
 from securerun.ctl import app
 from securerun.firewall.policy import Denial, Layer, Policy, PortRange
@@ -738,5 +739,5 @@ def in_this_process(*arguments: str) -> int:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process so far (proc(5), stat fields 14 and 15)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = fields_of(pid)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

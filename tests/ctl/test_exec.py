@@ -32,6 +32,7 @@ from hosts import (
     machine_snapshot,
 )
 from probe import Probe, reach
+from process_table import fields_of
 from users import GUARD, PrivateMachine
 
 from securerun.job.environment import describe_job
@@ -126,7 +127,7 @@ def group_of(job: subprocess.Popen[str], node: Host) -> Iterator[int]:
 
 def state_of(pid: int) -> str:
     """R, S, T and the others of proc(5)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return fields_of(pid)[0]
 
 
 # The promise

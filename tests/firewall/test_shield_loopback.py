@@ -22,6 +22,7 @@ import pytest
 from cgroups import Cgroup, enter, in_child, inside, new_cgroup, socket_made_in
 from hosts import Host, Network, cgroup2_mount
 from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
+from shield_field import EGRESS, FAMILIES, INGRESS, PATIENCE_SECONDS, ShieldField, field_of, port_of
 
 from securerun.errors import Obstacle
 from securerun.firewall.policy import Policy
@@ -31,17 +32,13 @@ from securerun.firewall.shield import Shield, adopt, attach_first_of, refuse_con
 from securerun.firewall.shield_maps import map_shapes, openings_shape
 from securerun.firewall.shield_program import CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM, describe, noting_program
 from securerun.linux.assembler import R0, Instruction, Statement, assemble, calculate, leave
-from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, attached, verifier_log
+from securerun.linux.bpf import AttachFlags, Map, MapShape, Program, attached, verifier_log
 from securerun.linux.networks import collapse
 
 Result = TypeVar("Result")
 
-FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])
-INGRESS, EGRESS = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
 NOBODY = 65534
 
-# Nothing on these wires takes a millisecond; a machine that is busy with other tests may.
-PATIENCE_SECONDS = 0.5
 # A SYN that was dropped is sent again after one second, and again after two more.
 RETRANSMISSION_SECONDS = 10.0
 
@@ -54,14 +51,8 @@ OLD_MOST_VERIFIED = 131072
 
 
 @dataclass(frozen=True)
-class Field:
-    """The hosts, the job's cgroup, and one that is not the job's."""
-
-    host: Host
-    peer: Host
-    stranger: Host
-    job: Cgroup
-    elsewhere: Cgroup
+class Field(ShieldField):
+    """Where the job's own host is among its peers, and every process there is somebody."""
 
     @property
     def policy(self) -> Policy:
@@ -107,8 +98,8 @@ class Field:
 
 @pytest.fixture
 def field(network: Network) -> Iterator[Field]:
-    with new_cgroup() as job, new_cgroup() as elsewhere:
-        yield Field(network["node0"], network["node1"], network["stranger"], job, elsewhere)
+    with field_of(Field, network) as made:
+        yield made
 
 
 @pytest.fixture
@@ -129,11 +120,6 @@ def listening(host: Host, port: int = 0) -> socket.socket:
     made.bind(("", port))
     made.listen(64)
     return made
-
-
-def port_of(listener: socket.socket) -> int:
-    port: int = listener.getsockname()[1]
-    return port
 
 
 def endpoint_for(address: str, protocol: int = 0) -> socket.socket:

@@ -19,6 +19,7 @@ import pytest
 from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
 from hosts import Host, Network, cgroup2_mount, eventually
 from packets import ACK, CWR, ECE, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
+from shield_field import EGRESS, FAMILIES, INGRESS, PATIENCE_SECONDS, ShieldField, field_of, port_of
 
 from securerun.errors import Obstacle
 from securerun.firewall import selftest
@@ -28,27 +29,17 @@ from securerun.firewall.selftest import egress_is_filtered, prove
 from securerun.firewall.shield import Shield, adopt, attach_first_of, refuse_conflicts
 from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM, ShieldProgram
 from securerun.linux.assembler import R0, assemble, calculate, leave
-from securerun.linux.bpf import AttachFlags, AttachType, Program, attached
+from securerun.linux.bpf import AttachFlags, Program, attached
 from securerun.linux.networks import collapse
 
 PROGRAMS = pytest.mark.parametrize("program", [SOCKET_PROGRAM, HEADER_PROGRAM], ids=lambda program: program.name)
-FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])
-INGRESS, EGRESS = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
 
-# Nothing on these wires takes a millisecond; a machine that is busy with other tests may.
-PATIENCE_SECONDS = 0.5
 _TCP_FASTOPEN = 23
 
 
 @dataclass(frozen=True)
-class Field:
-    """The hosts, the job's cgroup, and one that is not the job's."""
-
-    host: Host
-    peer: Host
-    stranger: Host
-    job: Cgroup
-    elsewhere: Cgroup
+class Field(ShieldField):
+    """Where node1 alone is a peer of the job's."""
 
     @property
     def policy(self) -> Policy:
@@ -61,8 +52,8 @@ class Field:
 
 @pytest.fixture
 def field(network: Network) -> Iterator[Field]:
-    with new_cgroup() as job, new_cgroup() as elsewhere:
-        yield Field(network["node0"], network["node1"], network["stranger"], job, elsewhere)
+    with field_of(Field, network) as made:
+        yield made
 
 
 @contextlib.contextmanager
@@ -88,11 +79,6 @@ def listening(host: Host, family: int, *, dual: bool) -> socket.socket:
     made.bind(("", 0))
     made.listen(64)
     return made
-
-
-def port_of(listener: socket.socket) -> int:
-    port: int = listener.getsockname()[1]
-    return port
 
 
 def dial(origin: Host, address: str, port: int) -> socket.socket:

@@ -24,6 +24,7 @@ from typing import Any
 
 from cgroups import Cgroup
 from hosts import Host, eventually, machine_snapshot
+from process_table import name_of
 from users import GUARD, GUARD_NAME, PrivateMachine, User
 
 from securerun.guard.protocol import VERSION
@@ -185,7 +186,7 @@ def socket_unit(machine: PrivateMachine, host: Host) -> Iterator[None]:
 
 def guards(machine: PrivateMachine) -> list[int]:
     """The pids of the guards that run in a machine, whichever way they were started."""
-    return [pid for pid in machine.processes() if _is_guard(pid)]
+    return [pid for pid in machine.processes() if name_of(pid) == GUARD_NAME]
 
 
 @contextlib.contextmanager
@@ -203,11 +204,3 @@ def log_of(machine: PrivateMachine) -> str:
     """What guards wrote to the file that takes the system log's place in a private machine."""
     place = machine.place(LOG)
     return place.read_text() if place.exists() else ""
-
-
-def _is_guard(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/comm") as name:  # noqa: PTH123 - one look
-            return name.read() == f"{GUARD_NAME}\n"
-    except OSError:
-        return False

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cgroups import Cgroup
 from checkout import GROUND
 from hosts import Host, eventually, machine_snapshot
+from users import PrivateMachine, User
 
 HOLDER = GROUND / "holder.py"
 
@@ -22,10 +24,17 @@ class Held:
         self.process = process
         self.start = self.hear()
 
+    @property
+    def run_id(self) -> str:
+        """The id of its run."""
+        return str(self.start["run_id"])
+
     def hear(self) -> dict[str, Any]:
         """Its next line."""
         assert self.process.stdout is not None
-        line: dict[str, Any] = json.loads(self.process.stdout.readline())
+        text = self.process.stdout.readline()
+        assert text, self.process.stderr and self.process.stderr.read()
+        line: dict[str, Any] = json.loads(text)
         return line
 
     def hear_of(self, words: str) -> dict[str, Any]:
@@ -48,6 +57,14 @@ class Held:
         said = self.process.stdout.read()
         assert self.process.wait(timeout=30) == 0, said
         return said
+
+
+def hold_as(user: User, machine: PrivateMachine, host: Host, *options: str, cgroup: Cgroup | None = None) -> Held:
+    """A lease of a user's, on a host, until it is let go."""
+    command = [sys.executable, str(HOLDER), *options]
+    holder = Held(machine.popen(host, command, user=user, stdin=subprocess.PIPE, cgroup=cgroup))
+    assert "guarding" in holder.start, holder.start
+    return holder
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Callable, Union
 
 import probe
+from process_table import fields_of
 
 Argument = Union[str, "os.PathLike[str]"]
 Stream = Union[int, IO[str], None]
@@ -327,10 +328,9 @@ def eventually(condition: Callable[[], bool], *, seconds: float = 10) -> bool:
 def is_alive(pid: int) -> bool:
     """Whether `pid` still runs; one that has ended and that nobody has reaped does not."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        return fields_of(pid)[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

@@ -18,7 +18,11 @@ ALL_GROUND = {"preflight"}
 NEED_ROOT = {
     "cgroups": {"inside", "leave_for_a_new_network", "new_cgroup"},
     "containers": {"container"},
+    "holding": {"held", "hold_as"},
     "hosts": {"Network", "require_root_and_tools"},
+    "namespaces": {"namespaces"},
+    "programs": {"programs", "result_of"},
+    "shield_field": {"field_of"},
     "sandbox": {"IN_NAMESPACE", "apart"},
     "users": {"PrivateMachine"},
 }
@@ -52,9 +56,9 @@ def _privileged(path: Path, function: str) -> set[str]:
     imported = {
         alias.name
         for node in _tree(path).body
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
-        if alias.name in NEED_ROOT.get(str(node.module), ())
+        if alias.name in NEED_ROOT.get(getattr(node, "module", alias.name), ())
     }
     return imported & _reached(path, function)
 

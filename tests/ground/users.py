@@ -28,6 +28,7 @@ from typing import Callable
 from cgroups import Cgroup, new_cgroup
 from checkout import CHECKOUT, COMMANDS
 from hosts import FAREWELL_SECONDS, NAMESPACES, Argument, Host, Stream, eventually, finish, kill_group
+from process_table import name_of, users_of
 
 import securerun
 
@@ -111,7 +112,7 @@ class PrivateMachine:
             return
         for process in self._started:
             kill_group(process)
-        eventually(lambda: not self._end(lambda pid: _name_of(pid) != GUARD_NAME), seconds=FAREWELL_SECONDS)
+        eventually(lambda: not self._end(lambda pid: name_of(pid) != GUARD_NAME), seconds=FAREWELL_SECONDS)
         eventually(lambda: not self.processes(), seconds=FAREWELL_SECONDS)
         eventually(lambda: not self._end(lambda _: True), seconds=FAREWELL_SECONDS)
         self._holder.communicate()
@@ -119,7 +120,7 @@ class PrivateMachine:
 
     def end_users(self) -> None:
         """End all that runs as one of the machine's users."""
-        eventually(lambda: not self._end(lambda pid: _user_of(pid) >= FIRST_USER), seconds=FAREWELL_SECONDS)
+        eventually(lambda: not self._end(lambda pid: users_of(pid)[:1] >= [FIRST_USER]), seconds=FAREWELL_SECONDS)
 
     def add_user(self, name: str, *, groups: Sequence[str] = ()) -> User:
         """Make an account with a group of its own name and a home; `groups` are made where they are missing."""
@@ -405,21 +406,6 @@ def require_tools() -> None:
         raise RuntimeError(
             f"{', '.join(missing)} not found; install passwd, sudo, systemd and util-linux (scripts/setup.sh test does)"
         )
-
-
-def _name_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _user_of(pid: int) -> int:
-    """The real user id of a process; -1 when it has gone. The owner of its directory in /proc may be another."""
-    try:
-        return int(Path(f"/proc/{pid}/status").read_text(errors="replace").partition("\nUid:")[2].split()[0])
-    except (OSError, IndexError):
-        return -1
 
 
 def _needed_paths(more: Iterable[Path]) -> list[Path]:

@@ -409,7 +409,7 @@ def kill_all(holder: Held) -> None:
 
 
 def record_of(holder: Held) -> Record:
-    return next(record for record in records.read_host() if record.run_id == holder.start["run_id"])
+    return next(record for record in records.read_host() if record.run_id == holder.run_id)
 
 
 def test_the_list_names_the_ports_from_before_the_job_until_after_it(node: Host) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import resource
 import signal
 import socket
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from headless import HEADLESS
 from hosts import eventually
 
 from securerun.linux import proc
@@ -164,18 +164,7 @@ def test_one_that_waits_to_be_reaped_is_there_and_does_not_run() -> None:
 def test_one_whose_first_thread_has_ended_shows_what_it_has_through_another(
     started: list[subprocess.Popen[bytes]],
 ) -> None:
-    exit_of_a_thread = 60 if platform.machine() == "x86_64" else 93
-    script = f"""
-import ctypes, socket, threading, time
-made = socket.socket()
-def stay():
-    while "(zombie)" not in open("/proc/self/status").read():
-        time.sleep(0.001)
-    print("ready", flush=True)
-    time.sleep(60)
-threading.Thread(target=stay).start()
-ctypes.CDLL(None).syscall({exit_of_a_thread}, 0)
-"""
+    script = f"import socket; made = socket.socket()\n{HEADLESS}"
     process = subprocess.Popen([sys.executable, "-ISc", script], env={"NAME": "value"}, stdout=subprocess.PIPE)
     started.append(process)
     assert process.stdout is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import secrets
 import shlex
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from checkout import CHECKOUT
+from headless import HEADLESS
 from hosts import eventually, is_alive
 
 from securerun.linux import processes
@@ -188,17 +188,7 @@ def test_a_process_that_waits_to_be_reaped_is_not_found(job: Job) -> None:
 
 
 def test_a_process_whose_first_thread_has_exited_is_found(job: Job) -> None:
-    exit_of_a_thread = 60 if platform.machine() == "x86_64" else 93
-    pid = job.python(f"""
-import ctypes, threading, time
-def stay():
-    while "(zombie)" not in open("/proc/self/status").read():
-        time.sleep(0.001)
-    print("ready", flush=True)
-    time.sleep(60)
-threading.Thread(target=stay).start()
-ctypes.CDLL(None).syscall({exit_of_a_thread}, 0)
-""")
+    pid = job.python(HEADLESS)
     assert job.line() == "ready"
     assert pid in job.pids()
 

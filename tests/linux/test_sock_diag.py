@@ -7,7 +7,6 @@ import ctypes
 import ipaddress
 import operator
 import os
-import platform
 import resource
 import select
 import socket
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
+from headless import HEADLESS
 from hosts import Network, cgroup2_mount
 
 from securerun.linux import netlink, proc, sock_diag
@@ -282,19 +282,6 @@ def test_descriptors_are_found_after_the_first_thread_has_exited() -> None:
         finally:
             child.kill()
             child.communicate()
-
-
-# exit(2) ends the calling thread alone; exit_group(2), which is what exit(3) calls, ends all.
-HEADLESS = f"""
-import ctypes, threading, time
-def stay():
-    while "(zombie)" not in open("/proc/self/status").read():
-        time.sleep(0.001)
-    print("ready", flush=True)
-    time.sleep(60)
-threading.Thread(target=stay).start()
-ctypes.CDLL(None).syscall({60 if platform.machine() == "x86_64" else 93}, 0)
-"""
 
 
 # Which cgroup it belongs to

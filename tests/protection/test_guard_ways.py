@@ -18,9 +18,10 @@ from pathlib import Path
 import jobs
 import pytest
 from conversation import SOCKET, WAYS, Conversation, guards, log_of, nothing_left, order, permit, socket_unit
-from holding import HOLDER
+from holding import Held, hold_as
 from hosts import Host, Network, eventually, finish, finish_all, is_alive
 from probe import Probe, reach
+from process_table import users_of
 from users import FIRST_USER, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
 
 _STARTED = {"sudo": "guard started by sudo", "socket": "guard started by systemd", "run-as": "guard started directly"}
@@ -70,19 +71,11 @@ def launch(way: str, user: User, *arguments: str) -> tuple[list[str], User | Non
     return [jobs.SECURERUN, *arguments], user
 
 
-def hold(machine: PrivateMachine, host: Host, user: User, *options: str) -> subprocess.Popen[str]:
-    """A job of holder.py that is under guard and listens."""
-    process = machine.popen(host, [sys.executable, str(HOLDER), *options], user=user, stdin=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    assert '"guarding": ["shield", "iptables"]' in line, (line, process.stderr.read())
-    return process
-
-
-def let_go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(timeout=30) == 0
+def hold(machine: PrivateMachine, host: Host, user: User, *options: str) -> Held:
+    """A job that is under guard by both layers and listens."""
+    holder = hold_as(user, machine, host, *options)
+    assert holder.start["guarding"] == ["shield", "iptables"]
+    return holder
 
 
 @pytest.mark.parametrize("way", ["sudo", "socket", "run-as"])
@@ -103,14 +96,15 @@ def test_stranger_cannot_reach_any_port_of_a_job_of_ordinary_users_on_two_hosts(
             started.append(machine.popen(node, command, user=starter))
             users.append(user)
             machines.append(machine)
-        workers: set[str] = set()
+        workers: set[tuple[int, ...]] = set()
         while any(job.poll() is None for job in started):
-            workers |= {_users(pid) for m in machines for pid, said in m.processes().items() if _is_worker(said)}
+            found = [pid for m in machines for pid, said in m.processes().items() if _is_worker(said)]
+            workers |= {tuple(users_of(pid)) for pid in found}
             time.sleep(0.2)
         done = finish_all(started, timeout=60)
     assert [node_done.returncode for node_done in done] == [0, 0], done
     assert jobs.last_loss(done[0].stdout) < 0.35
-    assert workers - {""} == {" ".join([str(users[0].uid)] * 4)}
+    assert workers - {()} == {(users[0].uid,) * 4}
     for probe in probes:
         assert probe.reached == set()
         assert len({port for _, port in probe.tried}) >= 8
@@ -310,12 +304,11 @@ def test_guard_that_is_killed_is_replaced_the_same_way(
         assert eventually(lambda: bool(probe.tried))
         (first,) = guards(machine)
         os.kill(first, signal.SIGKILL)
-        assert job.stdout is not None
-        assert any("another has taken over" in line for line in iter(job.stdout.readline, ""))
+        job.hear_of("another has taken over")
         (second,) = guards(machine)
         assert second != first
         assert reach(peer, [(node.ipv4, 60000)]) == {(node.ipv4, 60000): True}
-        let_go(job)
+        job.let_go()
     assert probe.reached == set()
 
 
@@ -506,22 +499,14 @@ def test_user_sees_his_own_runs_and_no_others(machine: PrivateMachine, node: Hos
         for user, job in jobs_of.items():
             done = machine.run(node, [control, "status", "--json"], user=user)
             runs = json.loads(done.stdout)["runs"]
-            assert [(run["pid"], run["user"]) for run in runs] == [(job.pid, user.name)], done
+            assert [(run["pid"], run["user"]) for run in runs] == [(job.process.pid, user.name)], done
         assert len(json.loads(machine.run(node, [control, "status", "--json"]).stdout)["runs"]) == 2
         assert len(machine.runs()) == 2
         for job in jobs_of.values():
-            let_go(job)
+            job.let_go()
     assert not machine.place(RECORDS).exists()
 
 
 def _is_worker(command: str) -> bool:
     """The launcher's own command has the name of the script too, and begins as root's."""
     return command.endswith(f"{jobs.TRAIN} --groups 3") and "--peers" not in command
-
-
-def _users(pid: int) -> str:
-    """The real, effective, saved and file system user id of a process; "" when it has gone."""
-    with contextlib.suppress(OSError):
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-        return " ".join(status.partition("\nUid:")[2].partition("\n")[0].split())
-    return ""

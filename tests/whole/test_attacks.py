@@ -24,9 +24,10 @@ import pytest
 from cgroups import Cgroup
 from checkout import CHECKOUT
 from conversation import WAYS, Conversation, guards, log_of, nothing_left, order, permit, socket_unit
-from holding import HOLDER
+from holding import Held, hold_as
 from hosts import Host, Network, Stream, eventually, finish, is_alive
 from probe import Probe, reach
+from process_table import name_of, status_of, users_of
 from users import CONFIGURATION, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
 
 from securerun.guard.documents import ProtocolError
@@ -77,6 +78,10 @@ class Ground:
         talk.hang_up()
         assert "refused" in verdict, (verdict, talk.errors())
         return str(verdict["refused"]["message"])
+
+    def holder(self, user: User, *options: str, cgroup: Cgroup | None = None) -> Held:
+        """A job of a user's that is under guard and listens on one port."""
+        return hold_as(user, self.machine, self.node, *options, cgroup=cgroup)
 
     def run(
         self, user: User, argv: Sequence[str], *, env: Mapping[str, str] | None = None
@@ -272,10 +277,10 @@ def pid_taken(ground: Ground, pid: int, user: int) -> Iterator[None]:
     taker = ground.popen(None, program(_TAKE_PID, str(pid), str(user)), stdin=subprocess.PIPE)
     assert taker.stdout is not None and taker.stdin is not None and taker.stderr is not None
     assert taker.stdout.readline() == f"{pid}\n", taker.stderr.read()
-    assert eventually(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n")
+    assert eventually(lambda: name_of(pid) == "sleep")
     place = _cgroup_of(pid)
     yield
-    assert is_alive(pid) and _status(pid)["Uid"].split() == [str(user)] * 4
+    assert is_alive(pid) and users_of(pid) == [user] * 4
     assert _cgroup_of(pid) == place
     taker.stdin.close()
     assert taker.wait(timeout=10) == 0
@@ -329,7 +334,7 @@ def test_process_that_becomes_a_program_of_roots_is_not_served(ground: Ground, w
     assert talk.hear()["ready"]
     before = _cgroup_of(talk.pid)
     os.kill(talk.pid, signal.SIGUSR1)
-    assert eventually(lambda: Path(f"/proc/{talk.pid}/comm").read_text() == "sudo\n")
+    assert eventually(lambda: name_of(talk.pid) == "sudo")
     talk.say(order())
     verdict = talk.hear_verdict()
     assert is_alive(talk.pid) and _cgroup_of(talk.pid) == before
@@ -668,7 +673,7 @@ def test_limits_and_signals_of_the_caller_do_not_bind_the_guard(ground: Ground, 
         talk.hang_up()
         return
     guard = answer["ready"]["pid"]
-    limits, status = Path(f"/proc/{guard}/limits").read_text(), _status(guard)
+    limits, status = Path(f"/proc/{guard}/limits").read_text(), status_of(guard)
     for limit in ("Max cpu time", "Max file size", "Max address space"):
         assert "unlimited" in next(line for line in limits.splitlines() if line.startswith(limit)), limits
     assert int(status["SigBlk"], 16) == 0
@@ -688,7 +693,7 @@ def test_limits_and_signals_of_the_caller_do_not_bind_the_guard(ground: Ground, 
 def test_guard_holds_no_privilege_that_it_does_not_need(ground: Ground, way: str) -> None:
     talk = ground.guarded(ground.alice, way)
     (guard,) = guards(ground.machine)
-    status = _status(guard)
+    status = status_of(guard)
     # capabilities(7): DAC_OVERRIDE, KILL, NET_ADMIN, NET_RAW, SYS_PTRACE, SYS_ADMIN, SYS_RESOURCE, BPF
     needed = sum(1 << number for number in (1, 5, 12, 13, 19, 21, 24, 39))
     for name in ("CapPrm", "CapEff", "CapBnd"):
@@ -935,7 +940,7 @@ def test_shield_cannot_be_detached_by_its_user(ground: Ground, way: str) -> None
     if way == "socket":
         ground.machine.allow_sudo("# nobody")
     with delegated_cgroup(ground.alice) as cgroup:
-        job = holder(ground, ground.alice, "--peers", ground.peer.ipv4, "--firewall", "off", cgroup=cgroup)
+        job = ground.holder(ground.alice, "--peers", ground.peer.ipv4, "--firewall", "off", cgroup=cgroup)
         target = (ground.node.ipv4, 60000)
         with Probe(ground.stranger, ground.node) as probe:
             assert eventually(lambda: target in probe.tried)
@@ -954,28 +959,6 @@ def test_shield_cannot_be_detached_by_its_user(ground: Ground, way: str) -> None
 # --- other users ---
 
 
-@dataclass(frozen=True)
-class Held:
-    """A job of holder.py, which listens on one port."""
-
-    process: subprocess.Popen[str]
-    run_id: str
-
-    def let_go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        assert self.process.wait(timeout=30) == 0
-
-
-def holder(ground: Ground, user: User, *options: str, cgroup: Cgroup | None = None) -> Held:
-    command = [sys.executable, str(HOLDER), *options]
-    process = ground.popen(user, command, stdin=subprocess.PIPE, cgroup=cgroup)
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    assert '"guarding"' in line, (line, process.stderr.read())
-    return Held(process, json.loads(line)["run_id"])
-
-
 @contextlib.contextmanager
 def server(ground: Ground, user: User | None, port: int, address: str = "") -> Iterator[None]:
     """Something of a user's that listens, and has nothing to do with securerun."""
@@ -992,7 +975,7 @@ def server(ground: Ground, user: User | None, port: int, address: str = "") -> I
 def test_run_of_another_user_cannot_be_taken_over_by_its_id(ground: Ground, way: str) -> None:
     """The id is no secret: it is in the rules, and on the other's terminal."""
     target = (ground.node.ipv4, 60000)
-    bobs = holder(ground, ground.bob, "--peers", ground.peer.ipv4)
+    bobs = ground.holder(ground.bob, "--peers", ground.peer.ipv4)
     for adopt in (False, True):
         talk = ground.talk(ground.alice, way)
         talk.say(order(run_id=bobs.run_id, peers=[ground.stranger.ipv4], adopt=adopt))
@@ -1006,7 +989,7 @@ def test_run_of_another_user_cannot_be_taken_over_by_its_id(ground: Ground, way:
 def test_run_cannot_be_taken_over_while_its_guard_is_being_replaced(ground: Ground) -> None:
     target = (ground.node.ipv4, 60000)
     with Probe(ground.stranger, ground.node) as probe:
-        bobs = holder(ground, ground.bob, "--peers", ground.peer.ipv4)
+        bobs = ground.holder(ground.bob, "--peers", ground.peer.ipv4)
         assert eventually(lambda: target in probe.tried)
         talks = [ground.talk(ground.alice, "socket") for _ in range(8)]
         for talk in talks:
@@ -1024,7 +1007,7 @@ def test_run_cannot_be_taken_over_while_its_guard_is_being_replaced(ground: Grou
 
 
 def test_users_cannot_see_or_end_each_others_runs(ground: Ground) -> None:
-    bobs = holder(ground, ground.bob)
+    bobs = ground.holder(ground.bob)
     look = f"ls {RECORDS}; cat {RECORDS}/*.json; touch {RECORDS}/x; rm -rf {RECORDS}; cat /var/log/securerun.log"
     done = ground.run(ground.alice, ["sh", "-c", look])
     assert done.stdout == "", done
@@ -1098,8 +1081,8 @@ def test_port_that_somebody_else_serves_on_is_not_closed(ground: Ground, address
 
 def test_jobs_of_two_users_with_one_range_of_ports_do_not_disturb_each_other(ground: Ground) -> None:
     first, second = (ground.node.ipv4, 60000), (ground.node.ipv4, 60001)
-    alices = holder(ground, ground.alice, "--peers", ground.peer.ipv4)
-    bobs = holder(ground, ground.bob, "--peers", ground.stranger.ipv4, "--listen", "60001")
+    alices = ground.holder(ground.alice, "--peers", ground.peer.ipv4)
+    bobs = ground.holder(ground.bob, "--peers", ground.stranger.ipv4, "--listen", "60001")
     assert reach(ground.peer, [first, second]) == {first: True, second: False}
     assert reach(ground.stranger, [first, second]) == {first: False, second: True}
     alices.let_go()
@@ -1126,7 +1109,7 @@ def test_port_that_appears_later_does_not_let_peers_to_another_users_job(ground:
     """In scope `ports` a guard closes each new port of its job: to all but that job's own peers."""
     target = (ground.node.ipv4, 60000)
     with Probe(ground.stranger, ground.node) as probe:
-        bobs = holder(ground, ground.bob, "--scope", "ports", "--peers", ground.peer.ipv4)
+        bobs = ground.holder(ground.bob, "--scope", "ports", "--peers", ground.peer.ipv4)
         assert eventually(lambda: target in probe.tried)
         alices = ground.talk(
             ground.alice, "sudo", before=f"{sys.executable} -I -c '{_LISTEN_ON_IPV6}' {ground.node.ipv6} 60000 &"
@@ -1218,7 +1201,7 @@ def test_what_is_planted_among_the_records_is_neither_followed_nor_believed(
 def test_record_that_names_a_cgroup_of_others_does_not_end_what_is_in_it(ground: Ground, cgroup: str) -> None:
     with delegated_cgroup(ground.bob) as bobs:
         process = ground.popen(ground.bob, ["sleep", "600"], cgroup=bobs)
-        assert eventually(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
+        assert eventually(lambda: name_of(process.pid) == "sleep")
         talk = ground.guarded(ground.alice, "sudo")
         (name,) = ground.machine.runs()
         record = json.loads(ground.machine.place(f"{RECORDS}/{name}").read_text())
@@ -1271,11 +1254,6 @@ def _cgroup_of(pid: int) -> str:
     return next(line for line in lines if line.startswith("0::"))[3:]
 
 
-def _status(pid: int) -> dict[str, str]:
-    lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return {name: value.strip() for name, _, value in lines}
-
-
 def _environ(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
 
@@ -1283,9 +1261,9 @@ def _environ(pid: int) -> bytes:
 def _peak_kilobytes(pid: int) -> int:
     """The most memory that a process has had; 0 when it has gone."""
     with contextlib.suppress(OSError, KeyError):
-        return int(_status(pid)["VmHWM"].split()[0])
+        return int(status_of(pid)["VmHWM"].split()[0])
     return 0
 
 
 def _may_raise_limits() -> bool:
-    return bool(int(_status(os.getpid())["CapEff"], 16) >> _CAP_SYS_RESOURCE & 1)
+    return bool(int(status_of(os.getpid())["CapEff"], 16) >> _CAP_SYS_RESOURCE & 1)

@@ -12,6 +12,7 @@ import pytest
 from holding import HOLDER, Held, held
 from hosts import Host, Network, cgroup2_mount, eventually, finish_all, machine_snapshot
 from probe import Probe, reach
+from process_table import fields_of, name_of, status_of
 
 RUNS = 50
 
@@ -216,13 +217,11 @@ def test_loopback_job_keeps_other_processes_of_the_host_out(network: Network) ->
 def test_guard_is_small_and_in_a_session_of_its_own(network: Network) -> None:
     node, _, _ = network
     with held(node) as holder:
-        guard = next(pid for pid in node.processes() if Path(f"/proc/{pid}/comm").read_text() == "securerun-guard\n")
-        status = Path(f"/proc/{guard}/status").read_text()
-        resident = int(status.split("VmRSS:")[1].split()[0])
+        guard = next(pid for pid in node.processes() if name_of(pid) == "securerun-guard")
+        resident = int(status_of(guard)["VmRSS"].split()[0])
         assert resident <= 20_000, resident
-        fields = Path(f"/proc/{guard}/stat").read_text().rpartition(")")[2].split()
-        assert int(fields[3]) == guard  # proc(5): session
-        assert f"securerun-{holder.start['run_id']}" not in Path(f"/proc/{guard}/cgroup").read_text()
+        assert int(fields_of(guard)[3]) == guard  # proc(5): session
+        assert f"securerun-{holder.run_id}" not in Path(f"/proc/{guard}/cgroup").read_text()
         maps = Path(f"/proc/{guard}/maps").read_text()
         assert "torch" not in maps
 
@@ -231,10 +230,10 @@ def test_guard_sleeps_while_nothing_happens_and_after_something_did(network: Net
     """Something that is never read wakes poll(2) for ever; how often a process reads is what proc(5) counts."""
     node, _, _ = network
     with held(node) as holder:
-        guard = next(pid for pid in node.processes() if Path(f"/proc/{pid}/comm").read_text() == "securerun-guard\n")
+        guard = next(pid for pid in node.processes() if name_of(pid) == "securerun-guard")
         mount = cgroup2_mount()
         assert mount is not None
-        (cgroup,) = mount.rglob(f"securerun-{holder.start['run_id']}")
+        (cgroup,) = mount.rglob(f"securerun-{holder.run_id}")
         for frozen in ("1", "0"):
             (cgroup / "cgroup.freeze").write_text(frozen)
         time.sleep(0.5)

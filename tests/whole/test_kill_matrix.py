@@ -33,6 +33,7 @@ from kill_matrix import (
     send,
 )
 from probe import Probe, reach
+from process_table import name_of
 
 from securerun.guard import records, run_directory
 
@@ -178,10 +179,10 @@ def test_pkill_9_python_ends_the_job_but_not_its_guard(ground: Ground, tmp_path:
     with Probe(ground.stranger, ground.node) as probe:
         job = RealJob(ground, tmp_path, launcher=(sys.executable, "-m", "securerun"))
         named_python = {
-            pid for pid in job.of_the_job() if _name(pid).startswith("python") or _name(pid) == "pt_elastic"
+            pid for pid in job.of_the_job() if name_of(pid).startswith("python") or name_of(pid) == "pt_elastic"
         }
         assert {job.launcher.pid, *job.workers()} <= named_python
-        assert {_name(pid) for pid in job.guards} == {"securerun-guard"}
+        assert {name_of(pid) for pid in job.guards} == {"securerun-guard"}
         job.kill(*named_python)
         _require_gone_and_clean(job, within=GRACE_SECONDS + CLEAN_SECONDS)
     assert finish(job.launcher).returncode == -signal.SIGKILL
@@ -217,11 +218,3 @@ def test_after_launcher_and_guard_were_killed_the_next_run_removes_what_they_lef
         _require_gone_and_clean(job, within=CLEAN_SECONDS)
     finish(job.launcher)
     assert probe.reached == set() and probe.tried
-
-
-def _name(pid: int) -> str:
-    """A process' name as pkill sees it; empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
