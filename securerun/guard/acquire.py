@@ -64,13 +64,13 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
 
 
 def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
-    """A first look, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
+    """Look a first time, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
     with contextlib.suppress(OSError):  # `acquire` says what is wrong with the records
         neighbours.require_room(first_record(order, caller), records.read_host(), site)
 
 
 def _require_sight_of_listeners() -> None:
-    """Scope `ports` closes what it sees; where the kernel does not tell who listens, it would close nothing."""
+    """Raise PrivilegeError where the kernel does not tell who listens: scope `ports` closes what it sees."""
     try:
         SocketDiagnosis().close()
     except SocketsUnavailable as error:
@@ -201,7 +201,7 @@ def _move_in(lease: Lease, undo: ExitStack) -> None:
 
 
 def _forget_shield(lease: Lease, undo: ExitStack) -> None:
-    """Without a shield the cgroup still tells what belongs to the job, if the launcher could move in."""
+    """Go on without a shield: the cgroup still tells what belongs to the job, if the launcher could move in."""
     if lease.shield is not None:
         lease.shield.detach()
         lease.shield.close()
@@ -239,7 +239,7 @@ def _add_chains(lease: Lease) -> None:
 
 
 def _choose(order: Order, caller: Caller, directory: int) -> PortChains:
-    """The backend that the order names, or the best; but one backend a host: one's drop ignores another's pass."""
+    """Open the backend that is ordered, or the best; but one backend a host: one's drop ignores another's pass."""
     in_use = records.layers_in(directory, proc.namespace("net")) & set(backends.NAMES)
     if order.firewall == "auto":
         if in_use:
@@ -269,7 +269,7 @@ def _install(chains: PortChains, policy: Policy, drops: DropLog | None) -> None:
 
 
 def _open_drop_log(run_id: str) -> DropLog | None:
-    """A log group of our own: the first free one of a few, since other programs hold groups too."""
+    """Open a log group of our own: the first free one of a few, since other programs hold groups too."""
     for attempt in range(_LOG_GROUPS_TRIED):
         with contextlib.suppress(OSError):
             return DropLog((int(run_id, 16) + attempt) % _LAST_LOG_GROUP + 1)

@@ -40,7 +40,7 @@ class Caller:
             raise PrivilegeError(f"process {pid}, which started the guard, has ended") from error
 
     def has_ended(self) -> bool:
-        """Whether the process is gone, or is no longer the one that this guard began to serve."""
+        """Return whether the process is gone, or is no longer the one that this guard began to serve."""
         if self.pidfd is not None and select.select([self.pidfd], [], [], 0)[0]:
             return True
         return not proc.is_running(self.pid, self.start)
@@ -62,7 +62,7 @@ class Caller:
             raise PrivilegeError(f"process {self.pid} began as user {before} and is user {self.user} now")
 
     def require_same_network(self) -> None:
-        """Raises PrivilegeError when the process is in another network namespace: rules made here would miss it."""
+        """Raise PrivilegeError when the process is in another network namespace: rules made here would miss it."""
         try:
             theirs = proc.namespace("net", self.pid)
         except OSError as error:
@@ -75,7 +75,7 @@ class Caller:
 
 
 def find_ancestor() -> Caller:
-    """Whoever started this guard: its parent or, started by sudo, the parent of sudo.
+    """Find whoever started this guard: its parent or, started by sudo, the parent of sudo.
 
     Raises PrivilegeError when that is not the user that sudo names, or it ended meanwhile.
     """
@@ -90,7 +90,7 @@ def find_ancestor() -> Caller:
 
 
 def find_peer(connection: int) -> Caller:
-    """Whoever connected to this socket, as the kernel noted at that moment (unix(7), SO_PEERCRED).
+    """Find whoever connected to this socket, as the kernel noted at that moment (unix(7), SO_PEERCRED).
 
     Raises PrivilegeError when that process has ended, or its id belongs to another user by now; and when the guard
     was started by sudo, whose caller could hand it a socket to which somebody else connected.
@@ -110,14 +110,14 @@ def find_peer(connection: int) -> Caller:
     caller = Caller(pid, pidfd)
     if caller.user != user:
         raise PrivilegeError(f"user {user} connected, and process {pid} is of user {caller.user} now")
-    # What was asked of a number was asked of whoever is held only if he has it still.
+    # What was asked of a number was asked of whoever is held only if they have it still.
     if caller.has_ended():
         raise PrivilegeError(f"process {pid}, which connected, has ended")
     return caller
 
 
 def sudo_processes() -> tuple[int, ...]:
-    """The processes of sudo that wait for this guard to end, the nearest first; none where sudo did not start it."""
+    """Return the processes of sudo that wait for this guard, the nearest first; none where sudo did not start it."""
     found: list[int] = []
     pid = os.getppid()
     while _sudo_user() is not None and pid > 0 and _is_sudo(pid):
@@ -127,7 +127,7 @@ def sudo_processes() -> tuple[int, ...]:
 
 
 def _held(find: Callable[[], int]) -> Caller:
-    """The process that `find` tells, held before it was asked who it is, and found again afterwards."""
+    """Return the process that `find` tells, held before it is asked who it is, and found again afterwards."""
     pid = find()
     caller = Caller(pid)
     if find() != pid or caller.has_ended():
@@ -145,13 +145,13 @@ def _sudo_user() -> int | None:
 
 
 def _parent_of_sudo() -> int:
-    """The nearest ancestor that is not sudo itself: sudo may stay as one process or two, or not at all (sudo(8))."""
+    """Return the nearest ancestor that is not sudo itself: sudo may stay as one process or two, or not at all."""
     waiting = sudo_processes()
     return _parent(waiting[-1]) if waiting else os.getppid()
 
 
 def _is_sudo(pid: int) -> bool:
-    """Whether a process runs root's set-user-id program of that name; of its user ids the effective one is root's."""
+    """Return whether a process runs root's set-user-id program of that name, as root (its effective user id)."""
     try:
         file, name = proc.program(pid)
         effective = proc.status(pid).users[1]
@@ -166,7 +166,7 @@ def _parent(pid: int) -> int:
 
 
 def _identity(pid: int) -> tuple[int, frozenset[int]]:
-    """The one user id of a process and the ids of its groups. Raises OSError when there is no such process."""
+    """Return the one user id of a process and the ids of its groups. Raises OSError when there is no such process."""
     status = proc.status(pid)
     users = set(status.users)
     if len(users) != 1:

@@ -89,7 +89,7 @@ class JobCgroup:
             _move(self._parent, pid)
 
     def populated(self) -> bool:
-        """Whether a live process is in the cgroup or below it."""
+        """Return whether a live process is in the cgroup or below it."""
         try:
             return b"populated 1" in os.pread(self._events, 4096, 0)
         except OSError as error:
@@ -98,7 +98,7 @@ class JobCgroup:
             raise
 
     def processes(self) -> set[int]:
-        """The live processes in the cgroup and below it."""
+        """Return the live processes in the cgroup and below it."""
         return cgroups.processes_below(self.descriptor)
 
     def kill(self) -> None:
@@ -140,7 +140,7 @@ class JobCgroup:
         return self._ancestors[-1]
 
     def _become_valid(self) -> None:
-        """Below a threaded cgroup a new one is invalid until it is threaded too (cgroup-v2.rst, Threads).
+        """Make it threaded below a threaded one: a new one is invalid until it is (cgroup-v2.rst, Threads).
 
         Below a task of Slurm's ours is threaded as well: slurmstepd signals what the task's own cgroup.procs lists and
         looks no deeper (cgroup_p_step_get_pids, Slurm 22.05 to 25.05), and a threaded cgroup's processes are listed in
@@ -149,12 +149,12 @@ class JobCgroup:
         if cgroups.read(self.descriptor, "cgroup.type") == "domain invalid":
             _write(self.descriptor, "cgroup.type", "threaded")
         elif _SLURM_TASK.search(str(PurePosixPath(self.path).parent)):
-            with contextlib.suppress(OSError):  # somebody has made domains of his own there
+            with contextlib.suppress(OSError):  # somebody has made domains of their own there
                 _write(self.descriptor, "cgroup.type", "threaded")
 
 
 def path_of_job_cgroup(launcher: int, run_id: str) -> str:
-    """Where a run's cgroup is to be: below the launcher's own. Raises CgroupUnavailable where it cannot be."""
+    """Return where a run's cgroup is to be: below the launcher's. Raises CgroupUnavailable where it cannot be."""
     path = cgroup_of(launcher)
     if ".." in PurePosixPath(path).parts:
         raise CgroupUnavailable(f"the launcher's cgroup {path} lies outside of what this cgroup namespace shows")

@@ -38,7 +38,7 @@ class Channel:
             raise PrivilegeError(f"the launcher has closed its end: {error.strerror}") from error
 
     def read(self) -> bytes | None:
-        """What is there; b"" when the other end is closed, None when there is nothing now. Raises OSError."""
+        """Read what is there; b"" when the other end is closed, None when there is nothing now. Raises OSError."""
         try:
             if self._socket is not None:
                 return self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
@@ -49,7 +49,7 @@ class Channel:
             return b""
 
     def write(self, data: bytes) -> int:
-        """How many bytes there was room for, 0 when there is none now. Raises OSError when nobody is there to read."""
+        """Write as much as there is room for and return how much. Raises OSError when nobody is there to read."""
         try:
             if self._socket is not None:
                 return self._socket.send(data, socket.MSG_DONTWAIT)

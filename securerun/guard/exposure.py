@@ -31,7 +31,7 @@ class Exposure:
         self._closed: set[int] = set()
 
     def close(self) -> tuple[str, ...]:
-        """Close what is found open; a line for each thing that a person should know.
+        """Close what is found open; return a line for each thing that a person should know.
 
         Raises SocketsUnavailable, PortChainsUnavailable or PrivilegeError when that does not succeed.
         """
@@ -68,7 +68,7 @@ class Exposure:
         return (*words, f"port {closed} is on a socket that the shield does not cover; the port chains close it")
 
     def _refused(self, ports: list[int]) -> dict[int, str]:
-        """Close the ports, all at once if that may be; those that may not be closed, and why."""
+        """Close the ports, all at once if that may be; return those that may not be closed, and why."""
         refused: dict[int, str] = {}
         try:
             self._lease.close_ports(_unplanned(ports, self._lease.policy.ports))
@@ -82,7 +82,7 @@ class Exposure:
 
 
 def open_exposure(lease: Lease) -> Exposure | None:
-    """The look-out of a lease; None where the kernel has no sock_diag, and scope `ports` is refused from the start."""
+    """Open the look-out of a lease; None where the kernel has no sock_diag, and scope `ports` is refused anyway."""
     try:
         return Exposure(lease)
     except SocketsUnavailable:

@@ -58,7 +58,7 @@ def discard(name: str) -> None:
 
 
 def require_unlimited() -> None:
-    """Raises PrivilegeError for a limit that could not be lifted and would end the guard before its work is done."""
+    """Raise PrivilegeError for a limit that could not be lifted and would end the guard before its work is done."""
     for limit, option in _FATAL.items():
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY:

@@ -54,7 +54,7 @@ class Lease:
         return Guarding(tuple(layers), self.notes)
 
     def denied(self) -> tuple[Denial, ...]:
-        """Who was turned away so far, by any layer."""
+        """Return who was turned away so far, by any layer."""
         counts = [] if self.shield is None else [self.shield.denied()]
         if self.drops is not None:
             self.drops.read()
@@ -98,7 +98,7 @@ class Lease:
             self.chains.install(self.policy, self.drops.group if self.drops else None)
 
     def chains_stand(self) -> bool:
-        """Whether what was installed of port chains is still there. Raises PortChainsUnavailable."""
+        """Return whether what was installed of port chains is still there. Raises PortChainsUnavailable."""
         return self.chains is None or self.chains.stand()
 
     def keep_ports_reserved(self) -> None:
@@ -115,14 +115,14 @@ class Lease:
             run_directory.write(directory, self.record)
 
     def is_over(self) -> bool:
-        """Whether the launcher and all that came from it are gone."""
+        """Return whether the launcher and all that came from it are gone."""
         if self.cgroup is not None:
             return not self.cgroup.populated()
         # A look is no snapshot: a child may get a pid that the look has passed already, so look twice.
         return self.caller.has_ended() and not self._job.find() and not self._job.find()
 
     def processes(self) -> frozenset[Process]:
-        """What runs of the job: by its cgroup, or by run id and descent where it has none."""
+        """Return what runs of the job: by its cgroup, or by run id and descent where it has none."""
         if self.cgroup is None:
             return self._job.find()
         found = set()

@@ -50,7 +50,7 @@ class SitePolicy:
 
 
 def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
-    """The site's policy, and why its file was ignored or "": one that others than root can change is no policy.
+    """Read the site's policy, and why its file was ignored or "": one that others than root can change is none.
 
     Raises PrivilegeError for a file of root's that cannot be understood: then nobody but root is served.
     """
@@ -70,7 +70,7 @@ def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
 
 
 def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
-    """Raises PrivilegeError or PolicyError for what this caller may not ask for."""
+    """Raise PrivilegeError or PolicyError for what this caller may not ask for."""
     if caller.user == ROOT:
         return
     _require_user(site, caller)
@@ -92,7 +92,7 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
 
 
 def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) -> None:
-    """Raises PolicyError for a network that the site does not let this caller name a peer."""
+    """Raise PolicyError for a network that the site does not let this caller name a peer."""
     if caller.user == ROOT:
         return
     if len(policy.peers) > site.peers_per_run:

@@ -18,7 +18,7 @@ _PRIORITY = 10 << 3 | 5  # RFC 5424, 6.2.1: facility authpriv, severity notice
 
 
 def note(program: str, words: str) -> None:
-    """One line. A host without any place for it still gets its guard: the words are lost then."""
+    """Log one line. A host without any place for it still gets its guard: the words are lost then."""
     line = f"{program}[{os.getpid()}]: {printable(words)}"
     with contextlib.suppress(OSError):
         _send(line)
@@ -28,7 +28,7 @@ def note(program: str, words: str) -> None:
 
 
 def _send(line: str) -> None:
-    """To the system log, without waiting for a reader that is stuck, as syslog(3) would."""
+    """Send a line to the system log, without waiting for a reader that is stuck, as syslog(3) would."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as end:
         end.connect(SYSTEM_LOG)
         end.send(f"<{_PRIORITY}>{time.strftime('%b %e %H:%M:%S')} {line}".encode("utf-8", "replace"))

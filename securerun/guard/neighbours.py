@@ -1,7 +1,7 @@
 """What one run may not do to the other runs and servers of this host, by the records and the sockets that are there.
 
 Port chains are for the whole host: a drop closes a port for whoever listens there, and the pass rules of all runs come
-before any drop. Root may do as he likes; between ordinary users nobody gets the better of another.
+before any drop. Root may do anything; between ordinary users nobody gets the better of another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from securerun.linux.sock_diag import SocketsUnavailable
 
 
 def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None:
-    """Raises PrivilegeError when an ordinary user has as many other runs as the site allows."""
+    """Raise PrivilegeError when an ordinary user has as many other runs as the site allows."""
     if run.user == ROOT:
         return
     others = {record.run_id for record in known if record.user == run.user and record.guard_lives} - {run.run_id}
@@ -30,7 +30,7 @@ def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None
 
 
 def require_harmless(run: Record, known: Iterable[Record]) -> None:
-    """Raises PolicyError for port chains by which an ordinary user would take another's service or protection away.
+    """Raise PolicyError for port chains by which an ordinary user would take another's service or protection away.
 
     A port on which somebody else listens would be closed to its clients, unless it is a guarded job's as well: then
     the clients that count are passed before any drop.
@@ -53,13 +53,13 @@ def require_harmless(run: Record, known: Iterable[Record]) -> None:
 
 
 def require_harmless_peers(run: Record, known: Iterable[Record]) -> None:
-    """Raises PolicyError for peers that would be let to the ports of another user's job that has no shield."""
+    """Raise PolicyError for peers that would be let to the ports of another user's job that has no shield."""
     if run.user != ROOT:
         _require_harmless_peers(run, _neighbours(run, known))
 
 
 def require_unweakened(run: Record, known: Iterable[Record]) -> None:
-    """For a run without a shield: raises PolicyError where another user's run lets its own peers to our ports."""
+    """Raise PolicyError, for a run without a shield, where another user's run lets its own peers to our ports."""
     for record in _neighbours(run, known):
         if record.user != ROOT and not _are_within(record.policy.peers, run.policy.peers):
             raise PolicyError(
@@ -78,7 +78,7 @@ def _require_harmless_peers(run: Record, found: Iterable[Record]) -> None:
 
 
 def _neighbours(run: Record, known: Iterable[Record]) -> list[Record]:
-    """The live runs of other users in this network that have ports of ours in their plans."""
+    """Return the live runs of other users in this network that have ports of ours in their plans."""
     return [
         record
         for record in known

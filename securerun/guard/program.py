@@ -31,12 +31,12 @@ _KEPT = ("SUDO_UID",)
 
 
 def command(*arguments: str) -> list[str]:
-    """The command line of a guard with this interpreter and this package."""
+    """Return the command line of a guard with this interpreter and this package."""
     return [sys.executable, "-I", "-S", "-c", _PROGRAM, _PACKAGE_PARENT, *arguments]
 
 
 def main() -> NoReturn:
-    """The command securerun-guard: the same guard, begun anew without what the caller's environment may have loaded.
+    """Be the command securerun-guard: the same guard, begun anew without what the caller's environment may have loaded.
 
     Exits with 2 for wrong usage.
     """

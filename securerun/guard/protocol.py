@@ -153,7 +153,7 @@ def mark_of(run_id: str) -> str:
 
 
 def encode(message: Message) -> bytes:
-    """The one line, with its newline, that `decode` reads back."""
+    """Return the one line, with its newline, that `decode` reads back."""
     return json.dumps({_NAMES[type(message)]: _body(message)}, separators=(",", ":")).encode() + b"\n"
 
 
@@ -282,7 +282,7 @@ def _require_version(body: Mapping[str, Any], other: str) -> None:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A name that stands twice means one thing to one reader and another to the next (RFC 8259, 4)."""
+    """Refuse a name that stands twice: it means one thing to one reader and another to the next (RFC 8259, 4)."""
     document = dict(pairs)
     if len(document) != len(pairs):
         raise ValueError("a name that stands twice")
@@ -294,7 +294,7 @@ def _no_constant(name: str) -> None:
 
 
 def _printable(document: Mapping[str, Any], name: str) -> str:
-    """A text that goes to logs and terminals: nothing in it that would steer them, and no half of a surrogate pair."""
+    """Return a text for logs and terminals: nothing in it would steer them, nor is it half of a surrogate pair."""
     value = documents.text(document, name)
     if not value.isprintable():
         raise ProtocolError(f"{name} is not printable")

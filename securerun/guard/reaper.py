@@ -73,7 +73,7 @@ def _is_dead(record: Record) -> bool:
 
 
 def _is_within_reach(record: Record) -> bool:
-    """Chains live in a network namespace: reachable from within, or gone with it, or of a boot that is over."""
+    """Return whether its chains can be reached: from within their network namespace, or they are gone with it."""
     if record.boot_id != proc.boot_id() or record.network == proc.namespace("net"):
         return True
     return not proc.namespace_exists("net", record.network)

@@ -102,7 +102,7 @@ class Record:
         return proc.is_running(pid, start)
 
     def document(self) -> dict[str, Any]:
-        """The record as JSON's own types."""
+        """Return the record as JSON's own types."""
         return {
             "policy": policy_document(self.policy),
             "layers": [layer_document(layer) for layer in self.layers],
@@ -130,7 +130,7 @@ _PLAIN: dict[str, type] = {
 
 
 def read_all(directory: int) -> tuple[Record, ...]:
-    """The records of all runs. What is no record of ours (half-written, foreign, of another version) is passed over."""
+    """Read the records of all runs. What is none of ours (half-written, foreign, of another version) is passed over."""
     found = []
     for name in sorted(os.listdir(directory)):
         if _RECORD_NAME.fullmatch(name):
@@ -142,7 +142,7 @@ def read_all(directory: int) -> tuple[Record, ...]:
 
 
 def documents(directory: int) -> Iterator[tuple[str, Any]]:
-    """Run id and content of every record. The policy is not yet understood, which takes 100,000 peers a second."""
+    """Yield run id and content of every record, the policy not yet understood: that takes 100,000 peers a second."""
     for name in sorted(os.listdir(directory)):
         if _RECORD_NAME.fullmatch(name):
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -153,7 +153,7 @@ def documents(directory: int) -> Iterator[tuple[str, Any]]:
 
 
 def layers_in(directory: int, network: int) -> set[str]:
-    """The backends of all runs' layers in one network namespace, by the records; who may connect is not looked at."""
+    """Return the backends of all runs' layers in one network namespace; who may connect is not looked at."""
     found: set[str] = set()
     for _, document in documents(directory):
         with contextlib.suppress(LookupError, TypeError, ProtocolError):
@@ -163,7 +163,7 @@ def layers_in(directory: int, network: int) -> set[str]:
 
 
 def open_to_read() -> int | None:
-    """A descriptor of the record directory; None where there is none. Raises OSError."""
+    """Open the record directory; None where there is none. Raises OSError."""
     try:
         return os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -171,7 +171,7 @@ def open_to_read() -> int | None:
 
 
 def read_host() -> tuple[Record, ...]:
-    """The records of this host's runs as they are now, without the lock; none where no run made the directory.
+    """Read the records of this host's runs as they are now, without the lock; none where no run made the directory.
 
     Raises OSError for whoever may not read them, and for something else in the directory's place.
     """
@@ -185,7 +185,7 @@ def read_host() -> tuple[Record, ...]:
 
 
 def exists(directory: int, run_id: str) -> bool:
-    """Whether anything at all, a record or not, has the name of a run's record."""
+    """Return whether anything at all, a record or not, has the name of a run's record."""
     try:
         os.lstat(f"{run_id}.json", dir_fd=directory)
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def exists(directory: int, run_id: str) -> bool:
 
 
 def read_document(directory: int, name: str) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """What is in a file. Raises OSError, or ValueError for what is no JSON, or no regular file of reasonable size."""
+    """Read a file. Raises OSError, or ValueError for what is no JSON, or no regular file of reasonable size."""
     return json.loads(_content(directory, name))
 
 
@@ -206,7 +206,7 @@ def _read(directory: int, name: str) -> Record:
 
 
 def understood(document: Mapping[str, Any]) -> Record:
-    """The record in a document; the opposite of `Record.document`.
+    """Return the record in a document; the opposite of `Record.document`.
 
     Raises ValueError, LookupError, TypeError, AttributeError, ProtocolError or PolicyError for what is none.
     """
@@ -218,7 +218,7 @@ def understood(document: Mapping[str, Any]) -> Record:
 
 
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
-    """What a record of this run has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
+    """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
     plain = {field: document[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")
@@ -230,7 +230,7 @@ def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
 
 
 def reserved_ports(document: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """The ports that a record's document reserves. Raises ValueError, TypeError, AttributeError or PolicyError."""
+    """Return the ports that a record reserves. Raises ValueError, TypeError, AttributeError or PolicyError."""
     # Guards from before there was this field reserved nothing.
     ranges = tuple((first, last) for first, last in document.get("reserved", ()))
     for first, last in ranges:
@@ -239,7 +239,7 @@ def reserved_ports(document: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 def _content(directory: int, name: str) -> bytes:
-    """A record's bytes: of a regular file of reasonable size, read without waiting for whatever else has its name."""
+    """Read a regular file of reasonable size, without waiting for whatever else has its name."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(name, flags, dir_fd=directory)
     try:

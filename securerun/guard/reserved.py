@@ -7,7 +7,7 @@ records, and what of the list is theirs in a ledger beside the records. `settle`
 what others reserved, and what the recorded jobs want. Killed in its middle, it goes on the next time.
 
 Somebody else may write to the list meanwhile. Whoever reads it, changes something and writes it back leaves ours in it;
-whoever writes a list of his own means all of it, also ports that were ours. To tell one from the other, port 0 comes
+whoever writes a list of their own means all of it, also ports that were ours. To tell one from the other, port 0 comes
 and goes with ours, as a mark: nothing can be bound to it, so it reserves nothing, and no list of one's own has it.
 """
 
@@ -42,7 +42,7 @@ class Choice:
 
 
 def choose(directory: int, planned: Iterable[PortRange], run_id: str) -> Choice:
-    """Which of a run's ports to reserve, the smallest ranges first.
+    """Choose which of a run's ports to reserve, the smallest ranges first.
 
     All jobs together get half of what the host has for connections of its own: a plan of 1024-65535 is right for port
     chains, and reserved it would leave no program of the host a port to connect from.
@@ -103,12 +103,12 @@ def forget(directory: int, record: Record) -> None:
 
 
 def are_reserved(ports: Ranges) -> bool:
-    """Whether all of these ports are in the list. Raises ReservationUnavailable."""
+    """Return whether all of these ports are in the list. Raises ReservationUnavailable."""
     return not ports or numbers(ports) <= port_ranges.reserved()
 
 
 def ledgers(directory: int) -> tuple[str, ...]:
-    """The names of the ledgers among the records."""
+    """Return the names of the ledgers among the records."""
     return tuple(name for name in sorted(os.listdir(directory)) if _LEDGER_NAME.fullmatch(name))
 
 
@@ -117,7 +117,7 @@ def _ledger_name(network: int) -> str:
 
 
 def _wanted(directory: int, without: str) -> Ports:
-    """What the runs of this network namespace want, live or dead: a dead run's ports go when it is reaped."""
+    """Return what the runs of this network want, live or dead: a dead run's ports go when it is reaped."""
     here = (proc.namespace("net"), proc.boot_id())
     wanted: Ports = frozenset()
     for run_id, document in records.documents(directory):
@@ -128,7 +128,7 @@ def _wanted(directory: int, without: str) -> Ports:
 
 
 def _ours(directory: int, current: Ports) -> Ports:
-    """What of the current list is ours."""
+    """Return what of the current list is ours."""
     ledger = _read_ledger(directory)
     if _MARK in ledger and _MARK not in current:
         return frozenset()

@@ -28,7 +28,7 @@ _LOCK_SECONDS = 30.0
 
 @contextlib.contextmanager
 def host_lock() -> Iterator[int]:
-    """Hold the host's lock; yields the descriptor of the record directory, made if it is missing.
+    """Hold the host's lock; yield the descriptor of the record directory, made if it is missing.
 
     Raises PrivilegeError when the directory cannot be made, is not safely ours, or stays locked for 30 s.
     """
@@ -86,7 +86,7 @@ def remove(directory: int, run_id: str) -> None:
 
 
 def partial(directory: int) -> tuple[str, ...]:
-    """The names of records that were being written when their guard was killed."""
+    """Return the names of records that were being written when their guard was killed."""
     return tuple(name for name in sorted(os.listdir(directory)) if _PARTIAL_NAME.fullmatch(name))
 
 
@@ -102,7 +102,7 @@ class _TimeUp(Exception):
 
 
 def _lock(seconds: float) -> int:
-    """The record directory, locked. Waits in the kernel's queue, so that none of many guards starves."""
+    """Open the record directory, locked. Waits in the kernel's queue, so that none of many guards starves."""
     try:
         with _alarm(seconds):
             while True:
@@ -146,7 +146,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 def _open_directory() -> int | None:
-    """The record directory, made if missing; None when its last user removed it in that moment.
+    """Open the record directory, made if missing; None when its last user removed it in that moment.
 
     Whoever else could write there could forge records: that is refused.
     """
@@ -171,7 +171,7 @@ def _open_directory() -> int | None:
 
 
 def _is_current(directory: int) -> bool:
-    """Whether the directory that we locked is still the one at its path: its last user removes it."""
+    """Return whether the directory that we locked is still the one at its path: its last user removes it."""
     try:
         at_path = DIRECTORY.lstat()
     except FileNotFoundError:

@@ -42,7 +42,7 @@ _NEEDED = frozenset(capabilities.FOR_GUARDING.values())
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve one launcher. Returns the exit status: 0 when the lease was released, else the refusal's."""
+    """Serve one launcher. Return the exit status: 0 when the lease was released, else the refusal's."""
     # What 100,000 peers are made of stays: to look for garbage among it doubles the time until their job may start.
     gc.disable()
     inherited.discard(NAME)
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _collect_garbage_from_now_on() -> None:
-    """Of what is there, nothing goes before the guard does."""
+    """Look for garbage among what is made from here on: of what is there, nothing goes before the guard does."""
     gc.freeze()
     gc.enable()
 
@@ -91,7 +91,7 @@ class Orders:
         self.ended = False
 
     def wait_for_order(self, report: Callable[[], None]) -> Order | None:
-        """The order; None when the launcher thought better of it and closed its end. `report` does what it asks before.
+        """Return the order; None when the launcher thought better of it and closed its end. `report` is asked before.
 
         Raises ProtocolError for anything else, and PrivilegeError for a launcher that keeps the guard waiting.
         """
@@ -112,7 +112,7 @@ class Orders:
         return None
 
     def read(self) -> Message | None:
-        """The next message, if what is there completes one; `ended` says that no other can follow.
+        """Read the next message, if what is there completes one; `ended` says that no other can follow.
 
         Raises ProtocolError for what is no message.
         """
@@ -164,7 +164,7 @@ def _drop_privilege(caller: Caller) -> None:
 
 
 def _report(caller: Caller, answers: Answers) -> None:
-    """Tell the caller of his own runs, and of nobody else's. Reads, and takes no lock that others wait for."""
+    """Tell the caller of their own runs, and of nobody else's. Reads, and takes no lock that others wait for."""
     caller.identify_again()
     found = [record for record in records.read_host() if record.user == caller.user]
     answers.send(Runs(len(found)))
@@ -173,7 +173,7 @@ def _report(caller: Caller, answers: Answers) -> None:
 
 
 def _read_site_policy(caller: Caller) -> SitePolicy:
-    """What the site permits; root needs no permission, and is served where the file cannot be read too."""
+    """Read what the site permits; root needs no permission, and is served where the file cannot be read too."""
     if caller.user == ROOT:
         return SitePolicy()
     permitted, ignored = limits.read_site_policy()
@@ -224,7 +224,7 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
 
 
 def _place(error: Exception) -> str:
-    """What went wrong and where, in one line."""
+    """Return what went wrong and where, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} (line {frames[-1].lineno} of {frames[-1].filename})"
 

@@ -62,7 +62,7 @@ class Orders(Protocol):
     """Whether the launcher has closed its end."""
 
     def read(self) -> Message | None:
-        """The next message; None when none is complete now. Raises ProtocolError for what is no message."""
+        """Read the next message; None when none is complete now. Raises ProtocolError for what is no message."""
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Watch:
             self._release(failed=True)
 
     def _read_order(self) -> Message | None:
-        """What the launcher says. After anything out of place nothing that comes from there is believed any more."""
+        """Read what the launcher says. After anything out of place nothing more from there is believed."""
         try:
             message = self._orders.read()
             if message is None or isinstance(message, (Peers, Release)):
@@ -205,7 +205,7 @@ class Watch:
                 chore.due = time.monotonic() + chore.seconds
 
     def _attempt(self, work: Callable[[], None]) -> None:
-        """A full disk or a table that cannot be read must not take the guard, and the clean-up, away."""
+        """Do it, and go on if it fails: a full disk or a table that cannot be read must not take the guard away."""
         try:
             work()
         except _EXPECTED as error:
@@ -217,7 +217,7 @@ class Watch:
 
 
 def _listen_for_deletions(lease: Lease) -> Deletions | None:
-    """Only the rules of iptables-nft tell of their deletion; legacy tables do not, and an owned table is safe."""
+    """Listen where rules tell of their deletion: iptables-nft's do, legacy tables' do not, an owned table is safe."""
     if lease.chains is None or lease.chains.backend != "iptables":
         return None
     try:
@@ -237,7 +237,7 @@ class Notices:
         self._told: dict[Address, float] = {}
 
     def denied(self) -> tuple[Denial, ...]:
-        """Who was turned away, as far as can be read; else what was known last."""
+        """Return who was turned away, as far as can be read; else what was known last."""
         with contextlib.suppress(*_EXPECTED):
             return self._lease.denied()
         return self._known
@@ -267,7 +267,7 @@ class Ending:
         self._since: float | None = None
 
     def go_on(self) -> None:
-        """The next step, as far as its time has come."""
+        """Take the next step, as far as its time has come."""
         # A failed launcher still writes its traceback; it is a part of the job, and not to be ended in the middle.
         if not self._lease.caller.has_ended():
             return

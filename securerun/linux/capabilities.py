@@ -65,7 +65,7 @@ def keep_only(capabilities: Collection[int]) -> None:
 
 
 def begin_to_leave() -> None:
-    """Of root's capabilities keep only the one to become another user, and nothing for whatever is started later."""
+    """Keep, of root's capabilities, only the one to become another user, and none for whatever is started later."""
     if SETPCAP in effective():
         _drop_from_bounding_set(())
     kept = _held("CapPrm") & {SETUID}
@@ -74,7 +74,7 @@ def begin_to_leave() -> None:
 
 @contextmanager
 def handed_on(capabilities: Collection[int]) -> Iterator[None]:
-    """Within the block, programs that are started have these of our capabilities; root's have them anyway."""
+    """Have programs that are started within the block have these of our capabilities; root's have them anyway."""
     if os.geteuid() == 0:
         yield
         return

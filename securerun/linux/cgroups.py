@@ -112,7 +112,7 @@ def processes_below(directory: int) -> set[int]:
 
 
 def is_of_this_user(directory: int) -> bool:
-    """Return whether it was made from here: to whom the parent is delegated can put his own in the place of ours."""
+    """Return whether it was made from here: whoever has the parent can put another in the place of ours."""
     return os.fstat(directory).st_uid == os.geteuid()
 
 
@@ -170,7 +170,7 @@ def _is_v2(kind: str, options: str) -> bool:
 
 
 def _ends_processes(kind: str, options: str) -> bool:
-    """Version 2 and, of version 1, where systemd and batch systems track what they end; not where memory is counted."""
+    """Choose version 2 and, of 1, where systemd and batch systems track what they end; not where memory is counted."""
     return kind == "cgroup2" or (kind == "cgroup" and ("freezer" in options.split(",") or "name=" in options))
 
 
@@ -217,7 +217,7 @@ def _members(directory: int) -> set[int]:
 
 
 def _directories_below(directory: int) -> Iterator[int]:
-    """Descriptors of the cgroups below, each open until the next is asked for."""
+    """Yield descriptors of the cgroups below, each open until the next is asked for."""
     for name in children(directory):
         with contextlib.suppress(FileNotFoundError):
             child = os.open(name, DIRECTORY_FLAGS, dir_fd=directory)
@@ -229,7 +229,7 @@ def _directories_below(directory: int) -> Iterator[int]:
 
 
 def _unescaped(text: str) -> str:
-    """mountinfo writes space, tab, newline and backslash as octal (proc(5))."""
+    """Undo what mountinfo does to space, tab, newline and backslash: it writes them as octal (proc(5))."""
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         text = text.replace(code, character)
     return text

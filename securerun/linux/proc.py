@@ -2,7 +2,7 @@
 
 Much of it is the process' own word: its name, its title, its environment, the names of its cgroups. So a line ends
 where the kernel ends it, at a newline, and not at the ten other characters of Python's splitlines; and nobody can make
-his reader take in more than an environment can hold.
+their reader take in more than an environment can hold.
 
 A process may end while it is looked at: then all of these raise OSError, but for those that say otherwise.
 """

@@ -8,7 +8,7 @@ so it is a claim, not a proof. What that gets a hostile process:
   Only processes of the job's own user are asked, and whoever may set the variable there may end them anyway.
 - To deny the job it belongs to: it outlives the job, as it would without all this. Against that only a cgroup helps.
 
-So nobody is ended on behalf of a user who could not end him himself (kill(2): the real user ids are equal, or root).
+So none is ended on behalf of a user who could not end that process (kill(2): the real user ids are equal, or root).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def end_all(find: Find, grace_seconds: float, kill_seconds: float = 5.0) -> froz
 
 
 def _living() -> dict[int, Stat]:
-    """Every process but kernel threads and those that only wait to be reaped, by pid; one pass over /proc."""
+    """Find every process but kernel threads and those that only wait to be reaped, by pid; one pass over /proc."""
     living = {}
     for pid in proc.pids():
         with contextlib.suppress(OSError):
@@ -156,7 +156,7 @@ def _is_among(process: Process, living: Mapping[int, Stat]) -> bool:
 
 
 def _shows(variable: bytes, pid: int) -> bool | None:
-    """Whether a process shows this in its environment; None where it may still come to show one."""
+    """Return whether a process shows this in its environment; None where it may still come to show one."""
     text = proc.environment(pid)
     if not text and proc.has_environment_to_come(pid):
         return None
@@ -178,7 +178,7 @@ def _with_descendants(roots: Iterable[int], living: Mapping[int, Stat], excepted
 
 
 def _signal_held(process: Process, number: int) -> bool:
-    """Through a pidfd, which never means a later process of that number."""
+    """Signal through a pidfd, which never means a later process of that number."""
     held = os.pidfd_open(process.pid)
     try:
         # Looked at after it is held: if the pid still has the old start time, it is the one that is held.
@@ -208,7 +208,7 @@ def _is_current(process: Process) -> bool:
 
 
 def _ask_to_end(find: Find, deadline: float) -> bool:
-    """SIGTERM to each process once, also to those that appear meanwhile; whether none was left at the deadline."""
+    """Send each process SIGTERM once, those that appear meanwhile too; return whether none was left at the deadline."""
     asked: set[Process] = set()
     while True:
         found = set(find())

@@ -28,9 +28,10 @@ class WeakPoint:
 
 
 def weak_point(path: Path, owners: Collection[int] = (0,)) -> WeakPoint | None:
-    """Why a file or directory cannot be believed; None when only its owners (user ids), by default root, can change it.
+    """Return why a file or directory cannot be believed; None when only its owners, by default root, can change it.
 
-    Looks at every directory above it, and at those above each link on the way. Raises OSError where there is none.
+    owners: user ids. Looks at every directory above it, and at those above each link on the way. Raises OSError where
+    there is none.
     """
     for place in way_to(path):
         status = os.lstat(place)
@@ -45,7 +46,7 @@ def weak_point(path: Path, owners: Collection[int] = (0,)) -> WeakPoint | None:
 
 
 def way_to(path: Path) -> Iterator[Path]:
-    """Every name that decides what is found at a path, links followed one part at a time as the kernel does."""
+    """Yield every name that decides what is found at a path, links followed one part at a time as the kernel does."""
     current = Path("/")
     yield current
     pending = [*reversed(path.absolute().parts[1:])]
