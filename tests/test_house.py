@@ -187,6 +187,13 @@ def test_no_module_is_named_after_nothing() -> None:
     assert not [name for name in _modules() if NO_NAMES.intersection(name.split("."))]
 
 
+def test_tests_stand_in_the_wing_of_what_they_try() -> None:
+    tests = CHECKOUT / "tests"
+    rooms = {path.relative_to(tests).parts[0] for path in tests.rglob("*/test_*.py")}
+    wings = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert rooms == wings | {"ground", "whole"}
+
+
 def test_the_picture_of_the_wings_shows_them_in_this_order() -> None:
     page = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = re.search(r"^ wing .*?\n ─+ .*?\n(.*?)\n ─+\n(.*)", page, re.DOTALL | re.MULTILINE)
