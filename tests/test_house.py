@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -160,6 +160,18 @@ def test_what_runs_as_root_needs_the_standard_library_alone() -> None:
     for name, place in foreign.items():
         assert place == "built in" or place.startswith(library), f"{name} of {place} is loaded by the guard"
         assert "site-packages" not in place and "dist-packages" not in place, f"{name} of {place}"
+
+
+def test_the_package_loads_nothing_and_a_launcher_torch_only_when_it_begins() -> None:
+    """Workers that are spawned import the launcher's script again, and who asks for help waits for nothing."""
+    show = "import sys, {}; print(*sys.modules)"
+    loaded = _printed(["-c", show.format("securerun")]).split()
+    assert {name for name in loaded if _is_ours(name)} == {"securerun"}
+    loaded = _printed(
+        ["-c", show.format("securerun.launch, securerun.run, securerun.session, securerun.ctl.exec")]
+    ).split()
+    assert "securerun.protection.client" in loaded
+    assert not {"torch", "typer", "psutil"}.intersection(loaded)
 
 
 def test_only_linux_holds_numbers_of_netlink() -> None:
@@ -326,7 +338,10 @@ def _used_of(module: str, others: Collection[str]) -> Iterator[tuple[int, str]]:
 @cache
 def _loaded_by_the_guard() -> dict[str, tuple[bool, str]]:
     """By name, the modules of a guard that waits for its order: whether it had it from the start, and its file."""
-    words = [sys.executable, "-I", "-S", "-c", LOAD, str(CHECKOUT)]
-    lines = subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
-    fields = [line.split("\t") for line in lines]
+    fields = [line.split("\t") for line in _printed(["-I", "-S", "-c", LOAD, str(CHECKOUT)]).splitlines()]
     return {name: (first == "True", place) for name, first, place in fields if name != "__main__"}
+
+
+def _printed(arguments: Sequence[str]) -> str:
+    """What this Python prints with these arguments."""
+    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
