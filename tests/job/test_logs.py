@@ -88,7 +88,9 @@ def test_only_what_this_run_wrote_is_sealed(logs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_links_second_names_sockets_and_files_of_others_are_left_alone(logs: Path, tmp_path: Path) -> None:
+def test_links_second_names_sockets_and_files_of_others_are_left_alone(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     outside.chmod(0o777)
@@ -101,7 +103,7 @@ def test_links_second_names_sockets_and_files_of_others_are_left_alone(logs: Pat
         (place / "directory").symlink_to(outside)
         os.link(outside / "second", place / "second")
         os.mkfifo(place / "fifo", 0o666)
-        os.chdir(place)  # the path of a socket has 108 bytes
+        monkeypatch.chdir(place)  # the path of a socket has 108 bytes
         listener.bind("socket")
         (place / "theirs").write_text("")
         (place / "theirs").chmod(0o666)
