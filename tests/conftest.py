@@ -10,7 +10,10 @@ from types import FrameType
 from typing import NoReturn
 
 import pytest
+from attacking import Ground
+from conversation import nothing_left, permit, socket_unit
 from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
+from users import PrivateMachine
 
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
@@ -101,3 +104,25 @@ def _is_clean(before: MachineState) -> bool:
     return (now.cgroups or frozenset()) <= (before.cgroups or frozenset()) and (
         now.records is None or (before.records is not None and now.records <= before.records)
     )
+
+
+@pytest.fixture(scope="module")
+def machine(root_and_tools: None) -> Iterator[Ground]:
+    """One for all tests: to make it takes longer than most of them do."""
+    with Network("node0", "node1", "stranger") as network, PrivateMachine() as private:
+        alice, bob = private.add_user("alice"), private.add_user("bob")
+        node, peer, stranger = network
+        with socket_unit(private, node):
+            yield Ground(private, node, peer, stranger, alice, bob)
+
+
+@pytest.fixture
+def ground(machine: Ground) -> Iterator[Ground]:
+    """The machine as it was at first; and whatever a test does, no guard, run or rule is left of it afterwards."""
+    private = machine.machine
+    forget = 'rm -rf /run/securerun /etc/securerun /var/log/securerun.log "$0"/* "$1"/*'
+    private.run(machine.node, ["sh", "-c", forget, machine.alice.home, machine.bob.home])
+    permit(private, machine.alice, machine.bob)
+    with nothing_left(private, machine.node):
+        yield machine
+        private.end_users()

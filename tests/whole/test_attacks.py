@@ -15,116 +15,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cgroups import Cgroup
+from attacking import Ground, cgroup_of, pid_taken, program
 from checkout import CHECKOUT
-from conversation import WAYS, Conversation, guards, log_of, nothing_left, order, permit, socket_unit
-from holding import Held, hold_as
-from hosts import Host, Network, Stream, eventually, finish, is_alive
+from conversation import WAYS, Conversation, guards, log_of, order
+from hosts import eventually, finish, is_alive
 from probe import Probe, reach
-from process_table import name_of, status_of, users_of
-from users import CONFIGURATION, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
+from process_table import name_of, status_of
+from users import CONFIGURATION, GUARD, RECORDS, User, delegated_cgroup
 
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import decode
 
 _CAP_SYS_RESOURCE = 24
-
-
-@dataclass(frozen=True)
-class Ground:
-    """Two ordinary users on a machine where both ways to a guard are open to them; a peer and a stranger beside it."""
-
-    machine: PrivateMachine
-    node: Host
-    peer: Host
-    stranger: Host
-    alice: User
-    bob: User
-
-    def talk(
-        self,
-        user: User,
-        way: str,
-        *,
-        before: str = ":",
-        apart: bool = False,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        cgroup: Cgroup | None = None,
-    ) -> Conversation:
-        return Conversation(
-            self.machine, self.node, user, way, before=before, apart=apart, env=env, cwd=cwd, cgroup=cgroup
-        )
-
-    def guarded(self, user: User, way: str, *, ports: Sequence[int | tuple[int, int]] = (29500,)) -> Conversation:
-        """A job of a user's that is under guard."""
-        talk = self.talk(user, way)
-        talk.say(order(ports=ports))
-        verdict = talk.hear_verdict()
-        assert "guarding" in verdict, (verdict, talk.errors())
-        return talk
-
-    def refusal(self, user: User, document: dict[str, Any] | bytes, way: str = "socket") -> str:
-        """Why a guard refuses."""
-        talk = self.talk(user, way)
-        talk.say(document)
-        verdict = talk.hear_verdict()
-        talk.hang_up()
-        assert "refused" in verdict, (verdict, talk.errors())
-        return str(verdict["refused"]["message"])
-
-    def holder(self, user: User, *options: str, cgroup: Cgroup | None = None) -> Held:
-        """A job of a user's that is under guard and listens on one port."""
-        return hold_as(user, self.machine, self.node, *options, cgroup=cgroup)
-
-    def run(
-        self, user: User, argv: Sequence[str], *, env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        return self.machine.run(self.node, argv, user=user, env=env)
-
-    def popen(
-        self,
-        user: User | None,
-        argv: Sequence[str],
-        *,
-        stdin: Stream = subprocess.DEVNULL,
-        stdout: Stream = subprocess.PIPE,
-        cgroup: Cgroup | None = None,
-    ) -> subprocess.Popen[str]:
-        return self.machine.popen(self.node, argv, user=user, stdin=stdin, stdout=stdout, cgroup=cgroup)
-
-
-@pytest.fixture(scope="module")
-def machine(root_and_tools: None) -> Iterator[Ground]:
-    """One for all tests: to make it takes longer than most of them do."""
-    with Network("node0", "node1", "stranger") as network, PrivateMachine() as private:
-        alice, bob = private.add_user("alice"), private.add_user("bob")
-        node, peer, stranger = network
-        with socket_unit(private, node):
-            yield Ground(private, node, peer, stranger, alice, bob)
-
-
-@pytest.fixture
-def ground(machine: Ground) -> Iterator[Ground]:
-    """The machine as it was at first; and whatever a test does, no guard, run or rule is left of it afterwards."""
-    private = machine.machine
-    forget = 'rm -rf /run/securerun /etc/securerun /var/log/securerun.log "$0"/* "$1"/*'
-    private.run(machine.node, ["sh", "-c", forget, machine.alice.home, machine.bob.home])
-    permit(private, machine.alice, machine.bob)
-    with nothing_left(private, machine.node):
-        yield machine
-        private.end_users()
-
-
-def program(text: str, *arguments: str) -> list[str]:
-    """A Python program of an attacker's."""
-    return [sys.executable, "-I", "-c", text, *arguments]
 
 
 # --- what is asked for ---
@@ -246,45 +153,6 @@ def test_accept_that_opens_what_the_administrator_closed_is_refused(ground: Grou
 
 # --- whom the guard serves ---
 
-# Makes a process of a user's with a pid of the tester's choice (clone3(2), set_tid); it ends with its input.
-_TAKE_PID = """
-import ctypes, errno, os, struct, sys, time
-pid, user = map(int, sys.argv[1:])
-libc = ctypes.CDLL(None, use_errno=True)
-wanted = (ctypes.c_int * 1)(pid)
-clone_args = struct.pack("=11Q", 0, 0, 0, 0, 17, 0, 0, 0, ctypes.addressof(wanted), 1, 0)
-for _ in range(500):
-    child = libc.syscall(435, clone_args, len(clone_args))
-    if child != -1 or ctypes.get_errno() != errno.EEXIST:
-        break
-    time.sleep(0.01)
-if child == 0:
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
-    os.execv("/bin/sleep", ["sleep", "600"])
-assert child == pid, os.strerror(ctypes.get_errno())
-print(child, flush=True)
-sys.stdin.read()
-os.kill(child, 9)
-os.waitpid(child, 0)
-"""
-
-
-@contextlib.contextmanager
-def pid_taken(ground: Ground, pid: int, user: int) -> Iterator[None]:
-    """Another process has the number of one that ended, and nothing happens to it in the block."""
-    taker = ground.popen(None, program(_TAKE_PID, str(pid), str(user)), stdin=subprocess.PIPE)
-    assert taker.stdout is not None and taker.stdin is not None and taker.stderr is not None
-    assert taker.stdout.readline() == f"{pid}\n", taker.stderr.read()
-    assert eventually(lambda: name_of(pid) == "sleep")
-    place = _cgroup_of(pid)
-    yield
-    assert is_alive(pid) and users_of(pid) == [user] * 4
-    assert _cgroup_of(pid) == place
-    taker.stdin.close()
-    assert taker.wait(timeout=10) == 0
-
 
 @pytest.mark.parametrize("new", ["alice", "bob", "root"])
 @pytest.mark.parametrize("way", WAYS)
@@ -332,12 +200,12 @@ def test_process_that_becomes_a_program_of_roots_is_not_served(ground: Ground, w
     ground.machine.allow_sudo("\n".join(rules))
     talk = ground.talk(ground.alice, way, apart=True, env={"BECOME": "exec sudo -n /bin/sleep 600"})
     assert talk.hear()["ready"]
-    before = _cgroup_of(talk.pid)
+    before = cgroup_of(talk.pid)
     os.kill(talk.pid, signal.SIGUSR1)
     assert eventually(lambda: name_of(talk.pid) == "sudo")
     talk.say(order())
     verdict = talk.hear_verdict()
-    assert is_alive(talk.pid) and _cgroup_of(talk.pid) == before
+    assert is_alive(talk.pid) and cgroup_of(talk.pid) == before
     talk.process.kill()
     talk.hang_up()
     for pid, command in ground.machine.processes().items():
@@ -497,7 +365,7 @@ sys.stdin.read()
 def test_caller_that_never_reads_the_answers_is_guarded_and_forgotten_like_any_other(ground: Ground) -> None:
     deaf = ground.popen(ground.alice, program(_DEAF, GUARD, json.dumps(order())), stdin=subprocess.PIPE)
     assert eventually(lambda: "guarding" in log_of(ground.machine), seconds=20)
-    assert "/securerun-" in _cgroup_of(deaf.pid)
+    assert "/securerun-" in cgroup_of(deaf.pid)
     assert deaf.stdin is not None
     deaf.stdin.close()
     deaf.wait(timeout=10)
@@ -770,8 +638,8 @@ def test_cgroup_that_is_delegated_to_the_user_does_not_hold_the_guard(ground: Gr
         talk.say(order())
         assert "guarding" in talk.hear_verdict()
         (guard,) = guards(ground.machine)
-        assert f"/{cgroup.path.name}" in _cgroup_of(talk.pid)
-        assert f"/{cgroup.path.name}" not in _cgroup_of(guard)
+        assert f"/{cgroup.path.name}" in cgroup_of(talk.pid)
+        assert f"/{cgroup.path.name}" not in cgroup_of(guard)
         take = f"mkdir {cgroup.path}/trap; echo {guard} > {cgroup.path}/trap/cgroup.procs"
         assert ground.run(ground.alice, ["sh", "-c", take]).returncode != 0
         for text in ("1 > $C/inner/cgroup.freeze", "0 > $C/inner/cgroup.freeze", "1 > $C/inner/cgroup.kill"):
@@ -868,7 +736,7 @@ def test_directory_that_is_swapped_under_the_guard_shields_nobody_by_mistake(gro
             talk.say(order(run_id=run_id))
             verdict = talk.hear_verdict()
             if "shield" in str(verdict.get("guarding", {}).get("layers")):
-                assert _cgroup_of(talk.pid).endswith(f"/securerun-{run_id}")
+                assert cgroup_of(talk.pid).endswith(f"/securerun-{run_id}")
                 assert (cgroup.path / f"securerun-{run_id}").stat().st_uid == 0
             assert "guarding" in verdict or "refused" in verdict, (verdict, log_of(ground.machine))
             talk.hang_up()
@@ -1212,7 +1080,7 @@ def test_record_that_names_a_cgroup_of_others_does_not_end_what_is_in_it(ground:
         with planted(ground, f"mkdir -m 700 {RECORDS}; cp {hostile} {RECORDS}/0123456789ab.json"):
             ground.guarded(ground.alice, "sudo").release()
             assert eventually(lambda: not guards(ground.machine))
-        assert bobs.path.is_dir() and _cgroup_of(process.pid) == f"/{bobs.path.name}"
+        assert bobs.path.is_dir() and cgroup_of(process.pid) == f"/{bobs.path.name}"
         assert process.poll() is None
         process.kill()
         process.wait()
@@ -1246,12 +1114,6 @@ def test_site_policy_that_another_than_root_could_write_is_ignored_and_said_so(g
 def _record(ground: Ground, run_id: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(ground.machine.place(f"{RECORDS}/{run_id}.json").read_text())
     return document
-
-
-def _cgroup_of(pid: int) -> str:
-    """A process' cgroup of version 2, below the mount."""
-    lines = Path(f"/proc/{pid}/cgroup").read_bytes().decode(errors="surrogateescape").splitlines()
-    return next(line for line in lines if line.startswith("0::"))[3:]
 
 
 def _environ(pid: int) -> bytes:
