@@ -14,6 +14,7 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     ├── CgroupUnavailable             linux.cgroups
     ├── ShieldUnavailable             firewall.refusals
     ├── PortChainsUnavailable         firewall.chains
+    │   └── TooManyRules              firewall.chains
     ├── ReservationUnavailable        linux.port_ranges
     └── SocketsUnavailable            linux.sock_diag
     Exception                         for the caller, who makes one of the above of it

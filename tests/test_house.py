@@ -58,7 +58,7 @@ LOADED_BY_THE_GUARD = {
     "": "errors text",
 }
 # And this while the launcher imports torch, for `--firewall auto`.
-LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables peer_sets", "linux": "ip_set"}
+LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux": "ip_set"}
 
 MOST_LINES = 549
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}

@@ -13,6 +13,10 @@ class PortChainsUnavailable(Unavailable):
     """This host cannot have port chains of this backend. The message is one line and says why."""
 
 
+class TooManyRules(PortChainsUnavailable):
+    """A policy would take more rules a family than are written where there are no sets. The message says what to do."""
+
+
 class PortChains(Protocol):
     """The port chains of one run. Callers hold the host's lock (guard/run_directory.py) while they change them."""
 

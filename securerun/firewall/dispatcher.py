@@ -4,7 +4,8 @@ One dispatcher chain a family, `SECURERUN`, serves all runs of a host. INPUT han
 did not come over loopback; everything else costs one rule. In the dispatcher stand first the pass rules of
 every run, then the drops of every run, so two runs with the same port range and different peers agree.
 A pass is RETURN, in the dispatcher itself: back to the host's own rules. It closes and never opens.
-Up to a few peers stand in a rule each; of more, a family's stand in one set (`peer_sets`), which one rule names.
+Up to a few peers stand in a rule each; of more, a family's stand in one set (`run_sets`), which one rule names, and
+so do ports that are too many for a few rules.
 
 What has been installed is read from the rules, not remembered: each rule's comment names its run, and the
 jump's comment tells whether the table or the base chain exists because of us and goes when the last run goes.
@@ -17,8 +18,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from securerun.firewall.droplog import LOGGED_A_SECOND
-from securerun.firewall.peer_sets import has_set, set_name
 from securerun.firewall.policy import RUN_ID, Policy
+from securerun.firewall.run_sets import has_set, has_set_of_ports, port_groups, ports_name, set_name
 
 CHAIN = "SECURERUN"
 # Opening packets by SYN and ACK alone: `--syn` also asks for no FIN and no RST, which a sender may set.
@@ -28,8 +29,6 @@ MADE_CHAIN = "securerun made this chain"
 MADE_NOTHING = "securerun"
 _OUR_COMMENT = re.compile(rf"securerun ({RUN_ID.pattern})")
 _COMMENTED = re.compile(rf'--comment "{_OUR_COMMENT.pattern}"')
-# xt_multiport holds 15 ports (XT_MULTI_PORTS); a range counts twice.
-_MULTIPORT_SLOTS = 15
 _FEW_RULES = 16
 
 
@@ -93,8 +92,8 @@ def render_install(
 ) -> str:
     """Return the iptables-restore text that puts this run into the dispatcher, in place of the rules that it has there.
 
-    Makes the dispatcher, and INPUT's jump to it, where they are missing. with_sets: many peers stand in the set of
-    `set_name`, which has to be there, and not in a rule each.
+    Makes the dispatcher, and INPUT's jump to it, where they are missing. with_sets: many peers and many ports stand in
+    the sets of `run_sets`, which have to be there, and not in rules.
     """
     # Declaring a chain that exists empties it, also under --noflush.
     declaration = [] if found.exists else [f":{CHAIN} - [0:0]"]
@@ -103,7 +102,7 @@ def render_install(
         jump.append(f'-I INPUT 1 {JUMP} "{made}" -j {CHAIN}')
     replaced = _without(found.rules_of(policy.run_id), found)
     opening = passes(policy, version, with_sets=with_sets)
-    return _transaction([*declaration, *jump, *replaced, *opening, *drops(policy, log_group)])
+    return _transaction([*declaration, *jump, *replaced, *opening, *drops(policy, log_group, with_sets=with_sets)])
 
 
 def passes(policy: Policy, version: int, *, with_sets: bool = False) -> Iterator[str]:
@@ -120,14 +119,17 @@ def passes(policy: Policy, version: int, *, with_sets: bool = False) -> Iterator
     entries = [f"-i {interface} " for interface in reversed(policy.interfaces)] or [""]
     for source in sources:
         for entry in entries:
-            for ports in _port_matches(policy):
+            for ports in _port_matches(policy, with_sets=with_sets):
                 yield f"-I {CHAIN} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
 
 
-def drops(policy: Policy, log_group: int | None) -> Iterator[str]:
-    """Yield the lines that put the drops, which are the same for both families, after everything else."""
+def drops(policy: Policy, log_group: int | None, *, with_sets: bool = False) -> Iterator[str]:
+    """Yield the lines that put the drops, which are the same for both families, after everything else.
+
+    with_sets: as for `render_install`.
+    """
     comment = _comment(policy.run_id)
-    for ports in _port_matches(policy):
+    for ports in _port_matches(policy, with_sets=with_sets):
         if log_group is not None:
             limit = f"-m limit --limit {LOGGED_A_SECOND}/sec --limit-burst {LOGGED_A_SECOND}"
             yield f"-A {CHAIN} {ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
@@ -159,19 +161,13 @@ def _without(rules: Collection[str], found: Dispatcher) -> list[str]:
     return [f"-F {CHAIN}", *(rule for rule in found.rules if rule not in gone)]
 
 
-def _port_matches(policy: Policy) -> Iterator[str]:
-    """Yield multiport matches for the union of the ranges, each within the slots that xt_multiport has."""
-    match: list[str] = []
-    slots = 0
-    for first, last in policy.joined_ports():
-        needed = 1 if first == last else 2
-        if slots + needed > _MULTIPORT_SLOTS:
-            yield f"-p tcp -m multiport --dports {','.join(match)}"
-            match, slots = [], 0
-        match.append(str(first) if first == last else f"{first}:{last}")
-        slots += needed
-    if match:
-        yield f"-p tcp -m multiport --dports {','.join(match)}"
+def _port_matches(policy: Policy, *, with_sets: bool) -> Iterator[str]:
+    """Yield the matches for the planned ports: of their set, or of xt_multiport for as many as it holds."""
+    if with_sets and has_set_of_ports(policy):
+        yield f"-p tcp -m set --match-set {ports_name(policy.run_id)} dst"
+        return
+    for ports in port_groups(policy):
+        yield f"-p tcp -m multiport --dports {ports}"
 
 
 def _comment(run_id: str) -> str:

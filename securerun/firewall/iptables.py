@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from securerun.firewall.chains import PortChainsUnavailable, spoken_versions
+from securerun.firewall.chains import PortChainsUnavailable, TooManyRules, spoken_versions
 from securerun.firewall.dispatcher import (
     CHAIN,
     MADE_CHAIN,
@@ -25,8 +25,8 @@ from securerun.firewall.dispatcher import (
     render_removal,
     run_of,
 )
-from securerun.firewall.peer_sets import PeerSets
 from securerun.firewall.policy import Policy
+from securerun.firewall.run_sets import RunSets
 from securerun.linux import nf_tables
 
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -70,17 +70,18 @@ class IptablesChains:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._families = families()
-        self._sets = PeerSets(run_id)
+        self._sets = RunSets(run_id)
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
 
-        Raises PortChainsUnavailable, with nothing of this run left in either family.
+        Raises PortChainsUnavailable, with nothing of this run left in either family, and TooManyRules with what stood.
         """
         try:
             self._sets.install(policy, lambda with_sets: self._install(policy, log_group, with_sets))
-        except PortChainsUnavailable:
-            self.remove()
+        except PortChainsUnavailable as error:
+            if not (isinstance(error, TooManyRules) and self._sets.installed):
+                self.remove()
             raise
 
     def remove(self) -> None:
@@ -97,7 +98,7 @@ class IptablesChains:
                 _remove_what_we_made(family, dispatcher)
 
     def stand(self) -> bool:
-        """Whether INPUT jumps to the dispatcher, and this run has rules there and all peers in its sets."""
+        """Whether INPUT jumps to the dispatcher, and this run has rules there and all in its sets."""
         found = _dispatchers(self._families).values()
         rules = all(dispatcher.jumps and dispatcher.rules_of(self._run_id) for dispatcher in found)
         return rules and self._sets.stand()

@@ -15,11 +15,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.chains import PortChainsUnavailable, TooManyRules
 from securerun.firewall.dispatcher import CHAIN, Dispatcher, render_install
 from securerun.firewall.libiptc import FilterTable, View, filter_tables
-from securerun.firewall.peer_sets import PeerSets
 from securerun.firewall.policy import Policy
+from securerun.firewall.run_sets import RunSets
 
 # iptables/xshared.h: XT_LOCK_NAME
 _LOCK = Path("/run/xtables.lock")
@@ -40,18 +40,19 @@ class LegacyChains:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._tables = filter_tables()
-        self._sets = PeerSets(run_id)
+        self._sets = RunSets(run_id)
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
 
-        Raises PortChainsUnavailable, with nothing of this run left in either family.
+        Raises PortChainsUnavailable, with nothing of this run left in either family, and TooManyRules with what stood.
         """
         with xtables_lock():
             try:
                 self._sets.install(policy, lambda with_sets: self._install(policy, log_group, with_sets))
-            except PortChainsUnavailable:
-                self._remove()
+            except PortChainsUnavailable as error:
+                if not (isinstance(error, TooManyRules) and self._sets.installed):
+                    self._remove()
                 raise
 
     def remove(self) -> None:
@@ -63,7 +64,7 @@ class LegacyChains:
             self._remove()
 
     def stand(self) -> bool:
-        """Whether INPUT jumps to the dispatcher, and this run has rules there and all peers in its sets."""
+        """Whether INPUT jumps to the dispatcher, and this run has rules there and all in its sets."""
         return all(self._stands_in(table) for table in self._tables) and self._sets.stand()
 
     def _install(self, policy: Policy, log_group: int | None, with_sets: bool) -> None:

@@ -100,7 +100,7 @@ class Policy:
     run_id: 12 hexadecimal digits, new for each run; names the run in rules, records and cgroups.
     ports: the port plan, closed by the port chains even before anything listens.
     peers: the networks that may connect, collapsed, IPv4 before IPv6; empty means no other host.
-    interfaces: the network interfaces that peers come in through; empty means any.
+    interfaces: the network interfaces that peers come in through, each once; empty means any.
     accept: port chains ACCEPT peers past the host's own rules instead of handing them back (RETURN).
     close_loopback: over the loopback, too, only the job's own processes may connect.
 
@@ -120,6 +120,8 @@ class Policy:
         for interface in self.interfaces:
             if not _INTERFACE.fullmatch(interface):
                 raise PolicyError(f"{interface!r} is not the name of a network interface; see `ip link`")
+        # Each is a rule for each of the peers' and ports': one that is named again would have all of them again.
+        object.__setattr__(self, "interfaces", tuple(dict.fromkeys(self.interfaces)))
         if self.peers != collapse(self.peers):
             raise PolicyError("the peers overlap or are not in order; collapse them first")
 

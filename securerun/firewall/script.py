@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from securerun.errors import PolicyError
-from securerun.firewall import dispatcher, nftables
+from securerun.firewall import dispatcher, nftables, run_sets
+from securerun.firewall.chains import TooManyRules
 from securerun.firewall.policy import Policy
 
 _COMMANDS = {"auto": "iptables", "iptables": "iptables", "legacy": "iptables-legacy"}
@@ -69,6 +70,11 @@ def lasting_id(policy: Policy) -> str:
 
 
 def _iptables(policy: Policy, command: str) -> dict[str, str]:
+    # The `ipset` command is seldom there, and a shell has no other way to a set.
+    try:
+        run_sets.require_few_rules(policy, "a script makes none")
+    except TooManyRules as error:
+        raise PolicyError(str(error)) from error
     return {
         "@ADVICE@": "install it, or make this script with --firewall nftables",
         "@RUN@": policy.run_id,

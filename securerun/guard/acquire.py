@@ -12,9 +12,9 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from securerun.errors import Obstacle, PrivilegeError
+from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
-from securerun.firewall.chains import PortChains, PortChainsUnavailable
+from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import Layer, Policy, PortRange
 from securerun.firewall.refusals import ShieldUnavailable
@@ -230,6 +230,8 @@ def _add_chains(lease: Lease) -> None:
         lease.chains = None
         if drops is not None:
             drops.close()
+        if isinstance(error, TooManyRules) and (order.firewall != "auto" or lease.shield is None):
+            raise PolicyError(f"no port chains are installed: {error}; nothing was started") from error
         if order.firewall != "auto":
             raise PrivilegeError(
                 f"no port chains can be installed: {error}; fix that, or use --firewall auto; nothing was started"

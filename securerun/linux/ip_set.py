@@ -1,4 +1,4 @@
-"""Sets of networks in the kernel (ip_set), which one rule of iptables looks a packet's source up in.
+"""Sets of networks or ports in the kernel (ip_set), which one rule of iptables looks a packet's source or port up in.
 
 The `ipset` command is seldom installed, so the kernel is spoken to directly, in the protocol of
 include/uapi/linux/netfilter/ipset/ip_set.h: version 6, which all kernels since 2.6.39 speak. The kernel loads what
@@ -12,21 +12,24 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Sequence
+from typing import Union
 
 from securerun.linux import netlink
 from securerun.linux.netlink import ACKNOWLEDGE, DUMP, EXCLUSIVE, NESTED, NETWORK_ORDER, Channel, attribute
 from securerun.linux.networks import Network
 from securerun.linux.nfnetlink import IP_SET, attributes_of, number, open_channel, request, text, type_of
 
-# A set of networks of one IP version.
-KIND = "hash:net"
+# A set of networks of one IP version, and one of ports, whatever the IP version.
+KIND, KIND_OF_PORTS = "hash:net", "bitmap:port"
+Members = Union[Sequence[Network], Sequence[tuple[int, int]]]
 # enum ipset_cmd
 _CREATE, _DESTROY, _SWAP, _LIST, _ADD = (type_of(IP_SET, command) for command in (2, 3, 6, 7, 9))
 # Attributes of a command. Of a swap, the fourth is the second set's name.
 _PROTOCOL, _NAME, _TYPE, _REVISION, _FAMILY, _FLAGS, _DATA, _ENTRIES, _LINE = range(1, 10)
 # Attributes of an entry, and of a set.
-_ADDRESS, _PREFIX = 1, 3
+_ADDRESS, _PREFIX, _FIRST_PORT, _LAST_PORT = 1, 3, 4, 5
 _HASH_SIZE, _MOST_ELEMENTS, _ELEMENTS = 18, 19, 24
+_HIGHEST_PORT = 0xFFFF
 _IPV4, _IPV6 = 1, 2
 _ONLY_HEADER = 1 << 2  # IPSET_FLAG_LIST_HEADER (Linux 3.9)
 _SPOKEN = 6
@@ -45,7 +48,7 @@ _LOOK_SECONDS = 0.002
 
 
 def size(name: str) -> int | None:
-    """Return how many networks are in the set; None where there is no such set, or no ip_set. Raises OSError."""
+    """Return how many networks or ports a set has; None where there is no such set, or no ip_set. Raises OSError."""
     if not _is_loaded():
         return None
     header_alone = attribute(_FLAGS | NETWORK_ORDER, struct.pack("!I", _ONLY_HEADER))
@@ -57,13 +60,20 @@ def size(name: str) -> int | None:
     return number(netlink.attributes(attributes_of(sets[0])[_DATA])[_ELEMENTS]) if sets else None
 
 
-def make(name: str, networks: Sequence[Network]) -> None:
-    """Make a set of these networks, of one IP version, at least one of them. Raises OSError, with nothing made."""
-    _create(name, networks[0].version, len(networks))
+def make(name: str, members: Members) -> None:
+    """Make a set of these networks, of one IP version, or of these first and last ports; at least one of them.
+
+    Raises OSError, with nothing made.
+    """
+    first = members[0]
+    if isinstance(first, tuple):
+        _create(name, KIND_OF_PORTS, socket.AF_UNSPEC, _span(1, _HIGHEST_PORT))
+    else:
+        _create_of_networks(name, first.version, len(members))
     try:
         with open_channel() as channel:
-            for begin in range(0, len(networks), _ENTRIES_A_MESSAGE):
-                _order(channel, _ADD, _entries(name, networks[begin : begin + _ENTRIES_A_MESSAGE]))
+            for begin in range(0, len(members), _ENTRIES_A_MESSAGE):
+                _order(channel, _ADD, _entries(name, members[begin : begin + _ENTRIES_A_MESSAGE]))
     except OSError:
         destroy(name)
         raise
@@ -104,16 +114,19 @@ def _is_loaded() -> bool:
     return True
 
 
-def _create(name: str, version: int, count: int) -> None:
+def _create_of_networks(name: str, version: int, count: int) -> None:
     buckets = _FEWEST_BUCKETS
     while buckets < count:
         buckets *= 2
     sizes = ((_HASH_SIZE, buckets), (_MOST_ELEMENTS, count))
     data = b"".join(attribute(kind | NETWORK_ORDER, struct.pack("!I", size)) for kind, size in sizes)
-    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    _create(name, KIND, socket.AF_INET if version == 4 else socket.AF_INET6, data)
+
+
+def _create(name: str, kind: str, family: int, data: bytes) -> None:
     body = [
         text(_NAME, name),
-        text(_TYPE, KIND),
+        text(_TYPE, kind),
         attribute(_REVISION, b"\0"),
         attribute(_FAMILY, bytes([family])),
         attribute(_DATA | NESTED, data),
@@ -122,16 +135,24 @@ def _create(name: str, version: int, count: int) -> None:
         _order(channel, _CREATE, b"".join(body), EXCLUSIVE)
 
 
-def _entries(name: str, networks: Iterable[Network]) -> bytes:
-    entries = attribute(_ENTRIES | NESTED, b"".join(_entry(network) for network in networks))
+def _entries(name: str, members: Iterable[Network | tuple[int, int]]) -> bytes:
+    entries = attribute(_ENTRIES | NESTED, b"".join(map(_entry, members)))
     # The kernel writes the number of the entry that it refuses into its answer, and wants to be given a place.
     line = attribute(_LINE, bytes(4))
     return text(_NAME, name) + line + entries
 
 
-def _entry(network: Network) -> bytes:
+def _entry(member: Network | tuple[int, int]) -> bytes:
+    if isinstance(member, tuple):
+        return attribute(_DATA | NESTED, _span(*member))
+    network = member
     head = _HEADS[network.max_prefixlen]
     return b"".join((head, network.network_address.packed, _PREFIXES[network.prefixlen]))
+
+
+def _span(first: int, last: int) -> bytes:
+    ends = ((_FIRST_PORT, first), (_LAST_PORT, last))
+    return b"".join(attribute(kind | NETWORK_ORDER, struct.pack("!H", port)) for kind, port in ends)
 
 
 def _head(size: int, kind: int) -> bytes:

@@ -88,15 +88,17 @@ def whole(plan: Plan, origin: str) -> str:
 def iptables_rules(policy: Policy) -> str:
     """Return what iptables-restore and ip6tables-restore are given, on a host where no run has installed anything yet.
 
-    Before it, in ipset's language, the sets that it names, where there are many peers.
+    Before it, in ipset's language, the sets that it names, where there are many peers or ports.
     """
-    from securerun.firewall import dispatcher, ipset, peer_sets
+    from securerun.firewall import dispatcher, ipset, run_sets
 
     nothing = dispatcher.Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)
     texts = []
+    if run_sets.has_set_of_ports(policy):
+        texts.append(f"# ipset restore\n{ipset.render(run_sets.ports_name(policy.run_id), policy.joined_ports())}")
     for version, command in ((4, "iptables-restore"), (6, "ip6tables-restore")):
-        if peer_sets.has_set(policy, version):
-            peers = ipset.render(peer_sets.set_name(policy.run_id, version), policy.peers_of(version))
+        if run_sets.has_set(policy, version):
+            peers = ipset.render(run_sets.set_name(policy.run_id, version), policy.peers_of(version))
             texts.append(f"# ipset restore\n{peers}")
         rules = dispatcher.render_install(policy, version, nothing)
         texts.append(f"# {command} --noflush   (the first run on a host)\n{rules}")

@@ -12,8 +12,10 @@ from cgroups import inside
 from hosts import Host, Network
 from probe import reach
 
-from securerun.firewall import ipset, iptables
+from securerun.errors import PolicyError
+from securerun.firewall import ipset, iptables, script
 from securerun.firewall.backends import open_chains
+from securerun.firewall.chains import TooManyRules
 from securerun.firewall.policy import Policy, PortRange
 from securerun.linux import ip_set, nfnetlink
 from securerun.linux.networks import Network as PeerNetwork
@@ -183,3 +185,96 @@ def test_a_set_that_a_rule_names_cannot_be_destroyed(node: Host, monkeypatch: py
 def test_the_text_for_people_is_ipsets_own(node: Host) -> None:
     text = ipset.render(SET, policy(count=2).peers_of(4))
     assert text == f"create {SET} hash:net family inet maxelem 2\nadd {SET} 10.0.0.0/32\nadd {SET} 10.0.0.4/32\n"
+
+
+WORST_PORTS = tuple(PortRange(port, port, "x") for port in range(20001, 20513, 2))
+WORST = tuple(f"eth{number}" for number in range(64))
+
+
+def worst(*, peers: int = 32, interfaces: int = 64, ports: int = 256) -> Policy:
+    """What an ordinary user may order, and no two things of it can be joined."""
+    return Policy(RUN, WORST_PORTS[:ports], many(count=peers), WORST[:interfaces])
+
+
+def rules(host: Host, backend: str) -> int:
+    return saved(host, backend).count("-A SECURERUN ")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_peers_interfaces_and_ports_are_never_multiplied_into_rules(node: Host, backend: str) -> None:
+    with inside(node):
+        chains = open_chains(backend, RUN)
+        for peers, interfaces, ports in (
+            (32, 64, 256),
+            (2, 64, 256),
+            (32, 3, 15),
+            (0, 0, 256),
+            (32, 0, 60),
+            (1, 64, 75),
+        ):
+            chains.install(worst(peers=peers, interfaces=interfaces, ports=ports), 77)
+            assert chains.stand()
+            assert 0 < rules(node, backend) <= 72, (peers, interfaces, ports)
+        chains.remove()
+        assert ip_set.size(f"securerun-{RUN}-p") is None
+    assert "SECURERUN" not in saved(node, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ports_in_a_set_are_closed_to_all_but_peers_and_the_others_stay_open(network: Network, backend: str) -> None:
+    node, peer, stranger = network
+    planned, beside = (20001, 20511), (20002, 20510)
+    targets = [(address, port) for address in node.addresses for port in (*planned, *beside)]
+    with inside(node):
+        listeners = [
+            socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True) for _, port in targets[:4]
+        ]
+        chains = open_chains(backend, RUN)
+        chains.install(Policy(RUN, WORST_PORTS, many(*peer.addresses, count=5), ("eth0", "eth1")), None)
+    assert f"--match-set securerun-{RUN}-p dst" in saved(node, backend)
+    assert reach(peer, targets) == dict.fromkeys(targets, True)
+    assert reach(stranger, targets) == {(address, port): port in beside for address, port in targets}
+    with inside(node):
+        chains.install(Policy(RUN, (*WORST_PORTS, PortRange(20002, 20002, "x")), many(*peer.addresses, count=5)), None)
+        assert chains.stand()
+    assert reach(stranger, targets) == {(address, port): port == 20510 for address, port in targets}
+    with inside(node):
+        flush(f"securerun-{RUN}-p")
+        assert not chains.stand()
+        chains.remove()
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_kernel_without_sets_gets_no_more_than_512_rules(
+    node: Host, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_such_subsystem(name: str, _members: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument", name)
+
+    monkeypatch.setattr(ipset, "put", no_such_subsystem)
+    with inside(node):
+        chains = open_chains(backend, RUN)
+        with pytest.raises(TooManyRules, match="--firewall nftables"):
+            chains.install(worst(), None)
+        assert "SECURERUN" not in saved(node, backend)
+        chains.install(worst(peers=32, interfaces=16, ports=15), None)
+        assert rules(node, backend) == 32 * 16 + 1
+        before = saved(node, backend)
+        with pytest.raises(TooManyRules):
+            chains.install(worst(peers=32, interfaces=17, ports=15), None)
+        assert rules(node, backend) == before.count("-A SECURERUN "), "what stood does not stand any more"
+        chains.remove()
+
+
+def test_a_script_has_no_more_than_512_rules_either() -> None:
+    with pytest.raises(PolicyError, match="--firewall nftables"):
+        script.render(worst(), "iptables", [])
+    assert script.render(worst(peers=32, interfaces=16, ports=15), "legacy", []).count("-j RETURN") == 2 * 512
+    assert script.render(worst(), "nftables", [])
+
+
+def test_the_text_of_ports_for_people_is_ipsets_own() -> None:
+    text = ipset.render("securerun-x-p", [(7, 7), (20, 30)])
+    assert text == "create securerun-x-p bitmap:port range 1-65535\nadd securerun-x-p 7-7\nadd securerun-x-p 20-30\n"
