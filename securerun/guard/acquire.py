@@ -58,9 +58,13 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
                 neighbours.require_unweakened(lease.record, records.read_all(directory))
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended():
-            raise PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
+            raise _ended(caller)
         undo.pop_all()
     return lease
+
+
+def _ended(caller: Caller) -> PrivilegeError:
+    return PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
 
 
 def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
@@ -163,6 +167,8 @@ def _add_shield(lease: Lease, undo: ExitStack) -> None:
 def _add_cgroup(lease: Lease, undo: ExitStack) -> None:
     """Make the job's cgroup, or open what a dead guard made. Recorded first: a reaper finds no other way to it."""
     path = lease.record.cgroup or path_of_job_cgroup(lease.caller.pid, lease.policy.run_id)
+    if lease.caller.has_ended():  # then the path may be that of whoever has its number now
+        raise _ended(lease.caller)
     lease.write(cgroup=path)
     lease.cgroup = (open_job_cgroup(path) if lease.order.adopt else None) or make_job_cgroup(path)
     undo.callback(_remove_cgroup, lease)
@@ -196,8 +202,8 @@ def _move_in(lease: Lease, undo: ExitStack) -> None:
     cgroup = lease.cgroup
     if cgroup is None or cgroup_of(lease.caller.pid) == cgroup.path:
         return
-    undo.callback(cgroup.expel, lease.caller.pid)
-    cgroup.enter(lease.caller.pid)
+    undo.callback(cgroup.expel, lease.caller)
+    cgroup.enter(lease.caller)
 
 
 def _forget_shield(lease: Lease, undo: ExitStack) -> None:

@@ -45,6 +45,15 @@ class Caller:
             return True
         return not proc.is_running(self.pid, self.start)
 
+    def is_unchanged(self) -> bool:
+        """Return whether the process lives and is of its one user, to be asked before and after it is acted upon."""
+        try:
+            users = set(proc.status(self.pid).users)
+        except OSError:
+            return False
+        # Its end is looked for last: the users are its own if it had not ended by then.
+        return users == {self.user} and not self.has_ended()
+
     def identify_again(self) -> None:
         """Take note of root having become an ordinary user meanwhile (`--run-as`). There is no other change.
 

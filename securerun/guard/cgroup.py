@@ -15,9 +15,12 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import PurePosixPath
+from typing import Callable, Protocol
 
-from securerun.linux import cgroups
+from securerun.errors import PrivilegeError
+from securerun.linux import cgroups, proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of, refused, relative
+from securerun.linux.processes import Process
 
 # rmdir of a cgroup answers EBUSY for a moment after its last process has gone (cgroup_destroy_locked, cgroup.c).
 _REMOVAL_SECONDS = 2.0
@@ -26,6 +29,20 @@ _SLURM_TASK = re.compile(r"/job_[0-9]+/step_[^/]+/user/task_[^/]+$")
 # It stands in records and messages, whose texts are limited; the kernel takes names of any depth.
 _LONGEST_PATH = 2048
 _REMOVAL_INTERVAL_SECONDS = 0.005
+
+
+class Moved(Protocol):
+    """Whom to move: the kernel takes a number, which is another process' as soon as this one has ended."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def has_ended(self) -> bool:
+        """Return whether it is gone, so that the number may be another's."""
+
+    def is_unchanged(self) -> bool:
+        """Return whether it lives, and is of the user that it is known to be of."""
 
 
 class JobCgroup:
@@ -61,14 +78,18 @@ class JobCgroup:
         """A descriptor that polls POLLPRI when the cgroup becomes empty or is no longer so (cgroup-v2.rst)."""
         return self._events
 
-    def enter(self, pid: int) -> None:
+    def enter(self, whom: Moved) -> None:
         """Move a process in and look where it is: a refused move is easy to miss.
 
-        Raises CgroupUnavailable when it is not there afterwards.
+        Raises CgroupUnavailable when it is not there afterwards, and PrivilegeError when it ended, or became another
+        user's, before it was; whoever has its number is where he was.
         """
-        _move(self.descriptor, pid)
-        if cgroup_of(pid) != self.path:
-            raise CgroupUnavailable(f"process {pid} is in {cgroup_of(pid)} and could not be moved to {self.path}")
+        if not _move_only(self.descriptor, self.path, whom, whom.is_unchanged):
+            raise PrivilegeError(f"the launcher, process {whom.pid}, ended before its job could be guarded")
+        if cgroup_of(whom.pid) != self.path:
+            raise CgroupUnavailable(
+                f"process {whom.pid} is in {cgroup_of(whom.pid)} and could not be moved to {self.path}"
+            )
 
     def leave(self) -> None:
         """Move this process out: a guard that replaces another is started within the job.
@@ -83,10 +104,12 @@ class JobCgroup:
         if relative(cgroup_of(os.getpid()), self.path) is not None:
             raise CgroupUnavailable(f"the guard cannot leave {self.path}, the cgroup of the job that it is to guard")
 
-    def expel(self, pid: int) -> None:
-        """Move a process back to where it came from; it may be gone."""
+    def expel(self, whom: Moved) -> None:
+        """Move a process back to where it came from; it may be gone, or be another user's by now."""
         with contextlib.suppress(CgroupUnavailable):
-            _move(self._parent, pid)
+            if cgroup_of(whom.pid) == self.path:
+                parent = str(PurePosixPath(self.path).parent)
+                _move_only(self._parent, parent, whom, lambda: not whom.has_ended())
 
     def populated(self) -> bool:
         """Return whether a live process is in the cgroup or below it."""
@@ -101,6 +124,17 @@ class JobCgroup:
         """Return the live processes in the cgroup and below it."""
         return cgroups.processes_below(self.descriptor)
 
+    def members(self) -> frozenset[Process]:
+        """Return the live processes in the cgroup and below it, each for good: to be acted upon."""
+        found = set()
+        for pid in self.processes():
+            with contextlib.suppress(OSError, CgroupUnavailable):
+                process = Process.of(pid)
+                # A number that is listed may be another's by now. Who is here now had the number when it was looked at.
+                if relative(cgroup_of(pid), self.path) is not None:
+                    found.add(process)
+        return frozenset(found)
+
     def kill(self) -> None:
         """SIGKILL everything in it at once, what is being forked included; before kernel 5.14 one by one."""
         try:
@@ -108,9 +142,7 @@ class JobCgroup:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP):  # a threaded cgroup cannot be killed as one
                 raise
-            for pid in self.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            processes.end(self.members(), signal.SIGKILL)
 
     def remove(self) -> None:
         """Remove the cgroup, and the empty ones that the job made below it.
@@ -213,6 +245,46 @@ def leave_shared_cgroups(attendants: Sequence[int] = ()) -> None:
                     _write(directory, "cgroup.procs", str(pid))
             finally:
                 os.close(directory)
+
+
+def _move_only(directory: int, path: str, whom: Moved, is_meant: Callable[[], bool]) -> bool:
+    """Move a process to a cgroup for as long as its number means it; return False, with nothing moved, if not.
+
+    directory, path: the cgroup. is_meant: whether the process is still the one that is meant. Looked at on both sides
+    of the move, with nothing in between that waits: the kernel moves whoever has the number at that moment, and what
+    it moved by mistake goes back.
+
+    Raises CgroupUnavailable when the move is refused.
+    """
+    before = cgroup_of(whom.pid)
+    if not is_meant():
+        return False
+    _move(directory, whom.pid)
+    if is_meant():
+        return True
+    with contextlib.suppress(CgroupUnavailable, OSError, ValueError):
+        _return(whom.pid, path, None if whom.has_ended() else before)
+    return False
+
+
+def _return(pid: int, moved_to: str, home: str | None) -> None:
+    """Move whoever has a number back to where he was before he was moved by mistake.
+
+    home: his cgroup until then; None for who got the number a moment ago: he was started in the cgroup of his parent.
+    Whoever is there because his parent is stays.
+    """
+    home = home or cgroup_of(proc.status(pid).parent)
+    if cgroup_of(pid) != moved_to or relative(home, moved_to) is not None:
+        return
+    place = next(cgroups.places_of(home), None)
+    if place is None:
+        return
+    descriptors = place.open(with_last=True)
+    try:
+        _move(descriptors[-1], pid)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _move(directory: int, pid: int) -> None:

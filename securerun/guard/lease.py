@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -125,11 +124,7 @@ class Lease:
         """Return what runs of the job: by its cgroup, or by run id and descent where it has none."""
         if self.cgroup is None:
             return self._job.find()
-        found = set()
-        for pid in self.cgroup.processes():
-            with contextlib.suppress(OSError):
-                found.add(Process.of(pid))
-        return frozenset(found)
+        return self.cgroup.members()
 
     def kill(self) -> None:
         """SIGKILL everything that is left of the job."""

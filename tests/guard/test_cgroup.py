@@ -12,12 +12,12 @@ from pathlib import Path, PurePosixPath
 
 import namespaces
 import pytest
-from cgroups import in_child, new_cgroup
+from cgroups import enter, in_child, new_cgroup
 from containers import READ_ONLY_CGROUPS
 from hosts import cgroup2_mount, eventually
 from sandbox import NOBODY, apart
 
-from securerun.errors import Obstacle
+from securerun.errors import Obstacle, PrivilegeError
 from securerun.guard import cgroup
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.linux import cgroups, libc, proc, sock_diag
@@ -209,16 +209,96 @@ def test_below_a_threaded_one_it_is_threaded_and_is_killed_one_by_one(
         job.close()
 
 
-def test_what_may_not_be_moved_is_told(job: JobCgroup) -> None:
+class Whom:
+    """A process that is to be moved, and what is found when it is asked whether it is the same still."""
+
+    def __init__(self, pid: int, *answers: bool, ended: bool = False) -> None:
+        self.pid = pid
+        self._answers = list(answers)
+        self._ended = ended
+
+    def has_ended(self) -> bool:
+        return self._ended
+
+    def is_unchanged(self) -> bool:
+        return self._answers.pop(0) if self._answers else True
+
+
+def test_what_may_not_be_moved_is_told(job: JobCgroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CgroupUnavailable, match="cannot be read"):
+        job.enter(Whom(0x7FFFFFFF))
+    job.expel(Whom(0x7FFFFFFF))
+    monkeypatch.setattr(cgroup, "cgroup_of", lambda _: job.path)
     with pytest.raises(CgroupUnavailable, match="may not be moved between cgroups"):
-        job.enter(0x7FFFFFFF)
-    (directory_of(job) / "cgroup.freeze").write_text("0")
-    job.expel(0x7FFFFFFF)
+        job.enter(Whom(0x7FFFFFFF))
+    job.expel(Whom(0x7FFFFFFF))
+
+
+def test_number_that_is_anothers_by_now_is_not_moved(job: JobCgroup, sleepers: list[subprocess.Popen[bytes]]) -> None:
+    """In, and out again."""
+    with new_cgroup() as elsewhere:
+        pid = sleep_in(elsewhere.path, sleepers)
+        place = cgroup_of(pid)
+        with pytest.raises(PrivilegeError, match="ended before its job could be guarded"):
+            job.enter(Whom(pid, False, ended=True))
+        assert cgroup_of(pid) == place
+        job.expel(Whom(pid, ended=True))
+        assert cgroup_of(pid) == place
+        sleepers[0].kill()
+        sleepers[0].wait()
+    pid = sleep_in(directory_of(job), sleepers)
+    job.expel(Whom(pid, ended=True))
+    assert cgroup_of(pid) == job.path
+
+
+def test_number_that_became_anothers_in_the_very_moment_goes_back(
+    job: JobCgroup, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    """Whoever has just got it was started in its parent's cgroup; a program of root's in the launcher's place stays it.
+
+    Nothing of that is in the way of who was started within the job: that one stays.
+    """
+    sleepers.append(subprocess.Popen(["sleep", "60"]))
+    home = cgroup_of(os.getpid())
+    with pytest.raises(PrivilegeError):
+        job.enter(Whom(sleepers[0].pid, True, False, ended=True))
+    assert cgroup_of(sleepers[0].pid) == home
+    with new_cgroup() as elsewhere:
+        pid = sleep_in(elsewhere.path, sleepers)
+        place = cgroup_of(pid)
+        with pytest.raises(PrivilegeError):
+            job.enter(Whom(pid, True, False))
+        assert cgroup_of(pid) == place
+        sleepers[1].kill()
+        sleepers[1].wait()
+
+    def born_within() -> str:
+        enter(directory_of(job))
+        child = subprocess.Popen(["sleep", "60"])
+        with pytest.raises(PrivilegeError):
+            job.enter(Whom(child.pid, True, False, ended=True))
+        place = cgroup_of(child.pid)
+        child.kill()
+        child.wait()
+        return place
+
+    assert in_child(born_within) == job.path
+
+
+def test_member_whose_number_is_anothers_by_now_is_none(
+    job: JobCgroup, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is listed is a number, and looked at a moment later."""
+    inside = sleep_in(directory_of(job), sleepers)
+    sleepers.append(subprocess.Popen(["sleep", "60"]))
+    outside = sleepers[1].pid
+    monkeypatch.setattr(cgroups, "processes_below", lambda _: {inside, outside})
+    assert {process.pid for process in job.members()} == {inside}
 
 
 def test_a_guard_that_was_started_in_it_leaves_it(job: JobCgroup) -> None:
     def work() -> tuple[str, str]:
-        job.enter(os.getpid())
+        enter(directory_of(job))
         inside = cgroup_of(os.getpid())
         job.leave()
         return inside, cgroup_of(os.getpid())
