@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 from securerun.console import say
 from securerun.errors import UsageError
 from securerun.evidence import documents, report_html
-from securerun.firewall.policy import Denial
 from securerun.guard.documents import denial_document, layer_document
 from securerun.guard.protocol import Notice, Released
 from securerun.host.account import name_of
@@ -37,8 +36,8 @@ FORMAT = 1
 _MODE = 0o640
 _HTML = {".html", ".htm"}
 _INTERRUPTED = 130
-# Events that a report keeps: a flood of strangers tells once a second for days.
-_MOST_HEARD = 10_000
+# Notices that a report keeps: a flood of strangers tells again and again for days.
+_MOST_HEARD = 2_000
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -160,23 +159,26 @@ def _told(news: News) -> Iterator[tuple[str, str]]:
         yield from (("notice", note) for note in news.guarding.notes)
     elif isinstance(news, Notice):
         yield from (("blocked", words.blocked(denial)) for denial in news.denied)
+        if news.more:
+            yield "blocked", f"blocked {words.more_sources(news.more)} in a minute"
         yield from (("notice", line) for line in news.words)
     elif isinstance(news, Renewed):
         yield "renewed", words.renewed(news.before, news.now)
     elif isinstance(news, Finished):
         yield "finished", "the job failed; what it left is to be ended" if news.failed else "the job ended well"
     elif isinstance(news, Released):
-        yield "released", f"lease given back; {_turned_away(news.denied)}"
+        yield "released", f"lease given back; {_turned_away(news)}"
     elif isinstance(news, Gone):
         yield "released", "no guard answered at the end, so it is not known who was turned away"
 
 
-def _turned_away(denied: Sequence[Denial]) -> str:
-    if not denied:
+def _turned_away(released: Released) -> str:
+    if not released.denied:
         return "nobody was turned away"
-    sources = len({denial.source for denial in denied})
-    packets = sum(denial.packets for denial in denied)
-    return f"turned away: {count(packets, 'attempt')} of {count(sources, 'host')}"
+    sources = len({denial.source for denial in released.denied})
+    packets = sum(denial.packets for denial in released.denied)
+    others = f", and {count(released.more, 'attempt')} of still others" if released.more else ""
+    return f"turned away: {count(packets, 'attempt')} of {count(sources, 'host')}{others}"
 
 
 def _event(at: float, journal: Journal, kind: str, text: str) -> dict[str, Any]:

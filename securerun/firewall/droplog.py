@@ -18,7 +18,10 @@ from securerun.linux.nflog import LogGroup
 LOGGED_A_SECOND = 1000
 # Enough for an IPv6 header, extension headers of the usual size and the ports behind them.
 _COPIED_BYTES = 256
-_REMEMBERED = 4096
+# Pairs of source and port, the first that are seen: whoever invents sources gets no more of our memory and time.
+_REMEMBERED = 1024
+# Of a flood, so that whoever reads has other duties in between.
+_READ_AT_ONCE = 256
 _IPV6_EXTENSIONS = {0, 43, 60, 135, 139, 140}
 _IPV6_FRAGMENT, _IPV6_AUTHENTICATION = 44, 51
 
@@ -26,11 +29,13 @@ _IPV6_FRAGMENT, _IPV6_AUTHENTICATION = 44, 51
 class DropLog:
     """One netfilter log group, held by this process; counts (source, port) of the packets logged to it.
 
+    more: packets of those beyond the first that are remembered.
     Raises OSError when the group is somebody else's (EPERM) or the kernel has no nfnetlink_log.
     """
 
     def __init__(self, group: int) -> None:
         self.group = group
+        self.more = 0
         self._seen: Counter[tuple[Address, int]] = Counter()
         self._log = LogGroup(group, _COPIED_BYTES)
 
@@ -39,12 +44,12 @@ class DropLog:
         return self._log.fileno()
 
     def read(self) -> None:
-        """Take in what has been logged since; never blocks."""
-        for packet in self._log.packets():
+        """Take in what has been logged since, or a part of it; never blocks."""
+        for packet in self._log.packets(_READ_AT_ONCE):
             self._count(packet)
 
     def denied(self) -> tuple[Denial, ...]:
-        """Everyone turned away so far, most packets first."""
+        """Everyone turned away so far who is remembered, most packets first."""
         return tuple(Denial(source, port, packets) for (source, port), packets in self._seen.most_common())
 
     def close(self) -> None:
@@ -53,8 +58,12 @@ class DropLog:
 
     def _count(self, packet: bytes) -> None:
         opening = source_and_port(packet)
-        if opening is not None and (opening in self._seen or len(self._seen) < _REMEMBERED):
+        if opening is None:
+            return
+        if opening in self._seen or len(self._seen) < _REMEMBERED:
             self._seen[opening] += 1
+        else:
+            self.more += 1
 
 
 def source_and_port(packet: bytes) -> tuple[Address, int] | None:

@@ -21,6 +21,8 @@ from securerun.linux.networks import Address, Network, collapse, written_address
 FIRST_PORT = 1
 LAST_PORT = 65535
 SHIELD = "shield"
+# Pairs of source and port that are told of, and written down: strangers may invent as many as they like.
+MOST_DENIALS = 1024
 
 # The run id stands in rule comments, file names and cgroup names, so it is hexadecimal and nothing else.
 RUN_ID = re.compile(r"[0-9a-f]{12}")
@@ -175,10 +177,22 @@ class Denial:
     packets: int
 
 
-def merged(*counts: Iterable[Denial]) -> tuple[Denial, ...]:
-    """Return one line a source and port from several layers' counts, most packets first."""
+@dataclass(frozen=True)
+class Denials:
+    """Who was turned away by now. listed: a line a source and port; more: packets of those that are not listed."""
+
+    listed: tuple[Denial, ...] = ()
+    more: int = 0
+
+
+def merged(counts: Iterable[Iterable[Denial]], more: int = 0) -> Denials:
+    """Return one line a source and port from several layers' counts, most packets first, and no more than can be kept.
+
+    more: packets that are in none of the counts.
+    """
     total: Counter[tuple[Address, int]] = Counter()
     for denials in counts:
         for denial in denials:
             total[denial.source, denial.port] += denial.packets
-    return tuple(Denial(source, port, packets) for (source, port), packets in total.most_common())
+    lines = tuple(Denial(source, port, packets) for (source, port), packets in total.most_common(MOST_DENIALS))
+    return Denials(lines, more + sum(total.values()) - sum(line.packets for line in lines))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from securerun.firewall.chains import PortChains
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import SHIELD, Denial, Layer, Policy, PortRange, merged
+from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, merged
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory
 from securerun.guard.caller import Caller
@@ -52,13 +52,13 @@ class Lease:
             layers.append(Layer(self.chains.backend, self.chains.name))
         return Guarding(tuple(layers), self.notes)
 
-    def denied(self) -> tuple[Denial, ...]:
+    def denied(self) -> Denials:
         """Return who was turned away so far, by any layer."""
         counts = [] if self.shield is None else [self.shield.denied()]
-        if self.drops is not None:
-            self.drops.read()
-            counts.append(self.drops.denied())
-        return merged(*counts)
+        if self.drops is None:
+            return merged(counts)
+        self.drops.read()
+        return merged([*counts, self.drops.denied()], self.drops.more)
 
     def close_ports(self, ports: Iterable[PortRange]) -> None:
         """Add ports to the port chains while the job runs.
@@ -112,6 +112,18 @@ class Lease:
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
         with run_directory.recording() as directory:
             run_directory.write(directory, self.record)
+
+    def write_unless_locked(self, **changes: object) -> bool:
+        """Change the run's record, unless another holds the host's lock now; return whether it was changed.
+
+        Raises PrivilegeError as `write` does.
+        """
+        with run_directory.recording_unless_locked() as directory:
+            if directory is None:
+                return False
+            self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
+            run_directory.write(directory, self.record)
+        return True
 
     def is_over(self) -> bool:
         """Return whether the launcher and all that came from it are gone."""

@@ -123,10 +123,15 @@ class Guarding:
 
 @dataclass(frozen=True)
 class Notice:
-    """News of a run. denied: who was turned away, with the count so far; words: anything else, a line each."""
+    """News of a run.
+
+    denied: who was turned away, with the count so far; words: anything else, a line each; more: how many other sources
+    were turned away in the last minute.
+    """
 
     denied: tuple[Denial, ...] = ()
     words: tuple[str, ...] = ()
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,13 @@ class Refused:
 
 @dataclass(frozen=True)
 class Released:
-    """The lease ends with the job's last process. denied: who was turned away so far."""
+    """The lease ends with the job's last process.
+
+    denied: who was turned away so far; more: how many packets of others, of whom there were too many.
+    """
 
     denied: tuple[Denial, ...]
+    more: int = 0
 
 
 Message = Union[Order, Peers, Release, Report, Ready, Runs, Run, Guarding, Notice, Refused, Released]
@@ -204,10 +213,16 @@ def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Guarding):
         return {"layers": [layer_document(layer) for layer in message.layers], "notes": list(message.notes)}
     if isinstance(message, Notice):
-        return {"denied": [denial_document(denial) for denial in message.denied], "words": list(message.words)}
+        denied = [denial_document(denial) for denial in message.denied]
+        return {"denied": denied, "words": list(message.words), **_more(message.more)}
     if isinstance(message, Refused):
         return {"status": message.status, "message": message.message}
-    return {"denied": [denial_document(denial) for denial in message.denied]}
+    return {"denied": [denial_document(denial) for denial in message.denied], **_more(message.more)}
+
+
+def _more(number: int) -> dict[str, int]:
+    """Return the field of a number that is mostly 0, and then left out: a version without it understands the rest."""
+    return {"more": number} if number else {}
 
 
 def _read_order(body: Mapping[str, Any]) -> Order:
@@ -261,9 +276,10 @@ def _read_guarding(body: Mapping[str, Any]) -> Guarding:
 
 
 def _read_notice(body: Mapping[str, Any]) -> Notice:
-    documents.require_fields(body, "denied", "words")
+    documents.require_fields(body, "denied", "words", *_MORE & body.keys())
     denied = tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS))
-    return Notice(denied, tuple(documents.entry(line) for line in documents.items(body, "words", MAXIMUM_TEXT)))
+    words = tuple(documents.entry(line) for line in documents.items(body, "words", MAXIMUM_TEXT))
+    return Notice(denied, words, _read_more(body))
 
 
 def _read_refused(body: Mapping[str, Any]) -> Refused:
@@ -272,8 +288,13 @@ def _read_refused(body: Mapping[str, Any]) -> Refused:
 
 
 def _read_released(body: Mapping[str, Any]) -> Released:
-    documents.require_fields(body, "denied")
-    return Released(tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS)))
+    documents.require_fields(body, "denied", *_MORE & body.keys())
+    denied = tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS))
+    return Released(denied, _read_more(body))
+
+
+def _read_more(body: Mapping[str, Any]) -> int:
+    return documents.number(body, "more") if "more" in body else 0
 
 
 def _require_version(body: Mapping[str, Any], other: str) -> None:
@@ -315,6 +336,7 @@ def _choice(document: Mapping[str, Any], name: str, choices: Sequence[str]) -> s
     return value
 
 
+_MORE = {"more"}
 _NAMES = {
     Order: "order",
     Peers: "peers",

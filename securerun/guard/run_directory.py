@@ -51,9 +51,25 @@ def recording() -> Iterator[int]:
         with host_lock() as directory:
             yield directory
     except OSError as error:
-        raise PrivilegeError(
-            f"the run cannot be recorded in {DIRECTORY}: {error.strerror}; make room there, then try again"
-        ) from error
+        raise _cannot_record(error) from error
+
+
+@contextlib.contextmanager
+def recording_unless_locked() -> Iterator[int | None]:
+    """Do what `recording` does, without waiting: yield None where another holds the lock, or the directory is gone.
+
+    Raises PrivilegeError.
+    """
+    directory = _open_directory()
+    if directory is None:
+        yield None
+        return
+    try:
+        yield directory if _locked_at_once(directory) else None
+    except OSError as error:
+        raise _cannot_record(error) from error
+    finally:
+        os.close(directory)
 
 
 def write(directory: int, record: Record) -> None:
@@ -97,6 +113,12 @@ def remove_partial(directory: int) -> None:
             os.unlink(name, dir_fd=directory)
 
 
+def _cannot_record(error: OSError) -> PrivilegeError:
+    return PrivilegeError(
+        f"the run cannot be recorded in {DIRECTORY}: {error.strerror}; make room there, then try again"
+    )
+
+
 class _TimeUp(Exception):
     """The lock was not to be had in time."""
 
@@ -127,6 +149,15 @@ def _locked(directory: int) -> bool:
         raise
     os.close(directory)
     return False
+
+
+def _locked_at_once(directory: int) -> bool:
+    """Lock the directory if nobody else has it; False also where its last user has removed it."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return _is_current(directory)
 
 
 @contextlib.contextmanager

@@ -6,31 +6,28 @@ chores that have to look from time to time.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import select
 import signal
 import time
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
-from securerun.errors import SecurerunError
-from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.policy import Denial
-from securerun.firewall.refusals import ShieldUnavailable
 from securerun.guard.documents import ProtocolError
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
-from securerun.guard.protocol import Message, Notice, Peers, Release, Released
+from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
+from securerun.guard.protocol import Message, Peers, Release, Released
 from securerun.linux import processes
-from securerun.linux.cgroups import CgroupUnavailable
-from securerun.linux.networks import Address
 from securerun.linux.nf_tables import Deletions
 from securerun.linux.processes import Process
-from securerun.linux.sock_diag import SocketsUnavailable
 
-# At most one line a source in this time, or a port scanner fills the job's log.
-_QUIET_SECONDS = 60.0
 _NOTICE_SECONDS = 1.0
+# A list of peers takes the host's lock and up to 100,000 changes: of those that come meanwhile the newest counts.
+_PEERS_SECONDS = 1.0
+# What a launcher may have said before it ended, and be heard of.
+_LAST_MESSAGES = 16
+_MOST_COMPLAINTS = 64
 # Rules that are deleted from nf_tables are heard of at once; from legacy tables they are not.
 _LOOK_FOR_CHAINS_SECONDS = 5.0
 _HEARD_CHAINS_SECONDS = 60.0
@@ -46,11 +43,6 @@ _EXPOSURE_SECONDS = 1.0
 _SOON_SECONDS = 0.05
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
 _LOOK_SECONDS = 0.05
-
-_EXPECTED = (SecurerunError, PortChainsUnavailable, ShieldUnavailable, SocketsUnavailable, CgroupUnavailable, OSError)
-
-Send = Callable[[Message], None]
-Log = Callable[[str], None]
 
 
 class Orders(Protocol):
@@ -81,31 +73,41 @@ class Watch:
         self._lease = lease
         self._orders = orders
         self._send = send
-        self._log = log
+        self._speech = Speech(lease.policy.run_id, send, log)
         self._notices = Notices(lease, send)
         self._ending: Ending | None = None
         self._released = False
+        self._has_more_to_hear = False
+        self._newest_peers: Peers | None = None
+        self._peers_may_change = 0.0
         self._complaints: set[str] = set()
         self._poller = select.poll()
         self._listen_to()
         seconds = _LOOK_FOR_CHAINS_SECONDS if self._deletions is None else _HEARD_CHAINS_SECONDS
         self._repair = Chore(seconds, self._repair_chains, time.monotonic() + seconds)
         reserving = Chore(_LOOK_FOR_PORTS_SECONDS, lease.keep_ports_reserved)
-        self._chores = [Chore(_NOTICE_SECONDS, self._notices.look), self._repair, reserving]
+        # Only when there is something to change.
+        self._peers = Chore(math.inf, self._change_peers, math.inf)
+        self._chores = [self._peers, self._repair, reserving, Chore(_NOTICE_SECONDS, self._notices.look)]
         self._exposure = open_exposure(lease)
         if self._exposure is not None:
-            self._chores.append(Chore(_EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS, self._close_exposed))
+            seconds = _EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS
+            # First of all, since it cannot wait for any of the others.
+            self._chores.insert(0, Chore(seconds, self._close_exposed))
         if lease.caller.pidfd is None or lease.cgroup is None:
             self._chores.append(Chore(_LOOK_SECONDS, lambda: None))
 
     def until_over(self) -> None:
-        """Return when the job's last process has gone."""
+        """Return when the job's last process has gone.
+
+        In each turn: whether the launcher is there, the chores that are due, and a part of what others caused.
+        """
         while not (self._released and self._lease.is_over()):
             ready = {descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_wait())}
-            self._do_chores()
-            self._take_in(ready)
             if not self._released:
                 self._hear(ready)
+            self._do_chores()
+            self._take_in(ready)
             if self._ending is not None:
                 self._attempt(self._ending.go_on)
 
@@ -123,7 +125,7 @@ class Watch:
             self._poller.register(self._deletions.fileno(), select.POLLIN)
 
     def _take_in(self, ready: set[int]) -> None:
-        """Read what there is: who was dropped, whether rules were deleted, what happened to the job's cgroup."""
+        """Read of what there is: who was dropped, whether rules were deleted, what happened to the job's cgroup."""
         drops, deletions, cgroup = self._lease.drops, self._deletions, self._lease.cgroup
         if cgroup is not None and cgroup.events in ready:
             cgroup.populated()  # poll(2) returns at once until the change has been read (kernfs_generic_poll)
@@ -136,32 +138,44 @@ class Watch:
         """Close, by the port chains, listeners of the job that no layer covers."""
         if self._exposure is None:
             return
-        words = self._exposure.close()
-        for line in words:
-            self._log(f"run {self._lease.policy.run_id}: {line}")
-        if words:
-            self._send(Notice(words=words))
+        self._speech.say(*self._exposure.close())
 
     def _repair_chains(self) -> None:
         """Put the port chains back if somebody flushed them away."""
-        run = f"run {self._lease.policy.run_id}"
         if self._lease.chains_stand():
             return
         self._lease.restore_chains()
-        self._log(f"{run}: the port chains were flushed away and are back")
-        self._send(Notice(words=("somebody flushed the port chains away; they are back",)))
+        self._speech.say("somebody flushed the port chains away; they are back")
 
     def _hear(self, ready: set[int]) -> None:
-        """Do what the launcher says; notice when it lets the job go, closes its end, or is gone."""
-        message = self._read_order()
-        while isinstance(message, Peers):
-            self._change_peers(message)
-            message = self._read_order()
+        """Notice when the launcher is gone, and do the next thing that it says: one a turn, however many there are."""
+        has_ended = self._lease.caller.pidfd in ready or self._lease.caller.has_ended()
+        message = self._last_word() if has_ended else self._read_order()
+        self._has_more_to_hear = message is not None
         if isinstance(message, Release):
-            self._send(Released(self._notices.denied()))
+            self._say_farewell()
             self._release(message.failed)
-        elif self._orders.ended or self._lease.caller.pidfd in ready or self._lease.caller.has_ended():
+        elif has_ended or self._orders.ended:
             self._release(failed=True)
+        elif isinstance(message, Peers):
+            self._newest_peers = message
+            self._peers.due = max(time.monotonic(), self._peers_may_change)
+
+    def _last_word(self) -> Message | None:
+        """Return what a launcher said last that is gone: a job that it let go before is no failed one.
+
+        Whoever still holds the pipe may go on without end, and is not heard for ever.
+        """
+        message = None
+        for _ in range(_LAST_MESSAGES):
+            message = self._read_order()
+            if not isinstance(message, Peers):
+                break
+        return message
+
+    def _say_farewell(self) -> None:
+        denied = self._notices.denied()
+        self._send(Released(denied.listed, more=denied.more))
 
     def _read_order(self) -> Message | None:
         """Read what the launcher says. After anything out of place nothing more from there is believed."""
@@ -171,18 +185,18 @@ class Watch:
                 return message
             raise ProtocolError("it is not the time for such a message")
         except ProtocolError as error:
-            self._log(f"run {self._lease.policy.run_id}: ended, since its launcher sent what it must not: {error}")
+            self._speech.log(f"ended, since its launcher sent what it must not: {error}")
             self._orders.ended = True
             return None
 
-    def _change_peers(self, message: Peers) -> None:
-        """Let other networks in from now on; whatever is wrong with them, the old ones stay."""
-
-        def change() -> None:
-            self._lease.change_peers(message.networks)
-            self._log(f"run {self._lease.policy.run_id}: open to {len(message.networks)} peer networks now")
-
-        self._attempt(change)
+    def _change_peers(self) -> None:
+        """Let the networks in that the launcher named last; whatever is wrong with them, the old ones stay."""
+        newest, self._newest_peers = self._newest_peers, None
+        if newest is None:
+            return
+        self._peers_may_change = time.monotonic() + _PEERS_SECONDS
+        self._lease.change_peers(newest.networks)
+        self._speech.log(f"open to {len(newest.networks)} peer networks now")
 
     def _release(self, failed: bool) -> None:
         self._released = True
@@ -196,24 +210,35 @@ class Watch:
         self._attempt(lambda: self._lease.write(draining=True))
 
     def _milliseconds_to_wait(self) -> float:
+        if self._has_more_to_hear and not self._released:
+            return 0.0
         return max(0.0, min(chore.due for chore in self._chores) - time.monotonic()) * 1000
 
     def _do_chores(self) -> None:
-        for chore in self._chores:
-            if chore.due <= time.monotonic():
-                self._attempt(chore.do)
-                chore.due = time.monotonic() + chore.seconds
+        """Do the first chore that is due, and at most one of the others, which may have to wait for other guards."""
+        first, *others = self._chores
+        self._do(first)
+        for chore in others:
+            if self._do(chore):
+                return
+
+    def _do(self, chore: Chore) -> bool:
+        """Do a chore if it is due; return whether it was."""
+        if chore.due > time.monotonic():
+            return False
+        self._attempt(chore.do)
+        chore.due = time.monotonic() + chore.seconds
+        return True
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """Do it, and go on if it fails: a full disk or a table that cannot be read must not take the guard away."""
         try:
             work()
-        except _EXPECTED as error:
+        except EXPECTED as error:
             words = f"a part of the guard's work fails: {error}"
-            if words not in self._complaints:
+            if words not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
                 self._complaints.add(words)
-                self._log(f"run {self._lease.policy.run_id}: {words}")
-                self._send(Notice(words=(words,)))
+                self._speech.say(words)
 
 
 def _listen_for_deletions(lease: Lease) -> Deletions | None:
@@ -224,38 +249,6 @@ def _listen_for_deletions(lease: Lease) -> Deletions | None:
         return Deletions("filter", "INPUT", lease.policy.run_id)
     except OSError:
         return None
-
-
-class Notices:
-    """Tells the launcher, and the record, who is being turned away while the job runs."""
-
-    def __init__(self, lease: Lease, send: Send) -> None:
-        self.quiet = False
-        self._lease = lease
-        self._send = send
-        self._known: tuple[Denial, ...] = ()
-        self._told: dict[Address, float] = {}
-
-    def denied(self) -> tuple[Denial, ...]:
-        """Return who was turned away, as far as can be read; else what was known last."""
-        with contextlib.suppress(*_EXPECTED):
-            return self._lease.denied()
-        return self._known
-
-    def look(self) -> None:
-        """Tell what is new, at most once a minute a source."""
-        denied = self._lease.denied()
-        if denied == self._known:
-            return
-        news = [denial for denial in denied if denial not in self._known and self._is_due(denial.source)]
-        self._known = denied
-        self._lease.write(denied=denied)
-        if news and not self.quiet:
-            self._told.update(dict.fromkeys((denial.source for denial in news), time.monotonic()))
-            self._send(Notice(tuple(news)))
-
-    def _is_due(self, source: Address) -> bool:
-        return time.monotonic() - self._told.get(source, -_QUIET_SECONDS) >= _QUIET_SECONDS
 
 
 class Ending:

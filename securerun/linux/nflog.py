@@ -41,9 +41,9 @@ class LogGroup:
         """Return the descriptor to poll for reading."""
         return self._channel.fileno()
 
-    def packets(self) -> Iterator[bytes]:
-        """Yield the first bytes of each packet that has been logged since; never waits."""
-        while True:
+    def packets(self, most: int) -> Iterator[bytes]:
+        """Yield the first bytes of each packet logged since; never waits, and takes in at most so many datagrams."""
+        for _ in range(most):
             try:
                 yield from packets_in(self._channel.receive())
             except BlockingIOError:

@@ -135,7 +135,7 @@ def _teller(renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
         hear(notice)
         for line in words.news(notice):
             say(line)
-        if notice.denied:
+        if notice.denied or notice.more:
             renewal.hurry()
 
     return tell
@@ -146,5 +146,6 @@ def _say_farewell(guard: Guard, plan: Plan, failed: bool, hear: Hear) -> None:
 
     released = guard.release(failed)
     hear(released or Gone())
-    for line in words.end(plan.policy.run_id, released.denied if released else None):
+    denied, more = (released.denied, released.more) if released else (None, 0)
+    for line in words.end(plan.policy.run_id, denied, more):
         say(line)

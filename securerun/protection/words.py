@@ -37,8 +37,11 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
         yield f"{run}{note}"
 
 
-def end(run_id: str, denied: Sequence[Denial] | None) -> Iterator[str]:
-    """Who was turned away, how often, and what to do if it should not have been."""
+def end(run_id: str, denied: Sequence[Denial] | None, more: int = 0) -> Iterator[str]:
+    """Who was turned away, how often, and what to do if it should not have been.
+
+    more: attempts of others than those in `denied`, of whom there were too many.
+    """
     run = f"run {run_id}: "
     if denied is None:
         yield f"{run}the guard was gone at the end, so it is not known who was turned away"
@@ -50,6 +53,8 @@ def end(run_id: str, denied: Sequence[Denial] | None) -> Iterator[str]:
         yield f"{run}{blocked(denial)}"
     if len(denied) > _DENIALS_NAMED:
         yield f"{run}blocked {len(denied) - _DENIALS_NAMED} more pairs of source and port"
+    if more:
+        yield f"{run}blocked {count(more, 'attempt')} of still others"
     yield f"{run}if one of these is a node of this job, add it with --peers"
 
 
@@ -57,6 +62,8 @@ def news(notice: Notice) -> Iterator[str]:
     """Yield what happens while the job runs."""
     for denial in notice.denied:
         yield f"{blocked(denial)}; if it is a node of this job, add it with --peers"
+    if notice.more:
+        yield f"blocked {more_sources(notice.more)} in the last minute"
     yield from notice.words
 
 
@@ -193,6 +200,11 @@ def blocked(denial: Denial) -> str:
     """Who was turned away from which port, and how often."""
     port = denial.port or "a port that could not be read"
     return f"blocked {denial.source} → {port} ({count(denial.packets, 'attempt')})"
+
+
+def more_sources(number: int) -> str:
+    """How many sources were turned away that are not named."""
+    return f"{number:,} more {'source' if number == 1 else 'sources'}"
 
 
 def _row(label: str, text: str) -> str:

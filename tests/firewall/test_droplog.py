@@ -9,7 +9,9 @@ import pytest
 from cgroups import inside
 from hosts import Network
 
+from securerun.firewall import droplog
 from securerun.firewall.droplog import DropLog, source_and_port
+from securerun.firewall.policy import Denial
 
 SOURCE4, SOURCE6 = ipaddress.IPv4Address("10.77.0.3"), ipaddress.IPv6Address("fd77::3")
 PORT = 29500
@@ -85,3 +87,17 @@ def test_what_is_no_packet_is_passed_over(network: Network) -> None:
         log._count(ipv4())
         assert [(denial.source, denial.port, denial.packets) for denial in log.denied()] == [(SOURCE4, PORT, 1)]
         log.close()
+
+
+def test_a_flood_of_sources_is_remembered_up_to_a_bound_and_counted_beyond(network: Network) -> None:
+    """Nor does a read last as long as somebody sends."""
+    with inside(network["node0"]):
+        log = DropLog(4711)
+        for number in range(3 * droplog._REMEMBERED):
+            log._count(ipv4()[:12] + ipaddress.IPv4Address(number).packed + ipv4()[16:])
+        log._count(ipv4()[:12] + ipaddress.IPv4Address(0).packed + ipv4()[16:])
+        found = log.denied()
+        log.close()
+    assert len(found) == droplog._REMEMBERED
+    assert found[0] == Denial(ipaddress.IPv4Address(0), PORT, 2)
+    assert log.more == 2 * droplog._REMEMBERED
