@@ -53,12 +53,17 @@ END
 look() {
     saved=$("$1-save" -t filter)
     jumps=$(printf '%s\n' "$saved" | sed -n '/^-A INPUT .*-j @CHAIN@$/p')
+    jumps_of_runs=$(printf '%s\n' "$saved" | sed -n '/^-A INPUT .*-j @RUNS@$/p')
     ours=$(printf '%s\n' "$saved" | sed -n '/^-A @CHAIN@ .*--comment "securerun '"$run"'"/p')
+}
+
+input_rule() {
+    printf '%s\n' "$saved" | sed -n '/^-A INPUT /p' | sed -n "$1p"
 }
 
 # What iptables brings into being beside our chain stands in the comment of the jump, so that `down` knows it.
 made_by_us() {
-    case $jumps in
+    case $jumps$jumps_of_runs in
         *'@MADE_TABLE@'*) echo '@MADE_TABLE@'; return ;;
         *'@MADE_CHAIN@'*) echo '@MADE_CHAIN@'; return ;;
         ?*) echo '@MADE_NOTHING@'; return ;;
@@ -78,17 +83,19 @@ made_by_us() {
     fi
 }
 
-# One transaction: passes before everything, drops after everything, the jump first in INPUT, no rule twice.
+# One transaction: passes before everything, drops after everything, no rule twice. The jump comes first in INPUT, or
+# right after that to the chain of securerun's runs: what they let pass is decided here.
 install_in() {
     look "$1"
     made=$(made_by_us "$1" "$2")
-    first=$(printf '%s\n' "$saved" | sed -n '/^-A INPUT /{p;q;}')
+    place=1
+    [ -z "$jumps_of_runs" ] || [ "$jumps_of_runs" != "$(input_rule 1)" ] || place=2
     {
         echo '*filter'
         case $saved in *':@CHAIN@ '*) ;; *) echo '-N @CHAIN@' ;; esac
-        if [ -z "$jumps" ] || [ "$jumps" != "$first" ]; then
+        if [ -z "$jumps" ] || [ "$jumps" != "$(input_rule "$place")" ]; then
             printf '%s\n' "$jumps" | sed -n 's/^-A/-D/p'
-            printf '%s\n' '-I INPUT 1 @JUMP@ "'"$made"'" -j @CHAIN@'
+            printf '%s\n' "-I INPUT $place "'@JUMP@ "'"$made"'" -j @CHAIN@'
         fi
         printf '%s\n' "$ours" | sed -n 's/^-A/-D/p'
         "$3"

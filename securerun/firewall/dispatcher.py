@@ -22,6 +22,8 @@ from securerun.firewall.policy import RUN_ID, Policy
 from securerun.firewall.run_sets import has_set, has_set_of_ports, port_groups, ports_name, set_name
 
 CHAIN = "SECURERUN"
+# What no run made, but a script that an administrator ran (`script.py`), decides for itself after all runs.
+LASTING_CHAIN = "SECURERUN-LASTING"
 # Opening packets by SYN and ACK alone: `--syn` also asks for no FIN and no RST, which a sender may set.
 JUMP = "! -i lo -p tcp -m tcp --tcp-flags SYN,ACK SYN -m comment --comment"
 MADE_TABLE = "securerun made this table"
@@ -36,6 +38,7 @@ _FEW_RULES = 16
 class Dispatcher:
     """What a saved filter table says of our chain: its rules, and how INPUT jumps to it.
 
+    lasting_jumps: INPUT's jumps to the chain of scripts.
     in_nftables: whether it says that it is kept in nf_tables; older commands' texts do not say it.
     """
 
@@ -43,12 +46,14 @@ class Dispatcher:
     rules: tuple[str, ...]
     jumps: tuple[str, ...]
     jumped_to_first: bool
+    lasting_jumps: tuple[str, ...] = ()
     in_nftables: bool = False
 
     @property
     def made(self) -> str:
-        """The jump's comment: what exists because of us."""
-        return next((made for made in (MADE_TABLE, MADE_CHAIN) for jump in self.jumps if made in jump), MADE_NOTHING)
+        """What exists because of us, by the jumps' comments: of runs and scripts, the last one to go removes it."""
+        ours = (*self.jumps, *self.lasting_jumps)
+        return next((made for made in (MADE_TABLE, MADE_CHAIN) for jump in ours if made in jump), MADE_NOTHING)
 
     def rules_of(self, run_id: str) -> tuple[str, ...]:
         """Return the rules whose comment names this run."""
@@ -77,6 +82,7 @@ def read_dispatcher(saved: str) -> Dispatcher:
         rules=tuple(line for line in lines if line.startswith(f"-A {CHAIN} ")),
         jumps=jumps,
         jumped_to_first=len(jumps) == 1 and entries[0] == jumps[0],
+        lasting_jumps=tuple(line for line in entries if line.endswith(f"-j {LASTING_CHAIN}")),
         in_nftables="(nf_tables)" in lines[0],
     )
 
@@ -105,8 +111,8 @@ def render_install(
     return _transaction([*declaration, *jump, *replaced, *opening, *drops(policy, log_group, with_sets=with_sets)])
 
 
-def passes(policy: Policy, version: int, *, with_sets: bool = False) -> Iterator[str]:
-    """Yield the lines that put the pass rules of one family before everything else in the dispatcher, in their order.
+def passes(policy: Policy, version: int, *, chain: str = CHAIN, with_sets: bool = False) -> Iterator[str]:
+    """Yield the lines that put the pass rules of one family before everything else in the chain, in their order.
 
     with_sets: as for `render_install`.
     """
@@ -120,10 +126,10 @@ def passes(policy: Policy, version: int, *, with_sets: bool = False) -> Iterator
     for source in sources:
         for entry in entries:
             for ports in _port_matches(policy, with_sets=with_sets):
-                yield f"-I {CHAIN} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
+                yield f"-I {chain} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
 
 
-def drops(policy: Policy, log_group: int | None, *, with_sets: bool = False) -> Iterator[str]:
+def drops(policy: Policy, log_group: int | None, *, chain: str = CHAIN, with_sets: bool = False) -> Iterator[str]:
     """Yield the lines that put the drops, which are the same for both families, after everything else.
 
     with_sets: as for `render_install`.
@@ -132,8 +138,8 @@ def drops(policy: Policy, log_group: int | None, *, with_sets: bool = False) -> 
     for ports in _port_matches(policy, with_sets=with_sets):
         if log_group is not None:
             limit = f"-m limit --limit {LOGGED_A_SECOND}/sec --limit-burst {LOGGED_A_SECOND}"
-            yield f"-A {CHAIN} {ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
-        yield f"-A {CHAIN} {ports} {comment} -j DROP"
+            yield f"-A {chain} {ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
+        yield f"-A {chain} {ports} {comment} -j DROP"
 
 
 def render_removal(run_id: str, found: Dispatcher) -> str:

@@ -139,7 +139,9 @@ def _find(command: str) -> str:
 
 def _made(found: Mapping[Family, Dispatcher]) -> dict[Family, str]:
     """For each family, what is there, or is about to be, because of us: the jump's comment says so from then on."""
-    new = {family: dispatcher for family, dispatcher in found.items() if not dispatcher.jumps}
+    new = {
+        each: found_there for each, found_there in found.items() if not (found_there.jumps or found_there.lasting_jumps)
+    }
     silent = [family for family, dispatcher in new.items() if not dispatcher.in_nftables]
     versions = dict(zip(silent, _run([[family.restore, "--version"] for family in silent])))
     making = {family: _will_make(family) for family in new if "nf_tables" in versions.get(family, "nf_tables")}

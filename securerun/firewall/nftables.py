@@ -21,7 +21,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from securerun.firewall.chains import PortChainsUnavailable
@@ -35,7 +35,6 @@ from securerun.linux.networks import written_address
 TOKEN = "5352:4e21"
 PASS_PRIORITY = -20
 CLOSE_PRIORITY = -10
-_PRIORITIES = {"pass": PASS_PRIORITY, "close": CLOSE_PRIORITY}
 _NOT_PERMITTED = os.strerror(errno.EPERM)
 _OWNER = "flags owner"
 NO_ACCEPT = (
@@ -50,9 +49,23 @@ _CONTENT = re.compile(r"^\t(chain|set) (\w+) \{$", re.MULTILINE)
 _DATA = "tcp flags & (syn | ack) != syn"
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where tables of one kind decide, and by which token they know what one of them lets pass."""
+
+    prefix: str
+    token: str
+    priorities: Mapping[str, int]
+
+
+_RUNS = _Place("securerun-", TOKEN, {"pass": PASS_PRIORITY, "close": CLOSE_PRIORITY})
+# What no run made, but an administrator's script ("SRN."): after all runs, whose token opens nothing here.
+_LASTING = _Place("securerun-lasting-", "5352:4e2e", {"pass": -8, "close": -6})
+
+
 def table_name(run_id: str) -> str:
     """Return the table of one run, in family inet."""
-    return f"securerun-{run_id}"
+    return f"{_RUNS.prefix}{run_id}"
 
 
 def render(policy: Policy, log_group: int | None) -> str:
@@ -65,29 +78,32 @@ def render(policy: Policy, log_group: int | None) -> str:
     """
     name = table_name(policy.run_id)
     peers = tuple(_peer_sets(policy))
-    blocks = [[f"\t{_OWNER}"], *_sets(policy, peers), *_chains(policy, peers, log_group)]
+    blocks = [[f"\t{_OWNER}"], *_sets(policy, peers), *_chains(_RUNS, policy, peers, log_group)]
     return f"create table inet {name} {{ {_OWNER}; {_comment(policy.run_id)}; }}\n{_table(name, blocks)}"
 
 
 def render_lasting(policy: Policy) -> str:
     """Return the text for `nft -f` that makes a table the policy's which nobody owns, be it there already or not.
 
+    It decides after all runs, by itself: what their tables let pass is closed here all the same.
     It is emptied and refilled in place, for the reason that `render_change` has. What is emptied must exist, so all
     that a table of ours may hold is declared first.
     """
-    name = table_name(policy.run_id)
+    name = f"{_LASTING.prefix}{policy.run_id}"
     every = [_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True)]
     sets = _sets(replace(policy, ports=()), every)
-    chains = (_chain(what, ()) for what in _PRIORITIES)
+    chains = (_chain(_LASTING, what, ()) for what in _LASTING.priorities)
     peers = tuple(_peer_sets(policy))
     empty = _table(name, [*sets, *chains])
     flushes = [f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty)]
-    return "\n".join([empty, *flushes, "", _table(name, [*_sets(policy, peers), *_chains(policy, peers, None)])])
+    return "\n".join(
+        [empty, *flushes, "", _table(name, [*_sets(policy, peers), *_chains(_LASTING, policy, peers, None)])]
+    )
 
 
 def render_lasting_removal(run_id: str) -> str:
     """Return the text for `nft -f` that removes such a table, whether it is there or not."""
-    name = table_name(run_id)
+    name = f"{_LASTING.prefix}{run_id}"
     return f"table inet {name}\ndelete table inet {name}\n"
 
 
@@ -215,14 +231,14 @@ def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool = True
     return [f"\tset {name} {{", f"\t\ttype {kind}", *flags, *content, "\t}"]
 
 
-def _chains(policy: Policy, peers: Sequence[_PeerSet], log_group: int | None) -> Iterator[list[str]]:
+def _chains(place: _Place, policy: Policy, peers: Sequence[_PeerSet], log_group: int | None) -> Iterator[list[str]]:
     if policy.peers:
-        yield _chain("pass", _rules(policy.run_id, _passes(policy, peers)))
-    yield _chain("close", _rules(policy.run_id, _drops(log_group)))
+        yield _chain(place, "pass", _rules(policy.run_id, _passes(place, policy, peers)))
+    yield _chain(place, "close", _rules(policy.run_id, _drops(place, log_group)))
 
 
-def _chain(name: str, rules: Iterable[str]) -> list[str]:
-    return [f"\tchain {name} {{", f"\t\t{_hook(_PRIORITIES[name])}", *rules, "\t}"]
+def _chain(place: _Place, name: str, rules: Iterable[str]) -> list[str]:
+    return [f"\tchain {name} {{", f"\t\t{_hook(place.priorities[name])}", *rules, "\t}"]
 
 
 def _rules(run_id: str, rules: Iterable[str]) -> Iterator[str]:
@@ -233,16 +249,16 @@ def _hook(priority: int) -> str:
     return f"type filter hook input priority {priority}; policy accept;"
 
 
-def _passes(policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[str]:
+def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[str]:
     names = ", ".join(f'"{interface}"' for interface in policy.interfaces)
     entry = f"iifname {{ {names} }} " if names else ""
     for each in peers:
         family = "ip" if each.version == 4 else "ip6"
-        yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {TOKEN} accept"
+        yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {place.token} accept"
 
 
-def _drops(log_group: int | None) -> Iterator[str]:
-    yield f"meta priority {TOKEN} accept"
+def _drops(place: _Place, log_group: int | None) -> Iterator[str]:
+    yield f"meta priority {place.token} accept"
     yield 'iifname "lo" accept'
     if log_group is not None:
         limit = f"limit rate {LOGGED_A_SECOND}/second burst {LOGGED_A_SECOND} packets"
@@ -264,7 +280,7 @@ def _read_back(name: str, rendered: str) -> None:
     libnftables did report success for a table that it had made without its chains (see `render`). The kernel is asked
     directly: libnftables would read all elements of all sets, whatever it is to list.
     """
-    wanted = {chain: priority for chain, priority in _PRIORITIES.items() if _hook(priority) in rendered}
+    wanted = {chain: priority for chain, priority in _RUNS.priorities.items() if _hook(priority) in rendered}
     try:
         missing = [] if nf_tables.table_has_owner(nf_tables.INET, name) else [_OWNER]
         missing += [chain for chain, at in wanted.items() if nf_tables.priority_of(nf_tables.INET, name, chain) != at]

@@ -2,7 +2,9 @@
 
 The script itself is `by_hand.sh`, a file that shellcheck reads; here it is filled in. `up` and `down` do in shell what
 `iptables.py` and `nftables.py` do: what is installed is read from the rules, and a family changes in one transaction.
-So the script may be run twice, beside those of other jobs and beside securerun. Renders, and runs nothing.
+So the script may be run twice, beside those of other jobs and beside securerun. What it closes no run opens: its rules
+stand in a chain of their own (nft: a table, with a token of its own), to which what a run lets pass goes on. Renders,
+and runs nothing.
 """
 
 from __future__ import annotations
@@ -78,10 +80,11 @@ def _iptables(policy: Policy, command: str) -> dict[str, str]:
     return {
         "@ADVICE@": "install it, or make this script with --firewall nftables",
         "@RUN@": policy.run_id,
-        "@PASSES_OF_IPV4@": "\n".join(dispatcher.passes(policy, 4)),
-        "@PASSES_OF_IPV6@": "\n".join(dispatcher.passes(policy, 6)),
-        "@DROPS@": "\n".join(dispatcher.drops(policy, None)),
-        "@CHAIN@": dispatcher.CHAIN,
+        "@PASSES_OF_IPV4@": "\n".join(dispatcher.passes(policy, 4, chain=dispatcher.LASTING_CHAIN)),
+        "@PASSES_OF_IPV6@": "\n".join(dispatcher.passes(policy, 6, chain=dispatcher.LASTING_CHAIN)),
+        "@DROPS@": "\n".join(dispatcher.drops(policy, None, chain=dispatcher.LASTING_CHAIN)),
+        "@CHAIN@": dispatcher.LASTING_CHAIN,
+        "@RUNS@": dispatcher.CHAIN,
         "@JUMP@": dispatcher.JUMP,
         "@MADE_TABLE@": dispatcher.MADE_TABLE,
         "@MADE_CHAIN@": dispatcher.MADE_CHAIN,

@@ -110,7 +110,7 @@ def read_saved(text: str, version: int, ours: str) -> Iterator[InputChain]:
             policy = _POLICIES.get(word, UNKNOWN) if name == "INPUT" else policy
         elif line.startswith("-A "):
             words = _words(line)
-            if f"-j {ours}" not in line and len(words) > 1:
+            if not line.endswith(f"-j {ours}") and len(words) > 1:
                 chains.setdefault(words[1], []).append(_saved_rule(words[2:]))
     if "INPUT" in chains:
         tool = "iptables" if version == 4 else "ip6tables"

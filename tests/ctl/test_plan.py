@@ -12,13 +12,14 @@ from typing import Any
 
 import plans
 import pytest
-from checkout import COMMANDS, GROUND
+from checkout import COMMANDS
 from hosts import Host, Network, finish
 from probe import reach
 
 from securerun.ctl.plan import render
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
+from securerun.firewall.script import lasting_id
 from securerun.protection.plan import Plan
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
@@ -30,7 +31,8 @@ OTHER = 60016
 
 LISTEN = """
 import socket, sys
-both = dict(family=socket.AF_INET6, dualstack_ipv6=True)
+# Nobody accepts what the tests of a whole file connect.
+both = dict(family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
 listeners = [socket.create_server(("::", int(port)), **both) for port in sys.argv[1:]]
 print("listening", flush=True)
 sys.stdin.read()
@@ -44,6 +46,22 @@ owner = Nftables()
 owner.run(open(sys.argv[1]).read())
 print("loaded", flush=True)
 sys.stdin.read()
+"""
+
+
+# The port chains of a run, from the moment that it says so until the end of its input.
+HOLD = """
+import ipaddress, sys
+from securerun.firewall.backends import open_chains
+from securerun.firewall.policy import Policy, PortRange
+from securerun.linux.networks import collapse
+backend, run_id, *peers = sys.argv[1:]
+ports = (PortRange(29500, 29500, "master port"), PortRange(60000, 60015, "HCCL"))
+chains = open_chains(backend, run_id)
+chains.install(Policy(run_id, ports, collapse(map(ipaddress.ip_network, peers))), None)
+print("stands", flush=True)
+sys.stdin.read()
+chains.remove()
 """
 
 
@@ -123,6 +141,22 @@ class Script:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
 
 
+class Run:
+    """Port chains of a run of securerun, held by a process as a guard holds them."""
+
+    def __init__(self, host: Host, backend: str, *peers: str, run_id: str = plans.RUN) -> None:
+        self._host = host
+        self._words = (backend, run_id, *peers)
+        self._holder: subprocess.Popen[str] | None = None
+
+    def begin(self) -> None:
+        self._holder = start(self._host, HOLD, *self._words)
+
+    def end(self) -> None:
+        if self._holder is not None and self._holder.poll() is None:
+            assert finish(self._holder, text_input="").returncode == 0
+
+
 def snapshot(host: Host, backend: str) -> dict[str, str]:
     if backend == "legacy":  # a legacy table shows only after somebody has used it
         for tool in ("iptables-legacy", "ip6tables-legacy"):
@@ -187,25 +221,39 @@ def test_scripts_of_two_jobs_with_other_peers_and_a_common_port_agree(
     assert node.snapshot() == before
 
 
-def test_a_script_and_a_run_of_securerun_agree_whichever_ends_first(network: Network, tmp_path: Path) -> None:
-    node = network["node0"]
+@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("first", ["script", "run"])
+@pytest.mark.parametrize("first_to_end", ["script", "run"])
+def test_a_run_lets_nobody_in_whom_a_script_keeps_out_whichever_comes_or_ends_first(
+    network: Network, tmp_path: Path, backend: str, first: str, first_to_end: str
+) -> None:
+    """Who is a peer of both is let in, and the last of the two leaves the host as it was before both."""
+    node, peer, stranger = network
     before = node.snapshot()
-    script = Script(node, tmp_path / "ports.sh", plans.plan())
-    chains = [sys.executable, str(GROUND / "chains.py")]
-    for first_to_end in ("script", "run"):
-        script.up()
-        node.run([*chains, "install", plans.RUN, *network["stranger"].addresses], check=True)
-        assert reached(network, "node1") == reached(network, "stranger") == {*PLANNED, OTHER}
-        ends: dict[str, Callable[[], object]] = {
-            "script": script.down,
-            "run": lambda: node.run([*chains, "remove", plans.RUN], check=True),
+    both = (*peer.addresses, "10.77.0.9", "fd77::9")
+    script = Script(node, tmp_path / "ports.sh", plans.plan(firewall=backend))
+    # Whose id is the script's own would take its rules away if they were of one kind.
+    theirs = Run(node, backend, *stranger.addresses, run_id=lasting_id(plans.plan().policy))
+    for run in (Run(node, backend, *both), theirs):
+        names: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "script": (script.up, script.down),
+            "run": (run.begin, run.end),
         }
-        ends.pop(first_to_end)()
-        (other,) = ends.values()
-        assert reached(network, "stranger" if first_to_end == "script" else "node1") == {*PLANNED, OTHER}
-        assert reached(network, "node1" if first_to_end == "script" else "stranger") == {OTHER}
-        other()
-        assert node.snapshot() == before
+        with contextlib.ExitStack() as ending:
+            ending.callback(run.end)
+            for name in sorted(names, key=lambda name: name != first):
+                names[name][0]()
+            assert reached(network, "stranger") == {OTHER}
+            script.up()
+            assert reached(network, "node1") == ({*PLANNED, OTHER} if run is not theirs else {OTHER})
+            names.pop(first_to_end)[1]()
+            if first_to_end == "run":
+                assert_closed(network)
+            else:
+                assert reached(network, "stranger") == ({*PLANNED, OTHER} if run is theirs else {OTHER})
+            (last,) = names.values()
+            last[1]()
+            assert node.snapshot() == before
 
 
 def test_the_rules_of_others_stay_and_the_jump_comes_first_again(network: Network, tmp_path: Path) -> None:
@@ -235,7 +283,7 @@ def test_an_interface_and_accept_reach_the_rules(network: Network, tmp_path: Pat
     right = Script(node, tmp_path / "eth0.sh", plans.plan(interfaces=("lo", "eth0"), accept=True))
     right.up()
     assert_closed(network)
-    assert "-j ACCEPT" in node.run(["iptables", "-S", "SECURERUN"]).stdout
+    assert "-j ACCEPT" in node.run(["iptables", "-S", "SECURERUN-LASTING"]).stdout
     right.down()
     assert node.snapshot() == before
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import plans
 import pytest
 from attacking import Ground
 from cgroups import inside
-from conversation import order
-from hosts import Host
+from conversation import WAYS, order
+from hosts import Host, eventually
 from probe import reach
 
+from securerun.ctl.plan import render
+from securerun.firewall.script import lasting_id
 from securerun.linux.networks import collapse
 
 # 256 ports of which no two touch, 32 peers a family, 64 interfaces: what a guard takes of each.
@@ -32,6 +37,16 @@ def scattered(*others: str) -> list[str]:
     return [str(network) for network in collapse(map(ipaddress.ip_network, every))]
 
 
+@contextlib.contextmanager
+def listening(host: Host, *ports: int) -> Iterator[list[tuple[str, int]]]:
+    """Something listens on these ports of a host; yields where to connect to."""
+    with contextlib.ExitStack() as open_ones:
+        with inside(host):
+            for port in ports:
+                open_ones.enter_context(socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True))
+        yield [(address, port) for address in host.addresses for port in ports]
+
+
 # --- how many rules ---
 
 
@@ -48,15 +63,39 @@ def test_no_order_makes_more_than_a_few_rules(ground: Ground, interfaces: Sequen
     verdict = talk.hear_verdict()
     assert "guarding" in verdict, verdict
     assert max(rules_of(ground.node)) <= 72
-    targets = [(address, port) for address in ground.node.addresses for port in (20001, 20511)]
-    with inside(ground.node):
-        listeners = [
-            socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True) for port in (20001, 20511)
-        ]
-    try:
+    with listening(ground.node, 20001, 20511) as targets:
         assert reach(ground.peer, targets) == dict.fromkeys(targets, True)
         assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
-    finally:
-        for listener in listeners:
-            listener.close()
     talk.release()
+
+
+# --- what an administrator closed ---
+
+
+@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("chosen", ["of his own", "the script's"])
+def test_a_run_does_not_open_what_an_administrators_script_closes(
+    ground: Ground, tmp_path: Path, backend: str, chosen: str
+) -> None:
+    """Not by naming its ports and other peers, and not by taking the id under which the script's rules stand."""
+    plan = plans.plan(ground.peer.addresses, firewall=backend)
+    script = tmp_path / "ports.sh"
+    script.write_text(render(plan, "sh"))
+    run_id = None if chosen == "of his own" else lasting_id(plan.policy)
+    asked = order(run_id=run_id, ports=[29500, (60000, 60015)], peers=[ground.stranger.ipv4], scope="ports")
+    assert ground.node.run(["sh", script, "up"]).returncode == 0
+    try:
+        rules = ground.node.snapshot()
+        for way in WAYS:
+            talk = ground.talk(ground.alice, way)
+            talk.say(asked)
+            assert "guarding" in talk.hear_verdict()
+            with listening(ground.node, 60000) as targets:
+                assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
+            talk.release()
+            assert eventually(lambda: ground.node.snapshot() == rules)
+            with listening(ground.node, 60000) as targets:
+                assert reach(ground.peer, targets) == dict.fromkeys(targets, True)
+                assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
+    finally:
+        assert ground.node.run(["sh", script, "down"]).returncode == 0
