@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import PurePosixPath
 from typing import Callable, Protocol
@@ -29,6 +29,7 @@ _SLURM_TASK = re.compile(r"/job_[0-9]+/step_[^/]+/user/task_[^/]+$")
 # It stands in records and messages, whose texts are limited; the kernel takes names of any depth.
 _LONGEST_PATH = 2048
 _REMOVAL_INTERVAL_SECONDS = 0.005
+_FREEZING_SECONDS = 0.1
 
 
 class Moved(Protocol):
@@ -144,6 +145,25 @@ class JobCgroup:
                 raise
             processes.end(self.members(), signal.SIGKILL)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Have everything in it stand still in the block, what is being forked included.
+
+        Before kernel 5.2 nothing does. A process that waits for a device stands still only when it has its answer: that
+        is waited for no longer than a moment.
+        """
+        try:
+            _write(self.descriptor, "cgroup.freeze", "1")
+        except OSError:
+            yield
+            return
+        try:
+            self._wait_until_frozen()
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it was removed: then nothing is in it
+                _write(self.descriptor, "cgroup.freeze", "0")
+
     def remove(self) -> None:
         """Remove the cgroup, and the empty ones that the job made below it.
 
@@ -170,6 +190,12 @@ class JobCgroup:
     @property
     def _parent(self) -> int:
         return self._ancestors[-1]
+
+    def _wait_until_frozen(self) -> None:
+        deadline = time.monotonic() + _FREEZING_SECONDS
+        with contextlib.suppress(OSError):
+            while b"frozen 1" not in os.pread(self._events, 4096, 0) and time.monotonic() < deadline:
+                time.sleep(_REMOVAL_INTERVAL_SECONDS)
 
     def _become_valid(self) -> None:
         """Make it threaded below a threaded one: a new one is invalid until it is (cgroup-v2.rst, Threads).

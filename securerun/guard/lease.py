@@ -12,7 +12,7 @@ from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, merged
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory
-from securerun.guard.caller import Caller
+from securerun.guard.caller import ROOT, Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
@@ -20,6 +20,9 @@ from securerun.guard.records import Record
 from securerun.linux import proc, processes
 from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
+
+# The watch goes on in between.
+_KILL_SECONDS = 0.2
 
 
 class Lease:
@@ -40,6 +43,7 @@ class Lease:
         self.drops: DropLog | None = None
         self.notes: tuple[str, ...] = ()
         self.record = first_record(order, caller)
+        self._killed: frozenset[Process] = frozenset()
         self._job = JobProcesses(mark_of(order.policy.run_id), caller.user, [Process(caller.pid, caller.start)])
 
     @property
@@ -138,12 +142,24 @@ class Lease:
             return self._job.find()
         return self.cgroup.members()
 
+    def to_be_ended(self) -> frozenset[Process]:
+        """Return what runs of the job and may be ended for its user: root's, started by sudo, may not (kill(2))."""
+        return frozenset(process for process in self.processes() if processes.may_end(self.caller.user, process.pid))
+
     def kill(self) -> None:
-        """SIGKILL everything that is left of the job."""
-        if self.cgroup is not None:
+        """SIGKILL everything that is left of the job and may be ended for its user, as far as that is done in a moment.
+
+        Not by `cgroup.kill` where somebody else's may be among it: that asks nobody's leave.
+        """
+        if self.cgroup is not None and self.caller.user == ROOT:
             self.cgroup.kill()
-        else:
-            processes.end_all(self._job.find, 0.0)
+        left = processes.kill_all(self.to_be_ended, _KILL_SECONDS)
+        # What is left was born meanwhile, faster than one can look, or is stuck in the kernel, as it was the last time.
+        if self.cgroup is not None and left - self._killed:
+            with self.cgroup.frozen():
+                left = self.to_be_ended()
+                processes.end(left)
+        self._killed = left
 
     def release(self) -> None:
         """Remove every layer. The job's last process must have gone.

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 import select
-import signal
 import time
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
 from securerun.guard.documents import ProtocolError
+from securerun.guard.ending import Ending
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.protocol import Message, Peers, Release, Released
-from securerun.linux import processes
 from securerun.linux.nf_tables import Deletions
-from securerun.linux.processes import Process
 
 _NOTICE_SECONDS = 1.0
 # A list of peers takes the host's lock and up to 100,000 changes: of those that come meanwhile the newest counts.
@@ -35,8 +33,6 @@ _HEARD_CHAINS_SECONDS = 60.0
 _LOOK_FOR_PORTS_SECONDS = 5.0
 # A flush is many deletions, and another firewall's reload fills what it flushed.
 _SETTLE_SECONDS = 0.05
-# What a failed job leaves behind often ends by itself within this; torch_shm_manager then removes its files.
-_PATIENCE_SECONDS = 0.25
 _ENDING_SECONDS = 0.05
 # Behind a shield an uncovered listener is an exception; in scope `ports` each is open until it is seen.
 _EXPOSURE_SECONDS = 1.0
@@ -205,7 +201,7 @@ class Watch:
             self._poller.unregister(self._lease.caller.pidfd)
         self._notices.quiet = True
         if failed:
-            self._ending = Ending(self._lease)
+            self._ending = Ending(self._lease, self._speech.log)
             self._chores.append(Chore(_ENDING_SECONDS, lambda: None))
         self._attempt(lambda: self._lease.write(draining=True))
 
@@ -249,30 +245,3 @@ def _listen_for_deletions(lease: Lease) -> Deletions | None:
         return Deletions("filter", "INPUT", lease.policy.run_id)
     except OSError:
         return None
-
-
-class Ending:
-    """Ends what a failed job leaves behind: SIGTERM to each process, a grace period, then SIGKILL to all at once."""
-
-    def __init__(self, lease: Lease) -> None:
-        self._lease = lease
-        self._asked: set[Process] = set()
-        self._since: float | None = None
-
-    def go_on(self) -> None:
-        """Take the next step, as far as its time has come."""
-        # A failed launcher still writes its traceback; it is a part of the job, and not to be ended in the middle.
-        if not self._lease.caller.has_ended():
-            return
-        now = time.monotonic()
-        self._since = self._since or now
-        if now - self._since < _PATIENCE_SECONDS:
-            return
-        if now - self._since >= _PATIENCE_SECONDS + self._lease.order.grace:
-            self._lease.kill()
-            return
-        new = self._lease.processes() - self._asked
-        processes.end(new, signal.SIGTERM)
-        # A stopped process would keep the request until it is continued.
-        processes.end(new, signal.SIGCONT)
-        self._asked |= new

@@ -8,7 +8,8 @@ so it is a claim, not a proof. What that gets a hostile process:
   Only processes of the job's own user are asked, and whoever may set the variable there may end them anyway.
 - To deny the job it belongs to: it outlives the job, as it would without all this. Against that only a cgroup helps.
 
-So none is ended on behalf of a user who could not end that process (kill(2): the real user ids are equal, or root).
+So none is ended on behalf of a user who could not end that process (`may_end`): also not one that descends from the job
+or stands in its cgroup, such as what sudo started.
 """
 
 from __future__ import annotations
@@ -111,6 +112,21 @@ def started_with(variable: str, pids: Iterable[int]) -> set[int]:
     return found
 
 
+def may_end(user: int, pid: int) -> bool:
+    """Return whether to end a process for a user without privilege: by the rule of kill(2), and more narrowly.
+
+    One that is his and nobody else's, by its real, effective and saved user ids: sudo, which he may signal, passes the
+    signal on to what he may not. And who is in a user namespace of his, whatever he is in there (user_namespaces(7):
+    its owner has all capabilities in it).
+    """
+    if user == _ROOT:
+        return True
+    try:
+        return {*proc.status(pid).users[:3]} == {user} or user in proc.owners_of_user_namespaces(pid)
+    except OSError:
+        return False
+
+
 def signal(process: Process, number: int) -> bool:
     """Send a signal to this very process; return False when it has ended or may not be signalled."""
     if process.pid <= proc.INIT:
@@ -138,6 +154,11 @@ def end_all(find: Find, grace_seconds: float, kill_seconds: float = 5.0) -> froz
     if _ask_to_end(find, time.monotonic() + grace_seconds):
         return frozenset()
     return _kill(find, time.monotonic() + kill_seconds)
+
+
+def kill_all(find: Find, seconds: float) -> frozenset[Process]:
+    """SIGKILL what `find` finds until it finds none; return what is left after some seconds, as `end_all` does."""
+    return _kill(find, time.monotonic() + seconds)
 
 
 def _living() -> dict[int, Stat]:

@@ -21,7 +21,7 @@ from headless import HEADLESS
 from hosts import eventually, is_alive
 from process_table import name_of
 
-from securerun.linux import processes
+from securerun.linux import proc, processes
 from securerun.linux.processes import JobProcesses, Process
 
 USER = os.getuid()
@@ -258,6 +258,48 @@ def test_the_real_user_counts_not_the_effective_one(job: Job) -> None:
     assert processes.marked(job.mark, NOBODY) == {Process.of(pid)}
 
 
+# As rootless podman has it: other users out here, and the user's own namespace; one of them in another below that.
+IN_A_USER_NAMESPACE = f"""
+import ctypes, os, time
+unshare = ctypes.CDLL(None).unshare
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+unshare(0x10000000)
+print("made", flush=True)
+while not open("/proc/self/uid_map").read():
+    time.sleep(0.01)
+os.setresuid(0, 0, 0)
+if not os.fork():
+    os.setresuid(1, 1, 1)
+    unshare(0x10000000)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(0.5)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.usefixtures("root")
+def test_who_is_ended_for_a_user_is_his_alone_or_in_a_namespace_of_his(job: Job) -> None:
+    """Not what acts for another as well, as sudo does: it passes signals on."""
+    users = {"his": (NOBODY,) * 3, "acting": (NOBODY, 0, 0), "formerly": (NOBODY, NOBODY, 0), "roots": (0, 0, 0)}
+    found = {}
+    for name, ids in users.items():
+        found[name] = job.python(f"import os, time; os.setresuid{ids}; print('ready', flush=True); time.sleep(60)")
+        assert job.line() == "ready"
+    assert {name for name, pid in found.items() if processes.may_end(NOBODY, pid)} == {"his"}
+    assert all(processes.may_end(0, pid) for pid in found.values())
+    inside = job.python(IN_A_USER_NAMESPACE)
+    assert job.line() == "made"
+    Path(f"/proc/{inside}/uid_map").write_text("0 100000 2")
+    deeper = int(job.line())
+    assert int(job.line()) == inside
+    assert proc.real_user(inside) == 100_000 and proc.real_user(deeper) == 100_001
+    assert {user for user in (NOBODY, NOBODY - 1) if processes.may_end(user, inside)} == {NOBODY}
+    assert {user for user in (NOBODY, NOBODY - 1) if processes.may_end(user, deeper)} == {NOBODY}
+    assert not processes.may_end(NOBODY, 0x7FFFFFFF)
+
+
 @pytest.mark.usefixtures("root")
 def test_descendants_of_other_users_belong_to_a_job_of_root_alone(job: Job) -> None:
     script = f"""
@@ -320,7 +362,7 @@ def test_where_pidfds_are_refused_the_pid_serves(
 REUSE = """
 import os, signal, sys, time
 from pathlib import Path
-from securerun.linux import processes
+from securerun.linux import proc, processes
 def sleeper():
     pid = os.fork()
     if not pid:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from attacking import Ground, pid_taken
-from conversation import WAYS, guards, order
+from attacking import Ground, cgroup_of, pid_taken, program
+from conversation import WAYS, guards, log_of, order
 from hosts import eventually
-from users import RECORDS, delegated_cgroup
+from process_table import status_of
+from users import GUARD, RECORDS, delegated_cgroup
 
 # --- whom it moves ---
 
@@ -86,3 +90,62 @@ def test_pid_that_is_used_again_while_the_guard_waits_for_the_lock_is_not_moved(
         verdict = talk.hear_verdict()
         talk.hang_up()
         assert "ended before" in verdict["refused"]["message"], verdict
+
+
+# --- whom it ends ---
+
+
+def _running(ground: Ground, *commands: str) -> list[int]:
+    return [pid for pid, command in ground.machine.processes().items() if command in commands]
+
+
+@contextlib.contextmanager
+def failed_job(ground: Ground, way: str, commands: str) -> Iterator[None]:
+    """A job that starts these shell commands under guard, and fails."""
+    ground.machine.allow_sudo(f'{ground.alice.name} ALL=(root) NOPASSWD:NOSETENV: {GUARD} "", /bin/sleep 600')
+    talk = ground.talk(
+        ground.alice, way, apart=True, env={"BECOME": f"{commands}\nread now < go; exit 1"}, cwd=ground.alice.home
+    )
+    talk.say(order(grace=0.5))
+    assert "guarding" in talk.hear_verdict()
+    go = ground.machine.place(f"{ground.alice.home}/go")
+    os.mkfifo(go)
+    go.chmod(0o666)
+    os.kill(talk.pid, signal.SIGUSR1)
+    assert eventually(lambda: len(_running(ground, "/bin/sleep 600")) == 1)
+    go.write_text("now\n")
+    talk.process.wait(timeout=10)
+    yield
+    talk.hang_up()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_process_of_roots_in_a_failed_job_is_not_ended_for_its_user(ground: Ground, way: str) -> None:
+    """Nor asked to, nor is sudo, which started it; the layers stay until it ends by itself, and the log says so."""
+    commands = "sudo -n /bin/sleep 600 & sleep 601 & setsid sleep 601 & (trap '' TERM; sleep 602; sleep 602) &"
+    with failed_job(ground, way, commands):
+        assert eventually(lambda: "left alone" in log_of(ground.machine), seconds=10), log_of(ground.machine)
+        assert not _running(ground, "sleep 601", "sleep 602")
+        (roots,) = _running(ground, "/bin/sleep 600")
+        assert "securerun-" in cgroup_of(roots)
+        (line,) = [line for line in log_of(ground.machine).splitlines() if "left alone" in line]
+        assert str(roots) in line
+        assert len(guards(ground.machine)) == 1
+        assert not eventually(lambda: not _running(ground, "/bin/sleep 600"), seconds=1.5)
+        assert log_of(ground.machine).count("left alone") == 1
+        os.kill(roots, signal.SIGKILL)
+        assert eventually(lambda: not guards(ground.machine))
+
+
+# Forks and ends all the time: each is gone before anybody who has seen it can do something.
+_COMET = "import os\nwhile True:\n    if os.fork(): os._exit(0)"
+
+
+def test_processes_that_are_faster_than_the_look_are_ended_and_roots_beside_them_is_not(ground: Ground) -> None:
+    comet = shlex.join(program(_COMET))
+    with failed_job(ground, "sudo", f"sudo -n /bin/sleep 600 & {comet} & {comet} &"):
+        assert eventually(lambda: "left alone" in log_of(ground.machine), seconds=20), log_of(ground.machine)
+        assert not [command for command in ground.machine.processes().values() if "os.fork()" in command]
+        (roots,) = _running(ground, "/bin/sleep 600")
+        assert status_of(roots)["State"].startswith("S")
+        os.kill(roots, signal.SIGKILL)
