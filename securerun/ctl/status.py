@@ -1,6 +1,6 @@
 """securerunctl status: the runs of this host, as the records in /run/securerun tell. Reads, and changes nothing.
 
-The guard writes the counters into its run's record once a second; asking the shield itself instead would take off
+The guard writes the counters into its run's record every few seconds; asking the shield itself instead would take off
 a self-test under way (`shield.adopt`), so the record is what is shown.
 """
 

@@ -25,6 +25,12 @@ class PortChains(Protocol):
     name: str
     """The chain or table to look for in the kernel."""
 
+    def outlive(self, *, adopt: bool) -> None:
+        """Have the rules stay when this process is killed, before they are installed; only nftables' would go.
+
+        adopt: a dead guard of this very run may have left some. Raises PortChainsUnavailable where others have.
+        """
+
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install this run's rules, in place of those that it has already, and read them back.
 

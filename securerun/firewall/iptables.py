@@ -72,6 +72,9 @@ class IptablesChains:
         self._families = families()
         self._sets = RunSets(run_id)
 
+    def outlive(self, *, adopt: bool) -> None:
+        """Do nothing: such rules belong to no process."""
+
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
 

@@ -42,6 +42,9 @@ class LegacyChains:
         self._tables = filter_tables()
         self._sets = RunSets(run_id)
 
+    def outlive(self, *, adopt: bool) -> None:
+        """Do nothing: such rules belong to no process."""
+
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
 

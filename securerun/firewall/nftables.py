@@ -1,4 +1,7 @@
-"""Port chains as an nftables table a run, owned by the guard: the kernel deletes it when the guard dies.
+"""Port chains as an nftables table a run, which beside a shield its guard owns: the kernel deletes it with the guard.
+
+Without a shield it is all that closes the job's ports, so nobody owns it: it stays when the guard is killed, until
+another guard takes it over, or removes it by the run's record.
 
 `accept` ends only its own base chain, so what one run's table lets pass would still be dropped by another's that
 has the same port range and other peers. Each table therefore has two base chains on the way in: `pass`, in which
@@ -23,6 +26,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Callable
 
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.droplog import LOGGED_A_SECOND
@@ -68,8 +72,8 @@ def table_name(run_id: str) -> str:
     return f"{_RUNS.prefix}{run_id}"
 
 
-def render(policy: Policy, log_group: int | None) -> str:
-    """Return the text in nft's language that installs the policy.
+def render(policy: Policy, log_group: int | None, *, owned: bool = True) -> str:
+    """Return the text in nft's language that installs the policy. owned: whether the table goes with who makes it.
 
     `nft -f` would take it, but own it only while it runs.
 
@@ -78,8 +82,9 @@ def render(policy: Policy, log_group: int | None) -> str:
     """
     name = table_name(policy.run_id)
     peers = tuple(_peer_sets(policy))
-    blocks = [[f"\t{_OWNER}"], *_sets(policy, peers), *_chains(_RUNS, policy, peers, log_group)]
-    return f"create table inet {name} {{ {_OWNER}; {_comment(policy.run_id)}; }}\n{_table(name, blocks)}"
+    blocks = [*([[f"\t{_OWNER}"]] if owned else []), *_sets(policy, peers), *_chains(_RUNS, policy, peers, log_group)]
+    owner = f"{_OWNER}; " if owned else ""
+    return f"create table inet {name} {{ {owner}{_comment(policy.run_id)}; }}\n{_table(name, blocks)}"
 
 
 def render_lasting(policy: Policy) -> str:
@@ -120,10 +125,26 @@ def render_change(policy: Policy, log_group: int | None, standing: str) -> str:
     return "\n".join([*(f"flush {kind} inet {name} {what}" for kind, what in stood), content])
 
 
+def render_in_place(policy: Policy, log_group: int | None) -> str:
+    """Return the text that makes a run's table that nobody owns the policy's, whatever of it is there.
+
+    It is emptied and refilled in place, for the reason that `render_change` has. What is emptied must exist, so all
+    that such a table may hold is declared first.
+    """
+    name = table_name(policy.run_id)
+    every = [_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True)]
+    chains = (_chain(_RUNS, what, ()) for what in _RUNS.priorities)
+    empty = _table(name, [*_sets(replace(policy, ports=()), every), *chains])
+    flushes = (f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty))
+    _, _, content = render(policy, log_group, owned=False).partition("\n")
+    return "\n".join([empty, *flushes, content])
+
+
 class NftablesChains:
     """The port chains of one run in a table of their own (see `chains.PortChains`).
 
-    They live as long as this object in this process: after its death there is nothing to remove.
+    They live as long as this object in this process: after its death there is nothing to remove. Unless they are to
+    outlive it: then nobody owns the table, and whoever is permitted to can change it, or remove it.
     """
 
     backend = "nftables"
@@ -132,6 +153,14 @@ class NftablesChains:
         self.name = table_name(run_id)
         self._owner: Nftables | None = None
         self._standing = ""
+        self._outlives = False
+        self._adopts = False
+
+    def outlive(self, *, adopt: bool) -> None:
+        """Have no owner for the table; see `chains.PortChains`."""
+        if not adopt and _asked(nf_tables.table_exists, self.name):
+            raise PortChainsUnavailable(f"a table inet {self.name} exists already, and this run did not make it")
+        self._outlives, self._adopts = True, adopt
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install the table in one transaction, and read back that all of it stands.
@@ -141,10 +170,14 @@ class NftablesChains:
         """
         if policy.accept:
             raise PortChainsUnavailable(NO_ACCEPT)
-        rendered = render(policy, log_group)
+        rendered = render(policy, log_group, owned=not self._outlives)
         try:
             if self._owner is None:
-                self._owner = self._first(rendered)
+                first = render_in_place(policy, log_group) if self._adopts else rendered
+                self._owner = self._first(first, rendered)
+            elif self._outlives:
+                self._owner.run(render_in_place(policy, log_group))
+                _read_back(self.name, rendered)
             else:
                 self._owner.run(render_change(policy, log_group, self._standing))
                 _read_back(self.name, rendered)
@@ -153,36 +186,43 @@ class NftablesChains:
         self._standing = rendered
 
     def stand(self) -> bool:
-        """Whether the table is there. Nobody but its owner can change or flush it (kernel 5.12)."""
+        """Whether the table is there, and whole: nobody but its owner, if it has one, can change it (kernel 5.12)."""
+        if self._owner is None:
+            return False
         try:
-            return self._owner is not None and nf_tables.table_exists(nf_tables.INET, self.name)
-        except OSError as error:
-            raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
+            return not _missing(self.name, self._standing)
+        except NftablesError as error:
+            raise PortChainsUnavailable(str(error)) from error
 
     def remove(self) -> None:
-        """Remove the table. Without effect where it is not there.
+        """Remove the table, also one that a dead guard left. Without effect where it is not there.
 
         Raises PortChainsUnavailable when the tables cannot be read, or when another process holds the table.
         """
         owner, self._owner = self._owner, None
         if owner is not None:
             _delete(owner, self.name)
-        try:
-            remains = nf_tables.table_exists(nf_tables.INET, self.name)
-        except OSError as error:
-            raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
-        if remains:
+        if _asked(nf_tables.table_has_owner, self.name):
             raise PortChainsUnavailable(f"table inet {self.name} belongs to another process, which has to end first")
+        _asked(nf_tables.delete_table, self.name)
 
-    def _first(self, rendered: str) -> Nftables:
+    def _first(self, text: str, rendered: str) -> Nftables:
         owner = Nftables()
         try:
-            _create(owner, self.name, rendered)
+            _create(owner, self.name, text)
             _read_back(self.name, rendered)
         except NftablesError:
             owner.close()
             raise
         return owner
+
+
+def _asked(question: Callable[[int, str], bool], name: str) -> bool:
+    """Ask something of the table, or for it. Raises PortChainsUnavailable where the kernel cannot be asked."""
+    try:
+        return question(nf_tables.INET, name)
+    except OSError as error:
+        raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
 
 
 def _table(name: str, blocks: Iterable[Iterable[str]]) -> str:
@@ -277,26 +317,37 @@ def _comment(run_id: str) -> str:
 def _read_back(name: str, rendered: str) -> None:
     """Raise NftablesError unless owner flag, base chains and every rule stand in the kernel.
 
-    libnftables did report success for a table that it had made without its chains (see `render`). The kernel is asked
-    directly: libnftables would read all elements of all sets, whatever it is to list.
+    libnftables did report success for a table that it had made without its chains (see `render`).
+    """
+    missing = _missing(name, rendered)
+    if missing:
+        raise NftablesError(f"libnftables reported success, but table inet {name} lacks {', '.join(missing)}")
+
+
+def _missing(name: str, rendered: str) -> list[str]:
+    """Return what of a table, rendered like this, does not stand in the kernel. Raises NftablesError.
+
+    The kernel is asked directly: libnftables would read all elements of all sets, whatever it is to list.
     """
     wanted = {chain: priority for chain, priority in _RUNS.priorities.items() if _hook(priority) in rendered}
     try:
-        missing = [] if nf_tables.table_has_owner(nf_tables.INET, name) else [_OWNER]
+        owned = nf_tables.table_has_owner(nf_tables.INET, name)
+        missing = [_OWNER] if _OWNER in rendered and not owned else []
         missing += [chain for chain, at in wanted.items() if nf_tables.priority_of(nf_tables.INET, name, chain) != at]
         # Each rule carries the comment that names the run, and so does the table.
         if nf_tables.count_rules(nf_tables.INET, name, _RUN_IN_COMMENT) != rendered.count(_COMMENTED) - 1:
             missing.append("rules")
     except OSError as error:
         raise NftablesError(f"nf_tables cannot be asked: {error.strerror}") from error
-    if missing:
-        raise NftablesError(f"libnftables reported success, but table inet {name} lacks {', '.join(missing)}")
+    return missing
 
 
-def _create(owner: Nftables, name: str, rendered: str) -> None:
+def _create(owner: Nftables, name: str, text: str) -> None:
     try:
-        owner.run(rendered)
+        owner.run(text)
     except NftablesError as error:
+        if _OWNER not in text:
+            raise
         raise NftablesError(_reason(owner, name, error)) from error
 
 

@@ -138,7 +138,8 @@ def _take_over(lease: Lease, found: Record) -> None:
     )
     if not lease.order.adopt or found.guard_lives or not same_job:
         raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
-    lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started)
+    # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
+    lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)
 
 
 def _add_shield(lease: Lease, undo: ExitStack) -> None:
@@ -180,6 +181,9 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     cgroup = lease.cgroup
     if cgroup is None:
         return
+    if lease.record.is_bare:
+        # Proven to be none when nothing was in the cgroup; now nothing can be proven, nor hung before the job is there.
+        raise ShieldUnavailable("the guard before this one had none", Obstacle.NOTHING_THERE)
     if lease.order.adopt:
         with contextlib.suppress(ShieldUnavailable):
             lease.shield = shield.adopt(cgroup.descriptor)
@@ -227,6 +231,8 @@ def _add_chains(lease: Lease) -> None:
     try:
         with run_directory.host_lock() as directory:
             chains = _choose(order, lease.caller, directory)
+            if lease.shield is None:
+                chains.outlive(adopt=_layer(chains) in lease.record.layers)
             lease.record = dataclasses.replace(lease.record, layers=(*lease.guarding.layers, _layer(chains)))
             run_directory.write(directory, lease.record)
             lease.chains = chains

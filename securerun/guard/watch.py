@@ -238,10 +238,12 @@ class Watch:
 
 
 def _listen_for_deletions(lease: Lease) -> Deletions | None:
-    """Listen where rules tell of their deletion: iptables-nft's do, legacy tables' do not, an owned table is safe."""
-    if lease.chains is None or lease.chains.backend != "iptables":
+    """Listen where rules tell of their deletion: those of nf_tables do, but an owned table is safe."""
+    chains = lease.chains
+    if chains is None or chains.backend == "legacy" or (chains.backend == "nftables" and lease.shield is not None):
         return None
+    table, chain = ("filter", "INPUT") if chains.backend == "iptables" else (chains.name, "close")
     try:
-        return Deletions("filter", "INPUT", lease.policy.run_id)
+        return Deletions(table, chain, lease.policy.run_id)
     except OSError:
         return None

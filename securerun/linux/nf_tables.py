@@ -126,6 +126,11 @@ def delete_empty_table(family: int, table: str) -> bool:
     return _delete(_DELETE_TABLE, family, text(_TABLE_NAME, table))
 
 
+def delete_table(family: int, table: str) -> bool:
+    """Delete a table with all that is in it. Returns False when it is gone. Raises OSError for anything else."""
+    return _delete(_DELETE_TABLE, family, text(_TABLE_NAME, table), with_content=True)
+
+
 class Deletions:
     """Hears when a table of a name, one of its chains, or one of its rules that interest us is deleted.
 
@@ -192,8 +197,9 @@ def _dump(question: bytes, wanted: int) -> list[bytes]:
         return channel.listed(question, wanted)
 
 
-def _delete(kind: int, family: int, name: bytes) -> bool:
-    deletion = request(kind, family, name, netlink.ACKNOWLEDGE | netlink.NOT_RECURSIVE)
+def _delete(kind: int, family: int, name: bytes, *, with_content: bool = False) -> bool:
+    how = 0 if with_content else netlink.NOT_RECURSIVE
+    deletion = request(kind, family, name, netlink.ACKNOWLEDGE | how)
     with open_channel() as channel:
         try:
             channel.order(transaction(NF_TABLES, deletion))

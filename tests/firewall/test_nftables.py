@@ -28,6 +28,7 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.nftables import TOKEN, NftablesChains, render, table_name
 from securerun.firewall.policy import Policy, PortRange
+from securerun.linux import nf_tables
 from securerun.linux.networks import collapse
 
 RUN, OTHER_RUN = "0123456789ab", "ba9876543210"
@@ -678,3 +679,33 @@ def refusal_of(chains: NftablesChains) -> str:
         chains.install(policy(), None)
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+def test_a_table_that_is_to_outlive_its_maker_is_whole_again_whatever_happened_to_it(node: Host) -> None:
+    """Killed, flushed, or half deleted: it is found wanting, refilled in place, and removed by who did not make it."""
+    with inside(node):
+        before = node.snapshot()
+        first = NftablesChains(RUN)
+        first.outlive(adopt=False)
+        first.install(policy("10.77.0.2", "fd77::/64"), None)
+        assert not nf_tables.table_has_owner(nf_tables.INET, TABLE)
+        with pytest.raises(PortChainsUnavailable, match="exists already"):
+            NftablesChains(RUN).outlive(adopt=False)
+        for harm in (
+            ["flush", "ruleset"],
+            ["flush", "chain", "inet", TABLE, "close"],
+            ["delete", "table", "inet", TABLE],
+        ):
+            assert first.stand()
+            subprocess.run(["nft", *harm], check=True)
+            assert not first.stand()
+            first.install(policy("10.77.0.3"), LOG_GROUP)
+        whole = node.snapshot()
+        second = NftablesChains(RUN)
+        second.outlive(adopt=True)
+        second.install(policy("10.77.0.3"), LOG_GROUP)
+        assert second.stand()
+        assert node.snapshot() == whole
+        NftablesChains(RUN).remove()
+        NftablesChains(RUN).remove()
+        assert node.snapshot() == before

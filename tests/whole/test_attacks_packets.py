@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +17,8 @@ import pytest
 from attacking import Ground
 from checkout import COMMANDS
 from conversation import WAYS, Conversation, guards, log_of, order
-from hosts import Host, Network, eventually, finish
+from hosts import RECORDS, Host, Network, eventually, finish, is_alive
+from probe import listening
 
 EXEC = (str(COMMANDS / "securerunctl"), "exec")
 PLANNED = range(60000, 60016)
@@ -194,3 +197,56 @@ def test_messages_without_end_change_peers_once_a_second_and_are_written_down_a_
     assert eventually(lambda: ground.stranger.ipv4 in str(ground.node.snapshot()), seconds=5)
     assert log_of(ground.machine).count("peer networks now") < 10
     talk.release()
+
+
+def recorded(field: str) -> int:
+    """A number in the record of the one run that there is."""
+    (record,) = RECORDS.glob("*.json")
+    return int(json.loads(record.read_text())[field])
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+def test_stranger_gets_to_no_planned_port_while_guards_are_killed_in_scope_ports(
+    network: Network, backend: str
+) -> None:
+    node, _, stranger = network
+    before = node.snapshot()
+    guards_killed: list[int] = []
+    with job(node, "--scope", "ports", "--firewall", backend) as process:
+        listen(process, PLANNED[0])
+        with knocked(stranger, node.ipv4, PLANNED[0]) as by_ipv4, knocked(stranger, node.ipv6, PLANNED[0]) as by_ipv6:
+            for _ in range(3):
+                guards_killed.append(recorded("guard"))
+                os.kill(guards_killed[-1], signal.SIGKILL)
+                assert eventually(lambda: recorded("guard") not in guards_killed, seconds=10)
+                time.sleep(0.5)
+        done = finish(process, text_input="")
+    assert (done.returncode, by_ipv4, by_ipv6) == (0, [], []), done
+    assert eventually(lambda: node.snapshot() == before, seconds=5)
+
+
+@pytest.mark.parametrize("cleaner", ["clean", "next run"])
+def test_rules_without_a_guard_close_the_ports_until_somebody_cleans_up(network: Network, cleaner: str) -> None:
+    """Launcher and guard are killed; who listens lives on for a while."""
+    node, _, stranger = network
+    before = node.snapshot()
+    with job(node, "--scope", "ports", "--firewall", "nftables") as process:
+        listen(process, PLANNED[0])
+        guard = recorded("guard")
+        with knocked(stranger, node.ipv4, PLANNED[0]) as answered:
+            os.kill(guard, signal.SIGSTOP)
+            process.kill()
+            os.kill(guard, signal.SIGKILL)
+            assert eventually(lambda: not is_alive(guard))
+            time.sleep(1)
+    assert answered == []
+    assert "securerun-" in str(node.snapshot())
+    assert process.stdin is not None
+    process.stdin.close()  # with which the job's own process ends
+    assert eventually(lambda: not {port for _, port in listening(node)}.intersection(PLANNED))
+    commands = {
+        "clean": [str(COMMANDS / "securerunctl"), "clean"],
+        "next run": [*EXEC, "--ports", "7000", "--peers", "10.99.0.1", "--", "true"],
+    }
+    assert node.run(commands[cleaner]).returncode == 0
+    assert eventually(lambda: node.snapshot() == before, seconds=5)
