@@ -24,8 +24,10 @@ from securerun.guard.protocol import Order
 from securerun.linux import packages, trust
 from securerun.linux.networks import Network
 
-# A network wider than these is half the world rather than the nodes of a job.
+# Peers of more addresses than such a network has are half the world rather than the nodes of a job; and 3,200 networks,
+# none of them wider, are all of IPv4 but 128 addresses.
 _WIDEST = {4: 8, 6: 16}
+_BITS = {4: 32, 6: 128}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class SitePolicy:
 
     users: ids of those who may have a guard; groups: ids whose members may. Both None: whoever the way to the guard
     lets through (sudoers, the socket's mode). ports: first and last TCP ports that may be named; ports_per_run: how
-    many of them. peers: the networks that named peers must lie in; None: any, but none wider than /8 or /16 (IPv6).
+    many of them. peers: the networks that named peers must lie in; None: any, but in sum no
+    more addresses than a /8 or /16 (IPv6) has.
     peers_per_run: how many networks, after those that make up one have been joined.
     accept: whether peers may be let past the host's own rules. runs_per_user: how many runs at once.
     """
@@ -100,16 +103,25 @@ def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) ->
             f"{len(policy.peers)} networks are more than the {site.peers_per_run} that a run may name here; name "
             f"larger ones, or ask your administrator (peers_per_run in {LIMITS_FILE})"
         )
+    if site.peers is None:
+        _require_few_addresses(policy)
+        return
     for network in policy.peers:
-        if site.peers is None:
-            if network.prefixlen < _WIDEST[network.version]:
-                raise PolicyError(
-                    f"{network} is wider than /{_WIDEST[network.version]}; name the job's nodes, or ask your "
-                    f"administrator to allow it (peers in {LIMITS_FILE})"
-                )
-        elif not _is_within(network, site.peers):
+        if not _is_within(network, site.peers):
             allowed = ", ".join(map(str, site.peers))
             raise PolicyError(f"{network} may not be named a peer; this host allows {allowed} ({LIMITS_FILE})")
+
+
+def _require_few_addresses(policy: Policy) -> None:
+    """Raise PolicyError for peers that have, in sum, more addresses of a family than the widest network."""
+    for version, widest in _WIDEST.items():
+        peers = policy.peers_of(version)
+        if sum(network.num_addresses for network in peers) > 2 ** (_BITS[version] - widest):
+            largest = min(peers, key=lambda network: network.prefixlen)
+            raise PolicyError(
+                f"{len(peers)} networks such as {largest} have more addresses in sum than a /{widest} of IPv{version}; "
+                f"name the job's nodes, or ask your administrator to allow it (peers in {LIMITS_FILE})"
+            )
 
 
 def _require_user(site: SitePolicy, caller: Caller) -> None:

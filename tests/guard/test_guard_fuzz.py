@@ -80,11 +80,13 @@ def is_permitted(document: Any) -> bool:  # noqa: ANN401 - anything at all
     """Whether an ordinary user may have this order where the site says nothing else."""
     policy = document["order"]["policy"]
     ports = {number for port in policy["ports"] for number in range(port["first"], port["last"] + 1)}
-    widest = {4: 8, 6: 16}
+    peers = [ipaddress.ip_network(peer) for peer in policy["peers"]]
+    addresses = {version: sum(peer.num_addresses for peer in peers if peer.version == version) for version in (4, 6)}
     return (
         all(number >= 1024 for number in ports)
         and len(ports) <= 256
-        and all(network.prefixlen >= widest[network.version] for network in map(ipaddress.ip_network, policy["peers"]))
+        and addresses[4] <= 2**24
+        and addresses[6] <= 2**112
         and not policy["accept"]
     )
 

@@ -18,7 +18,7 @@ from probe import reach
 
 from securerun.ctl.plan import render
 from securerun.firewall.script import lasting_id
-from securerun.linux.networks import collapse
+from securerun.linux.networks import Network, collapse
 
 # 256 ports of which no two touch, 32 peers a family, 64 interfaces: what a guard takes of each.
 _ODD_PORTS = range(20001, 20513, 2)
@@ -99,3 +99,39 @@ def test_a_run_does_not_open_what_an_administrators_script_closes(
                 assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
     finally:
         assert ground.node.run(["sh", script, "down"]).returncode == 0
+
+
+# --- whom it names ---
+
+
+def all_but_one_of_each(world: str, length: int) -> list[str]:
+    """The whole world but one address of each network of a length, so that no two halves of one can be joined."""
+    networks: list[Network] = []
+    for network in ipaddress.ip_network(world).subnets(new_prefix=length):
+        networks += network.address_exclude(ipaddress.ip_network(network.network_address))  # type: ignore[arg-type]
+    return [str(each) for each in collapse(networks)]
+
+
+_FULL4, _FULL6 = ["10.0.0.0/8"], ["fc00::/16"]
+_TOO_MANY = {
+    "all but 128 addresses": all_but_one_of_each("0.0.0.0/0", 7),
+    "two of the widest": ["10.0.0.0/8", "12.0.0.0/8"],
+    "one more than the widest": [*_FULL4, "11.0.0.0/32"],
+    "halves of many": [f"{first}.0.0.0/9" for first in range(1, 200)],
+    "two of the widest of IPv6": ["fc00::/16", "fe00::/16"],
+    "one more of IPv6": [*_FULL6, "fd00::/128"],
+    "halves of many of IPv6": [f"fc{number:02x}::/17" for number in range(1, 200)],
+}
+
+
+@pytest.mark.parametrize("kind", _TOO_MANY)
+def test_no_sum_of_networks_is_the_whole_world(ground: Ground, kind: str) -> None:
+    """Neither in the order nor, later, in a message that changes the peers."""
+    peers = _TOO_MANY[kind]
+    assert "in sum" in ground.refusal(ground.alice, order(peers=peers))
+    talk = ground.talk(ground.alice, "socket")
+    talk.say(order(peers=[*_FULL4, *_FULL6]))
+    assert "guarding" in talk.hear_verdict()
+    talk.say({"peers": {"networks": peers}})
+    assert "in sum" in str(talk.hear()["notice"])
+    talk.release()
