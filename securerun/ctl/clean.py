@@ -15,7 +15,6 @@ from securerun.text import printable
 
 # Tables of nftables go with the guard that owns them.
 _OUTLIVING = ("iptables", "legacy")
-_PIDS_NAMED = 8
 
 
 def clean_host(*, dry_run: bool) -> int:
@@ -79,17 +78,16 @@ def _left_of(run: Abandoned) -> Iterator[str]:
         yield from (f"rules in {layer.backend}" for layer in record.layers if layer.backend in _OUTLIVING)
         if record.reserved:
             yield "reserved ports"
-    if run.processes is not None:
+    if run.has_cgroup:
         yield f"cgroup {record.cgroup}"
     yield "its record"
 
 
 def _obstacle(run: Abandoned) -> str:
     """Return why a run whose launcher and guard are gone cannot be cleaned up after from here."""
-    record, processes = run.record, sorted(run.processes or ())
-    if processes:
-        pids = " ".join(map(str, processes[:_PIDS_NAMED])) + (" ..." if len(processes) > _PIDS_NAMED else "")
-        return f"{_named(record)} has no guard, but processes of it still run ({pids}); end them, then clean again"
+    record = run.record
+    if run.runs:
+        return f"{_named(record)} has no guard, but {run.runs}; end that, then clean again"
     return (
         f"{_named(record)} has rules in another network namespace, {record.network} (`lsns -t net` lists them); "
         "run securerunctl clean in there"

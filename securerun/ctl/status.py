@@ -125,7 +125,7 @@ def state(record: Record) -> str:
     that ended well left running is waited for, what a failed one left is ended (`securerun.guard.watch`, which writes
     it into the record).
     stale: the guard is gone, whatever the job does. A launcher that still runs starts another guard, which adopts the
-    lease; without one, the next run on the host or `securerunctl clean` reaps it once no process is left in its cgroup.
+    lease; without one, the next run on the host or `securerunctl clean` reaps it once no process of it is left.
     """
     if not record.guard_lives:
         return "stale"
@@ -163,7 +163,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _details(record: Record) -> Iterator[tuple[str, str]]:
     if state(record) == "stale":
-        yield "guard", f"process {record.guard} is gone; try `securerunctl clean`"
+        yield "guard", _without_guard(record)
     for layer in record.layers:
         yield "closed by", str(layer)
     if record.policy.ports:
@@ -174,6 +174,14 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
         yield "blocked", f"{denial.source} → {port}, packets: {denial.packets}"
     if len(record.denied) > _NAMED:
         yield "blocked", f"and {len(record.denied) - _NAMED} more pairs of source and port"
+
+
+def _without_guard(record: Record) -> str:
+    gone = f"process {record.guard} is gone"
+    running = sorted(records.processes_of(record)) if record.is_abandoned else []
+    if not running:
+        return f"{gone}; try `securerunctl clean`"
+    return f"{gone}, and processes of the job still run ({_some(list(map(str, running)), ' ')}); end them, then clean"
 
 
 def _open_to(policy: Policy) -> str:

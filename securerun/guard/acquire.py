@@ -86,7 +86,7 @@ def _require_sight_of_listeners() -> None:
 def _begin(lease: Lease) -> None:
     """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
     with run_directory.recording() as directory:
-        lease.notes += tuple(reaper.reap_all(directory))
+        lease.notes += tuple(reaper.reap_all(directory, lease.caller.user))
         known = records.read_all(directory)
         own = next((record for record in known if record.run_id == lease.policy.run_id), None)
         if own is not None:

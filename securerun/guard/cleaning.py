@@ -15,12 +15,14 @@ from securerun.guard.records import Record
 class Abandoned:
     """A run whose launcher and guard are gone.
 
-    processes: what runs in its cgroup; None where it has none any more. is_dead: whether what it left may be removed
-    from here. failure: why that did not succeed, None where it did, or was not tried.
+    runs: what of it still runs, in words, "" where nothing does. has_cgroup: whether its cgroup is there. is_dead:
+    whether what it left may be removed from here. failure: why that did not succeed, None where it did, or was not
+    tried.
     """
 
     record: Record
-    processes: frozenset[int] | None
+    runs: str
+    has_cgroup: bool
     is_dead: bool
     failure: str | None
 
@@ -57,15 +59,15 @@ def _cleaned(directory: int, *, dry_run: bool) -> Remains:
 
 
 def _reaped(directory: int, record: Record, *, dry_run: bool) -> Abandoned:
-    processes = _processes(record)
-    is_dead = reaper.may_reap(record)
+    runs, has_cgroup = reaper.what_runs(record), _has_cgroup(record)
+    is_dead = not runs and reaper.may_reap(record)
     failure = None
     if is_dead and not dry_run:
         try:
             reaper.reap(directory, record)
         except (*reaper.OBSTACLES, OSError) as error:
             failure = str(error)
-    return Abandoned(record, processes, is_dead, failure)
+    return Abandoned(record, runs, has_cgroup, is_dead, failure)
 
 
 def _partial_files(directory: int) -> tuple[str, ...]:
@@ -74,11 +76,8 @@ def _partial_files(directory: int) -> tuple[str, ...]:
     return tuple(name for name in names if not stat.S_ISDIR(os.lstat(name, dir_fd=directory).st_mode))
 
 
-def _processes(record: Record) -> frozenset[int] | None:
+def _has_cgroup(record: Record) -> bool:
     cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
-    if cgroup is None:
-        return None
-    try:
-        return frozenset(cgroup.processes())
-    finally:
+    if cgroup is not None:
         cgroup.close()
+    return cgroup is not None

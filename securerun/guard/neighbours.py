@@ -78,12 +78,14 @@ def _require_harmless_peers(run: Record, found: Iterable[Record]) -> None:
 
 
 def _neighbours(run: Record, known: Iterable[Record]) -> list[Record]:
-    """Return the live runs of other users in this network that have ports of ours in their plans."""
+    """Return the runs of other users in this network that have ports of ours in their plans.
+
+    Also those whose guard is gone: another may be about to take over, and processes may be left.
+    """
     return [
         record
         for record in known
         if record.user != run.user
-        and record.guard_lives
         and record.network == run.network
         and any(
             ours.first <= theirs.last and theirs.first <= ours.last

@@ -1,32 +1,46 @@
 """Remove what dead runs left, and only that.
 
 A run is dead when its launcher and its guard are both gone, by pid and start time, or belong to another boot, and no
-process is left in its cgroup. A guard that died alone is replaced by its launcher; a launcher that died alone is
-cleaned up after by its guard.
+process of it is left: in its cgroup, with its id in the environment, or, where it has no shield, on a port of its plan.
+What has processes left, and nobody to look after them, stays as it is until they end. A guard that died alone is
+replaced by its launcher; a launcher that died alone is cleaned up after by its guard.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from securerun.firewall.backends import NAMES, open_chains
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import records, reserved, run_directory
+from securerun.guard.caller import ROOT
 from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
-from securerun.linux import proc
+from securerun.linux import proc, sock_diag
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.port_ranges import ReservationUnavailable
+from securerun.linux.sock_diag import SocketsUnavailable
 
 # What stands in the way of reaping, but for the disk.
 OBSTACLES = (PortChainsUnavailable, ReservationUnavailable, CgroupUnavailable)
 
+_PIDS_NAMED = 8
 
-def reap_all(directory: int) -> Iterator[str]:
-    """Reap every dead run and yield a line for each that could not be reaped. The caller holds the host's lock."""
+
+def reap_all(directory: int, user: int) -> Iterator[str]:
+    """Reap every dead run and yield a line for each that could not be reaped, and for the user's own that still runs.
+
+    The caller holds the host's lock.
+    """
     run_directory.remove_partial(directory)
     for record in records.read_all(directory):
-        if not may_reap(record):
+        if not record.is_abandoned:
+            continue
+        left = what_runs(record)
+        if left and user in (ROOT, record.user):
+            yield f"run {record.run_id} has no guard, and {left}; what closes its ports stays until that ends"
+        if left or not _is_within_reach(record):
             continue
         try:
             reap(directory, record)
@@ -36,7 +50,7 @@ def reap_all(directory: int) -> Iterator[str]:
 
 def may_reap(record: Record) -> bool:
     """Return whether a run is dead, and what it left can be removed from here. The caller holds the host's lock."""
-    return _is_dead(record) and _is_within_reach(record)
+    return record.is_abandoned and not what_runs(record) and _is_within_reach(record)
 
 
 def reap(directory: int, record: Record) -> None:
@@ -59,17 +73,31 @@ def reap(directory: int, record: Record) -> None:
     run_directory.remove(directory, record.run_id)
 
 
-def _is_dead(record: Record) -> bool:
-    if not record.is_abandoned:
-        return False
-    if record.boot_id != proc.boot_id() or not record.cgroup:
-        return True
-    cgroup = open_job_cgroup(record.cgroup)
-    if cgroup is None:
-        return True
-    populated = cgroup.populated()
-    cgroup.close()
-    return not populated
+def what_runs(record: Record) -> str:
+    """Return, in words, what is left running of a run whose launcher and guard are gone; "" when nothing is."""
+    if record.boot_id != proc.boot_id():
+        return ""
+    pids = sorted(records.processes_of(record))
+    if pids:
+        listed = " ".join(map(str, pids[:_PIDS_NAMED])) + (" ..." if len(pids) > _PIDS_NAMED else "")
+        return f"processes of it still run ({listed})"
+    cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
+    if cgroup is not None:
+        populated = cgroup.populated()
+        cgroup.close()
+        if populated:
+            return "processes of it still run"
+    port = _port_in_use(record) if record.is_bare and record.stands_here else None
+    return "" if port is None else f"user {record.user} still listens on port {port} of it"
+
+
+def _port_in_use(record: Record) -> int | None:
+    """Return a port of the run's on which its user listens: a process may have written over its environment."""
+    with contextlib.suppress(SocketsUnavailable):
+        for listener in sock_diag.listeners():
+            if listener.user == record.user and any(listener.port in ports for ports in record.policy.ports):
+                return listener.port
+    return None
 
 
 def _is_within_reach(record: Record) -> bool:

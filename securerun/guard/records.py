@@ -28,7 +28,8 @@ from securerun.guard.documents import (
     read_layer,
     read_policy,
 )
-from securerun.linux import proc
+from securerun.guard.protocol import mark_of
+from securerun.linux import cgroups, proc, processes
 
 DIRECTORY = Path("/run/securerun")
 _RECORD_NAME = re.compile(rf"{RUN_ID.pattern}\.json")
@@ -127,6 +128,20 @@ _PLAIN: dict[str, type] = {
     "cgroup": str,
     "draining": bool,
 }
+
+
+def processes_of(record: Record) -> frozenset[int]:
+    """Return what runs of a run that nobody looks after: in its cgroup, and with its id in the environment.
+
+    A launcher that could not be moved there, or a process that was moved out, is in no cgroup of the run's.
+    """
+    found: set[int] = set()
+    if record.boot_id != proc.boot_id():
+        return frozenset()
+    if record.cgroup:
+        with contextlib.suppress(OSError):
+            found |= cgroups.processes_of(record.cgroup)
+    return processes.claimants(mark_of(record.run_id), record.user) | found
 
 
 def read_all(directory: int) -> tuple[Record, ...]:

@@ -112,6 +112,16 @@ def started_with(variable: str, pids: Iterable[int]) -> set[int]:
     return found
 
 
+def claimants(variable: str, user: int) -> frozenset[int]:
+    """Return the processes with this real user id that may have been started with this `NAME=value`, in one look.
+
+    Who is in the middle of execve(2), and does not show an environment yet, is among them: to be asked where nobody may
+    wait, and where one too many does no harm.
+    """
+    pids = (pid for pid in proc.pids() if pid != os.getpid() and proc.real_user(pid) == user)
+    return frozenset(pid for pid in pids if _shows(variable.encode(), pid) is not False)
+
+
 def may_end(user: int, pid: int) -> bool:
     """Return whether to end a process for a user without privilege: by the rule of kill(2), and more narrowly.
 

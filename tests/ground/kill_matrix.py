@@ -76,7 +76,7 @@ _INSTALL_SECONDS, _RESTART_SECONDS, _RELEASE_SECONDS = 0.15, 0.1, 0.01
 _REAP = (
     "from securerun.guard import reaper, run_directory\n"
     "with run_directory.host_lock() as directory:\n"
-    "    print(*reaper.reap_all(directory), sep='\\n')"
+    "    print(*reaper.reap_all(directory, 0), sep='\\n')"
 )
 
 

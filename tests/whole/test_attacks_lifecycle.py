@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from attacking import Ground, cgroup_of, pid_taken, program
+from checkout import COMMANDS
 from conversation import WAYS, guards, log_of, order
-from hosts import eventually
-from process_table import status_of
+from hosts import eventually, is_alive
+from probe import reach
+from process_table import name_of, status_of
 from users import GUARD, RECORDS, delegated_cgroup
 
 # --- whom it moves ---
@@ -149,3 +151,59 @@ def test_processes_that_are_faster_than_the_look_are_ended_and_roots_beside_them
         (roots,) = _running(ground, "/bin/sleep 600")
         assert status_of(roots)["State"].startswith("S")
         os.kill(roots, signal.SIGKILL)
+
+
+# --- whom it reaps ---
+
+_SERVER = """
+import socket, time
+with socket.create_server(("", 29500)) as server:
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("environment", ["with its id", "wiped"])
+@pytest.mark.parametrize("cgroup", ["none", "another"])
+def test_run_whose_launcher_and_guard_are_killed_is_not_reaped_while_its_workers_live(
+    ground: Ground, cgroup: str, environment: str
+) -> None:
+    """By the next run of anybody, where no cgroup tells that they live; it goes when they have ended."""
+    worker = shlex.join(["env", "-i", *program(_SERVER)] if environment == "wiped" else program(_SERVER))
+    target = (ground.node.ipv4, 29500)
+    document = order(scope="ports")
+    run_id = document["order"]["policy"]["run_id"]
+    with delegated_cgroup(ground.alice) as own:
+        if cgroup == "none":
+            (own.path / "cgroup.max.descendants").write_text("0")
+        talk = ground.talk(
+            ground.alice,
+            "socket",
+            apart=True,
+            cgroup=own,
+            env={"SECURERUN_RUN_ID": run_id, "BECOME": f"{worker} & wait"},
+        )
+        talk.say(document)
+        assert "guarding" in talk.hear_verdict()
+        os.kill(talk.pid, signal.SIGUSR1)
+        assert eventually(lambda: reach(ground.node, [target]) == {target: True})
+        found = [pid for pid, command in ground.machine.processes().items() if "create_server" in command]
+        (server,) = [pid for pid in found if name_of(pid) != "sh"]
+        if cgroup == "another":
+            (own.path / "cgroup.procs").write_text(str(server))
+        (guard,) = guards(ground.machine)
+        os.kill(guard, signal.SIGSTOP)
+        for pid in (talk.pid, guard):
+            os.kill(pid, signal.SIGKILL)
+        talk.process.wait()
+        talk.hang_up()
+        assert eventually(lambda: not guards(ground.machine))
+        for _ in range(2):
+            ground.guarded(ground.bob, "socket", ports=[29600]).release()
+            assert reach(ground.stranger, [target]) == {target: False}
+        assert f"{run_id}.json" in ground.machine.runs()
+        cleaned = ground.machine.run(ground.node, [str(COMMANDS / "securerunctl"), "clean"])
+        assert cleaned.returncode == 1 and "has no guard, but" in cleaned.stderr, cleaned
+        assert reach(ground.stranger, [target]) == {target: False}
+        os.kill(server, signal.SIGKILL)
+        assert eventually(lambda: not is_alive(server))
+        ground.guarded(ground.bob, "socket", ports=[29600]).release()
