@@ -46,11 +46,12 @@ class Exposure:
         return words
 
     def _exposed(self, found: tuple[Listener, ...]) -> tuple[Listener, ...]:
-        reachable = [listener for listener in found if not listener.address.is_loopback]
         holders = proc.sockets_of(process.pid for process in self._lease.processes())
         cgroup = self._lease.cgroup
         if self._lease.shield is None or cgroup is None:
-            return sock_diag.held(reachable, holders)
+            # On 127.0.0.1 too: route_localnet and DNAT lead there from outside; and chains pass the loopback itself.
+            return sock_diag.held(found, holders)
+        reachable = [listener for listener in found if not listener.address.is_loopback]
         self._cgroups |= sock_diag.cgroup_ids(cgroup.descriptor)
         return sock_diag.outside(reachable, holders, self._cgroups)
 

@@ -68,7 +68,11 @@ import socket, sys, time
 print("ready", flush=True)
 held = []
 for line in sys.stdin:
-    held.append(socket.create_server(("::", int(line)), family=socket.AF_INET6, dualstack_ipv6=True))
+    address, port = line.split()
+    if ":" in address:
+        held.append(socket.create_server((address, int(port)), family=socket.AF_INET6, dualstack_ipv6=True))
+    else:
+        held.append(socket.create_server((address, int(port))))
     print(time.monotonic(), flush=True)
 """
 
@@ -110,10 +114,10 @@ def job(node: Host, *options: str) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def listen(process: subprocess.Popen[str], port: int) -> float:
+def listen(process: subprocess.Popen[str], port: int, address: str = "::") -> float:
     """Have the job listen on a port; since when it does."""
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(f"{port}\n")
+    process.stdin.write(f"{address} {port}\n")
     process.stdin.flush()
     return float(process.stdout.readline())
 
@@ -250,3 +254,21 @@ def test_rules_without_a_guard_close_the_ports_until_somebody_cleans_up(network:
     }
     assert node.run(commands[cleaner]).returncode == 0
     assert eventually(lambda: node.snapshot() == before, seconds=5)
+
+
+def test_listener_on_the_loopback_that_a_host_leads_strangers_to_is_closed_in_scope_ports(network: Network) -> None:
+    """As Kubernetes' node ports, and what publishes ports of containers, have it: route_localnet, and DNAT to 127/8."""
+    node, _, stranger = network
+    port, led = 42000, 42001
+    node.run(["sysctl", "-qw", "net.ipv4.conf.eth0.route_localnet=1"], check=True)
+    hook = "type nat hook prerouting priority -100; policy accept"
+    rule = f"tcp dport {{ {port}, {led} }} dnat to 127.0.0.1:{port}"
+    rules = f"table ip led {{\nchain before {{\n{hook}\n{rule}\n}}\n}}\n"
+    node.run(["nft", "-f", "-"], text_input=rules, check=True)
+    with job(node, "--scope", "ports") as process:
+        with knocked(stranger, node.ipv4, port, led) as answered:
+            since = listen(process, port, "127.0.0.1")
+            time.sleep(3)
+        assert [at for _, at in answered if at > since + 1.0] == []
+        dial = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+        assert node.run([sys.executable, "-c", dial]).returncode == 0
