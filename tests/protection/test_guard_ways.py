@@ -336,6 +336,26 @@ def test_guard_ends_what_a_killed_launcher_of_a_user_leaves_behind(
         assert eventually(lambda: not [said for said in machine.processes().values() if "trap" in said])
 
 
+@pytest.mark.parametrize("failed", [False, True], ids=["ended well", "failed"])
+@pytest.mark.parametrize("way", WAYS)
+def test_guard_of_a_job_without_a_cgroup_goes_with_the_jobs_last_process(
+    machine: PrivateMachine, node: Host, alice: User, way: str, failed: bool
+) -> None:
+    """What started it is no part of the job: sudo descends from the launcher, and lives as long as its guard."""
+    with opened(way, machine, node, alice), nothing_left(machine, node), delegated_cgroup(alice) as own:
+        (own.path / "cgroup.max.descendants").write_text("0")
+        job = hold_as(alice, machine, node, "--listen", "7001", cgroup=own)
+        assert job.start["guarding"] == ["iptables"]
+        (guard,) = guards(machine)
+        if failed:
+            job.process.kill()
+        else:
+            job.let_go()
+        assert eventually(lambda: not is_alive(guard), seconds=5), machine.processes()
+        said = log_of(machine)
+        assert f"run {job.run_id}: released" in said, said
+
+
 @pytest.mark.parametrize("way", [*WAYS, "run-as"])
 def test_guard_outlives_the_batch_systems_kill_by_cgroup_and_cleans_up(
     machine: PrivateMachine, network: Network, alice: User, way: str
