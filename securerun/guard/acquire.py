@@ -20,7 +20,7 @@ from securerun.firewall.policy import Layer, Policy, PortRange
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, reaper, records, reserved, run_directory
-from securerun.guard.caller import ROOT, Caller
+from securerun.guard.caller import Caller
 from securerun.guard.cgroup import make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.guard.lease import Lease, first_record, remove_record
 from securerun.guard.limits import SitePolicy
@@ -86,7 +86,7 @@ def _require_sight_of_listeners() -> None:
 def _begin(lease: Lease) -> None:
     """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
     with run_directory.recording() as directory:
-        lease.notes += tuple(reaper.reap_all(directory, lease.caller.user))
+        lease.notes += tuple(reaper.reap_all(directory, lease.caller.user, may_be_root=lease.caller.is_root))
         known = records.read_all(directory)
         own = next((record for record in known if record.run_id == lease.policy.run_id), None)
         if own is not None:
@@ -259,7 +259,7 @@ def _choose(order: Order, caller: Caller, directory: int) -> PortChains:
         if in_use:
             return backends.open_chains(sorted(in_use)[0], order.policy.run_id)
         return backends.open_best_chains(order.policy.run_id)
-    if caller.user != ROOT and not in_use and order.firewall != backends.open_best_chains(order.policy.run_id).backend:
+    if not caller.is_root and not in_use and order.firewall != backends.open_best_chains(order.policy.run_id).backend:
         raise PortChainsUnavailable("which backend a host uses first is for root to say")
     others = in_use - {order.firewall}
     if others:

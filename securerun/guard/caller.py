@@ -13,7 +13,7 @@ import stat
 from typing import Callable
 
 from securerun.errors import PrivilegeError
-from securerun.linux import local_sockets, proc
+from securerun.linux import capabilities, local_sockets, proc
 
 ROOT = 0
 SUDO_USER_VARIABLE = "SUDO_UID"  # set by sudo itself, sudo(8)
@@ -24,18 +24,21 @@ class Caller:
     """The process that the guard serves.
 
     pid, start: which process (proc(5): start time in clock ticks since boot). user: its user id, real, effective
-    and saved. groups: the ids of its groups. pidfd: readable once it has ended; None before kernel 5.3, where its
-    start time tells.
+    and saved. groups: the ids of its groups.
+    is_root: whether it may ask for anything. pidfd: readable once it has ended; None before kernel 5.3, where its start
+    time tells.
 
     Raises PrivilegeError when the process ended before it could be held, or is of two users at once.
     """
 
-    def __init__(self, pid: int, pidfd: int | None = None) -> None:
+    def __init__(self, pid: int, pidfd: int | None = None, *, directly: bool = False) -> None:
+        """Hold the process. directly: it started this guard itself, by nobody who has more privilege than it has."""
         self.pid = pid
+        self._directly = directly
         self.pidfd = _pidfd(pid) if pidfd is None else pidfd
         try:
             self.start = proc.start_time(pid)
-            self.user, self.groups = _identity(pid)
+            self._identify()
         except OSError as error:
             raise PrivilegeError(f"process {pid}, which started the guard, has ended") from error
 
@@ -62,13 +65,29 @@ class Caller:
         """
         before = self.user
         try:
-            self.user, self.groups = _identity(self.pid)
+            self._identify()
         except OSError as error:
             raise PrivilegeError(f"process {self.pid}, which started the guard, has ended") from error
         if self.has_ended():
             raise PrivilegeError(f"process {self.pid}, which started the guard, has ended")
         if before not in (ROOT, self.user):
             raise PrivilegeError(f"process {self.pid} began as user {before} and is user {self.user} now")
+
+    def _identify(self) -> None:
+        """Look who it is. Raises OSError when there is no such process, and PrivilegeError for one of several users.
+
+        User id 0 alone makes nobody root: a container's, to which the socket is mounted, has it and no capability. What
+        comes from sudo or the socket is under the site's limits, whoever it is: root needs neither.
+        """
+        status = proc.status(self.pid)
+        users = set(status.users)
+        if len(users) != 1:
+            raise PrivilegeError(
+                f"process {self.pid} is of several users at once ({', '.join(map(str, sorted(users)))})"
+            )
+        self.user, self.groups = users.pop(), status.groups
+        may_anything = self.user == ROOT and capabilities.NET_ADMIN in status.bits("CapEff")
+        self.is_root = self._directly and may_anything and _is_of_our_user_namespace(self.pid)
 
     def require_same_network(self) -> None:
         """Raise PrivilegeError when the process is in another network namespace: rules made here would miss it."""
@@ -89,8 +108,7 @@ def find_ancestor() -> Caller:
     Raises PrivilegeError when that is not the user that sudo names, or it ended meanwhile.
     """
     user = _sudo_user()
-    find = os.getppid if user is None else _parent_of_sudo
-    caller = _held(find)
+    caller = _held(os.getppid, directly=True) if user is None else _held(_parent_of_sudo, directly=False)
     if user is not None and caller.user != user:
         raise PrivilegeError(
             f"sudo was started by user {user}, and process {caller.pid} above it is user {caller.user}'s"
@@ -135,10 +153,10 @@ def sudo_processes() -> tuple[int, ...]:
     return tuple(found)
 
 
-def _held(find: Callable[[], int]) -> Caller:
+def _held(find: Callable[[], int], *, directly: bool) -> Caller:
     """Return the process that `find` tells, held before it is asked who it is, and found again afterwards."""
     pid = find()
-    caller = Caller(pid)
+    caller = Caller(pid, directly=directly)
     if find() != pid or caller.has_ended():
         raise PrivilegeError(f"process {pid}, which started the guard, has ended")
     return caller
@@ -174,13 +192,12 @@ def _parent(pid: int) -> int:
     return proc.status(pid).parent
 
 
-def _identity(pid: int) -> tuple[int, frozenset[int]]:
-    """Return the one user id of a process and the ids of its groups. Raises OSError when there is no such process."""
-    status = proc.status(pid)
-    users = set(status.users)
-    if len(users) != 1:
-        raise PrivilegeError(f"process {pid} is of several users at once ({', '.join(map(str, sorted(users)))})")
-    return users.pop(), status.groups
+def _is_of_our_user_namespace(pid: int) -> bool:
+    """Return whether a process' capabilities are such in this process' user namespace; not where nobody may look."""
+    try:
+        return proc.namespace("user", pid) == proc.namespace("user")
+    except OSError:
+        return False
 
 
 def _pidfd(pid: int) -> int | None:

@@ -12,7 +12,7 @@ from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, merged
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory
-from securerun.guard.caller import ROOT, Caller, sudo_processes
+from securerun.guard.caller import Caller, sudo_processes
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
@@ -146,6 +146,8 @@ class Lease:
 
     def to_be_ended(self) -> frozenset[Process]:
         """Return what runs of the job and may be ended for its user: root's, started by sudo, may not (kill(2))."""
+        if self.caller.is_root:
+            return self.processes()
         return frozenset(process for process in self.processes() if processes.may_end(self.caller.user, process.pid))
 
     def kill(self) -> None:
@@ -153,7 +155,7 @@ class Lease:
 
         Not by `cgroup.kill` where somebody else's may be among it: that asks nobody's leave.
         """
-        if self.cgroup is not None and self.caller.user == ROOT:
+        if self.cgroup is not None and self.caller.is_root:
             self.cgroup.kill()
         left = processes.kill_all(self.to_be_ended, _KILL_SECONDS)
         # What is left was born meanwhile, faster than one can look, or is stuck in the kernel, as it was the last time.
@@ -202,6 +204,7 @@ def first_record(order: Order, caller: Caller) -> Record:
         network=proc.namespace("net"),
         processes=proc.namespace("pid"),
         user=caller.user,
+        root=caller.is_root,
         started=time.time(),
         command=order.command,
     )

@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import LAST_PORT, Policy, require_ports
-from securerun.guard.caller import ROOT, Caller
+from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
 from securerun.linux import packages, trust
@@ -74,7 +74,7 @@ def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
 
 def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
     """Raise PrivilegeError or PolicyError for what this caller may not ask for."""
-    if caller.user == ROOT:
+    if caller.is_root:
         return
     _require_user(site, caller)
     policy = order.policy
@@ -96,7 +96,7 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
 
 def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) -> None:
     """Raise PolicyError for a network that the site does not let this caller name a peer."""
-    if caller.user == ROOT:
+    if caller.is_root:
         return
     if len(policy.peers) > site.peers_per_run:
         raise PolicyError(

@@ -1,7 +1,7 @@
 """What one run may not do to the other runs and servers of this host, by the records and the sockets that are there.
 
 Port chains are for the whole host: a drop closes a port for whoever listens there, and the pass rules of all runs come
-before any drop. Root may do anything; between ordinary users nobody gets the better of another.
+before any drop. Root may do anything; between others nobody gets the better of another.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from securerun.linux.sock_diag import SocketsUnavailable
 
 def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None:
     """Raise PrivilegeError when an ordinary user has as many other runs as the site allows."""
-    if run.user == ROOT:
+    if run.root:
         return
-    others = {record.run_id for record in known if record.user == run.user and record.guard_lives} - {run.run_id}
+    others = {record.run_id for record in known if record.owner == run.owner and record.guard_lives} - {run.run_id}
     if len(others) >= site.runs_per_user:
         raise PrivilegeError(
             f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for an end"
@@ -35,14 +35,15 @@ def require_harmless(run: Record, known: Iterable[Record]) -> None:
     A port on which somebody else listens would be closed to its clients, unless it is a guarded job's as well: then
     the clients that count are passed before any drop.
     """
-    if run.user == ROOT:
+    if run.root:
         return
     found = _neighbours(run, known)
     _require_harmless_peers(run, found)
     guarded = [port for record in found for port in record.policy.ports]
     with contextlib.suppress(SocketsUnavailable):
         for listener in sock_diag.listeners():
-            if listener.user == run.user or listener.address.is_loopback:
+            # Of user id 0 without root's privilege nobody can tell that a listener of that id is not root's own.
+            if (listener.user == run.user != ROOT) or listener.address.is_loopback:
                 continue
             if any(listener.port in port for port in guarded):
                 continue
@@ -54,14 +55,14 @@ def require_harmless(run: Record, known: Iterable[Record]) -> None:
 
 def require_harmless_peers(run: Record, known: Iterable[Record]) -> None:
     """Raise PolicyError for peers that would be let to the ports of another user's job that has no shield."""
-    if run.user != ROOT:
+    if not run.root:
         _require_harmless_peers(run, _neighbours(run, known))
 
 
 def require_unweakened(run: Record, known: Iterable[Record]) -> None:
     """Raise PolicyError, for a run without a shield, where another user's run lets its own peers to our ports."""
     for record in _neighbours(run, known):
-        if record.user != ROOT and not _are_within(record.policy.peers, run.policy.peers):
+        if not record.root and not _are_within(record.policy.peers, run.policy.peers):
             raise PolicyError(
                 f"this job has no shield, and run {record.run_id} of user {record.user} lets its own peers to ports of "
                 "this plan; choose other ports"
@@ -85,7 +86,7 @@ def _neighbours(run: Record, known: Iterable[Record]) -> list[Record]:
     return [
         record
         for record in known
-        if record.user != run.user
+        if record.owner != run.owner
         and record.network == run.network
         and any(
             ours.first <= theirs.last and theirs.first <= ours.last

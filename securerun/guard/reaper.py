@@ -28,17 +28,18 @@ OBSTACLES = (PortChainsUnavailable, ReservationUnavailable, CgroupUnavailable)
 _PIDS_NAMED = 8
 
 
-def reap_all(directory: int, user: int) -> Iterator[str]:
+def reap_all(directory: int, user: int, *, may_be_root: bool = True) -> Iterator[str]:
     """Reap every dead run and yield a line for each that could not be reaped, and for the user's own that still runs.
 
-    The caller holds the host's lock.
+    may_be_root: user id 0 is root's, to whom all of them are told. The caller holds the host's lock.
     """
     run_directory.remove_partial(directory)
+    is_root = user == ROOT and may_be_root
     for record in records.read_all(directory):
         if not record.is_abandoned:
             continue
         left = what_runs(record)
-        if left and user in (ROOT, record.user):
+        if left and (is_root or record.owner == (user, False)):
             yield f"run {record.run_id} has no guard, and {left}; what closes its ports stays until that ends"
         if left or not _is_within_reach(record):
             continue

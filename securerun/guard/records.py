@@ -43,7 +43,8 @@ class Record:
     (proc(5), stat field 22), since process ids are used again. boot_id: the boot that these belong to.
     network, processes: the network namespace that the layers are in and the pid namespace in which the pids count
     (inodes, namespaces(7)). cgroup: the job's, "" where it has none.
-    user: the launcher's user id. started: seconds since the epoch. draining: the job is over, not all of it gone.
+    user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
+    started: seconds since the epoch. draining: the job is over, not all of it gone.
     reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
     """
 
@@ -59,6 +60,7 @@ class Record:
     user: int
     started: float
     command: str
+    root: bool = False
     cgroup: str = ""
     draining: bool = False
     denied: tuple[Denial, ...] = ()
@@ -68,6 +70,11 @@ class Record:
     def run_id(self) -> str:
         """The run's id."""
         return self.policy.run_id
+
+    @property
+    def owner(self) -> tuple[int, bool]:
+        """Whose run it is: user id 0 is of root and, without its privilege, of others."""
+        return self.user, self.root
 
     @property
     def is_bare(self) -> bool:
@@ -123,6 +130,7 @@ _PLAIN: dict[str, type] = {
     "network": int,
     "processes": int,
     "user": int,
+    "root": bool,
     "started": float,
     "command": str,
     "cgroup": str,
@@ -234,7 +242,9 @@ def understood(document: Mapping[str, Any]) -> Record:
 
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
-    plain = {field: document[field] for field in _PLAIN}
+    # Guards from before there was this field took user id 0 for root.
+    whole = {"root": document["user"] == 0, **document}
+    plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")
     cgroup = PurePosixPath(plain["cgroup"])

@@ -149,14 +149,14 @@ def _drop_privilege(caller: Caller) -> None:
     """Keep what the work takes; of what root in a container has been left, keep all.
 
     Without SYS_PTRACE a process sees into others of its user only as far as they have no more capabilities than it has
-    (ptrace(2)), and root's guard is to see the sockets of root's job. It also loads the modules of legacy iptables;
-    nobody else gets modules loaded by name.
+    (ptrace(2)), and a guard of user id 0 is to see the sockets of its job. Root's also loads the modules of legacy
+    iptables; nobody else gets modules loaded by name.
     """
     held = capabilities.effective()
     if caller.user == ROOT and capabilities.SYS_PTRACE not in held:
         kept = _NEEDED | held
     else:
-        kept = _NEEDED | ({capabilities.SYS_MODULE} if caller.user == ROOT else set())
+        kept = _NEEDED | ({capabilities.SYS_MODULE} if caller.is_root else set())
     try:
         capabilities.keep_only(kept)
     except OSError as error:
@@ -166,7 +166,7 @@ def _drop_privilege(caller: Caller) -> None:
 def _report(caller: Caller, answers: Answers) -> None:
     """Tell the caller of their own runs, and of nobody else's. Reads, and takes no lock that others wait for."""
     caller.identify_again()
-    found = [record for record in records.read_host() if record.user == caller.user]
+    found = [record for record in records.read_host() if record.owner == (caller.user, caller.is_root)]
     answers.send(Runs(len(found)))
     for record in found:
         answers.send(Run(record.document()))
@@ -174,7 +174,7 @@ def _report(caller: Caller, answers: Answers) -> None:
 
 def _read_site_policy(caller: Caller) -> SitePolicy:
     """Read what the site permits; root needs no permission, and is served where the file cannot be read too."""
-    if caller.user == ROOT:
+    if caller.is_root:
         return SitePolicy()
     permitted, ignored = limits.read_site_policy()
     if ignored:

@@ -129,8 +129,6 @@ def may_end(user: int, pid: int) -> bool:
     signal on to what he may not. And who is in a user namespace of his, whatever he is in there (user_namespaces(7):
     its owner has all capabilities in it).
     """
-    if user == _ROOT:
-        return True
     try:
         return {*proc.status(pid).users[:3]} == {user} or user in proc.owners_of_user_namespaces(pid)
     except OSError:

@@ -12,7 +12,7 @@ import plans
 import pytest
 from attacking import Ground
 from cgroups import inside
-from conversation import WAYS, order
+from conversation import WAYS, Conversation, order
 from hosts import Host, eventually
 from probe import reach
 
@@ -135,3 +135,73 @@ def test_no_sum_of_networks_is_the_whole_world(ground: Ground, kind: str) -> Non
     talk.say({"peers": {"networks": peers}})
     assert "in sum" in str(talk.hear()["notice"])
     talk.release()
+
+
+# --- as whom it is given ---
+
+# User id 0 without a capability, as a container's root has it with the socket mounted: what follows is run so.
+_CONTAINERS_ROOT = 'exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs -- "$@"'
+_ROOTS = {
+    "a container's root by the socket": ("socket", _CONTAINERS_ROOT),
+    "root by the socket": ("socket", ":"),
+    "root by sudo": ("sudo", ":"),
+}
+_REFUSED = {
+    "--accept": {"accept": True},
+    "may not be named": {"ports": [22]},
+    "more than the 256": {"ports": [(20000, 20256)]},
+    "in sum": {"peers": ["10.0.0.0/7"]},
+}
+
+
+@pytest.mark.parametrize("whom", _ROOTS)
+def test_user_id_0_alone_is_not_root(ground: Ground, whom: str) -> None:
+    """Nor is who takes a way that is for others: they are under the site's limits, as everybody is there."""
+    way, before = _ROOTS[whom]
+
+    def talk() -> Conversation:
+        return Conversation(ground.machine, ground.node, None, way, before=before)
+
+    for words, asked in _REFUSED.items():
+        refused = talk()
+        refused.say(order(**asked))  # type: ignore[arg-type]
+        assert words in str(refused.hear_verdict().get("refused")), asked
+        refused.hang_up()
+    ground.machine.configure("runs_per_user = 1\nusers = [0]\n")
+    served = talk()
+    served.say(order())
+    assert "guarding" in served.hear_verdict()
+    one_too_many = talk()
+    one_too_many.say(order(ports=[29600]))
+    assert "which allows 1" in str(one_too_many.hear_verdict().get("refused"))
+    one_too_many.hang_up()
+    served.release()
+
+
+def test_user_id_0_alone_does_not_see_or_disturb_what_is_roots(ground: Ground) -> None:
+    roots = Conversation(ground.machine, ground.node, None, "direct")
+    roots.say(order(ports=[22, 29500], peers=[ground.peer.ipv4], scope="ports"))
+    assert "guarding" in roots.hear_verdict()
+    talk = Conversation(ground.machine, ground.node, None, "socket", before=_CONTAINERS_ROOT)
+    talk.say({"report": {}})
+    assert talk.hear()["ready"]
+    assert talk.hear() == {"runs": {"count": 0}}
+    talk.say(order(ports=[29500], peers=[ground.stranger.ipv4]))
+    assert "no shield" in str(talk.hear_verdict().get("refused"))
+    talk.hang_up()
+    with listening(ground.node, 29700):
+        talk = Conversation(ground.machine, ground.node, None, "socket", before=_CONTAINERS_ROOT)
+        talk.say(order(ports=[29700]))
+        assert "in use by user 0" in str(talk.hear_verdict().get("refused"))
+        talk.hang_up()
+    roots.release()
+
+
+def test_root_itself_is_not_limited(ground: Ground) -> None:
+    """With the bounding set of a container that was given what a guard needs, too."""
+    given = "exec setpriv --bounding-set=-all,+net_admin,+sys_admin,+bpf,+dac_override,+sys_ptrace,+kill,+setpcap -- "
+    for before in (":", f'{given} "$@"'):
+        talk = Conversation(ground.machine, ground.node, None, "direct", before=before)
+        talk.say(order(ports=[22], accept=True, peers=["0.0.0.0/0"]))
+        assert "guarding" in talk.hear_verdict()
+        talk.release()
