@@ -6,10 +6,8 @@ The functions here that change the host expect the caller to hold the host's loc
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,13 +25,14 @@ from securerun.firewall.dispatcher import (
 )
 from securerun.firewall.policy import Policy
 from securerun.firewall.run_sets import RunSets
-from securerun.linux import nf_tables
+from securerun.linux import commands, nf_tables
 
 _DIRECTORIES = "/usr/sbin:/sbin:/usr/bin:/bin"
 _ENVIRONMENT = {"PATH": _DIRECTORIES, "LC_ALL": "C"}
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
+# Those who wait for the host's lock meanwhile give up after 30 s (guard/run_directory.py).
 _LOCK_SECONDS = 10
-_COMMAND_SECONDS = 60
+_COMMAND_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -188,36 +187,18 @@ def _restore(texts: Mapping[Family, str]) -> None:
     _run([[family.restore, *wait] for family in texts], list(texts.values()))
 
 
-def _run(commands: Sequence[list[str]], texts: Sequence[str] = ()) -> list[str]:
+def _run(asked: Sequence[list[str]], texts: Sequence[str] = ()) -> list[str]:
     """Run some of iptables' commands at once, each with a clean environment and its text; their standard outputs.
 
     One a family: both together take little longer than one. Raises PortChainsUnavailable with the first failing
     command's own words, when all have ended.
     """
-    started: list[subprocess.Popen[str]] = []
     try:
-        for command, text in zip(commands, texts or [""] * len(commands)):
-            started.append(_start(command, text))
-        outputs = [process.communicate(timeout=_COMMAND_SECONDS) for process in started]
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PortChainsUnavailable(f"{commands[0][0]}: {error}") from error
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
-    for command, process, (_, errors) in zip(commands, started, outputs):
-        if process.returncode != 0:
-            words = " ".join(errors.split()) or f"ended with status {process.returncode}"
+        ended = commands.run(asked, texts or [""] * len(asked), _ENVIRONMENT, _COMMAND_SECONDS)
+    except OSError as error:
+        raise PortChainsUnavailable(f"{asked[0][0]}: {error}") from error
+    for command, one in zip(asked, ended):
+        if one.status != 0:
+            words = " ".join(one.errors.split()) or f"ended with status {one.status}"
             raise PortChainsUnavailable(f"{command[0]}: {words}")
-    return [output for output, _ in outputs]
-
-
-def _start(command: list[str], text: str) -> subprocess.Popen[str]:
-    """Its input is a file in memory, so that it waits for nobody while another is being read."""
-    with open(os.memfd_create("rules"), "w+", encoding="ascii") as rules:  # noqa: PTH123 - a descriptor
-        rules.write(text)
-        rules.seek(0)
-        return subprocess.Popen(  # noqa: S603 - an absolute path from _find, arguments of ours
-            command, stdin=rules, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_ENVIRONMENT
-        )
+    return [one.output for one in ended]

@@ -9,9 +9,7 @@ own legacy commands take.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +18,11 @@ from securerun.firewall.dispatcher import CHAIN, Dispatcher, render_install
 from securerun.firewall.libiptc import FilterTable, View, filter_tables
 from securerun.firewall.policy import Policy
 from securerun.firewall.run_sets import RunSets
+from securerun.linux import file_lock
 
 # iptables/xshared.h: XT_LOCK_NAME
 _LOCK = Path("/run/xtables.lock")
 _LOCK_SECONDS = 10.0
-# Short, or a crowd of runs that take it in turns may let this one find it taken each time that it looks.
-_LOCK_RETRY_SECONDS = 0.002
 
 
 class LegacyChains:
@@ -102,17 +99,14 @@ def xtables_lock() -> Iterator[None]:
 
 
 def _wait_for(descriptor: int) -> None:
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise PortChainsUnavailable(
-                    f"another program has held {_LOCK} for {_LOCK_SECONDS:.0f} s; "
-                    f"see which with `fuser -v {_LOCK}`, wait for it or end it, then try again"
-                ) from None
-        time.sleep(_LOCK_RETRY_SECONDS)
+    try:
+        with file_lock.time_limit(_LOCK_SECONDS):
+            file_lock.lock(descriptor)
+    except file_lock.TimeUp:
+        raise PortChainsUnavailable(
+            f"another program has held {_LOCK} for {_LOCK_SECONDS:.0f} s; "
+            f"see which with `fuser -v {_LOCK}`, wait for it or end it, then try again"
+        ) from None
 
 
 def _install_in(table: FilterTable, policy: Policy, log_group: int | None, *, with_sets: bool) -> None:

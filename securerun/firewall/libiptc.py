@@ -26,7 +26,6 @@ import os
 import re
 import shlex
 import struct
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -37,9 +36,10 @@ from typing import Any, Callable, Protocol
 
 from securerun.firewall.chains import PortChainsUnavailable, spoken_versions
 from securerun.firewall.dispatcher import CHAIN, run_named_by
-from securerun.linux import packages, proc
+from securerun.linux import commands, packages, proc
 
 _COMMIT_ATTEMPTS = 10
+_MODPROBE_SECONDS = 10.0
 # The versions that python-iptables 1.2 knows, newest first.
 _SONAMES = {
     "xtables": ("libxtables.so.12", "libxtables.so.11", "libxtables.so.10"),
@@ -373,6 +373,4 @@ def _load_kernel_module(name: str) -> None:
     if Path(f"/proc/net/{name}_names").exists():
         return
     with contextlib.suppress(OSError):
-        subprocess.run(  # noqa: S603 - an absolute path, and names of python-iptables' own
-            ["/sbin/modprobe", "-q", name], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
+        commands.run([["/sbin/modprobe", "-q", name]], [""], {}, _MODPROBE_SECONDS)

@@ -1,7 +1,8 @@
 """What a process gets from whoever started it and a guard must not keep.
 
-sudo passes on resource limits, scheduling, the working directory, ignored signals and the signal mask: whoever may
-start a guard could otherwise starve it, or have it end by itself, as soon as it has something to clean up.
+sudo passes on resource limits, scheduling, timer slack, the working directory, ignored signals, the signal mask and
+more: whoever may start a guard could otherwise starve it, slow it down while it holds the lock that all others wait
+for, or have it end by itself, as soon as it has something to clean up.
 """
 
 from __future__ import annotations
@@ -10,11 +11,23 @@ import contextlib
 import os
 import resource
 import signal
+from types import FrameType
 
 from securerun.errors import PrivilegeError
-from securerun.linux import prctl, proc
+from securerun.linux import attributes, prctl, proc
 
-_DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+# What terminals, batch systems and sudo send, the last whatever its user sends it.
+_DEAF_TO = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
 _UNLIMITED = (
     resource.RLIMIT_CPU,
     resource.RLIMIT_FSIZE,
@@ -35,9 +48,11 @@ _FATAL = {
 }
 _OPEN_FILES = 4096
 _STACK_BYTES = 8 * 1024 * 1024
+_CORE_FILTER = 0x33  # the kernel's own (core(5))
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 # The standard streams stay: they are how the launcher is spoken to.
 _FIRST_OTHER_DESCRIPTOR = 3
+# Beyond what limits on open files commonly are; what is left then is asked for one by one.
 _MOST_DESCRIPTORS = 65536
 
 
@@ -46,15 +61,16 @@ def discard(name: str) -> None:
 
     Does what is permitted and passes over the rest: a guard in a container may not raise its limits.
     """
+    attributes.reset()
     prctl.set_name(name)
-    os.closerange(_FIRST_OTHER_DESCRIPTOR, _MOST_DESCRIPTORS)
-    with contextlib.suppress(PermissionError):
-        os.setsid()  # refused to a process group leader, which has its own session already or is run by hand
+    _discard_descriptors()
+    _leave_session()
     _discard_signals()
     _discard_limits()
-    _discard_scheduling()
+    _discard_places()
     os.umask(0o077)
     os.chdir("/")
+    attributes.hide_memory()  # last: what is in /proc/self belongs to nobody but root from now on
 
 
 def require_unlimited() -> None:
@@ -68,6 +84,28 @@ def require_unlimited() -> None:
             )
 
 
+def _discard_descriptors() -> None:
+    os.closerange(_FIRST_OTHER_DESCRIPTOR, _MOST_DESCRIPTORS)
+    for descriptor in proc.own_descriptors():
+        if descriptor >= _MOST_DESCRIPTORS:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _leave_session() -> None:
+    """Be in a session of our own, without a terminal, and so in another group of the scheduler's (sched(7), autogroup).
+
+    A leader of a process group may not (setsid(2)), so it joins its parent's for a moment. Where that is refused too,
+    it leads a session already.
+    """
+    with contextlib.suppress(OSError):
+        os.setsid()
+        return
+    with contextlib.suppress(OSError):
+        os.setpgid(0, os.getpgid(os.getppid()))
+        os.setsid()
+
+
 def _discard_signals() -> None:
     for number in sorted(signal.valid_signals()):
         with contextlib.suppress(OSError, ValueError):
@@ -75,9 +113,15 @@ def _discard_signals() -> None:
     # A launcher that has gone, and a file that may not grow, are told by the error of the write.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # sudo passes on what its user sends it, alarms too; those of our own have a handler while they are on.
+    signal.signal(signal.SIGALRM, _pass_over)
     for timer in _TIMERS:  # an alarm goes on across execve(2)
         signal.setitimer(timer, 0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _pass_over(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing."""
 
 
 def _discard_limits() -> None:
@@ -94,13 +138,14 @@ def _limit(limit: int, soft: int, hard: int) -> None:
         resource.setrlimit(limit, (soft, hard))
 
 
-def _discard_scheduling() -> None:
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+def _discard_places() -> None:
+    """Run on every processor, in no order of the caller's, and be the first to go for nobody's sake."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))
     # An inherited 1000 would make the guard the first to go when memory is short.
     with contextlib.suppress(OSError):
         proc.set_own_out_of_memory_adjustment(0)
+    with contextlib.suppress(OSError):
+        proc.set_own_autogroup_nice(0)
+    with contextlib.suppress(OSError):
+        proc.set_own_core_filter(_CORE_FILTER)

@@ -7,19 +7,17 @@ goes with the last record.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import signal
 import stat
 from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 from securerun.errors import PrivilegeError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard.records import DIRECTORY, Record
+from securerun.linux import file_lock
 
 # Of a record, or of a ledger of securerun.guard.reserved.
 _PARTIAL_NAME = re.compile(rf"\.({RUN_ID.pattern}\.json|reserved-[0-9]+\.ledger)\.partial")
@@ -119,19 +117,15 @@ def _cannot_record(error: OSError) -> PrivilegeError:
     )
 
 
-class _TimeUp(Exception):
-    """The lock was not to be had in time."""
-
-
 def _lock(seconds: float) -> int:
     """Open the record directory, locked. Waits in the kernel's queue, so that none of many guards starves."""
     try:
-        with _alarm(seconds):
+        with file_lock.time_limit(seconds):
             while True:
                 directory = _open_directory()
                 if directory is not None and _locked(directory):
                     return directory
-    except _TimeUp as error:
+    except file_lock.TimeUp as error:
         raise PrivilegeError(
             f"another guard has held the lock on {DIRECTORY} for {seconds:.0f} s; "
             f"find it with `fuser -v {DIRECTORY}`, then try again"
@@ -141,10 +135,10 @@ def _lock(seconds: float) -> int:
 def _locked(directory: int) -> bool:
     """Lock the directory; False, and closed, where its last user has removed it meanwhile."""
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
+        file_lock.lock(directory)
         if _is_current(directory):
             return True
-    except _TimeUp:
+    except file_lock.TimeUp:
         os.close(directory)
         raise
     os.close(directory)
@@ -153,27 +147,7 @@ def _locked(directory: int) -> bool:
 
 def _locked_at_once(directory: int) -> bool:
     """Lock the directory if nobody else has it; False also where its last user has removed it."""
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return _is_current(directory)
-
-
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise _TimeUp in the block after some time. Only the main thread can: guards and securerunctl have no other."""
-
-    def ring(_number: int, _frame: FrameType | None) -> None:
-        raise _TimeUp
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    return file_lock.lock_at_once(directory) and _is_current(directory)
 
 
 def _open_directory() -> int | None:

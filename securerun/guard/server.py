@@ -13,6 +13,7 @@ import select
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall import backends
@@ -28,11 +29,13 @@ from securerun.guard.limits import SitePolicy
 from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
 from securerun.guard.watch import Watch
-from securerun.linux import capabilities
+from securerun.linux import capabilities, prctl
 from securerun.linux.cgroups import CgroupUnavailable
 
 NAME = "securerun-guard"
+_WAITING_NAME = "securerun-waits"
 _INPUT, _OUTPUT = 0, 1
+_FIRST_OTHER_DESCRIPTOR = 3
 # The launcher imports torch before it orders; from a slow network file system that takes minutes.
 _PATIENCE_SECONDS = 900.0
 # An order once begun is there at once: 100,000 peers are five megabytes.
@@ -52,10 +55,11 @@ def main(arguments: Sequence[str]) -> int:
         _log(f"refused: {error}")
         return error.status
     caller, by_socket = None, SOCKET_ARGUMENT in arguments
+    attendants: Sequence[int] = ()
     try:
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
         if not by_socket:
-            _leave_launchers_children(caller)
+            attendants = _stand_apart(caller)
         inherited.require_unlimited()
         _drop_privilege(caller)
         answers.send(Ready(os.getpid()))
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
             return 0
-        lease = _acquire(order, caller, by_socket=by_socket)
+        lease = _acquire(order, caller, attendants, by_socket=by_socket)
         _collect_garbage_from_now_on()
     except ProtocolError as error:
         not_understood = PolicyError(f"the guard did not understand its orders: {error}")
@@ -133,16 +137,32 @@ class Orders:
             raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
 
 
-def _leave_launchers_children(caller: Caller) -> None:
-    """Go on in a child of init's: whoever ends a launcher with all its descendants (Slurm's linuxproc) ends no guard.
+def _stand_apart(caller: Caller) -> tuple[int, ...]:
+    """Go on in a child that nobody ends together with the launcher or with sudo; return who waits for it, if anybody.
 
-    Not below sudo, which may pass on what is said, and ends with its command.
+    Started directly it is a child of init's: whoever ends a launcher with all its descendants (Slurm's linuxproc) ends
+    no guard. sudo ends when its command does, and may pass on what is said, so that has to stay; and it kills its
+    command, by SIGKILL too, when its user sends it SIGALRM (terminate_command, sudo 1.9). So its command only waits.
     """
-    if os.getppid() != caller.pid:
-        return
-    if os.fork() != 0:
-        os._exit(0)
+    if os.getppid() == caller.pid:
+        if os.fork() != 0:
+            os._exit(0)
+        os.setsid()
+        return ()
+    waiting = (os.getpid(), *sudo_processes())
+    child = os.fork()
+    if child != 0:
+        _wait_for(child)
     os.setsid()
+    return waiting
+
+
+def _wait_for(guard: int) -> NoReturn:
+    """Be what sudo waits for, and hold nothing that tells the launcher whether its guard lives."""
+    prctl.set_name(_WAITING_NAME)
+    os.closerange(_INPUT, _FIRST_OTHER_DESCRIPTOR)
+    _, status = os.waitpid(guard, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 def _drop_privilege(caller: Caller) -> None:
@@ -182,7 +202,7 @@ def _read_site_policy(caller: Caller) -> SitePolicy:
     return permitted
 
 
-def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
+def _acquire(order: Order, caller: Caller, attendants: Sequence[int], *, by_socket: bool) -> Lease:
     """Validate first, act after."""
     caller.identify_again()
     permitted = _read_site_policy(caller)
@@ -193,7 +213,7 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
         # but not before the order is found good: until then a flood of guards is charged to whoever starts them.
         require_room(order, caller, permitted)
         # sudo too: it waits for its command, and a replaced guard's would be waited for in the job's cgroup.
-        leave_shared_cgroups(sudo_processes())
+        leave_shared_cgroups(attendants)
     return acquire(order, caller, permitted)
 
 

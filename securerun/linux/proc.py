@@ -316,6 +316,16 @@ def set_own_out_of_memory_adjustment(value: int) -> None:
     Path("/proc/self/oom_score_adj").write_text(str(value), encoding="ascii")
 
 
+def set_own_autogroup_nice(value: int) -> None:
+    """Say how nice the session of this process is to others (sched(7), autogroup). Raises OSError."""
+    Path("/proc/self/autogroup").write_text(str(value), encoding="ascii")
+
+
+def set_own_core_filter(mask: int) -> None:
+    """Say which memory of this process, and of what it starts, goes into a core (core(5)). Raises OSError."""
+    Path("/proc/self/coredump_filter").write_text(hex(mask), encoding="ascii")
+
+
 def _read(path: str) -> bytes:
     """Read a file of /proc, up to what an honest one can hold. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
