@@ -14,6 +14,7 @@ from typing import Callable
 
 from securerun.errors import PrivilegeError
 from securerun.linux import capabilities, local_sockets, proc
+from securerun.linux.processes import Process
 
 ROOT = 0
 SUDO_USER_VARIABLE = "SUDO_UID"  # set by sudo itself, sudo(8)
@@ -26,7 +27,7 @@ class Caller:
     pid, start: which process (proc(5): start time in clock ticks since boot). user: its user id, real, effective
     and saved. groups: the ids of its groups.
     is_root: whether it may ask for anything. pidfd: readable once it has ended; None before kernel 5.3, where its start
-    time tells.
+    time tells. attendants: what descends from it and only waits for the guard: sudo, and what it started.
 
     Raises PrivilegeError when the process ended before it could be held, or is of two users at once.
     """
@@ -36,6 +37,7 @@ class Caller:
         self.pid = pid
         self._directly = directly
         self.pidfd = _pidfd(pid) if pidfd is None else pidfd
+        self.attendants: tuple[Process, ...] = ()
         try:
             self.start = proc.start_time(pid)
             self._identify()

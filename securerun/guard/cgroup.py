@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Callable, Protocol
 
 from securerun.errors import PrivilegeError
@@ -30,6 +30,8 @@ _SLURM_TASK = re.compile(r"/job_[0-9]+/step_[^/]+/user/task_[^/]+$")
 _LONGEST_PATH = 2048
 _REMOVAL_INTERVAL_SECONDS = 0.005
 _FREEZING_SECONDS = 0.1
+# The second is whoever has no number in this user namespace (user_namespaces(7)).
+_ROOT, _UNMAPPED = 0, 65534
 
 
 class Moved(Protocol):
@@ -255,22 +257,55 @@ def open_job_cgroup(path: str) -> JobCgroup | None:
     return None
 
 
-def leave_shared_cgroups(attendants: Sequence[int] = ()) -> None:
+def leave_shared_cgroups(attendants: Sequence[Process] = ()) -> None:
     """Move this process to the top of every cgroup hierarchy that it sees, as far as that is permitted.
 
     attendants: processes that live as long as this one and are no part of the job either.
 
     Batch systems end a job by its cgroup, with whatever the job started; and whom a cgroup is delegated to can freeze
-    and kill what is in it, also a process of root's. The top belongs to nobody else and cannot be killed.
+    and kill what is in it, also a process of root's, or keep it from memory, processors and children. The top belongs
+    to nobody else and cannot be killed.
     """
-    for place in cgroups.tops():
-        with contextlib.suppress(OSError):
-            directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                for pid in (os.getpid(), *attendants):
-                    _write(directory, "cgroup.procs", str(pid))
-            finally:
-                os.close(directory)
+    for top in cgroups.tops():
+        for process in (Process.of(os.getpid()), *attendants):
+            with contextlib.suppress(OSError):
+                _move_to_top(top, process)
+
+
+def require_left() -> None:
+    """Raise CgroupUnavailable where this process still is in a cgroup of an ordinary user's."""
+    for top in cgroups.tops():
+        below = cgroups.below_top(top, proc.SELF)
+        for path in () if below is None else (below, *below.parents):
+            with contextlib.suppress(OSError):
+                owner = Path(top.place, path).lstat().st_uid
+                if owner not in (_ROOT, _UNMAPPED, os.geteuid()):
+                    raise CgroupUnavailable(
+                        f"the guard cannot leave the cgroup {top.name}:/{below}, which belongs to user {owner}, who "
+                        "could stop it there; have the job started outside of it"
+                    )
+
+
+def _move_to_top(top: cgroups.Top, process: Process) -> None:
+    """Move a process to the top of a hierarchy while its number means it. Raises OSError."""
+    # Even to move where one is already is to wait for all processors (cgroup_attach_lock).
+    if cgroups.below_top(top, process.pid) is None or not proc.is_running(process.pid, process.start):
+        return
+    _move_to(top.place, process.pid)
+    if proc.is_running(process.pid, process.start):
+        return
+    # Whoever got its number in that moment was started in the cgroup of his parent.
+    home = cgroups.below_top(top, proc.status(process.pid).parent)
+    if home is not None:
+        _move_to(os.fspath(Path(top.place, home)), process.pid)
+
+
+def _move_to(place: str, pid: int) -> None:
+    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _write(directory, "cgroup.procs", str(pid))
+    finally:
+        os.close(directory)
 
 
 def _move_only(directory: int, path: str, whom: Moved, is_meant: Callable[[], bool]) -> bool:

@@ -12,7 +12,7 @@ from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, merged
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory
-from securerun.guard.caller import Caller, sudo_processes
+from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
@@ -46,7 +46,8 @@ class Lease:
         self._killed: frozenset[Process] = frozenset()
         launcher = Process(caller.pid, caller.start)
         # Sudo descends from the launcher and lives as long as this guard: it is no part of the job.
-        self._job = JobProcesses(mark_of(order.policy.run_id), caller.user, [launcher], spare=sudo_processes())
+        waiting = {process.pid for process in caller.attendants}
+        self._job = JobProcesses(mark_of(order.policy.run_id), caller.user, [launcher], spare=waiting)
 
     @property
     def guarding(self) -> Guarding:

@@ -21,7 +21,7 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import inherited, limits, log, records
 from securerun.guard.acquire import acquire, require_room
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
-from securerun.guard.cgroup import leave_shared_cgroups
+from securerun.guard.cgroup import leave_shared_cgroups, require_left
 from securerun.guard.channel import Channel
 from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
@@ -31,6 +31,7 @@ from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run
 from securerun.guard.watch import Watch
 from securerun.linux import capabilities, prctl
 from securerun.linux.cgroups import CgroupUnavailable
+from securerun.linux.processes import Process
 
 NAME = "securerun-guard"
 _WAITING_NAME = "securerun-waits"
@@ -55,11 +56,10 @@ def main(arguments: Sequence[str]) -> int:
         _log(f"refused: {error}")
         return error.status
     caller, by_socket = None, SOCKET_ARGUMENT in arguments
-    attendants: Sequence[int] = ()
     try:
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
         if not by_socket:
-            attendants = _stand_apart(caller)
+            caller.attendants = _stand_apart(caller)
         inherited.require_unlimited()
         _drop_privilege(caller)
         answers.send(Ready(os.getpid()))
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
             return 0
-        lease = _acquire(order, caller, attendants, by_socket=by_socket)
+        lease = _acquire(order, caller, by_socket=by_socket)
         _collect_garbage_from_now_on()
     except ProtocolError as error:
         not_understood = PolicyError(f"the guard did not understand its orders: {error}")
@@ -137,7 +137,7 @@ class Orders:
             raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
 
 
-def _stand_apart(caller: Caller) -> tuple[int, ...]:
+def _stand_apart(caller: Caller) -> tuple[Process, ...]:
     """Go on in a child that nobody ends together with the launcher or with sudo; return who waits for it, if anybody.
 
     Started directly it is a child of init's: whoever ends a launcher with all its descendants (Slurm's linuxproc) ends
@@ -149,7 +149,7 @@ def _stand_apart(caller: Caller) -> tuple[int, ...]:
             os._exit(0)
         os.setsid()
         return ()
-    waiting = (os.getpid(), *sudo_processes())
+    waiting = _held((os.getpid(), *sudo_processes()))
     child = os.fork()
     if child != 0:
         _wait_for(child)
@@ -157,10 +157,20 @@ def _stand_apart(caller: Caller) -> tuple[int, ...]:
     return waiting
 
 
+def _held(pids: Sequence[int]) -> tuple[Process, ...]:
+    """Return which processes these are; they wait for this one, and so have their numbers still."""
+    try:
+        return tuple(Process.of(pid) for pid in pids)
+    except OSError as error:
+        raise PrivilegeError("the sudo that started the guard has ended") from error
+
+
 def _wait_for(guard: int) -> NoReturn:
     """Be what sudo waits for, and hold nothing that tells the launcher whether its guard lives."""
     prctl.set_name(_WAITING_NAME)
     os.closerange(_INPUT, _FIRST_OTHER_DESCRIPTOR)
+    with contextlib.suppress(OSError):
+        capabilities.keep_only(())
     _, status = os.waitpid(guard, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
@@ -202,19 +212,29 @@ def _read_site_policy(caller: Caller) -> SitePolicy:
     return permitted
 
 
-def _acquire(order: Order, caller: Caller, attendants: Sequence[int], *, by_socket: bool) -> Lease:
+def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
     """Validate first, act after."""
     caller.identify_again()
     permitted = _read_site_policy(caller)
     limits.require_permitted(permitted, order, caller)
     caller.require_same_network()
     if not by_socket:
-        # Whom this cgroup is delegated to could freeze a guard that holds the host's lock, so out of it before that;
-        # but not before the order is found good: until then a flood of guards is charged to whoever starts them.
+        # Whom a cgroup is delegated to could freeze a guard that holds the host's lock, or keep it from memory, so out
+        # of all of them before that; but not before the order is found good: until then a flood of guards is charged
+        # to whoever starts them.
         require_room(order, caller, permitted)
         # sudo too: it waits for its command, and a replaced guard's would be waited for in the job's cgroup.
-        leave_shared_cgroups(attendants)
+        leave_shared_cgroups(caller.attendants)
+        if not caller.is_root:
+            _require_left()
     return acquire(order, caller, permitted)
+
+
+def _require_left() -> None:
+    try:
+        require_left()
+    except CgroupUnavailable as error:
+        raise PrivilegeError(str(error)) from error
 
 
 def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +18,7 @@ from securerun.linux import libc, proc
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CLONE_NEWNS = 0x00020000
+_VERSION_1, _VERSION_2 = "cgroup", "cgroup2"
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_REC_PRIVATE = 16384 | 1 << 18
 # What is mounted where this process is, then where init is: `ip netns exec` hides cgroups from what it runs.
@@ -38,6 +39,32 @@ _REASONS = {
 
 # A directory, and which cgroup that directory is.
 Hierarchy = tuple[str, str]
+
+
+# Plain classes: making dataclasses of them would take a guard half a millisecond at its start.
+class _Mount:
+    """A mount of cgroups. root: which cgroup is seen at its place."""
+
+    def __init__(self, kind: str, options: str, place: str, root: str) -> None:
+        self._kind = kind
+        self._options = frozenset(options.split(","))
+        self.place = place
+        self.root = root
+
+    def shows(self, name: str) -> bool:
+        """Return whether it is of a hierarchy: of these controllers, or of this `name=`; "" is version 2."""
+        if not name:
+            return self._kind == _VERSION_2
+        return self._kind == _VERSION_1 and self._options.issuperset(name.split(","))
+
+
+class Top:
+    """The top of a hierarchy. name: its controllers, "" for version 2; place: a directory; root: which cgroup it is."""
+
+    def __init__(self, name: str, place: str, root: str) -> None:
+        self.name = name
+        self.place = place
+        self.root = root
 
 
 class CgroupUnavailable(Unavailable):
@@ -139,16 +166,27 @@ def relative(path: str, root: str) -> PurePosixPath | None:
         return None
 
 
-def tops() -> list[str]:
-    """Return the top directory of every hierarchy by which processes are ended, in the first view that has any."""
-    found = ([top for top, _ in _mounted(view, _ends_processes)] for view in _VIEWS)
-    return next(filter(None, found), [])
+def tops() -> list[Top]:
+    """Return the top of every hierarchy of cgroups, in this process' view, else in init's."""
+    mounts = [list(_mounts(view)) for view in _VIEWS]
+    names = [name for name, _ in _paths(proc.SELF)]
+    return [top for name in names if (top := next(filter(None, (_top_of(name, seen) for seen in mounts)), None))]
+
+
+def below_top(top: Top, pid: proc.Pid) -> PurePosixPath | None:
+    """Return the way from the top of a hierarchy down to the cgroup of a process; None where it is at the top.
+
+    Raises OSError when the process has ended.
+    """
+    path = dict(_paths(pid)).get(top.name, top.root)
+    below = relative(path, top.root)
+    return None if below == PurePosixPath() else below or PurePosixPath(path.lstrip("/"))
 
 
 def may_leave_shared() -> bool:
     """Return whether what this process starts could leave the cgroups of a batch system; False if in doubt."""
-    places = tops()
-    return bool(places) and all(os.access(Path(place, "cgroup.procs"), os.W_OK) for place in places)
+    found = tops()
+    return bool(found) and all(os.access(Path(top.place, "cgroup.procs"), os.W_OK) for top in found)
 
 
 def refused(what: str, error: OSError) -> CgroupUnavailable:
@@ -159,23 +197,33 @@ def refused(what: str, error: OSError) -> CgroupUnavailable:
 
 def _hierarchies() -> Iterator[Hierarchy]:
     for view in _VIEWS:
-        yield from _mounted(view)
+        yield from ((mount.place, mount.root) for mount in _mounts(view) if mount.shows(""))
     private = _mount_privately()
     if private is not None:
         yield private
 
 
-def _is_v2(kind: str, options: str) -> bool:
-    return kind == "cgroup2"
+def _paths(pid: proc.Pid) -> Iterator[tuple[str, str]]:
+    """Yield the name of each hierarchy, which is its controllers and "" for version 2, and the process' path in it."""
+    for line in proc.cgroups(pid):
+        if line:
+            _, name, path = line.split(":", 2)
+            yield name, path
 
 
-def _ends_processes(kind: str, options: str) -> bool:
-    """Choose version 2 and, of 1, where systemd and batch systems track what they end; not where memory is counted."""
-    return kind == "cgroup2" or (kind == "cgroup" and ("freezer" in options.split(",") or "name=" in options))
+def _top_of(name: str, mounts: Collection[_Mount]) -> Top | None:
+    """Return the top of a hierarchy. Where it is mounted more than once, the mount that shows most of it counts."""
+    found = [Top(name, mount.place, mount.root) for mount in mounts if mount.shows(name)]
+    return min(found, key=lambda top: _depth(top.root), default=None)
 
 
-def _mounted(view: proc.Pid, wanted: Callable[[str, str], bool] = _is_v2) -> Iterator[Hierarchy]:
-    """Yield the cgroup mounts where a process is, as they are reached from here."""
+def _depth(root: str) -> int:
+    """Return how far down a directory of cgroups is; above the root of a cgroup namespace it begins with `..`."""
+    return sum(-1 if part == ".." else 1 for part in PurePosixPath(root).parts)
+
+
+def _mounts(view: proc.Pid) -> Iterator[_Mount]:
+    """Yield the mounts of cgroups where a process is, as they are reached from here."""
     try:
         lines = proc.mountinfo(view)
     except OSError:
@@ -184,13 +232,13 @@ def _mounted(view: proc.Pid, wanted: Callable[[str, str], bool] = _is_v2) -> Ite
     for line in lines:
         mount, _, source = line.partition(" - ")
         kind, _, options = (*source.split(" "), "", "")[:3]
-        if not wanted(kind, options):
+        if kind not in (_VERSION_1, _VERSION_2):
             continue
         root, place = mount.split(" ")[3:5]
         place = prefix + _unescaped(place)
         with contextlib.suppress(OSError):
             if Path(place, "cgroup.procs").exists():
-                yield place, _unescaped(root)
+                yield _Mount(kind, options, place, _unescaped(root))
 
 
 def _mount_privately() -> Hierarchy | None:

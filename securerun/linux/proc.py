@@ -204,7 +204,7 @@ def program(pid: int) -> tuple[os.stat_result, str]:
     return link.stat(), link.readlink().name.removesuffix(_DELETED)
 
 
-def cgroups(pid: int) -> list[str]:
+def cgroups(pid: Pid) -> list[str]:
     """Read the cgroup of a process in each hierarchy, as `ID:CONTROLLERS:PATH` (cgroups(7))."""
     # Users name cgroups, and may do so with all that splitlines ends a line at.
     return os.fsdecode(_read(f"/proc/{pid}/cgroup")).split("\n")

@@ -133,3 +133,38 @@ def socket_made_in(cgroup: Cgroup, make: Callable[[], socket.socket], leave_to: 
         in_child(work)
         _, descriptors, _, _ = socket.recv_fds(near, 1, 1)
     return socket.socket(fileno=descriptors[0])
+
+
+def place_of_version_1(name: str) -> Path:
+    """Where a hierarchy of version 1 is mounted, by a controller of it or by `name=...`; skips where it is not."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, source = line.partition(" - ")
+        kind, _, options = source.split(" ")[:3]
+        if kind == "cgroup" and name in options.split(","):
+            return Path(mount.split(" ")[4])
+    pytest.skip(f"no cgroups of version 1 for {name} on this machine")
+
+
+@contextlib.contextmanager
+def cgroup_of_version_1(name: str, owner: int) -> Iterator[Path]:
+    """A cgroup of an ordinary user's own, as administrators of version 1 make them: the directory and all its files."""
+    path = place_of_version_1(name) / f"sr-test-{os.getpid()}-{next(_numbers)}"
+    path.mkdir()
+    try:
+        if name == "cpuset":
+            for file in ("cpuset.cpus", "cpuset.mems"):
+                (path / file).write_text((path.parent / file).read_text())
+        for entry in (path, *path.iterdir()):
+            os.chown(entry, owner, owner)
+        yield path
+    finally:
+        assert eventually(lambda: _ended_and_removed(path)), f"{path} is still in use"
+
+
+def _ended_and_removed(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        for pid in (path / "cgroup.procs").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        path.rmdir()
+        return True
+    return False
