@@ -169,6 +169,9 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
     if record.policy.ports:
         yield "ports", _some([f"{port} {port.purpose}" for port in record.policy.ports], "; ")
     yield "open to", _open_to(record.policy)
+    if record.left_open:
+        ranges = [str(first) if first == last else f"{first}-{last}" for first, last in record.left_open]
+        yield "open", f"to every host: ports {_some(ranges, ', ')}"
     for denial in record.denied[:_NAMED]:
         port = denial.port or "a port that could not be read"
         yield "blocked", f"{denial.source} → {port}, packets: {denial.packets}"

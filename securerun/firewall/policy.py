@@ -7,6 +7,7 @@ get a `PolicyError` instead of an object when a field cannot be right.
 
 from __future__ import annotations
 
+import bisect
 import enum
 import ipaddress
 import re
@@ -143,13 +144,29 @@ class Policy:
 
     def joined_ports(self) -> list[tuple[int, int]]:
         """Return the port plan as first and last ports, ascending, joined where ranges overlap or touch."""
-        joined: list[tuple[int, int]] = []
-        for first, last in sorted((port.first, port.last) for port in self.ports):
-            if joined and first <= joined[-1][1] + 1:
-                joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
-            else:
-                joined.append((first, last))
-        return joined
+        return joined((port.first, port.last) for port in self.ports)
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return first and last ports, ascending, joined where ranges overlap or touch."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if found and first <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(last, found[-1][1]))
+        else:
+            found.append((first, last))
+    return found
+
+
+def covers(ranges: list[tuple[int, int]], port: int) -> bool:
+    """Return whether a port is in one of these ranges, which are joined."""
+    place = bisect.bisect_right(ranges, (port, LAST_PORT))
+    return place > 0 and port <= ranges[place - 1][1]
+
+
+def overlap(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
+    """Return whether two lists of joined ranges have a port in common."""
+    return any(covers(other, first) for first, _ in one) or any(covers(one, first) for first, _ in other)
 
 
 @dataclass(frozen=True)

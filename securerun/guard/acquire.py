@@ -16,7 +16,7 @@ from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import Layer, Policy, PortRange
+from securerun.firewall.policy import Layer, Policy, PortRange, Purpose
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, reaper, records, reserved, run_directory
@@ -104,7 +104,7 @@ def _begin(lease: Lease) -> None:
 def _reserve_ports(lease: Lease, directory: int) -> None:
     """Record the run and reserve its ports, the record first: a reaper goes by it. What cannot be reserved is noted."""
     try:
-        choice = reserved.choose(directory, lease.policy.ports, lease.policy.run_id)
+        choice = reserved.choose(directory, lease.order.policy.ports, lease.policy.run_id)
         lease.record = dataclasses.replace(lease.record, reserved=choice.reserved)
         run_directory.write(directory, lease.record)
         reserved.settle(directory)
@@ -112,7 +112,7 @@ def _reserve_ports(lease: Lease, directory: int) -> None:
     except ReservationUnavailable as error:
         lease.record = dataclasses.replace(lease.record, reserved=())
         run_directory.write(directory, lease.record)
-        lease.notes += (_unreserved(lease.policy.ports, error),)
+        lease.notes += (_unreserved(lease.order.policy.ports, error),)
 
 
 def _too_many(ports: tuple[PortRange, ...]) -> Iterator[str]:
@@ -140,6 +140,8 @@ def _take_over(lease: Lease, found: Record) -> None:
         raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
     # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)
+    more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)
+    lease.policy = dataclasses.replace(lease.policy, ports=(*lease.order.policy.ports, *more))
 
 
 def _add_shield(lease: Lease, undo: ExitStack) -> None:
@@ -236,7 +238,7 @@ def _add_chains(lease: Lease) -> None:
             lease.record = dataclasses.replace(lease.record, layers=(*lease.guarding.layers, _layer(chains)))
             run_directory.write(directory, lease.record)
             lease.chains = chains
-            _install(chains, order.policy, drops)
+            _install(chains, lease.policy, drops)
             lease.drops = drops
     except PortChainsUnavailable as error:
         lease.chains = None

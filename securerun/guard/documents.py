@@ -19,6 +19,8 @@ from securerun.linux.networks import Network
 MAXIMUM_BYTES = 8 * 1024 * 1024
 MAXIMUM_PEERS = 100_000
 MAXIMUM_PORT_RANGES = 1024
+# A guard adds those that it finds while the job runs: of 65,535 ports at most every other.
+MAXIMUM_RECORDED_RANGES = MAXIMUM_PORT_RANGES + 32768
 MAXIMUM_INTERFACES = 64
 MAXIMUM_TEXT = 4096
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}", re.ASCII)
@@ -40,12 +42,15 @@ def policy_document(policy: Policy) -> dict[str, Any]:
     }
 
 
-def read_policy(document: Mapping[str, Any]) -> Policy:
-    """Return the policy in a document; the opposite of `policy_document`. Raises ProtocolError or PolicyError."""
+def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RANGES) -> Policy:
+    """Return the policy in a document; the opposite of `policy_document`. Raises ProtocolError or PolicyError.
+
+    most_ranges: how many ranges of ports it may have.
+    """
     require_fields(document, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
     return Policy(
         run_id=text(document, "run_id"),
-        ports=tuple(_read_port(port) for port in items(document, "ports", MAXIMUM_PORT_RANGES)),
+        ports=tuple(_read_port(port) for port in items(document, "ports", most_ranges)),
         peers=tuple(read_network(peer) for peer in items(document, "peers", MAXIMUM_PEERS)),
         interfaces=tuple(entry(name) for name in items(document, "interfaces", MAXIMUM_INTERFACES)),
         accept=flag(document, "accept"),

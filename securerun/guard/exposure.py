@@ -2,46 +2,72 @@
 
 With a shield that is the exception: a listener made before the job had its cgroup, received from outside, or counted
 as the root cgroup's (net_cls or net_prio before kernel 5.15). In scope `ports` it is how every random port is closed.
+
+The chains close a port for the whole host, so an ordinary user's job gets no more closed than is its own, and only for
+as long as it listens there.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 
-from securerun.errors import PolicyError
-from securerun.firewall.policy import PortRange, Purpose
+from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.policy import covers
+from securerun.guard.caller import ROOT
 from securerun.guard.lease import Lease
+from securerun.guard.program import LIMITS_FILE
 from securerun.linux import proc, sock_diag
 from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
+from securerun.text import some
 
 # What is held changes without any listener being made: one can be inherited or received.
 _FULL_LOOK_SECONDS = 1.0
+# A listener may be missed once (sock_diag.py); and each change of the chains is a transaction under the host's lock.
+_GONE_SECONDS = 2.0
+_LEAVE_SECONDS = 2.0
+_FIRST_FREE_PORT = 1024
+_PORTS_NAMED = 8
 
 
 class Exposure:
-    """Looks for listeners of the job that are open to strangers; raises SocketsUnavailable without sock_diag."""
+    """Looks for listeners of the job that are open to strangers; raises SocketsUnavailable without sock_diag.
+
+    left_open: the ports that are open to every host, and why.
+    """
 
     def __init__(self, lease: Lease) -> None:
+        self.left_open: dict[int, str] = {}
         self._lease = lease
         self._diagnosis = SocketDiagnosis()
+        self._planned = lease.order.policy.joined_ports()
+        self._limit = math.inf if lease.caller.is_root else lease.site.ports_found_per_run
         self._seen: tuple[Listener, ...] = ()
         self._cgroups: frozenset[int] = frozenset()
         self._next_full_look = 0.0
-        self._closed: set[int] = set()
+        self._next_leave = 0.0
+        # Each port that the chains close beside the plan, and when the job was last seen to listen there.
+        self._closed = dict.fromkeys(lease.found_ports(), time.monotonic())
+        self._harmful: dict[int, str] = {}
 
     def close(self) -> tuple[str, ...]:
         """Close what is found open; return a line for each thing that a person should know.
 
         Raises SocketsUnavailable, PortChainsUnavailable or PrivilegeError when that does not succeed.
         """
-        found = self._diagnosis.listeners()
-        if found == self._seen and time.monotonic() < self._next_full_look:
+        found, now = self._diagnosis.listeners(), time.monotonic()
+        if found == self._seen and now < self._next_full_look:
             return ()
-        self._next_full_look = time.monotonic() + _FULL_LOOK_SECONDS
+        self._next_full_look = now + _FULL_LOOK_SECONDS
         exposed = self._exposed(found)
-        new = sorted({listener.port for listener in exposed} - self._closed)
-        words = self._close(new) if new else ()
+        if self._lease.chains is None:
+            ports = {listener.port for listener in exposed}
+            left_open = dict.fromkeys(ports, "its socket is not behind the shield, and no chains are set")
+            words = self._told(left_open, ())
+        else:
+            words = self._settle(exposed, found, now)
         self._seen = found
         return words
 
@@ -55,31 +81,79 @@ class Exposure:
         self._cgroups |= sock_diag.cgroup_ids(cgroup.descriptor)
         return sock_diag.outside(reachable, holders, self._cgroups)
 
-    def _close(self, ports: list[int]) -> tuple[str, ...]:
-        listed = ", ".join(map(str, ports))
-        if self._lease.chains is None:
-            self._closed.update(ports)
-            return (f"port {listed} is open to every host: its socket is not behind the shield, and no chains are set",)
-        refused = self._refused(ports)
-        self._closed.update(ports)
-        closed = ", ".join(str(port) for port in ports if port not in refused)
-        words = tuple(f"port {port} stays open to every host: {reason}" for port, reason in refused.items())
-        if self._lease.shield is None or not closed:
-            return words
-        return (*words, f"port {closed} is on a socket that the shield does not cover; the port chains close it")
+    def _settle(self, exposed: Iterable[Listener], found: Iterable[Listener], now: float) -> tuple[str, ...]:
+        """Close what may be closed, and let go of what the job has left."""
+        # By the plan they are closed all along.
+        unplanned = {listener.port for listener in exposed if not covers(self._planned, listener.port)}
+        self._closed.update((port, now) for port in unplanned if port in self._closed)
+        self._harmful = {port: why for port, why in self._harmful.items() if port in unplanned}
+        new = unplanned - self._closed.keys()
+        refused = {**self._objections(new, exposed, found), **self._harmful}
+        wanted = new - refused.keys()
+        gone = {port for port, seen in self._closed.items() if now - seen > _GONE_SECONDS}
+        if wanted or (gone and now >= self._next_leave):
+            self._next_leave = now + _LEAVE_SECONDS
+            refused.update(self._change(wanted, gone, now))
+        return self._told(refused, sorted(wanted - refused.keys()))
 
-    def _refused(self, ports: list[int]) -> dict[int, str]:
-        """Close the ports, all at once if that may be; return those that may not be closed, and why."""
-        refused: dict[int, str] = {}
-        try:
-            self._lease.close_ports(_unplanned(ports, self._lease.policy.ports))
-        except PolicyError:
-            for port in ports:
-                try:
-                    self._lease.close_ports(_unplanned([port], self._lease.policy.ports))
-                except PolicyError as error:
-                    refused[port] = str(error)
+    def _objections(self, new: Iterable[int], exposed: Iterable[Listener], found: Iterable[Listener]) -> dict[int, str]:
+        """Return which of the new ports may not be closed for this job's user, and why. Root may close any."""
+        if self._lease.caller.is_root:
+            return {}
+        strangers = self._strangers(exposed, found)
+        refused, room = {}, self._limit - len(self._closed)
+        for port in sorted(new):
+            if port < _FIRST_FREE_PORT:
+                refused[port] = f"ports below {_FIRST_FREE_PORT} are closed for root's jobs alone"
+            elif port in strangers:
+                refused[port] = f"user {strangers[port]} listens there too"
+            elif room <= 0:
+                refused[port] = (
+                    f"this host closes {self._limit} such ports a run (ports_found_per_run in {LIMITS_FILE})"
+                )
+            else:
+                room -= 1
         return refused
+
+    def _strangers(self, exposed: Iterable[Listener], found: Iterable[Listener]) -> dict[int, int]:
+        """Return the ports that are another user's as well, by whom: who made the socket says whose it is."""
+        own, of_the_job = self._lease.caller.user, {listener.inode for listener in exposed}
+
+        def is_strangers(listener: Listener) -> bool:
+            if listener.inode in of_the_job:
+                return listener.user != own
+            # Of user id 0 without root's privilege nobody can tell that a listener of that id is not root's own.
+            return not listener.address.is_loopback and (listener.user != own or own == ROOT)
+
+        return {listener.port: listener.user for listener in found if is_strangers(listener)}
+
+    def _change(self, wanted: set[int], gone: set[int], now: float) -> dict[int, str]:
+        """Have the chains close what is wanted, and no longer what is gone; return what may not be closed, and why."""
+        ports = (self._closed.keys() | wanted) - gone
+        try:
+            refused = self._lease.close_found(ports)
+        except PortChainsUnavailable as error:
+            if not wanted:
+                raise
+            # It is tried again with the next look.
+            return dict.fromkeys(wanted, str(error))
+        self._harmful.update(refused)
+        self._closed = {port: self._closed.get(port, now) for port in ports if port not in refused}
+        return refused
+
+    def _told(self, left_open: dict[int, str], closed: Iterable[int]) -> tuple[str, ...]:
+        """Take note of what is open, in the record too, and return what is new in words."""
+        news: defaultdict[str, list[int]] = defaultdict(list)
+        for port in sorted(left_open.keys() - self.left_open):
+            news[left_open[port]].append(port)
+        if left_open.keys() != self.left_open.keys():
+            self._lease.note_open_ports(left_open)
+        self.left_open = left_open
+        words = tuple(f"port {some(ports, _PORTS_NAMED)} is open to every host: {why}" for why, ports in news.items())
+        listed = some(list(closed), _PORTS_NAMED)
+        if self._lease.shield is None or not listed:
+            return words
+        return (*words, f"port {listed} is on a socket that the shield does not cover; the port chains close it")
 
 
 def open_exposure(lease: Lease) -> Exposure | None:
@@ -88,9 +162,3 @@ def open_exposure(lease: Lease) -> Exposure | None:
         return Exposure(lease)
     except SocketsUnavailable:
         return None
-
-
-def _unplanned(ports: Iterable[int], planned: tuple[PortRange, ...]) -> list[PortRange]:
-    return [
-        PortRange(port, port, Purpose.OPENED_MEANWHILE) for port in ports if not any(port in known for known in planned)
-    ]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
-from securerun.firewall.chains import PortChains
+from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, merged
+from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, Purpose, joined, merged
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
-from securerun.guard.records import Record
+from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
 from securerun.linux import proc, processes
 from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
@@ -67,17 +68,32 @@ class Lease:
         self.drops.read()
         return merged([*counts, self.drops.denied()], self.drops.more)
 
-    def close_ports(self, ports: Iterable[PortRange]) -> None:
-        """Add ports to the port chains while the job runs.
+    def found_ports(self) -> Iterator[int]:
+        """Yield the ports that the port chains close beside the plan."""
+        for port in self.policy.ports:
+            if port.purpose == Purpose.OPENED_MEANWHILE:
+                yield from range(port.first, port.last + 1)
 
-        Raises PortChainsUnavailable or PrivilegeError, and PolicyError for a port that is also another user's.
+    def close_found(self, ports: Collection[int]) -> dict[int, str]:
+        """Have the port chains close these ports beside the planned ones, and no others.
+
+        Return those of them that may not be closed, since that would harm another user's job, and why.
+        Raises PortChainsUnavailable, with what was closed before closed still, or PrivilegeError.
         """
-        new = dataclasses.replace(self.policy, ports=tuple(ports))
         with run_directory.recording() as directory:
-            neighbours.require_harmless(dataclasses.replace(self.record, policy=new), records.read_all(directory))
-        self.policy = dataclasses.replace(self.policy, ports=(*self.policy.ports, *new.ports))
-        self.write(policy=self.policy)
-        self.restore_chains()
+            refused = neighbours.harmful_ports(self.record, ports, records.read_all(directory))
+            ranges = joined((port, port) for port in ports if port not in refused)
+            found = (PortRange(first, last, Purpose.OPENED_MEANWHILE) for first, last in ranges)
+            policy = dataclasses.replace(self.policy, ports=(*self.order.policy.ports, *found))
+            self._install(policy)
+            self.policy = policy
+            self.record = dataclasses.replace(self.record, policy=policy)
+            run_directory.write(directory, self.record)
+        return refused
+
+    def note_open_ports(self, ports: Iterable[int]) -> None:
+        """Record which ports are open to every host, as far as there is room. Raises PrivilegeError."""
+        self.write(left_open=tuple(joined((port, port) for port in ports)[:MOST_RANGES_LEFT_OPEN]))
 
     def change_peers(self, networks: tuple[Network, ...]) -> None:
         """Let these networks in from now on and no others; established connections stay.
@@ -101,7 +117,7 @@ class Lease:
         if self.chains is None:
             return
         with run_directory.host_lock():
-            self.chains.install(self.policy, self.drops.group if self.drops else None)
+            self._install(self.policy)
 
     def chains_stand(self) -> bool:
         """Return whether what was installed of port chains is still there. Raises PortChainsUnavailable."""
@@ -131,6 +147,19 @@ class Lease:
             self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
             run_directory.write(directory, self.record)
         return True
+
+    def _install(self, policy: Policy) -> None:
+        """Install the port chains for a policy, under the host's lock, or again for the policy of before."""
+        if self.chains is None:
+            return
+        group = self.drops.group if self.drops else None
+        try:
+            self.chains.install(policy, group)
+        except PortChainsUnavailable:
+            if policy is not self.policy:
+                with contextlib.suppress(PortChainsUnavailable):
+                    self.chains.install(self.policy, group)
+            raise
 
     def is_over(self) -> bool:
         """Return whether the launcher and all that came from it are gone."""

@@ -36,7 +36,8 @@ class SitePolicy:
 
     users: ids of those who may have a guard; groups: ids whose members may. Both None: whoever the way to the guard
     lets through (sudoers, the socket's mode). ports: first and last TCP ports that may be named; ports_per_run: how
-    many of them. peers: the networks that named peers must lie in; None: any, but in sum no
+    many of them. ports_found_per_run: how many more may be closed that the job opens while it runs.
+    peers: the networks that named peers must lie in; None: any, but in sum no
     more addresses than a /8 or /16 (IPv6) has.
     peers_per_run: how many networks, after those that make up one have been joined.
     accept: whether peers may be let past the host's own rules. runs_per_user: how many runs at once.
@@ -46,6 +47,7 @@ class SitePolicy:
     groups: frozenset[int] | None = None
     ports: tuple[tuple[int, int], ...] = ((1024, LAST_PORT),)
     ports_per_run: int = 256
+    ports_found_per_run: int = 4096
     peers_per_run: int = 4096
     peers: tuple[Network, ...] | None = None
     accept: bool = False
@@ -225,6 +227,7 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "groups": _groups,
     "ports": _ports,
     "ports_per_run": _count,
+    "ports_found_per_run": _count,
     "peers": _networks,
     "peers_per_run": _count,
     "accept": _flag,

@@ -7,9 +7,10 @@ before any drop. Root may do anything; between others nobody gets the better of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from securerun.errors import PolicyError, PrivilegeError
+from securerun.firewall.policy import covers, joined, overlap
 from securerun.guard.caller import ROOT
 from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Record
@@ -39,18 +40,38 @@ def require_harmless(run: Record, known: Iterable[Record]) -> None:
         return
     found = _neighbours(run, known)
     _require_harmless_peers(run, found)
-    guarded = [port for record in found for port in record.policy.ports]
+    guarded = joined((port.first, port.last) for record in found for port in record.policy.ports)
+    planned = run.policy.joined_ports()
     with contextlib.suppress(SocketsUnavailable):
         for listener in sock_diag.listeners():
             # Of user id 0 without root's privilege nobody can tell that a listener of that id is not root's own.
             if (listener.user == run.user != ROOT) or listener.address.is_loopback:
                 continue
-            if any(listener.port in port for port in guarded):
-                continue
-            if any(listener.port in port for port in run.policy.ports):
+            if covers(planned, listener.port) and not covers(guarded, listener.port):
                 raise PolicyError(
                     f"port {listener.port} is in use by user {listener.user}; choose another for this job, or end that"
                 )
+
+
+def harmful_ports(run: Record, ports: Collection[int], known: Iterable[Record]) -> dict[int, str]:
+    """Return which of these ports may not be closed for an ordinary user's run as well, and why.
+
+    They are of another user's job that has no shield, and this run's peers would be let to them.
+    """
+    if run.root:
+        return {}
+    found: dict[int, str] = {}
+    for record in known:
+        if not _is_neighbour(run, record) or not record.is_bare:
+            continue
+        if _are_within(run.policy.peers, record.policy.peers):
+            continue
+        theirs = record.policy.joined_ports()
+        why = (
+            f"run {record.run_id} of user {record.user} has it, and no shield, so this job's peers could reach that run"
+        )
+        found.update((port, why) for port in ports if covers(theirs, port))
+    return found
 
 
 def require_harmless_peers(run: Record, known: Iterable[Record]) -> None:
@@ -83,17 +104,13 @@ def _neighbours(run: Record, known: Iterable[Record]) -> list[Record]:
 
     Also those whose guard is gone: another may be about to take over, and processes may be left.
     """
-    return [
-        record
-        for record in known
-        if record.owner != run.owner
-        and record.network == run.network
-        and any(
-            ours.first <= theirs.last and theirs.first <= ours.last
-            for ours in run.policy.ports
-            for theirs in record.policy.ports
-        )
-    ]
+    ours = run.policy.joined_ports()
+    near = (record for record in known if _is_neighbour(run, record))
+    return [record for record in near if overlap(ours, record.policy.joined_ports())]
+
+
+def _is_neighbour(run: Record, record: Record) -> bool:
+    return record.owner != run.owner and record.network == run.network
 
 
 def _are_within(networks: tuple[Network, ...], others: tuple[Network, ...]) -> bool:

@@ -8,7 +8,8 @@
                        runs       how many `run` messages follow, each with one record of /run/securerun
                        guarding   the layers that stand now
                        notice     while the job runs: who was turned away, and what else a person should know
-                       refused    nothing stands; the exit status and one line why
+                       refused    the exit status and one line why: nothing stands, or the job that runs is to end now,
+                                  since what it insists on cannot be kept
                        released   who was turned away
 
 The guard may run with more privilege than whoever talks to it: what is not exactly one of these is refused whole, as
@@ -136,7 +137,10 @@ class Notice:
 
 @dataclass(frozen=True)
 class Refused:
-    """Nothing stands. status: the launcher's exit status; message: one line, what is wrong and what to do."""
+    """Nothing stands, or what stands is no longer what was ordered, and the launcher has to end its job.
+
+    status: the launcher's exit status; message: one line, what is wrong and what to do.
+    """
 
     status: int
     message: str

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, require_ports
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
+    MAXIMUM_RECORDED_RANGES,
     ProtocolError,
     denial_document,
     layer_document,
@@ -32,6 +33,7 @@ from securerun.guard.protocol import mark_of
 from securerun.linux import cgroups, proc, processes
 
 DIRECTORY = Path("/run/securerun")
+MOST_RANGES_LEFT_OPEN = 1024
 _RECORD_NAME = re.compile(rf"{RUN_ID.pattern}\.json")
 
 
@@ -46,6 +48,7 @@ class Record:
     user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
     started: seconds since the epoch. draining: the job is over, not all of it gone.
     reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
+    left_open: first and last of ports of the job that are open to every host; the first MOST_RANGES_LEFT_OPEN.
     """
 
     policy: Policy
@@ -65,6 +68,7 @@ class Record:
     draining: bool = False
     denied: tuple[Denial, ...] = ()
     reserved: tuple[tuple[int, int], ...] = ()
+    left_open: tuple[tuple[int, int], ...] = ()
 
     @property
     def run_id(self) -> str:
@@ -116,6 +120,7 @@ class Record:
             "layers": [layer_document(layer) for layer in self.layers],
             "denied": [denial_document(denial) for denial in self.denied],
             "reserved": [list(ports) for ports in self.reserved],
+            "left_open": [list(ports) for ports in self.left_open],
             **{name: getattr(self, name) for name in _PLAIN},
         }
 
@@ -233,11 +238,12 @@ def understood(document: Mapping[str, Any]) -> Record:
 
     Raises ValueError, LookupError, TypeError, AttributeError, ProtocolError or PolicyError for what is none.
     """
-    policy = read_policy(document["policy"])
+    policy = read_policy(document["policy"], MAXIMUM_RECORDED_RANGES)
     plain = _plain_fields(document, policy.run_id)
     layers = tuple(read_layer(layer) for layer in document["layers"])
     denied = tuple(read_denial(denial) for denial in document["denied"])
-    return Record(policy, layers, denied=denied, reserved=reserved_ports(document), **plain)
+    reserved, left_open = reserved_ports(document), _ranges(document.get("left_open", ()))
+    return Record(policy, layers, denied=denied, reserved=reserved, left_open=left_open, **plain)
 
 
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
@@ -257,7 +263,11 @@ def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
 def reserved_ports(document: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """Return the ports that a record reserves. Raises ValueError, TypeError, AttributeError or PolicyError."""
     # Guards from before there was this field reserved nothing.
-    ranges = tuple((first, last) for first, last in document.get("reserved", ()))
+    return _ranges(document.get("reserved", ()))
+
+
+def _ranges(document: Iterable[Any]) -> tuple[tuple[int, int], ...]:
+    ranges = tuple((first, last) for first, last in document)
     for first, last in ranges:
         require_ports(first, last)
     return ranges

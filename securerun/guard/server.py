@@ -242,7 +242,7 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     run = f"run {lease.policy.run_id}"
     answers.send(lease.guarding)
     layers = ", ".join(layer.backend for layer in lease.guarding.layers)
-    ports = ", ".join(map(str, lease.policy.ports)) or "none"
+    ports = ", ".join(map(str, lease.order.policy.ports)) or "none"
     _log(
         f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding by {layers}; ports {ports}; "
         f"{len(lease.policy.peers)} peer networks"

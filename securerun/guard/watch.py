@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import select
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
+from securerun.errors import PrivilegeError
 from securerun.guard.documents import ProtocolError
 from securerun.guard.ending import Ending
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
-from securerun.guard.protocol import Message, Peers, Release, Released
+from securerun.guard.protocol import Message, Peers, Refused, Release, Released
 from securerun.linux.nf_tables import Deletions
 
 _NOTICE_SECONDS = 1.0
@@ -26,6 +28,8 @@ _PEERS_SECONDS = 1.0
 # What a launcher may have said before it ended, and be heard of.
 _LAST_MESSAGES = 16
 _MOST_COMPLAINTS = 64
+# For a launcher that was told to end its job: torchrun first ends its workers.
+_GIVING_UP_SECONDS = 10.0
 # Rules that are deleted from nf_tables are heard of at once; from legacy tables they are not.
 _LOOK_FOR_CHAINS_SECONDS = 5.0
 _HEARD_CHAINS_SECONDS = 60.0
@@ -73,6 +77,7 @@ class Watch:
         self._notices = Notices(lease, send)
         self._ending: Ending | None = None
         self._released = False
+        self._given_up = False
         self._has_more_to_hear = False
         self._newest_peers: Peers | None = None
         self._peers_may_change = 0.0
@@ -135,6 +140,20 @@ class Watch:
         if self._exposure is None:
             return
         self._speech.say(*self._exposure.close())
+        if self._exposure.left_open and self._lease.order.scope == "process":
+            self._give_up(self._exposure.left_open)
+
+    def _give_up(self, left_open: Mapping[int, str]) -> None:
+        """Have the launcher end a job that insists on the shield and has ports without; kill it where it does not."""
+        if self._given_up or self._released:
+            return
+        self._given_up = True
+        port, why = min(left_open.items())
+        message = f"the job is ended, since --scope process was asked for, and port {port} is open to every host: {why}"
+        self._speech.log(message)
+        self._send(Refused(PrivilegeError.status, f"{message}; with --scope auto it would go on"))
+        due = time.monotonic() + self._lease.order.grace + _GIVING_UP_SECONDS
+        self._chores.append(Chore(_ENDING_SECONDS, self._lease.kill, due))
 
     def _repair_chains(self) -> None:
         """Put the port chains back if somebody flushed them away."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
@@ -27,7 +28,7 @@ from securerun.guard.protocol import (
     Run,
     Runs,
 )
-from securerun.linux import signals
+from securerun.linux import proc, signals
 from securerun.linux.networks import Network
 from securerun.protection.ways import DIRECTLY, Connection, Way, ways
 
@@ -67,6 +68,7 @@ class Guard:
         self._farewell = threading.Event()
         self._asked = False
         self._released: Released | None = None
+        self._ended: Refusal | None = None
         self._releasing: Release | None = None
         self._start_over()
         # A worker that is forked, not spawned, must not keep the guard's input open after the launcher's end.
@@ -119,6 +121,11 @@ class Guard:
             raise PrivilegeError("the guard ended without an answer")
         found = [self._received(connection, _ANSWER_SECONDS) for _ in range(runs.count)]
         return tuple(message.record for message in found if isinstance(message, Run))
+
+    def require_kept(self) -> None:
+        """Raise Refusal when the guard had the job ended, since it could no longer keep what was ordered."""
+        if self._ended is not None:
+            raise self._ended
 
     def release(self, failed: bool) -> Released | None:
         """Say that the job is over; who was turned away, or None when no guard answers any more."""
@@ -210,6 +217,11 @@ class Guard:
                 if isinstance(message, Notice):
                     self._tell(message)
                     continue
+                if isinstance(message, Refused):
+                    self._ended = Refusal(message)
+                    self._tell(Notice(words=(message.message,)))
+                    _end_job(message.status)
+                    continue
                 if isinstance(message, Released):
                     self._released = message
                     self._farewell.set()
@@ -233,6 +245,15 @@ class Guard:
                 self._connection.send(self._releasing)
         self._tell(Notice(words=("the guard died; another has taken over", *answer.notes)))
         return True
+
+
+def _end_job(status: int) -> None:
+    """Have the main thread end its job as by a batch system's SIGTERM; where it would not hear of it, end at once."""
+    heard = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+    waited_for = signal.SIGTERM - 1 in proc.status(os.getpid()).bits("SigBlk")  # as by ctl/child.py
+    if not heard and not waited_for:
+        os._exit(status)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _no_way(obstacles: list[str]) -> str:
@@ -276,3 +297,4 @@ def guarded(
         failed = False
     finally:
         guard.release(failed)
+        guard.require_kept()

@@ -91,6 +91,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
         with signals.held_back():
             hear(Finished(failed))
             _say_farewell(guard, plan, failed, hear)
+        guard.require_kept()
 
 
 @contextmanager

@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
-from attacking import Ground
-from checkout import COMMANDS
+from attacking import Ground, program
+from checkout import COMMANDS, GROUND
 from conversation import WAYS, Conversation, guards, log_of, order
 from hosts import RECORDS, Host, Network, eventually, finish, is_alive
-from probe import listening
+from probe import listening, reach
+from users import User
 
 EXEC = (str(COMMANDS / "securerunctl"), "exec")
 PLANNED = range(60000, 60016)
@@ -80,8 +82,7 @@ for line in sys.stdin:
 @contextlib.contextmanager
 def flooded(stranger: Host, target: str, *, rate: int = 1500, ports: range = PLANNED) -> Iterator[None]:
     """Packets of invented sources, so many a second; at least half of that were sent."""
-    ground = Path(__file__).parents[1] / "ground"
-    words = [sys.executable, "-c", _FLOOD, str(ground), target, str(rate), *map(str, ports)]
+    words = [sys.executable, "-c", _FLOOD, str(GROUND), target, str(rate), *map(str, ports)]
     flood, began = stranger.popen(words, stdin=subprocess.PIPE), time.monotonic()
     yield
     seconds = time.monotonic() - began
@@ -272,3 +273,174 @@ def test_listener_on_the_loopback_that_a_host_leads_strangers_to_is_closed_in_sc
         assert [at for _, at in answered if at > since + 1.0] == []
         dial = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
         assert node.run([sys.executable, "-c", dial]).returncode == 0
+
+
+# --- what a user's listeners close for the whole host ---
+
+# Listens on ports for each line of input, "close" for the lines before; says how many it could have.
+_LISTENERS = """
+import socket, sys
+print("ready", flush=True)
+held = []
+for line in sys.stdin:
+    if line == "close\\n":
+        held.clear()
+    first, _, last = line.partition("-")
+    for port in range(int(first), int(last) + 1) if last else ():
+        try:
+            held.append(socket.create_server(("10.77.0.1", port)))
+        except OSError:
+            pass
+    print(len(held), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def listeners(ground: Ground, user: User | None, *before: str) -> Iterator[Callable[[str], int]]:
+    """A process of a user's, or of root's, that listens; yields what has it do so, and returns on how many ports."""
+    process = ground.popen(user, [*before, sys.executable, "-c", _LISTENERS], stdin=subprocess.PIPE)
+    assert process.stdout is not None and process.stdin is not None
+    first = process.stdout.readline()
+    assert first == "ready\n", (first, process.stderr and process.stderr.read())
+
+    def tell(line: str) -> int:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    yield tell
+    process.stdin.close()
+    process.wait(timeout=20)
+
+
+def bare(scope: str = "ports") -> tuple[str, ...]:
+    """A job, by itself without a shield."""
+    return (*EXEC, "--scope", scope, "--ports", "60000", "--peers", "10.77.0.2", "--")
+
+
+def closed_for(ground: Ground) -> list[range]:
+    """What the one run's record says to be closed, beside the plan."""
+    (record,) = (ground.machine.place(RECORDS)).glob("*.json")
+    ports = json.loads(record.read_text())["policy"]["ports"]
+    return [range(port["first"], port["last"] + 1) for port in ports if port["purpose"] == "opened while the job runs"]
+
+
+def left_open(ground: Ground) -> list[list[int]]:
+    """What the one run's record says to be open to every host."""
+    (record,) = (ground.machine.place(RECORDS)).glob("*.json")
+    found: list[list[int]] = json.loads(record.read_text())["left_open"]
+    return found
+
+
+def test_user_closes_no_more_ports_of_the_host_than_the_site_allows(ground: Ground) -> None:
+    """And is told of the rest, in a line, in the record and by status; root's port stays in reach."""
+    ground.machine.configure("ports_found_per_run = 100\n")
+    with listeners(ground, ground.alice, *bare()) as tell:
+        assert tell("20000-20299") == 300
+        assert eventually(lambda: sum(map(len, closed_for(ground))) == 100, seconds=10)
+        assert eventually(lambda: left_open(ground) == [[20100, 20299]], seconds=5)
+        shown = ground.machine.run(ground.node, [COMMANDS / "securerunctl", "status"]).stdout
+        assert "to every host: ports 20100-20299" in shown
+    assert "20100" in log_of(ground.machine) and "ports_found_per_run" in log_of(ground.machine)
+
+
+def test_ports_that_a_job_no_longer_listens_on_are_the_hosts_again(ground: Ground) -> None:
+    """Whoever listens there next, an ordinary user or root, is in reach, while the first one's job goes on."""
+    with listeners(ground, ground.alice, *bare()) as tell, listeners(ground, ground.bob) as tell_bob:
+        tell("20000-20031")
+        assert eventually(lambda: sum(map(len, closed_for(ground))) == 32, seconds=5)
+        tell("close")
+        assert tell_bob("20000-20031") == 32
+        assert eventually(lambda: closed_for(ground) == [], seconds=10)
+        assert eventually(lambda: all(reach(ground.stranger, [(ground.node.ipv4, 20007)]).values()), seconds=5)
+        # What is closed for nobody's sake any more is not closed for Alice's by Bob's being there.
+        assert tell_bob("close") == 0
+        tell("20040-20041")
+        assert eventually(lambda: closed_for(ground) == [range(20040, 20042)], seconds=5)
+
+
+# Listens, and hands its listeners to whoever connects to a local socket.
+_HAND_OUT = """
+import array, os, socket, sys
+listeners = [socket.create_server(("10.77.0.1", int(port))) for port in sys.argv[2:]]
+with socket.socket(socket.AF_UNIX) as local:
+    local.bind(sys.argv[1])
+    os.chmod(sys.argv[1], 0o666)
+    local.listen()
+    print("ready", flush=True)
+    taker, _ = local.accept()
+    rights = array.array("i", [one.fileno() for one in listeners])
+    taker.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+sys.stdin.read()
+os.unlink(sys.argv[1])
+"""
+_TAKE = """
+import socket, sys
+end = socket.socket(socket.AF_UNIX)
+end.connect(sys.argv[1])
+end.recvmsg(1, 100)
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("giver", ["root", "bob"])
+@pytest.mark.parametrize("scope", ["ports", "auto"])
+def test_listener_of_anothers_that_is_handed_in_closes_no_port_of_theirs(
+    ground: Ground, giver: str, scope: str
+) -> None:
+    """Whose socket it is says the kernel, whoever holds it by SCM_RIGHTS."""
+    owner = ground.bob if giver == "bob" else None
+    place = f"{ground.bob.home}/handed.sock"
+    ports = ["20500"] if owner else ["20500", "443"]
+    giving = ground.popen(owner, program(_HAND_OUT, place, *ports), stdin=subprocess.PIPE)
+    assert giving.stdout is not None and giving.stdin is not None
+    assert giving.stdout.readline() == "ready\n", giving.stderr and giving.stderr.read()
+    taking = ground.popen(ground.alice, [*bare(scope=scope), *program(_TAKE, place)], stdin=subprocess.PIPE)
+    assert taking.stdout is not None and taking.stdout.readline() == "taken\n", finish(taking)
+    assert eventually(lambda: len(left_open(ground)) == len(ports), seconds=5)
+    assert closed_for(ground) == []
+    assert all(reach(ground.stranger, [(ground.node.ipv4, int(port)) for port in ports]).values())
+    done = finish(taking, text_input="")
+    assert "open to every host" in done.stderr, done
+    giving.stdin.close()
+    giving.wait(timeout=10)
+
+
+def test_job_that_insists_on_the_shield_is_ended_when_a_port_of_it_is_open(ground: Ground) -> None:
+    """With the status of a refusal, its processes too, and a line that says why."""
+    place = f"{ground.bob.home}/handed.sock"
+    giving = ground.popen(ground.bob, program(_HAND_OUT, place, "20500"), stdin=subprocess.PIPE)
+    assert giving.stdout is not None and giving.stdin is not None and giving.stdout.readline() == "ready\n"
+    taking = ground.popen(ground.alice, [*bare(scope="process"), *program(_TAKE, place)], stdin=subprocess.PIPE)
+    assert taking.wait(timeout=20) == 77
+    done = finish(taking)
+    assert "--scope process" in done.stderr and "port 20500 is open to every host" in done.stderr
+    giving.stdin.close()
+    giving.wait(timeout=10)
+
+
+# Listens outside of the job's cgroup, as root can: its socket is not behind the shield.
+_TRAIN = """
+import os, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+from holder import listen_elsewhere
+held = listen_elsewhere(20500)
+time.sleep(60)
+"""
+
+
+def test_training_that_insists_on_the_shield_is_ended_when_a_port_of_it_is_open(
+    network: Network, tmp_path: Path
+) -> None:
+    """By torchrun's own handling of SIGTERM, and with a report that says why."""
+    script, report = tmp_path / "train.py", tmp_path / "report.json"
+    script.write_text(_TRAIN)
+    options = ["--nproc-per-node", "1", "--peers", "10.77.0.2", "--scope", "process", "--firewall", "off"]
+    command = [str(COMMANDS / "securerun"), *options, "--report", str(report), str(script), str(GROUND)]
+    done = network["node0"].run(command, timeout=60)
+    assert done.returncode == 77, done
+    assert "port 20500 is open to every host" in done.stderr
+    assert "port 20500 is open to every host" in report.read_text()
+    assert not listening(network["node0"])
