@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
+from securerun import site_file
 from securerun.errors import UsageError
 
 SITE_CONFIG = Path("/etc/securerun/config.toml")
@@ -440,11 +441,12 @@ def _checked(option: Option, value: Value, place: str) -> Value:
 def _read_site_file(path: Path) -> dict[str, _Found]:
     """Return the settings of the site file by key; none where there is no such file."""
     try:
-        content = path.read_bytes()
+        content = site_file.content(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); make it readable to you, or remove it") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} cannot be read ({reason}); make it a file that you can read, or remove it") from error
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -460,6 +462,8 @@ def _read_site_text(text: str, path: Path) -> dict[str, _Found]:
         document: dict[str, object] = toml.loads(text)
     except toml.TOMLDecodeError as error:
         raise UsageError(f"{path}, {_toml_complaint(str(error), text)}; correct that line") from error
+    except (ValueError, RecursionError) as error:  # what Python cannot hold: numbers of 5,000 digits, lists in lists
+        raise UsageError(f"{path} cannot be understood ({type(error).__name__}: {error}); correct it") from error
     options = {option.key: option for option in OPTIONS if option.in_file}
     settings: dict[str, _Found] = {}
     for key, value in document.items():

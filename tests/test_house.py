@@ -36,7 +36,7 @@ WINGS = (
     ("host",),
     ("firewall",),
     ("linux",),
-    ("options", "errors", "text", "console", "finding"),
+    ("options", "errors", "text", "console", "finding", "site_file"),
 )
 FLOORS = {name: floor for floor, wing in enumerate(WINGS) for name in wing}
 

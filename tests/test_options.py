@@ -231,6 +231,28 @@ def test_a_site_file_that_is_no_text_or_no_file_is_refused(tmp_path: Path) -> No
         resolve({}, {}, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "too long", "too deep", "too many digits"])
+def test_whatever_stands_in_the_place_of_the_site_file_a_launch_neither_waits_nor_fills_its_memory(
+    tmp_path: Path, kind: str
+) -> None:
+    site = tmp_path / "config.toml"
+    if kind == "pipe":
+        os.mkfifo(site)
+    elif kind == "device":
+        site.symlink_to("/dev/zero")
+    elif kind == "too long":
+        site.write_text(f'peers = "{"a" * (1024 * 1024)}"\n')
+    elif kind == "too deep":
+        site.write_text(f"peers = {'[' * 100_000}{']' * 100_000}\n")
+    else:
+        site.write_text(f"umask = {'9' * 100_000}\n")
+    look = "import sys; from pathlib import Path; from securerun.options import resolve; resolve({}, {}, Path(sys.argv[1]))"
+    limited = ["sh", "-c", 'ulimit -v 1000000; exec "$@"', "sh", sys.executable, "-c", look, str(site)]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=20, check=False)
+    assert done.stderr.splitlines()[-1].startswith("securerun.errors.UsageError: "), done.stderr
+    assert str(site) in done.stderr.splitlines()[-1]
+
+
 def test_one_port_in_the_site_file_may_be_a_number(tmp_path: Path) -> None:
     site = tmp_path / "config.toml"
     site.write_text("ports = 7000\ninterface = ['eth0', 'eth1']\n")
