@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -246,7 +249,7 @@ def test_whatever_stands_in_the_place_of_the_site_file_a_launch_neither_waits_no
         site.write_text(f"peers = {'[' * 100_000}{']' * 100_000}\n")
     else:
         site.write_text(f"umask = {'9' * 100_000}\n")
-    look = "import sys; from pathlib import Path; from securerun.options import resolve; resolve({}, {}, Path(sys.argv[1]))"
+    look = "import sys, pathlib, securerun.options as o; o.resolve({}, {}, pathlib.Path(sys.argv[1]))"
     limited = ["sh", "-c", 'ulimit -v 1000000; exec "$@"', "sh", sys.executable, "-c", look, str(site)]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=20, check=False)
     assert done.stderr.splitlines()[-1].startswith("securerun.errors.UsageError: "), done.stderr

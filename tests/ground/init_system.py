@@ -119,8 +119,8 @@ class InitSystem:
         self.systemctl("daemon-reload")
 
     def guards(self) -> list[str]:
-        """The units of the guards that run."""
-        listed = self.systemctl("list-units", "--plain", "--no-legend", "--state=running", "securerun@*")
+        """The units of the guards that run, those that are told to stop among them."""
+        listed = self.systemctl("list-units", "--plain", "--no-legend", "--state=active,deactivating", "securerun@*")
         return [line.split()[0] for line in listed.splitlines()]
 
     def _write_units(self) -> None:

@@ -90,7 +90,7 @@ def test_what_an_administrator_does_to_the_units_opens_no_job(booted: Booted, wo
     system.systemctl(*(word.format(guard=guard) for word in words))
     assert not booted.stranger_gets_in()
     assert eventually(lambda: len(system.guards()) == 1)
-    system.systemctl("start", "securerun.socket")
+    system.systemctl("start", "--no-block", "securerun.socket")
     job.let_go()
     assert eventually(booted.is_clean, seconds=2)
 
