@@ -7,6 +7,8 @@ import dataclasses
 import os
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
@@ -35,8 +37,11 @@ from securerun.protection.ways import DIRECTLY, Connection, Way, ways
 _READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0
 _FAREWELL_SECONDS = 5.0
-# Guards that die again and again are being killed by somebody; that has to be said, not fought.
+# Guards that die again and again are being killed by somebody: so many are replaced at once, the next ones with a pause
+# between them. Never given up: nobody else would end what the job leaves behind, and remove what stands.
 _REPLACEMENTS = 5
+_REPLACEMENTS_SECONDS = 60.0
+_PAUSE_SECONDS = 15.0
 DEFAULT_GRACE_SECONDS = 10.0
 
 Tell = Callable[[Notice], None]
@@ -63,7 +68,9 @@ class Guard:
         self._way = ""
         self._order: Order | None = None
         self._tell: Tell = lambda _: None
-        self._replaced = 0
+        self._replaced: deque[float] = deque(maxlen=_REPLACEMENTS)
+        self._hurry = threading.Event()
+        self._tried_last = False
         self._change = threading.Lock()
         self._farewell = threading.Event()
         self._asked = False
@@ -131,6 +138,7 @@ class Guard:
         """Say that the job is over; who was turned away, or None when no guard answers any more."""
         with self._change:
             self._releasing = Release(failed)
+            self._hurry.set()
             if self._connection is None:
                 return self._released
             self._connection.send(self._releasing)
@@ -196,16 +204,20 @@ class Guard:
             raise PrivilegeError(f"the guard is not of this securerun: {error}; install one version") from error
 
     def _replace(self) -> Guarding | None:
-        """Start another guard over what a dead one left; None when that has failed too often. Raises Refusal."""
-        if self._order is None:
-            return None
-        while self._replaced < _REPLACEMENTS:
-            self._replaced += 1
-            self._start_over()
-            answer = self._ordered(dataclasses.replace(self._order, adopt=True))
+        """Have another guard take over what a dead one left; None when a few have died over it. Raises Refusal."""
+        for _ in range(_REPLACEMENTS):
+            answer = self._take_over()
             if answer is not None:
                 return answer
         return None
+
+    def _take_over(self) -> Guarding | None:
+        """Start another guard over what a dead one left; None when it dies too. Raises Refusal or PrivilegeError."""
+        if self._order is None:
+            return None
+        self._replaced.append(time.monotonic())
+        self._start_over()
+        return self._ordered(dataclasses.replace(self._order, adopt=True))
 
     def _listen(self) -> None:
         signals.start_deaf_thread(self._hear, "securerun")
@@ -231,20 +243,47 @@ class Guard:
                 return
 
     def _carry_on(self) -> bool:
-        """After a guard's death: have another take over, and say so; False when that is not to be."""
-        with self._change:
+        """After a guard's death: have another take over, and say so; False when none has once the job is over."""
+        obstacle, said = self._why_to_pause(), False
+        while True:
+            if obstacle and not said:
+                self._tell(Notice(words=(_every_now_and_then(obstacle),)))
+                said = True
+            if obstacle and not self._may_try_again():
+                return False
             try:
-                answer = self._replace()
+                answer = self._take_over_and_let_go()
             except SecurerunError as error:
-                self._tell(Notice(words=(f"the guard died and no other can take over: {error}",)))
-                return False
-            if answer is None:
-                self._tell(Notice(words=("guards die again and again; what stands stays, but nobody looks after it",)))
-                return False
-            if self._releasing is not None and self._connection is not None:
-                self._connection.send(self._releasing)
-        self._tell(Notice(words=("the guard died; another has taken over", *answer.notes)))
+                obstacle = f"the guard died and no other can take over: {error}"
+                continue
+            if answer is not None:
+                self._tell(Notice(words=("the guard died; another has taken over", *answer.notes)))
+                return True
+            obstacle = self._why_to_pause()
+
+    def _may_try_again(self) -> bool:
+        """Wait for the next try, or until the job is over; False when the one try that there is after that was made."""
+        if self._tried_last:
+            return False
+        self._hurry.wait(_PAUSE_SECONDS)
+        self._tried_last = self._releasing is not None
         return True
+
+    def _take_over_and_let_go(self) -> Guarding | None:
+        """Have another guard take over, and tell it at once if the job is over by now."""
+        with self._change:
+            answer = self._take_over()
+            if answer is not None and self._releasing is not None and self._connection is not None:
+                self._connection.send(self._releasing)
+            return answer
+
+    def _why_to_pause(self) -> str:
+        tried = len(self._replaced) == _REPLACEMENTS and time.monotonic() - self._replaced[0] < _REPLACEMENTS_SECONDS
+        return "guards die again and again" if tried else ""
+
+
+def _every_now_and_then(obstacle: str) -> str:
+    return f"{obstacle}; what stands stays, and another guard is tried every {_PAUSE_SECONDS:.0f} s"
 
 
 def _end_job(status: int) -> None:

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import queue
 import sys
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -104,7 +105,7 @@ def test_guards_that_die_over_the_order_are_replaced_a_few_times_and_no_more(sta
     guard = Guard()
     with pytest.raises(PrivilegeError, match="the guard ended without an answer: it ended with status 3"):
         guard.guard(ORDER, lambda _: None)
-    assert guard._replaced == client._REPLACEMENTS
+    assert len(guard._replaced) == client._REPLACEMENTS
     assert not os.environ[RUN_ID_VARIABLE]
 
 
@@ -136,22 +137,60 @@ def test_a_guard_that_dies_meanwhile_is_replaced_and_that_is_said(stand_in: queu
     assert guard.release(failed=True) == Released(())
 
 
-def test_guards_that_die_again_and_again_are_given_up_and_that_is_said(stand_in: queue.Queue[str]) -> None:
+def test_guards_that_die_again_and_again_are_replaced_with_pauses_and_that_is_said(
+    stand_in: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But never given up: nobody else would end what the job leaves behind."""
+    monkeypatch.setattr(client, "_PAUSE_SECONDS", 0.4)
     will(stand_in, [say(Ready(1)), READ, say(GUARDING), DIE])
     guard = Guard()
     told = told_by(guard)
     words = [told.get(timeout=PATIENCE_SECONDS).words[0] for _ in range(client._REPLACEMENTS + 1)]
     assert words[:-1] == ["the guard died; another has taken over"] * client._REPLACEMENTS
-    assert words[-1] == "guards die again and again; what stands stays, but nobody looks after it"
+    assert words[-1] == ("guards die again and again; what stands stays, and another guard is tried every 0 s")
+    began = time.monotonic()
+    more = [told.get(timeout=PATIENCE_SECONDS).words[0] for _ in range(7)]
+    assert more.count("the guard died; another has taken over") == 4
+    assert time.monotonic() - began >= 3 * 0.4
     assert guard.release(failed=False) is None
 
 
-def test_when_no_other_may_take_over_that_is_said(stand_in: queue.Queue[str]) -> None:
+def test_guards_that_were_killed_long_ago_do_not_count(
+    stand_in: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_REPLACEMENTS_SECONDS", 0.0)
+    dying = [say(Ready(1)), READ, say(GUARDING), DIE]
+    will(stand_in, *[dying] * (client._REPLACEMENTS + 3), [say(Ready(1)), READ, say(GUARDING), READ, say(Released(()))])
+    guard = Guard()
+    told = told_by(guard)
+    words = [told.get(timeout=PATIENCE_SECONDS).words[0] for _ in range(client._REPLACEMENTS + 3)]
+    assert set(words) == {"the guard died; another has taken over"}
+    assert guard.release(failed=False) == Released(())
+
+
+def test_when_no_other_may_take_over_that_is_said_once_and_tried_again(
+    stand_in: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_PAUSE_SECONDS", 0.1)
+    refused = [say(Refused(77, "you have too many"))]
+    later = [say(Ready(1)), READ, say(GUARDING), READ, say(Released(()))]
+    will(stand_in, [say(Ready(1)), READ, say(GUARDING), DIE], *[refused] * 3, later)
+    guard = Guard()
+    told = told_by(guard)
+    (words,) = told.get(timeout=PATIENCE_SECONDS).words
+    assert words.startswith("the guard died and no other can take over: you have too many; what stands stays")
+    assert told.get(timeout=PATIENCE_SECONDS).words == ("the guard died; another has taken over",)
+    assert guard.release(failed=False) == Released(())
+
+
+def test_job_that_is_over_waits_for_no_guard_that_cannot_be_had(stand_in: queue.Queue[str]) -> None:
     will(stand_in, [say(Ready(1)), READ, say(GUARDING), DIE], [say(Refused(77, "you have too many"))])
     guard = Guard()
     told = told_by(guard)
-    assert told.get(timeout=PATIENCE_SECONDS).words == ("the guard died and no other can take over: you have too many",)
+    assert told.get(timeout=PATIENCE_SECONDS).words[0].startswith("the guard died and no other can take over")
+    began = time.monotonic()
     assert guard.release(failed=False) is None
+    assert time.monotonic() - began < client._FAREWELL_SECONDS
 
 
 def test_peers_of_a_job_that_is_not_guarded_yet_are_nobodys_business(stand_in: queue.Queue[str]) -> None:

@@ -207,3 +207,22 @@ def test_run_whose_launcher_and_guard_are_killed_is_not_reaped_while_its_workers
         os.kill(server, signal.SIGKILL)
         assert eventually(lambda: not is_alive(server))
         ground.guarded(ground.bob, "socket", ports=[29600]).release()
+
+
+# --- who looks after it ---
+
+
+@pytest.mark.slow
+def test_job_whose_guards_are_killed_without_end_has_a_guard_again(ground: Ground) -> None:
+    """After the first few at once there is one from time to time: it ends and removes what a killed launcher left."""
+    held = ground.holder(ground.alice)
+    for killed in range(6):
+        assert not killed or held.hear_of("taken over")
+        assert eventually(lambda: len(guards(ground.machine)) == 1, seconds=20)
+        (guard,) = guards(ground.machine)
+        os.kill(guard, signal.SIGKILL)
+    assert held.hear_of("another guard is tried every")
+    assert held.hear_of("taken over")
+    assert ground.machine.runs() == {f"{held.run_id}.json"}
+    held.process.kill()
+    held.process.wait()
