@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from securerun.firewall.droplog import LOGGED_A_SECOND
+from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.policy import RUN_ID, Policy
 from securerun.firewall.run_sets import has_set, has_set_of_ports, port_groups, ports_name, set_name
 
@@ -135,10 +135,11 @@ def drops(policy: Policy, log_group: int | None, *, chain: str = CHAIN, with_set
     with_sets: as for `render_install`.
     """
     comment = _comment(policy.run_id)
+    log = f'-j NFLOG --nflog-prefix "{log_prefix(policy.run_id)}"'
     for ports in _port_matches(policy, with_sets=with_sets):
         if log_group is not None:
             limit = f"-m limit --limit {LOGGED_A_SECOND}/sec --limit-burst {LOGGED_A_SECOND}"
-            yield f"-A {chain} {ports} {limit} {comment} -j NFLOG --nflog-group {log_group}"
+            yield f"-A {chain} {ports} {limit} {comment} {log} --nflog-group {log_group}"
         yield f"-A {chain} {ports} {comment} -j DROP"
 
 

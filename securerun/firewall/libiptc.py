@@ -12,6 +12,8 @@ What python-iptables 1.2 would do in a guard that runs as root, and what is done
   mask is set anew (`_match_interface`);
 - to check a rule it turns standard output, which carries the guard's answers, into a pipe: rules are written
   without that check, which is for words that users typed;
+- where a rule has matches as well, NFLOG's prefix, parsed, corrupts memory (the next rule ends the process): it is
+  written into the finished rule (`_prefixed`);
 - a value that an extension refuses ends in a longjmp across Python's own frames: only values that `Policy` has
   judged are passed on.
 """
@@ -48,6 +50,9 @@ _SONAMES = {
 }
 # include/uapi/linux/netfilter/x_tables.h: struct xt_entry_match as user space sees it
 _MATCH_HEADER = struct.Struct("=H29sB")
+# include/uapi/linux/netfilter/xt_NFLOG.h: struct xt_nflog_info, which ends with the prefix, and ends a rule
+_NFLOG_SIZE, _NFLOG_PREFIX, _NFLOG_PREFIX_SIZE = 80, 12, 64
+_PREFIX = re.compile(r' --nflog-prefix "([^"]*)"')
 _REMEDY = "install it with `pip install 'securerun[legacy]'` or use another --firewall"
 
 
@@ -165,6 +170,9 @@ class View:
 
     def _encoded(self, rule: str) -> ctypes.Array[ctypes.c_ubyte]:
         """Return the kernel's form of a rendered rule. Rules that differ in their source alone share one template."""
+        prefix = _PREFIX.search(rule)
+        if prefix is not None:
+            return _prefixed(self._encoded(_PREFIX.sub("", rule)), prefix.group(1))
         source, rest = "", rule
         if rule.startswith("-s "):
             _, source, rest = rule.split(" ", 2)
@@ -276,6 +284,14 @@ def _parsed(rule: _Rule, words: list[str]) -> _Rule:
             extension.set_parameter(word[2:], _values(words))
         else:
             raise ValueError(f"not a word that dispatcher.render_install writes: {word}")
+    return rule
+
+
+def _prefixed(rule: ctypes.Array[ctypes.c_ubyte], prefix: str) -> ctypes.Array[ctypes.c_ubyte]:
+    """Return a rule that ends with the target NFLOG, with a prefix for what it logs."""
+    written = prefix.encode("ascii")[: _NFLOG_PREFIX_SIZE - 1]
+    begin = len(rule) - _NFLOG_SIZE + _NFLOG_PREFIX
+    rule[begin : begin + len(written)] = list(written)
     return rule
 
 

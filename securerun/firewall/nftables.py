@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import Callable
 
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.firewall.droplog import LOGGED_A_SECOND
+from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.policy import Policy
 from securerun.linux import nf_tables
@@ -274,7 +274,7 @@ def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool = True
 def _chains(place: _Place, policy: Policy, peers: Sequence[_PeerSet], log_group: int | None) -> Iterator[list[str]]:
     if policy.peers:
         yield _chain(place, "pass", _rules(policy.run_id, _passes(place, policy, peers)))
-    yield _chain(place, "close", _rules(policy.run_id, _drops(place, log_group)))
+    yield _chain(place, "close", _rules(policy.run_id, _drops(place, policy.run_id, log_group)))
 
 
 def _chain(place: _Place, name: str, rules: Iterable[str]) -> list[str]:
@@ -297,12 +297,12 @@ def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterato
         yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {place.token} accept"
 
 
-def _drops(place: _Place, log_group: int | None) -> Iterator[str]:
+def _drops(place: _Place, run_id: str, log_group: int | None) -> Iterator[str]:
     yield f"meta priority {place.token} accept"
     yield 'iifname "lo" accept'
     if log_group is not None:
         limit = f"limit rate {LOGGED_A_SECOND}/second burst {LOGGED_A_SECOND} packets"
-        yield f"tcp dport @ports {limit} log group {log_group}"
+        yield f'tcp dport @ports {limit} log prefix "{log_prefix(run_id)}" group {log_group}'
     yield "tcp dport @ports counter drop"
 
 

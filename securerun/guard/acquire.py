@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
-from securerun.firewall.droplog import DropLog
+from securerun.firewall.droplog import DropLog, open_drop_log
 from securerun.firewall.policy import Layer, Policy, PortRange, Purpose
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
@@ -30,9 +30,6 @@ from securerun.linux import port_ranges, proc
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
-
-_LOG_GROUPS_TRIED = 8
-_LAST_LOG_GROUP = 65535
 
 
 def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
@@ -229,7 +226,7 @@ def _add_chains(lease: Lease) -> None:
     order = lease.order
     if order.firewall == "off" or not order.policy.ports:
         return
-    drops = _open_drop_log(order.policy.run_id)
+    drops = open_drop_log(order.policy.run_id)
     try:
         with run_directory.host_lock() as directory:
             chains = _choose(order, lease.caller, directory)
@@ -282,14 +279,6 @@ def _install(chains: PortChains, policy: Policy, drops: DropLog | None) -> None:
             chains.install(policy, drops.group)
             return
     chains.install(policy, None)
-
-
-def _open_drop_log(run_id: str) -> DropLog | None:
-    """Open a log group of our own: the first free one of a few, since other programs hold groups too."""
-    for attempt in range(_LOG_GROUPS_TRIED):
-        with contextlib.suppress(OSError):
-            return DropLog((int(run_id, 16) + attempt) % _LAST_LOG_GROUP + 1)
-    return None
 
 
 def _remove_chains(lease: Lease) -> None:

@@ -15,7 +15,9 @@ from securerun.linux.nfnetlink import LOG, attributes_of, open_channel, request,
 
 # include/uapi/linux/netfilter/nfnetlink_log.h
 _PACKET, _CONFIGURE = (type_of(LOG, message) for message in (0, 1))
-_COMMAND, _MODE, _THRESHOLD, _PAYLOAD = 1, 2, 5, 9
+_COMMAND, _MODE, _THRESHOLD = 1, 2, 5
+# Attributes of a packet.
+_PAYLOAD, _PREFIX = 9, 10
 _BIND, _COPY_PACKET = 1, 2
 
 
@@ -41,11 +43,14 @@ class LogGroup:
         """Return the descriptor to poll for reading."""
         return self._channel.fileno()
 
-    def packets(self, most: int) -> Iterator[bytes]:
-        """Yield the first bytes of each packet logged since; never waits, and takes in at most so many datagrams."""
+    def packets(self, most: int, prefix: str = "") -> Iterator[bytes]:
+        """Yield the first bytes of each packet logged since; never waits, and takes in at most so many datagrams.
+
+        prefix: as for `packets_in`.
+        """
         for _ in range(most):
             try:
-                yield from packets_in(self._channel.receive())
+                yield from packets_in(self._channel.receive(), prefix)
             except BlockingIOError:
                 return
             except OSError:
@@ -60,8 +65,14 @@ class LogGroup:
         self._channel.order(request(_CONFIGURE, socket.AF_UNSPEC, setting, netlink.ACKNOWLEDGE, resource=self.number))
 
 
-def packets_in(data: bytes) -> Iterator[bytes]:
-    """Yield the first bytes of each packet in a datagram from a log group. Raises OSError for what is not whole."""
+def packets_in(data: bytes, prefix: str = "") -> Iterator[bytes]:
+    """Yield the first bytes of each packet in a datagram from a log group. Raises OSError for what is not whole.
+
+    prefix: only of those that a rule with this prefix logged, unless it is empty.
+    """
     for kind, _, payload in netlink.messages(data):
-        if kind == _PACKET:
-            yield attributes_of(payload).get(_PAYLOAD, b"")
+        if kind != _PACKET:
+            continue
+        found = attributes_of(payload)
+        if not prefix or found.get(_PREFIX, b"").rstrip(b"\0") == prefix.encode():
+            yield found.get(_PAYLOAD, b"")

@@ -83,7 +83,7 @@ def test_more_ports_than_a_rule_holds_are_split_and_touching_ranges_joined() -> 
 
 def test_dropped_packets_are_logged_before_they_are_dropped() -> None:
     lines = render_install(policy(), 4, EMPTY, log_group=77).splitlines()
-    assert lines[-3].endswith("-j NFLOG --nflog-group 77")
+    assert lines[-3].endswith('-j NFLOG --nflog-prefix "securerun 0123456789ab" --nflog-group 77')
     assert lines[-2].endswith("-j DROP")
 
 

@@ -229,7 +229,8 @@ comment "securerun 0123456789ab"
 		tcp flags & (syn | ack) != syn accept comment "securerun 0123456789ab"
 		meta priority 5352:4e21 accept comment "securerun 0123456789ab"
 		iifname "lo" accept comment "securerun 0123456789ab"
-		tcp dport @ports limit rate 1000/second burst 1000 packets log group 7 comment "securerun 0123456789ab"
+		tcp dport @ports limit rate 1000/second burst 1000 packets log prefix "securerun 0123456789ab" group 7 \
+comment "securerun 0123456789ab"
 		tcp dport @ports counter drop comment "securerun 0123456789ab"
 	}
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from hosts import Host, eventually
 from probe import reach
 
 from securerun.ctl.plan import render
+from securerun.firewall.droplog import DropLog
 from securerun.firewall.script import lasting_id
 from securerun.linux.networks import Network, collapse
 
@@ -205,3 +207,52 @@ def test_root_itself_is_not_limited(ground: Ground) -> None:
         talk.say(order(ports=[22], accept=True, peers=["0.0.0.0/0"]))
         assert "guarding" in talk.hear_verdict()
         talk.release()
+
+
+# --- which log group it takes ---
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["free", "the host's"])
+def test_no_order_names_the_log_group_that_its_guard_hears(ground: Ground, taken: bool) -> None:
+    """It followed from the run id: who chose that heard what the host's firewall logs to it, and kept ulogd out."""
+    group = 7
+    run_id = f"{group - 1:012x}"
+    logging = ["-I", "INPUT", "-p", "tcp", "--dport", "7777", "-j", "NFLOG", "--nflog-group", str(group)]
+    ground.node.run(["iptables", *logging], check=True)
+    try:
+        with inside(ground.node):
+            ulogd = DropLog(group) if taken else None
+            talk = ground.talk(ground.alice, "socket")
+            talk.say(order(run_id=run_id, ports=[29500], peers=[ground.peer.ipv4]))
+            assert "guarding" in talk.hear_verdict()
+            (heard,) = set(re.findall(r"--nflog-group (\d+)", ground.node.run(["iptables-save"]).stdout)) - {str(group)}
+            assert int(heard) >= 32768
+            ulogd = ulogd or DropLog(group)
+        # What the host's rules log, be it to the very group, is nothing that the guard tells a user.
+        for number in (str(group), heard):
+            ground.node.run(["iptables", "-I", "INPUT", *logging[2:-1], number], check=True)
+        targets = [(ground.node.ipv4, 7777), (ground.node.ipv4, 29500)]
+        assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
+        ulogd.read()
+        assert ground.stranger.ipv4 in {str(denial.source) for denial in ulogd.denied()}
+        ulogd.close()
+        talk.say({"release": {"failed": False}})
+        while "released" not in (answer := talk.hear()):
+            assert answer
+        talk.hang_up()
+        assert {denial["port"] for denial in answer["released"]["denied"]} == {29500}
+    finally:
+        assert eventually(lambda: not ground.machine.runs())
+        ground.node.run(["nft", "delete", "table", "ip", "filter"], check=True)
+
+
+def test_the_log_group_is_another_each_time(ground: Ground) -> None:
+    heard = set()
+    for _ in range(3):
+        talk = ground.talk(ground.alice, "socket")
+        talk.say(order(run_id="0123456789ab"))
+        assert "guarding" in talk.hear_verdict()
+        heard |= set(re.findall(r"--nflog-group (\d+)", ground.node.run(["iptables-save"]).stdout))
+        talk.release()
+        assert eventually(lambda: not ground.machine.runs())
+    assert len(heard) > 1
