@@ -53,8 +53,8 @@ LOADED_BY_THE_GUARD = {
     "guard": "acquire caller cgroup channel documents ending exposure inherited lease limits log neighbours notices "
     "program protocol reaper records reserved run_directory server watch",
     "firewall": "backends chains droplog policy refusals selftest shield shield_maps shield_program",
-    "linux": "assembler attributes bpf capabilities cgroups file_lock libc local_sockets netlink networks nf_tables "
-    "nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
+    "linux": "assembler attributes bpf capabilities cgroups file_lock libc links local_sockets netlink networks "
+    "nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
     "": "errors text",
 }
 # And this while the launcher imports torch, for `--firewall auto`.

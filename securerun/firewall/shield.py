@@ -26,15 +26,17 @@ from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.refusals import CANNOT_OPEN, FORBIDDEN_ABOVE, LACK_OF_PRIVILEGE, ShieldUnavailable, explained
 from securerun.firewall.shield_maps import (
     DENIED,
+    INTERFACES,
     NO_VALUE,
     PEERS4,
     PEERS6,
     denial_in,
+    interface_key,
     map_shapes,
     openings_shape,
     peer_keys,
 )
-from securerun.firewall.shield_program import NOTING_NAME, PROGRAMS, ShieldProgram, interface_symbol, noting_program
+from securerun.firewall.shield_program import NOTING_NAME, PROGRAMS, ShieldProgram, noting_program
 from securerun.linux.assembler import assemble
 from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, VerifierError, attached, programs_on
 from securerun.linux.networks import Network, collapse
@@ -57,6 +59,7 @@ class Shield:
         peers4: Map,
         peers6: Map,
         denied: Map,
+        interfaces: Map | None = None,
         *,
         noting: Program | None = None,
     ) -> None:
@@ -67,6 +70,8 @@ class Shield:
         self._peers4 = peers4
         self._peers6 = peers6
         self._denied = denied
+        self._interfaces = interfaces
+        self._indices: frozenset[int] | None = None
 
     @classmethod
     def attach(cls, cgroup: int, policy: Policy) -> Shield:
@@ -105,6 +110,26 @@ class Shield:
                 for key in gone:
                     trie.delete(key)
 
+    def follow_interfaces(self, names: Iterable[str]) -> bool:
+        """Let peers in through the interfaces that have these names now; return whether they are others than before.
+
+        Whoever made eth0 anew gave it another number, and its old number may be somebody else's; who has it is kept
+        out first. Through a name that nothing has, nobody comes in. Raises ShieldUnavailable.
+        """
+        if self._interfaces is None:
+            return False
+        indices = frozenset(filter(None, map(_index_or_none, names)))
+        if indices == self._indices:
+            return False
+        with explained("changing the shield's interfaces"):
+            wanted = {interface_key(index) for index in indices}
+            present = set(self._interfaces.keys())
+            for key in present - wanted:
+                self._interfaces.delete(key)
+            self._interfaces.update_many(dict.fromkeys(wanted - present, NO_VALUE))
+        self._indices = indices
+        return wanted != present
+
     def detach(self) -> None:
         """Take the shield off the cgroup; nothing happens when it, or the cgroup, is gone already."""
         with explained("taking the shield off"):
@@ -114,10 +139,9 @@ class Shield:
 
     def close(self) -> None:
         """Close this process' descriptors. The attachment stays until detach(), or as long as the cgroup."""
-        for thing in (self._program, self._peers4, self._peers6, self._denied):
-            thing.close()
-        if self._noting is not None:
-            self._noting.close()
+        for thing in (self._program, self._peers4, self._peers6, self._denied, self._interfaces, self._noting):
+            if thing is not None:
+                thing.close()
         if self._cgroup >= 0:
             os.close(self._cgroup)
             self._cgroup = -1
@@ -126,7 +150,9 @@ class Shield:
 def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Policy) -> Shield:
     """Do what Shield.attach() does, with the first of these programs that suits the policy and the kernel accepts."""
     suitable = [program for program in programs if program.closes_loopback == policy.close_loopback]
-    symbols = {interface_symbol(name).name: _interface_index(name) for name in policy.interfaces}
+    symbols: dict[str, int] = {}
+    for name in policy.interfaces:
+        _require_interface(name)
     _raise_memory_limit()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as loading:
         maps = [undo.enter_context(_create(shape)) for shape in map_shapes(policy)]
@@ -138,6 +164,7 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
         noting = undo.enter_context(_load_noting_program(symbols)) if chosen.closes_loopback else None
         shield = Shield(cgroup, chosen.name, program, *maps, noting=noting)
         undo.callback(shield.close)
+        shield.follow_interfaces(policy.interfaces)
         with explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
                 trie.update_many(dict.fromkeys(peer_keys(policy.peers_of(version), version), NO_VALUE))
@@ -248,11 +275,16 @@ def _load_noting_program(symbols: dict[str, int]) -> Program:
         return Program.load(NOTING_NAME, assemble(noting_program(), symbols))
 
 
-def _interface_index(interface: str) -> int:
+def _require_interface(interface: str) -> None:
+    if _index_or_none(interface) is None:
+        raise PolicyError(f"there is no network interface {interface!r} here; see `ip link`")
+
+
+def _index_or_none(interface: str) -> int | None:
     try:
         return socket.if_nametoindex(interface)
-    except OSError as error:
-        raise PolicyError(f"there is no network interface {interface!r} here; see `ip link`") from error
+    except OSError:
+        return None
 
 
 def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shield:
@@ -263,12 +295,15 @@ def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shie
         if noting is not None:
             undo.enter_context(noting)
         wanted = tuple(symbol.name for symbol in (PEERS4, PEERS6, DENIED))
+        # The program of a guard from before there was this map has the numbers in itself, for good.
+        kept = {*wanted, INTERFACES.name}
         maps = {}
         for identifier in information.map_ids:
             opened = Map.open(identifier)
-            (undo if opened.shape.name in wanted else others).enter_context(opened)
+            (undo if opened.shape.name in kept else others).enter_context(opened)
             maps[opened.shape.name] = opened
-        shield = Shield(cgroup, names[information.name], program, *(maps[name] for name in wanted), noting=noting)
+        asked = [maps[name] for name in (*wanted, INTERFACES.name) if name in maps]
+        shield = Shield(cgroup, names[information.name], program, *asked, noting=noting)
         undo.pop_all()
     return shield
 

@@ -12,10 +12,11 @@ from securerun.linux.bpf import MapShape, MapType
 from securerun.linux.networks import Network
 
 PEERS4, PEERS6, DENIED = Symbol("peers4"), Symbol("peers6"), Symbol("denied")
-OPENINGS = Symbol("openings")
+OPENINGS, INTERFACES = Symbol("openings"), Symbol("interfaces")
 
 _DENIAL_KEY = struct.Struct("=16sI")
 _PACKETS = struct.Struct("=Q")
+_INDEX = struct.Struct("=I")
 NO_VALUE = bytes(4)
 # A flow is source, destination, source port and destination port as they follow each other in an IPv6 packet; the flow
 # of an IPv4 packet is the end of as many bytes, after zeros. No TCP packet comes from the IPv6 address that is all
@@ -40,12 +41,15 @@ _LENGTHS = tuple(struct.pack("=I", length) for length in range(129))
 
 
 def map_shapes(policy: Policy) -> tuple[MapShape, ...]:
-    """Return the shapes of the maps of IPv4 peers, of IPv6 peers, and of who was turned away."""
+    """Return the shapes of the maps of IPv4 peers, of IPv6 peers, of who was turned away, and of interfaces if any."""
     room = {version: 2 * len(policy.peers_of(version)) + _ROOM_FOR_PEERS for version in (4, 6)}
+    ways_in = len(policy.interfaces)
+    named = [MapShape(MapType.HASH, _INDEX.size, len(NO_VALUE), ways_in, INTERFACES.name)] if ways_in else []
     return (
         MapShape(MapType.LPM_TRIE, 4 + 4, len(NO_VALUE), room[4], PEERS4.name),
         MapShape(MapType.LPM_TRIE, 4 + 16, len(NO_VALUE), room[6], PEERS6.name),
         MapShape(MapType.LRU_HASH, _DENIAL_KEY.size, _PACKETS.size, _MOST_DENIALS, DENIED.name),
+        *named,
     )
 
 
@@ -65,6 +69,11 @@ def peer_keys(networks: Iterable[Network], version: int) -> list[bytes]:
         for network in networks
         if network.version == version
     ]
+
+
+def interface_key(index: int) -> bytes:
+    """Return the number of an interface as a key of the map of those that peers come in through."""
+    return _INDEX.pack(index)
 
 
 def denial_in(key: bytes, value: bytes) -> Denial:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from securerun.firewall.policy import Policy
-from securerun.firewall.shield_maps import DENIED, OPENINGS, PEERS4, PEERS6
+from securerun.firewall.shield_maps import DENIED, INTERFACES, OPENINGS, PEERS4, PEERS6
 from securerun.linux.assembler import (
     R0,
     R1,
@@ -86,6 +86,8 @@ _IPV4_SOURCE = -8
 _IPV4_KEY = -32
 _FIRST_PACKET = -40
 _HEADER_OFFSET = -44
+# Where the header was found, which is over when it is judged.
+_INTERFACE_KEY = _HEADER_OFFSET
 _HEADER = -88
 # A flow as the maps have it (`shield_maps`), which the rest of a TCP header follows here.
 _FLOW = -136
@@ -417,16 +419,11 @@ def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
 def _pass_through(interfaces: Sequence[str]) -> Iterator[Statement]:
     if not interfaces:
         return
-    yield Remark("through one of the interfaces?")
+    yield Remark("through one of the interfaces? Their numbers are in a map, since a name can get another")
     yield load(R2, 4, R6, _CONTEXT_INTERFACE)
-    for interface in interfaces:
-        yield jump_if(R2, "==", interface_symbol(interface), "source")
-    yield jump("deny")
-    yield Label("source")
-
-
-def interface_symbol(interface: str) -> Symbol:
-    return Symbol(f"interface {interface}")
+    yield store(4, R10, _INTERFACE_KEY, R2)
+    yield from _look_up(INTERFACES, _INTERFACE_KEY)
+    yield jump_if(R0, "==", 0, "deny")
 
 
 def _count() -> Iterator[Statement]:

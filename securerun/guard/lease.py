@@ -112,6 +112,11 @@ class Lease:
         self.write(policy=policy)
         self.restore_chains()
 
+    def follow_interfaces(self) -> None:
+        """Have the shield go by the interfaces that have the policy's names now. Raises ShieldUnavailable."""
+        if self.shield is not None:
+            self.shield.follow_interfaces(self.policy.interfaces)
+
     def restore_chains(self) -> None:
         """Put the port chains in place again. Raises PortChainsUnavailable or PrivilegeError."""
         if self.chains is None:

@@ -20,6 +20,7 @@ from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
+from securerun.linux.links import Links
 from securerun.linux.nf_tables import Deletions
 
 _NOTICE_SECONDS = 1.0
@@ -33,6 +34,8 @@ _GIVING_UP_SECONDS = 10.0
 # Rules that are deleted from nf_tables are heard of at once; from legacy tables they are not.
 _LOOK_FOR_CHAINS_SECONDS = 5.0
 _HEARD_CHAINS_SECONDS = 60.0
+# Heard of at once, but where more happens than is kept for us.
+_LOOK_FOR_INTERFACES_SECONDS = 1.0
 # Whoever sets the list of reserved ports anew takes the job's off it.
 _LOOK_FOR_PORTS_SECONDS = 5.0
 # A flush is many deletions, and another firewall's reload fills what it flushed.
@@ -95,6 +98,10 @@ class Watch:
             seconds = _EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS
             # First of all, since it cannot wait for any of the others.
             self._chores.insert(0, Chore(seconds, self._close_exposed))
+        self._interfaces = Chore(_LOOK_FOR_INTERFACES_SECONDS, lease.follow_interfaces)
+        if lease.shield is not None and lease.policy.interfaces:
+            # Before the exposure's look: who has an interface's old number gets in until then.
+            self._chores.insert(0, self._interfaces)
         if lease.caller.pidfd is None or lease.cgroup is None:
             self._chores.append(Chore(_LOOK_SECONDS, lambda: None))
 
@@ -124,6 +131,9 @@ class Watch:
         self._deletions = _listen_for_deletions(lease)
         if self._deletions is not None:
             self._poller.register(self._deletions.fileno(), select.POLLIN)
+        self._links = _listen_for_links(lease)
+        if self._links is not None:
+            self._poller.register(self._links.fileno(), select.POLLIN)
 
     def _take_in(self, ready: set[int]) -> None:
         """Read of what there is: who was dropped, whether rules were deleted, what happened to the job's cgroup."""
@@ -132,6 +142,9 @@ class Watch:
             cgroup.populated()  # poll(2) returns at once until the change has been read (kernfs_generic_poll)
         if drops is not None and drops.fileno() in ready:
             drops.read()
+        if self._links is not None and self._links.fileno() in ready:
+            self._links.take_in()
+            self._interfaces.due = 0.0
         if deletions is not None and deletions.fileno() in ready and deletions.heard():
             self._repair.due = min(self._repair.due, time.monotonic() + _SETTLE_SECONDS)
 
@@ -254,6 +267,16 @@ class Watch:
             if words not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
                 self._complaints.add(words)
                 self._speech.say(words)
+
+
+def _listen_for_links(lease: Lease) -> Links | None:
+    """Listen where the shield goes by interfaces; where the kernel does not tell, they are looked at every second."""
+    if lease.shield is None or not lease.policy.interfaces:
+        return None
+    try:
+        return Links()
+    except OSError:
+        return None
 
 
 def _listen_for_deletions(lease: Lease) -> Deletions | None:

@@ -23,7 +23,7 @@ from programs import result_of
 from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import refusals
 from securerun.firewall.policy import Denial, Policy
-from securerun.firewall.shield import Shield, attach_first_of
+from securerun.firewall.shield import Shield, adopt, attach_first_of
 from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM, ShieldProgram, describe
 from securerun.linux.assembler import Instruction, assemble
 from securerun.linux.bpf import AttachType, Program, attached, verifier_log
@@ -222,6 +222,42 @@ def test_a_peer_gets_in_through_the_named_interfaces_only(host: Host) -> None:
         subprocess.run(["ip", "link", "delete", "eth1"], check=True)
 
 
+def test_the_shield_follows_the_names_of_interfaces_to_other_numbers(host: Host) -> None:
+    """Of its own and, as the guard does that takes over, of one that is found."""
+    names = ("made", "missing")
+    pair = "type veth peer name of"
+    links = (f"link add missing {pair}1", f"link add made index 700 {pair}2")
+    again = ("link delete made", f"link add other index 700 {pair}3", f"link add made index 701 {pair}4")
+    gone = ("link delete made", "link delete missing", "link delete other")
+    with new_cgroup() as cgroup:
+        for words in links:
+            subprocess.run(["ip", *words.split()], check=True)
+        hung_up = attach_first_of((HEADER_PROGRAM,), cgroup.descriptor, policy(str(PEER4), interfaces=names))
+        missing = socket.if_nametoindex("missing")
+        assert not hung_up.follow_interfaces(names)
+        assert keys_of(hung_up) == {700, missing}
+        for words in again:
+            subprocess.run(["ip", *words.split()], check=True)
+        assert hung_up.follow_interfaces(names)
+        assert not hung_up.follow_interfaces(names)
+        assert keys_of(hung_up) == {701, missing}
+        hung_up.close()
+        found = adopt(cgroup.descriptor)
+        assert not found.follow_interfaces(names)
+        for words in gone:
+            subprocess.run(["ip", *words.split()], check=True)
+        assert found.follow_interfaces(names)
+        assert keys_of(found) == set()
+        found.detach()
+        found.close()
+
+
+def keys_of(hung_up: Shield) -> set[int]:
+    """The numbers of the interfaces through which peers come in."""
+    assert hung_up._interfaces is not None
+    return {int.from_bytes(key, sys.byteorder) for key, _ in hung_up._interfaces.items()}
+
+
 def test_an_interface_that_is_not_there_is_a_policy_that_cannot_be_right(host: Host) -> None:
     with new_cgroup() as cgroup, pytest.raises(PolicyError, match="no network interface 'eth9'"):
         Shield.attach(cgroup.descriptor, policy(interfaces=("eth9",)))
@@ -351,15 +387,16 @@ def test_the_programs_fit_old_kernels(host: Host, program: ShieldProgram) -> Non
     statements = program.build(names)
     assert sum(each.slots for each in statements if isinstance(each, Instruction)) < OLD_MOST_INSTRUCTIONS
     with new_cgroup() as cgroup, new_maps(cgroup, program) as symbols:
-        log = verifier_log("measured", assemble(statements, {**symbols, "interface eth0": 2}))
+        log = verifier_log("measured", assemble(statements, symbols))
     (line,) = (line for line in log.splitlines() if line.startswith("processed"))
     assert int(line.split()[1]) < OLD_MOST_VERIFIED
 
 
 @contextmanager
 def new_maps(cgroup: Cgroup, program: ShieldProgram) -> Iterator[dict[str, int]]:
-    hung_up = attach_first_of((program,), cgroup.descriptor, policy())
-    maps = (hung_up._peers4, hung_up._peers6, hung_up._denied)
+    hung_up = attach_first_of((program,), cgroup.descriptor, policy(interfaces=("eth0",)))
+    assert hung_up._interfaces is not None
+    maps = (hung_up._peers4, hung_up._peers6, hung_up._denied, hung_up._interfaces)
     yield {each.shape.name: each.fileno() for each in maps}
     hung_up.close()
 
@@ -431,7 +468,7 @@ def test_a_dry_run_shows_peers_interfaces_and_the_program_to_anybody() -> None:
     assert "may connect: 10.77.0.0/24 fd77::/64" in shown
     assert "through: eth0 eth7" in shown
     assert "r1 = map[peers4]" in shown
-    assert "if r2 == [interface eth7] goto source" in shown
+    assert "r1 = map[interfaces]" in shown
     assert "no other host" in describe(policy())
     assert "any interface" in describe(policy())
 

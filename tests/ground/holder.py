@@ -3,7 +3,7 @@
 A line of input names the peers from then on, with commas between.
 
     holder.py [--peers A,B] [--ports FIRST-LAST] [--listen PORT] [--firewall B] [--scope S] [--loopback job]
-              [--listen-elsewhere]
+              [--interface NAMES] [--listen-elsewhere]
 
 {"guarding": [BACKEND, ...], "notes": [...]} once the lease stands and the port listens, {"news": TEXT} for what the
 guard says later. `--listen-elsewhere` makes the listening socket in another cgroup than the job's, as a host does on
@@ -37,6 +37,7 @@ def main() -> None:
         secrets.token_hex(6),
         (PortRange(int(first), int(last or first), "planned"),),
         networks(options.peers),
+        tuple(options.interface.split(",")) if options.interface else (),
         close_loopback=options.loopback == "job",
     )
     guard = Guard()
@@ -59,6 +60,7 @@ def networks(text: str) -> tuple[Network, ...]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--interface", default="")
     parser.add_argument("--peers", default="")
     parser.add_argument("--ports", default="60000-60015")
     parser.add_argument("--listen", type=int, default=60000)

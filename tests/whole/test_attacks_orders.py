@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
+import os
 import re
+import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,13 +18,16 @@ import pytest
 from attacking import Ground
 from cgroups import inside
 from conversation import WAYS, Conversation, order
-from hosts import Host, eventually
+from holding import Held, held
+from hosts import Host, Network, eventually, is_alive
 from probe import reach
+from users import RECORDS
 
 from securerun.ctl.plan import render
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.script import lasting_id
-from securerun.linux.networks import Network, collapse
+from securerun.linux.networks import Network as PeerNetwork
+from securerun.linux.networks import collapse
 
 # 256 ports of which no two touch, 32 peers a family, 64 interfaces: what a guard takes of each.
 _ODD_PORTS = range(20001, 20513, 2)
@@ -108,7 +115,7 @@ def test_a_run_does_not_open_what_an_administrators_script_closes(
 
 def all_but_one_of_each(world: str, length: int) -> list[str]:
     """The whole world but one address of each network of a length, so that no two halves of one can be joined."""
-    networks: list[Network] = []
+    networks: list[PeerNetwork] = []
     for network in ipaddress.ip_network(world).subnets(new_prefix=length):
         networks += network.address_exclude(ipaddress.ip_network(network.network_address))  # type: ignore[arg-type]
     return [str(each) for each in collapse(networks)]
@@ -256,3 +263,59 @@ def test_the_log_group_is_another_each_time(ground: Ground) -> None:
         talk.release()
         assert eventually(lambda: not ground.machine.runs())
     assert len(heard) > 1
+
+
+# --- through which interface ---
+
+_PEER = "10.88.0.2"
+
+
+def wire(near: Host, far: Host, name: str, *, index: int) -> None:
+    """Make a wire between two hosts, with the addresses of a peer's network on it."""
+    pair = f"link add {name} index {index} type veth peer name {name} netns {far.namespace}"
+    for host, words in (
+        (near, pair),
+        (near, f"addr add 10.88.0.1/24 dev {name}"),
+        (near, f"link set {name} up"),
+        (far, f"addr add {_PEER}/24 dev {name}"),
+        (far, f"link set {name} up"),
+    ):
+        host.run(["ip", *words.split()], check=True)
+
+
+@pytest.mark.parametrize("how", ["made anew", "renamed", "while the guard is replaced"])
+def test_who_gets_the_number_of_an_interface_gets_not_in_and_who_has_its_name_does(network: Network, how: str) -> None:
+    """A reset of ib0, a driver's reload: the number passes on, and peers come in through another."""
+    node, peer, stranger = network
+    wire(node, peer, "ib0", index=700)
+    with held(node, "--peers", f"{_PEER},fd88::2", "--interface", "ib0", "--listen", "7001") as holder:
+        target = ("10.88.0.1", 7001)
+        assert reach(peer, [target])[target]
+        if how == "while the guard is replaced":
+            guard = guard_of(holder)
+            os.kill(guard, signal.SIGSTOP)
+        node.run(["ip", "link", "set", "ib0", "down"], check=True)
+        node.run(["ip", *("link set ib0 name ib9" if how == "renamed" else "link delete ib0").split()], check=True)
+        if how != "renamed":
+            wire(node, stranger, "evil", index=700)
+        else:
+            # The stranger's wire is the old one by another name.
+            node.run(["ip", "link", "set", "ib9", "up"], check=True)
+        if how == "while the guard is replaced":
+            os.kill(guard, signal.SIGKILL)
+            assert eventually(lambda: guard_of(holder) not in (guard, 0))
+        time.sleep(0.2)
+        origin = peer if how == "renamed" else stranger
+        assert not any(reach(origin, [target])[target] for _ in range(5))
+        node.run(["ip", "link", "delete", "ib9" if how == "renamed" else "evil"], check=True)
+        wire(node, peer, "ib0", index=701)
+        assert eventually(lambda: reach(peer, [target])[target], seconds=5)
+    node.run(["ip", "link", "delete", "ib0"], check=True)
+
+
+def guard_of(holder: Held) -> int:
+    """The pid of the guard that a lease has now; 0 while there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        guard = json.loads((Path(RECORDS) / f"{holder.run_id}.json").read_text())["guard"]
+        return int(guard) if is_alive(guard) else 0
+    return 0
