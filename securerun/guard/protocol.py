@@ -50,6 +50,11 @@ SCOPES = ("auto", "process", "ports")
 MAXIMUM_GRACE_SECONDS = 24 * 3600
 
 
+def presence_of(run_id: str) -> str:
+    """Return the abstract address at which the guard of a run stands (unix(7)): of its network namespace."""
+    return f"\0securerun-{run_id}"
+
+
 @dataclass(frozen=True)
 class Order:
     """What the launcher asks for: guard this job by this policy.

@@ -19,6 +19,7 @@ from securerun.guard.ending import Ending
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
+from securerun.guard.presence import Presence
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
 from securerun.linux.links import Links
 from securerun.linux.nf_tables import Deletions
@@ -44,6 +45,8 @@ _ENDING_SECONDS = 0.05
 # Behind a shield an uncovered listener is an exception; in scope `ports` each is open until it is seen.
 _EXPOSURE_SECONDS = 1.0
 _SOON_SECONDS = 0.05
+# Launchers inside of the run that ask whether its guard lives are few.
+_PRESENCE_SECONDS = 1.0
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
 _LOOK_SECONDS = 0.05
 
@@ -102,6 +105,8 @@ class Watch:
         if lease.shield is not None and lease.policy.interfaces:
             # Before the exposure's look: who has an interface's old number gets in until then.
             self._chores.insert(0, self._interfaces)
+        presence = Presence(lease.policy.run_id)
+        self._chores.append(Chore(_PRESENCE_SECONDS, presence.make_room))
         if lease.caller.pidfd is None or lease.cgroup is None:
             self._chores.append(Chore(_LOOK_SECONDS, lambda: None))
 

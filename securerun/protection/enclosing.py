@@ -1,13 +1,16 @@
 """The run that this process is already a part of, if it is: a launcher inside of a guarded job needs no second lease.
 
 The environment alone is no proof: sbatch, ssh and `docker run --env` copy SECURERUN_RUN_ID to where no guard is. A job
-that believed it would run open to everyone; one that does not believe what is true only takes a lease too many.
+that believed it would run open to everyone; one that does not believe what is true only takes a lease too many. Nor is
+the run's cgroup: without a shield on it, it is the guard that closes each new port, and the guard may be gone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -16,8 +19,8 @@ from typing import Any
 from securerun.errors import PolicyError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard import records
-from securerun.guard.protocol import RUN_ID_VARIABLE
-from securerun.linux import proc
+from securerun.guard.protocol import RUN_ID_VARIABLE, presence_of
+from securerun.linux import local_sockets, proc
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.options import Options
 
@@ -28,6 +31,8 @@ TERMS_VARIABLE = "SECURERUN_LEASE"
 _TERMS = ("peers", "interface", "ports", "firewall", "scope", "loopback", "grace", "accept", "hccl_whitelist")
 _DEFAULTS = Options()
 _LONGEST_TERM = 1000
+_ROOT = 0
+_LOOKS, _LOOK_SECONDS = 10, 0.1
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,16 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
     run_id = environment.get(RUN_ID_VARIABLE, "")
     if not RUN_ID.fullmatch(run_id):
         return None
-    if not _is_in_cgroup_of(run_id) and not _is_known_by_environment(run_id):
-        return None
     known = _read(environment.get(TERMS_VARIABLE, ""))
+    # Of this very run: a script may have kept the terms of another.
+    if known.get("run") != run_id:
+        known = {}
+    if _is_in_cgroup_of(run_id):
+        # A shield lasts as long as its cgroup, whoever lives.
+        if known.get("shield") is not True and not _guard_lives(run_id):
+            return None
+    elif not _is_known_by_environment(run_id):
+        return None
     # A shield goes wherever the cgroup's processes go; port chains stay in their network namespace.
     network = proc.namespace("net")
     if known.get("shield") is not True and known.get("network", network) != network:
@@ -57,9 +69,9 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
     return Enclosing(run_id, known)
 
 
-def terms(asked: Options, *, shield: bool) -> str:
+def terms(run_id: str, asked: Options, *, shield: bool) -> str:
     """Return what a lease was asked for, as the text of the variable that tells launchers inside of it."""
-    return json.dumps({**_given(asked), "shield": shield, "network": proc.namespace("net")})
+    return json.dumps({**_given(asked), "run": run_id, "shield": shield, "network": proc.namespace("net")})
 
 
 def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
@@ -112,6 +124,24 @@ def _read(text: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _guard_lives(run_id: str) -> bool:
+    """Whether root stands where the guard of the run is to stand; one that has just died is replaced in a moment."""
+    for _ in range(_LOOKS):
+        if _stands_there(run_id):
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
+
+
+def _stands_there(run_id: str) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+            end.connect(presence_of(run_id))
+            return local_sockets.peer_of(end)[1] == _ROOT
+    except OSError:
+        return False
 
 
 def _is_in_cgroup_of(run_id: str) -> bool:

@@ -78,7 +78,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
     order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command)
     guarding = guard.guard(order, _teller(renewal, hear))
     hear(Installed(guarding, guard.way))
-    os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(asked, shield=guarding.has_shield)
+    os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(plan.policy.run_id, asked, shield=guarding.has_shield)
     for line in words.start(plan, guarding, guard.way):
         say(line)
     failed = True

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shlex
 import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from attacking import Ground, cgroup_of, pid_taken, program
-from checkout import COMMANDS
+from cgroups import inside
+from checkout import CHECKOUT, COMMANDS
 from conversation import WAYS, guards, log_of, order
 from hosts import eventually, is_alive
 from probe import reach
@@ -226,3 +229,69 @@ def test_job_whose_guards_are_killed_without_end_has_a_guard_again(ground: Groun
     assert ground.machine.runs() == {f"{held.run_id}.json"}
     held.process.kill()
     held.process.wait()
+
+
+# --- whom a launcher inside of a run believes ---
+
+_ASK = """
+import os, sys
+sys.path.append(sys.argv[1])
+from securerun.protection import enclosing
+print(enclosing.find(os.environ), flush=True)
+"""
+_SQUAT = """
+import socket, sys, time
+with socket.socket(socket.AF_UNIX) as end:
+    end.bind("\\0securerun-" + sys.argv[1])
+    end.listen()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("name", ["free", "taken by the user"])
+@pytest.mark.parametrize("terms", ["none", "of another run"])
+def test_launcher_inside_of_a_run_whose_guard_is_dead_does_not_believe_itself_guarded(
+    ground: Ground, terms: str, name: str
+) -> None:
+    """In scope `ports` its new ports would be open: it takes a lease of its own."""
+    document = order(scope="ports")
+    run_id = document["order"]["policy"]["run_id"]
+    other = {"SECURERUN_LEASE": json.dumps({"run": "0123456789ab", "shield": True})} if terms != "none" else {}
+    home, ask = ground.alice.home, shlex.join(program(_ASK, str(CHECKOUT)))
+    squat = shlex.join(program(_SQUAT, run_id)) if name != "free" else "sleep 605"
+    steps = f"{ask} > {home}/first; read killed < {home}/go; {squat} & sleep 0.5; {ask} > {home}/second; kill $!"
+    os.mkfifo(go := ground.machine.place(f"{home}/go"))
+    go.chmod(0o666)
+    talk = ground.talk(
+        ground.alice, "socket", apart=True, env={"SECURERUN_RUN_ID": run_id, "BECOME": f"{steps}; exit 0", **other}
+    )
+    talk.say(document)
+    assert "guarding" in talk.hear_verdict()
+    os.kill(talk.pid, signal.SIGUSR1)
+    first, second = (ground.machine.place(f"{home}/{which}") for which in ("first", "second"))
+    assert eventually(lambda: first.exists() and f"run_id='{run_id}'" in first.read_text(), seconds=10)
+    (guard,) = guards(ground.machine)
+    os.kill(guard, signal.SIGKILL)
+    assert eventually(lambda: not guards(ground.machine))
+    go.write_text("killed\n")
+    talk.process.wait(timeout=20)
+    talk.hang_up()
+    assert second.read_text() == "None\n"
+    ground.guarded(ground.bob, "socket", ports=[29600]).release()
+
+
+def test_guard_is_believed_to_live_however_often_it_is_asked(ground: Ground) -> None:
+    """Whoever connects and goes, or stays, takes the place of others for a moment only."""
+    talk = ground.guarded(ground.alice, "socket")
+    (record,) = ground.machine.runs()
+    address = f"\0securerun-{record.partition('.')[0]}"
+
+    def connects() -> bool:
+        with inside(ground.node), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+            return end.connect_ex(address) == 0
+
+    for _ in range(3):
+        while connects():
+            pass
+        assert eventually(connects, seconds=5)
+    talk.release()
