@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import plans
 import pytest
 from hosts import Host, Network
 from probe import reach
 from sandbox import NOBODY, apart, cover_directory
 
+from securerun.ctl.plan import render
 from securerun.finding import Finding
 from securerun.firewall.policy import PortRange
 from securerun.preflight.firewalls import turned_away
@@ -284,6 +286,17 @@ def test_rules_of_securerun_itself_are_no_other_firewall(node0: Host) -> None:
         assert told(node0, "10.77.0.2") == []
     with ruled(node0, "nft", nft("").replace("inet host", "inet securerun-0123456789ab")):
         assert told(node0, "10.77.0.2") == []
+
+
+def test_an_administrators_script_is_one_which_turns_away_whom_it_does_not_name(node0: Host, tmp_path: Path) -> None:
+    script = tmp_path / "ports.sh"
+    script.write_text(render(plans.plan(("10.77.0.2",), firewall="iptables"), "sh"))
+    node0.run(["sh", script, "up"], check=True)
+    try:
+        assert told(node0, "10.77.0.2") == []
+        assert told(node0, "10.77.0.9") != []
+    finally:
+        node0.run(["sh", script, "down"], check=True)
 
 
 def test_looking_registers_no_table_and_starts_nothing_where_no_rule_is(node0: Host) -> None:
