@@ -75,8 +75,9 @@ def _listeners(record: Record) -> Iterator[Found]:
     processes = _processes(record)
     if processes and not any(proc.may_be_looked_into(pid) for pid in processes):
         raise PrivilegeError(f"the processes of run {record.run_id} may not be looked into; run as root")
-    by_launcher = proc.sockets_of([record.launcher])
-    held = sock_diag.held(listeners, proc.sockets_of(processes))
+    inodes = {listener.inode for listener in listeners}
+    by_launcher = proc.sockets_of([record.launcher], inodes)
+    held = sock_diag.held(listeners, proc.sockets_of(processes, inodes))
     for listener in sorted(held, key=lambda one: (one.port, str(one.address))):
         yield Found(listener.address, listener.port, listener.inode in by_launcher)
 

@@ -72,7 +72,8 @@ class Exposure:
         return words
 
     def _exposed(self, found: tuple[Listener, ...]) -> tuple[Listener, ...]:
-        holders = proc.sockets_of(process.pid for process in self._lease.processes())
+        inodes = {listener.inode for listener in found}
+        holders = proc.sockets_of((process.pid for process in self._lease.processes()), inodes)
         cgroup = self._lease.cgroup
         if self._lease.shield is None or cgroup is None:
             # On 127.0.0.1 too: route_localnet and DNAT lead there from outside; and chains pass the loopback itself.

@@ -198,8 +198,8 @@ def _sweep(place: Path) -> None:
 
 
 def _somebody_was_told_of(path: Path) -> bool:
-    """Return whether a process of this user was started with this list (proc(5), environ)."""
-    return bool(processes.started_with(f"{FILE}={path}", proc.pids()))
+    """Return whether a process of this user was started with this list (proc(5), environ); others cannot read it."""
+    return bool(processes.started_with(f"{FILE}={path}", proc.of_user(os.geteuid())))
 
 
 def _empty(directory: int) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Union
 
@@ -28,6 +29,8 @@ INIT = 1
 # a status with 65,536 groups, 720 kB.
 _MOST_BYTES = 6 * 1024 * 1024
 _READ_BYTES = 65536
+# The first may have ended; the others show the same memory, and there may be thousands.
+_THREADS_ASKED = 4
 _KERNEL_THREAD = 0x00200000  # include/linux/sched.h: PF_KTHREAD
 _FIRST_FIELD = 3
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -186,7 +189,8 @@ def environment(pid: int) -> bytes:
     4.17, CVE-2018-1120).
     """
     text = _read_or_nothing(f"/proc/{pid}/environ")
-    return text or next(filter(None, (_read_or_nothing(f"{thread}/environ") for thread in _threads(pid))), b"")
+    threads = itertools.islice(_threads(pid), _THREADS_ASKED)
+    return text or next(filter(None, (_read_or_nothing(f"{thread}/environ") for thread in threads)), b"")
 
 
 def has_environment_to_come(pid: int) -> bool:
@@ -210,8 +214,15 @@ def cgroups(pid: Pid) -> list[str]:
     return os.fsdecode(_read(f"/proc/{pid}/cgroup")).split("\n")
 
 
-def sockets_of(processes: Iterable[int]) -> dict[int, int]:
+def of_user(user: int) -> Iterator[int]:
+    """Yield the ids of the processes with this real user id: of whom else nothing is to be known, nothing is read."""
+    return (pid for pid in pids() if real_user(pid) == user)
+
+
+def sockets_of(processes: Iterable[int], among: Collection[int] | None = None) -> dict[int, int]:
     """Return the inodes of the sockets that the processes hold, each with one process that holds it.
+
+    among: the inodes to look for, by default all: a process may hold a million, which nobody is to remember.
 
     One readlink a descriptor, some ten microseconds for a worker's fifty and milliseconds for thousands: to be
     called when the set of listeners changed, not at every look. A process that received a listener changes nothing in
@@ -220,7 +231,7 @@ def sockets_of(processes: Iterable[int]) -> dict[int, int]:
     """
     holders: dict[int, int] = {}
     for pid in processes:
-        for inode in _sockets_of(pid):
+        for inode in _sockets_of(pid, among):
             holders.setdefault(inode, pid)
     return holders
 
@@ -357,26 +368,33 @@ def _threads(pid: int) -> Iterator[str]:
             yield thread.path
 
 
-def _sockets_of(pid: int) -> Iterable[int]:
-    found = _sockets_in(f"/proc/{pid}/fd")
+def _sockets_of(pid: int, among: Collection[int] | None) -> Iterable[int]:
+    found = _sockets_in(f"/proc/{pid}/fd", among)
     if found is not None:
         return found
-    return {inode for thread in _threads(pid) for inode in _sockets_in(f"{thread}/fd") or ()}
+    return {inode for thread in _threads(pid) for inode in _sockets_in(f"{thread}/fd", among) or ()}
 
 
-def _sockets_in(place: str) -> list[int] | None:
+def _sockets_in(place: str, among: Collection[int] | None) -> set[int] | None:
     """Return the inodes of the sockets among a process' descriptors; None when no descriptor is seen at all."""
     try:
         directory = os.open(place, _DIRECTORY_FLAGS)
     except OSError:
         return None
+    found: set[int] = set()
+    is_empty = True
     try:
-        names = [entry.name for entry in os.scandir(directory)]
-        return [inode for name in names if (inode := _socket_at(directory, name))] if names else None
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                is_empty = False
+                inode = _socket_at(directory, entry.name)
+                if inode and (among is None or inode in among):
+                    found.add(inode)
     except OSError:
         return None
     finally:
         os.close(directory)
+    return None if is_empty else found
 
 
 def _socket_at(directory: int, name: str) -> int | None:

@@ -118,7 +118,7 @@ def claimants(variable: str, user: int) -> frozenset[int]:
     Who is in the middle of execve(2), and does not show an environment yet, is among them: to be asked where nobody may
     wait, and where one too many does no harm.
     """
-    pids = (pid for pid in proc.pids() if pid != os.getpid() and proc.real_user(pid) == user)
+    pids = (pid for pid in proc.of_user(user) if pid != os.getpid())
     return frozenset(pid for pid in pids if _shows(variable.encode(), pid) is not False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from securerun.finding import Finding
 from securerun.linux import port_ranges, proc
@@ -46,7 +46,7 @@ def in_use(scene: Scene) -> Iterator[Finding]:
     except SocketsUnavailable:
         return
     had: dict[int, Listener | Connection] = {**sources, **found}
-    holders = _holders() if had else {}
+    holders = _holders({one.inode for one in had.values()}) if had else {}
     for port, held in list(had.items())[:_NAMED]:
         holder = holders.get(held.inode)
         who = f"process {holder} ({_command(holder)})" if holder else "a process"
@@ -69,9 +69,9 @@ def _is_in_the_way(listener: Listener, scene: Scene) -> bool:
     return not (listener.port == scene.meeting_port and listener.user == os.geteuid())
 
 
-def _holders() -> dict[int, int]:
-    """Return the process of each socket, by inode; without those that this user may not look into."""
-    return proc.sockets_of(proc.pids())
+def _holders(inodes: Collection[int]) -> dict[int, int]:
+    """Return the process of each of these sockets; without those that this user may not look into."""
+    return proc.sockets_of(proc.pids(), inodes)
 
 
 def _command(pid: int) -> str:

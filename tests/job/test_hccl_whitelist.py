@@ -21,6 +21,7 @@ from hosts import Host, Network, environment, eventually, finish
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.job import hccl_whitelist
+from securerun.linux import proc
 from securerun.linux.networks import Network as Peers
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2", "fd77::2")
@@ -188,6 +189,30 @@ def test_what_a_process_of_a_killed_launcher_may_still_read_stays(place: Path) -
         assert host_ip(path) == ["10.77.0.2"]
     process.communicate()  # the end of input is the child's
     assert eventually(lambda: _sweeps(path))
+
+
+@pytest.mark.usefixtures("root")
+def test_nobody_elses_environment_is_read_for_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others cannot read the list, and may have gigabytes shown as their environment."""
+    process, _ = hold()
+    process.kill()
+    process.communicate()
+    other = subprocess.Popen(["sleep", "60"], user=65534)
+    asked: list[int] = []
+    read = proc.environment
+
+    def environment(pid: int) -> bytes:
+        asked.append(pid)
+        return read(pid)
+
+    monkeypatch.setattr(proc, "environment", environment)
+    try:
+        with hccl_whitelist.whitelisted(ADDRESSES, {}):
+            assert os.getpid() in asked
+            assert other.pid not in asked
+    finally:
+        other.kill()
+        other.wait()
 
 
 def _sweeps(path: Path) -> bool:

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from headless import HEADLESS
 from hosts import eventually
+from memory_shown import SHOWS_A_GIGABYTE
 
 from securerun.linux import proc
 
@@ -197,30 +199,10 @@ def test_the_longest_environment_that_execve_takes_is_read_whole(started: list[s
     assert text.endswith(b"\0ZZZ=the last\0")
 
 
-# struct prctl_mm_map (include/uapi/linux/prctl.h): the environment is where the process says, here in a large mapping
-# that nothing was written to.
-SHOWS_TOO_MUCH = """
-import ctypes, mmap, struct
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
-size = 1 << 30
-place = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, 2**64 - 1, 0)
-fields = open("/proc/self/stat").read().rpartition(")")[2].split()
-field = lambda number: int(fields[number - 3])
-libc.sbrk.restype = ctypes.c_void_p
-values = (field(26), field(27), field(45), field(46), field(47), libc.sbrk(0), field(28), field(48), field(49))
-text = struct.pack("=11QQII", *values, place, place + size, 0, 0, 2**32 - 1)
-PR_SET_MM, PR_SET_MM_MAP = 35, 14
-if libc.prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.c_char_p(text), len(text), 0) != 0:
-    print(ctypes.get_errno(), flush=True)
-    raise SystemExit
-"""
-
-
 def test_a_process_that_shows_a_gigabyte_keeps_its_reader_no_longer_than_an_honest_one(
     started: list[subprocess.Popen[bytes]],
 ) -> None:
-    words = [sys.executable, "-ISc", f"{SHOWS_TOO_MUCH}\nprint('ready', flush=True)\nimport time\ntime.sleep(60)"]
+    words = [sys.executable, "-ISc", f"{SHOWS_A_GIGABYTE}\nprint('ready', flush=True)\nimport time\ntime.sleep(60)"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE)
     started.append(process)
     assert process.stdout is not None
@@ -233,6 +215,45 @@ def test_a_process_that_shows_a_gigabyte_keeps_its_reader_no_longer_than_an_hone
     text = proc.environment(process.pid)
     assert time.monotonic() - began < 1.0
     assert len(text) == 6 * 1024 * 1024
+    assert sum(map(len, proc.arguments(process.pid))) <= 6 * 1024 * 1024
+
+
+def test_a_process_with_very_many_descriptors_takes_up_no_memory_of_its_readers(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(hard, 60_000) - 20
+    pid = python(
+        started,
+        "import os, resource, socket\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({hard}, {hard}))\n"
+        "ends = [socket.socketpair() for _ in range(10)]\n"
+        f"for number in range({count - 20}): os.dup(ends[number % 10][number % 2].fileno())\n",
+    )
+    with socket.socket() as mine:
+        (inode,) = proc.sockets_of([os.getpid()]).keys() - proc.sockets_of([pid]).keys() & {
+            os.fstat(mine.fileno()).st_ino
+        }
+        tracemalloc.start()
+        try:
+            assert proc.sockets_of([pid, os.getpid()], {inode}) == {inode: os.getpid()}
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 200_000
+
+
+def test_of_threads_that_show_nothing_a_few_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(proc, "_threads", lambda _: map(str, range(30_000)))
+
+    def nothing(path: str) -> bytes:
+        asked.append(path)
+        return b""
+
+    monkeypatch.setattr(proc, "_read_or_nothing", nothing)
+    assert proc.environment(1) == b""
+    assert len(asked) < 10
 
 
 # Descriptors, namespaces

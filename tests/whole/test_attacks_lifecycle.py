@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from cgroups import inside
 from checkout import CHECKOUT, COMMANDS
 from conversation import WAYS, guards, log_of, order
 from hosts import eventually, is_alive
+from memory_shown import SHOWS_A_GIGABYTE
 from probe import reach
 from process_table import name_of, status_of
 from users import GUARD, RECORDS, delegated_cgroup
@@ -229,6 +231,35 @@ def test_job_whose_guards_are_killed_without_end_has_a_guard_again(ground: Groun
     assert ground.machine.runs() == {f"{held.run_id}.json"}
     held.process.kill()
     held.process.wait()
+
+
+# --- what it reads of them ---
+
+
+@pytest.mark.parametrize("gigabyte", ["alice", "bob"])
+def test_processes_that_show_a_gigabyte_do_not_grow_in_the_guard(ground: Ground, gigabyte: str) -> None:
+    """Where a job has no cgroup its processes are told by their environment, of which the user says where it is."""
+    document = order(scope="ports")
+    run_id = document["order"]["policy"]["run_id"]
+    user = {"alice": ground.alice, "bob": ground.bob}[gigabyte]
+    script = f"{SHOWS_A_GIGABYTE}\nprint('ready', flush=True)\nimport time\ntime.sleep(600)"
+    showing = [ground.popen(user, program(script)) for _ in range(4)]
+    for process in showing:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            pytest.skip("this kernel lets no process say where its environment is")
+    with delegated_cgroup(ground.alice) as own:
+        (own.path / "cgroup.max.descendants").write_text("0")
+        talk = ground.talk(ground.alice, "socket", cgroup=own, env={"SECURERUN_RUN_ID": run_id})
+        talk.say(document)
+        assert "guarding" in talk.hear_verdict()
+        (guard,) = guards(ground.machine)
+        time.sleep(1.0)
+        assert int(status_of(guard)["VmHWM"].split()[0]) < 60_000
+        talk.release()
+    for process in showing:
+        process.kill()
+        process.communicate()
 
 
 # --- whom a launcher inside of a run believes ---
