@@ -146,8 +146,13 @@ class Guard:
         return self._released
 
     def _start_over(self) -> None:
-        """Begin with the first way that can be tried."""
-        self._untried, self._obstacles = list(ways()), []
+        """Begin with the first way that can be tried.
+
+        A guard that this process starts itself answers, whatever is wrong, unless somebody kills it in its start. That
+        says nothing of the way, and root's job would get a guard with a user's limits by the next one: so tried twice.
+        """
+        self._untried = [way for way in ways() for _ in range(2 if way.name == DIRECTLY else 1)]
+        self._obstacles = []
         self._try_next_way()
 
     def _try_next_way(self) -> None:
@@ -157,12 +162,16 @@ class Guard:
             way = self._untried.pop(0)
             self._way = way.name
             if way.obstacle:
-                self._obstacles.append(way.obstacle)
+                self._note(way.obstacle)
                 continue
             try:
                 self._connection = way.open()
             except OSError as error:
-                self._obstacles.append(f"{way.name}: {error.strerror or error}")
+                self._note(f"{way.name}: {error.strerror or error}")
+
+    def _note(self, obstacle: str) -> None:
+        if obstacle not in self._obstacles:
+            self._obstacles.append(obstacle)
 
     def _hang_up(self) -> None:
         """Once: in a forked child, and in what that forks, the numbers soon belong to descriptors of others."""
@@ -183,7 +192,7 @@ class Guard:
                 if self._way == DIRECTLY:
                     self._connection.reap()
                 return self._connection
-            self._obstacles.append(f"{self._way}: {self._connection.last_words()}")
+            self._note(f"{self._way}: {self._connection.last_words()}")
             self._try_next_way()
         raise PrivilegeError(_no_way(self._obstacles))
 

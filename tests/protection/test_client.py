@@ -84,6 +84,32 @@ def test_a_way_that_cannot_be_opened_is_named_as_well(monkeypatch: pytest.Monkey
         Guard().guard(ORDER, lambda _: None)
 
 
+def test_guard_of_roots_that_is_killed_in_its_start_is_followed_by_another_of_roots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And by no other way, on which root has a user's limits; unless that one does not start either."""
+    opened: list[str] = []
+
+    def opener(way: str, *scripts: str) -> Way:
+        def open_one() -> ways.Connection:
+            opened.append(way)
+            script = scripts[min(opened.count(way), len(scripts)) - 1]
+            return ways._start([sys.executable, "-I", "-S", "-c", f"import os, sys\n{script}"], {})
+
+        return Way(way, "", open_one)
+
+    works, killed = "\n".join([say(Ready(1)), READ, say(GUARDING), READ]), "os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(client, "ways", lambda: (opener(ways.DIRECTLY, killed, works), opener(ways.BY_SUDO, works)))
+    assert Guard().guard(ORDER, lambda _: None) == GUARDING
+    assert opened == [ways.DIRECTLY] * 2
+    opened.clear()
+    monkeypatch.setattr(client, "ways", lambda: (opener(ways.DIRECTLY, killed), opener(ways.BY_SUDO, killed)))
+    with pytest.raises(PrivilegeError, match="Tried: directly: it ended with status -9; by sudo: it ended with") as no:
+        Guard().guard(ORDER, lambda _: None)
+    assert opened == [ways.DIRECTLY] * 2 + [ways.BY_SUDO]
+    assert str(no.value).count("directly: ") == 1
+
+
 def test_a_refusal_keeps_its_words_and_its_status(stand_in: queue.Queue[str]) -> None:
     will(stand_in, [say(Ready(1)), READ, say(Refused(78, "not with me"))])
     with pytest.raises(Refusal, match="not with me") as refusal:
