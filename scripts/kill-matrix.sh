@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# As root: sets up, then kills every part of a job at every moment by every signal under every backend, and looks
-# whether a stranger gets in or anything is left. Arguments go to tests/ground/kill_matrix.py:
-#   scripts/kill-matrix.sh                                         all cells
-#   scripts/kill-matrix.sh --repeat 3 --seed 7                     all cells three times
-#   scripts/kill-matrix.sh --only 'guard/training/KILL/iptables'   one cell; * and ? match more
+# As root: sets up, then kills every part of a job at every moment by every signal under every backend, with and
+# without a shield, and looks what a stranger gets and whether anything is left. Arguments go to
+# tests/ground/kill_matrix.py:
+#   scripts/kill-matrix.sh                                               all cells
+#   scripts/kill-matrix.sh --repeat 3 --seed 7                           all cells three times
+#   scripts/kill-matrix.sh --only 'guard/training/KILL/iptables/ports'   one cell; * and ? match more
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/sbin:/sbin"

@@ -139,6 +139,8 @@ def _take_over(lease: Lease, found: Record) -> None:
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)
     more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)
     lease.policy = dataclasses.replace(lease.policy, ports=(*lease.order.policy.ports, *more))
+    # And what was closed while the job ran: it would be open until it is found again.
+    lease.record = dataclasses.replace(lease.record, policy=lease.policy)
 
 
 def _add_shield(lease: Lease, undo: ExitStack) -> None:

@@ -85,10 +85,13 @@ class Lease:
             ranges = joined((port, port) for port in ports if port not in refused)
             found = (PortRange(first, last, Purpose.OPENED_MEANWHILE) for first, last in ranges)
             policy = dataclasses.replace(self.policy, ports=(*self.order.policy.ports, *found))
-            self._install(policy)
-            self.policy = policy
-            self.record = dataclasses.replace(self.record, policy=policy)
-            run_directory.write(directory, self.record)
+            record = dataclasses.replace(self.record, policy=policy)
+            try:
+                # First: a guard that takes over closes what is recorded, and what is not would be open for a moment.
+                run_directory.write(directory, record)
+            finally:  # a full disk keeps no port open
+                self._install(policy)
+                self.policy, self.record = policy, record
         return refused
 
     def note_open_ports(self, ports: Iterable[int]) -> None:

@@ -14,6 +14,8 @@ object a line:
     {"child": ROLE, "pid": N, "port": N}
     {"news": TEXT}                  what the guard said, at the start and while the job ran
 
+Each has "at", the monotonic clock's time.
+
 At each of the first four it waits for a line on its standard input: `go`; in training `restart`, `end` or `fail`. A
 child that ends unasked makes the job fail, and so does the end of the launcher's input. A child ends when it is told
 to or when the last writer of the fifo is gone, so nothing outlives whoever tests.
@@ -29,6 +31,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -280,7 +283,7 @@ def _wait_for_the_end_of(lifeline: str) -> None:
 def _say(**fields: object) -> None:
     # One write, so that the lines of several processes do not mix (pipe(7), PIPE_BUF).
     with contextlib.suppress(BrokenPipeError):
-        os.write(1, json.dumps(fields).encode() + b"\n")
+        os.write(1, json.dumps({**fields, "at": time.monotonic()}).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ As a class, from a test:
         ...                         # run the job on node0
     assert probe.seen               # (address, port) of all that listened meanwhile
     assert probe.reached == set()   # those that a connect() from the stranger completed to
+    probe.connections, probe.appeared   # when it did, and since when they listened
 
 As a program, inside a host (standard library only), speaking one JSON text a line:
 
     probe.py list                   prints the [address, port] of every TCP listener here
-    probe.py watch                  prints [[address, port], ...] whenever the TCP listeners here change
-    probe.py try                    reads such lists, prints [address, port, "connected"|"refused"|...]
-                                    again and again for every target of the last list
+    probe.py watch                  prints [SINCE, [[address, port], ...]] whenever the TCP listeners here change;
+                                    what is new was not there yet at SINCE, seconds of the monotonic clock
+    probe.py try                    reads lists of [address, port], prints [address, port, "connected"|"refused"|...,
+                                    BEGUN] again and again for every target of the last list, new ones at once
     probe.py once                   reads one list, prints one line for each target
     probe.py scan ADDRESS           tries every port, prints those that connect
 """
@@ -32,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the program below runs without the package beside it
     import subprocess
@@ -66,12 +68,17 @@ class Probe:
     A context manager; it ends with the block, or by itself after `seconds`. Loopback listeners are left out,
     and so are the ports in `ignore`.
 
-    seen: what listened, as (address, port) to try. results: how often each attempt ended how.
+    seen: what listened, as (address, port) to try. results: how often each attempt ended how. appeared: since when
+    each listened, once for each time. connections: what was connected to, and when the attempt had begun. dropped: when
+    those attempts had begun that nobody answered. All times are of the monotonic clock.
     """
 
     def __init__(self, origin: Host, target: Host, *, seconds: float = 120, ignore: Iterable[int] = ()) -> None:
         self.seen: set[Endpoint] = set()
         self.results: dict[Endpoint, Counter[str]] = {}
+        self.appeared: dict[Endpoint, list[float]] = {}
+        self.connections: list[tuple[Endpoint, float]] = []
+        self.dropped: dict[Endpoint, list[float]] = {}
         self._origin = origin
         self._target = target
         self._seconds = seconds
@@ -105,10 +112,15 @@ class Probe:
 
     def _pass_on(self) -> None:
         assert self._watcher.stdout is not None and self._prober.stdin is not None
+        known: set[Endpoint] = set()
         try:
             for line in self._watcher.stdout:
-                targets = targets_of(_endpoints(line), self._target.addresses)
+                since, listeners = json.loads(line)
+                targets = targets_of(map(_endpoint, listeners), self._target.addresses)
                 targets = {(address, port) for address, port in targets if port not in self._ignore}
+                for endpoint in targets - known:
+                    self.appeared.setdefault(endpoint, []).append(since)
+                known = targets
                 self.seen |= targets
                 print(json.dumps(sorted(targets)), file=self._prober.stdin, flush=True)
         except BrokenPipeError:
@@ -119,8 +131,12 @@ class Probe:
     def _collect(self) -> None:
         assert self._prober.stdout is not None
         for line in self._prober.stdout:
-            address, port, result = json.loads(line)
+            address, port, result, begun = json.loads(line)
             self.results.setdefault((address, port), Counter())[result] += 1
+            if result == "connected":
+                self.connections.append(((address, port), begun))
+            elif result == "timeout":
+                self.dropped.setdefault((address, port), []).append(begun)
 
 
 def reach(origin: Host, targets: Iterable[Endpoint], *, seconds: float = CONNECT_SECONDS) -> dict[Endpoint, bool]:
@@ -130,7 +146,7 @@ def reach(origin: Host, targets: Iterable[Endpoint], *, seconds: float = CONNECT
         _program("once", "--connect-seconds", str(seconds)), text_input=request + "\n", check=True
     ).stdout
     results = (json.loads(line) for line in answer.splitlines())
-    return {(address, port): result == "connected" for address, port, result in results}
+    return {(address, port): result == "connected" for address, port, result, _ in results}
 
 
 def scan(origin: Host, address: str, *, seconds: float = CONNECT_SECONDS) -> set[int]:
@@ -171,7 +187,12 @@ def targets_of(listeners: Iterable[Endpoint], addresses: Sequence[str]) -> set[E
 
 
 def _endpoints(line: str) -> set[Endpoint]:
-    return {(address, port) for address, port in json.loads(line)}
+    return set(map(_endpoint, json.loads(line)))
+
+
+def _endpoint(words: Sequence[Any]) -> Endpoint:
+    address, port = words
+    return address, port
 
 
 def _say(*values: object) -> None:
@@ -181,13 +202,14 @@ def _say(*values: object) -> None:
 def watch(seconds: float) -> None:
     """Print the listeners of this host whenever they change, until the end of input or of `seconds`."""
     end = time.monotonic() + seconds
-    last = None
+    last, looked = None, time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(sys.stdin, selectors.EVENT_READ)
         while time.monotonic() < end and not selector.select(WATCH_SECONDS):
+            before, looked = looked, time.monotonic()
             now = sorted(listeners_here())
             if now != last:
-                _say(*now)
+                _say(before, now)
                 last = now
 
 
@@ -246,26 +268,36 @@ class Prober:
     """Tries the targets it was last given, each every RETRY_SECONDS, without waiting for earlier attempts."""
 
     def __init__(self, connect_seconds: float, parallel: int) -> None:
-        self.targets: set[Endpoint] = set()
+        self._targets: set[Endpoint] = set()
         self._connect_seconds = connect_seconds
         self._room = asyncio.Semaphore(parallel)
+        self._under_way: set[asyncio.Task[None]] = set()
 
-    async def attempt(self, endpoint: Endpoint) -> str:
+    async def attempt(self, endpoint: Endpoint) -> tuple[str, float]:
+        """How it ended, and when it began."""
         async with self._room:
-            return await connect(endpoint, self._connect_seconds)
+            begun = time.monotonic()
+            return await connect(endpoint, self._connect_seconds), begun
 
     async def report(self, endpoint: Endpoint) -> None:
-        _say(*endpoint, await self.attempt(endpoint))
+        _say(*endpoint, *await self.attempt(endpoint))
+
+    def follow(self, targets: set[Endpoint]) -> None:
+        """Try these from now on, and no others; the new ones at once, since they may be open for a moment only."""
+        before, self._targets = self._targets, targets
+        self._try(targets - before)
 
     async def keep_trying(self) -> None:
-        under_way: set[asyncio.Task[None]] = set()
         while True:
-            # A slow machine misses a round instead of piling attempts up.
-            for endpoint in self.targets if len(under_way) < PARALLEL else ():
-                task = asyncio.ensure_future(self.report(endpoint))
-                under_way.add(task)
-                task.add_done_callback(under_way.discard)
+            self._try(self._targets)
             await asyncio.sleep(RETRY_SECONDS)
+
+    def _try(self, targets: Iterable[Endpoint]) -> None:
+        # A slow machine misses a round instead of piling attempts up.
+        for endpoint in targets if len(self._under_way) < PARALLEL else ():
+            task = asyncio.ensure_future(self.report(endpoint))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
 
 
 async def connect(endpoint: Endpoint, seconds: float) -> str:
@@ -311,7 +343,7 @@ async def _follow_targets(prober: Prober) -> None:
         line = await reader.readline()
         if not line:
             return
-        prober.targets = _endpoints(line.decode())
+        prober.follow(_endpoints(line.decode()))
 
 
 async def try_once(endpoints: Iterable[Endpoint], connect_seconds: float) -> None:
@@ -325,7 +357,8 @@ async def try_every_port(address: str, connect_seconds: float) -> None:
 
     async def work_off() -> None:
         for port in ports:
-            if await prober.attempt((address, port)) == "connected":
+            result, _ = await prober.attempt((address, port))
+            if result == "connected":
                 _say(address, port, "connected")
 
     await asyncio.gather(*(work_off() for _ in range(SCAN_PARALLEL)))

@@ -10,28 +10,17 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jobs
 import pytest
+from gains import Deaf, gains
 from hosts import Network, eventually, finish, is_alive, machine_snapshot
-from kill_matrix import (
-    BACKENDS,
-    CLEAN_SECONDS,
-    GRACE_SECONDS,
-    MOMENTS,
-    SIGNALS,
-    VICTIMS,
-    Cell,
-    Figures,
-    Ground,
-    all_cells,
-    control,
-    parse_cell,
-    run_cell,
-    send,
-)
+from kill_cells import BACKENDS, MOMENTS, PROTECTIONS, SIGNALS, VICTIMS, Cell, all_cells, parse_cell
+from kill_ground import GRACE_SECONDS, TAKEN_OVER, Ground, LightJob, send
+from kill_matrix import CLEAN_SECONDS, Figures, control, run_cell
 from probe import Probe, reach
 from process_table import name_of
 
@@ -61,28 +50,107 @@ def spread() -> Iterator[Cell]:
         yield Cell(victim, moment, list(SIGNALS)[(number + number // 6) % 6], BACKENDS[(number + number // 4) % 4])
     for number, (victim, moment) in enumerate(itertools.product(("guard", "both"), MOMENTS)):
         yield Cell(victim, moment, ("KILL", "STOPKILL")[number % 2], BACKENDS[number % 4])
+    yield from spread_without_a_shield()
+
+
+def spread_without_a_shield() -> Iterator[Cell]:
+    """Likewise, with a cgroup and without one in turn; and guards that die, at every moment, with and without one."""
+    bare = [name for name in PROTECTIONS if name != "shield"]
+    for number, (moment, victim) in enumerate(itertools.product(MOMENTS, VICTIMS)):
+        protection = bare[(number + number // 12) % 2] if victim != "cgroup" else "ports"
+        yield Cell(victim, moment, list(SIGNALS)[(number + number // 6) % 6], BACKENDS[number % 3], protection)
+    for number, (moment, victim, protection) in enumerate(itertools.product(MOMENTS, ("guard", "both"), bare)):
+        yield Cell(victim, moment, ("KILL", "STOPKILL")[number // 2 % 2], BACKENDS[number % 3], protection)
 
 
 @pytest.mark.parametrize("cell", [cell for cell in dict.fromkeys(spread()) if cell.exists], ids=str)
 def test_nothing_leaks_and_nothing_opens(network: Network, cell: Cell) -> None:
     figures = Figures()
     run_cell(Ground(network, legacy=cell.backend == "legacy"), cell, random.Random(f"{SEED}/{cell}"), figures)  # noqa: S311
-    assert figures.connections == figures.leaks == 0
+    assert figures.forbidden == figures.leaks == 0
 
 
 def test_without_a_lease_the_stranger_reaches_every_port_of_the_light_job(network: Network) -> None:
     assert control(Ground(network, legacy=False)) >= 10
 
 
-def test_the_spread_has_every_victim_moment_signal_and_backend() -> None:
-    for position, values in enumerate((VICTIMS, MOMENTS, SIGNALS, BACKENDS)):
+def test_the_spread_has_every_victim_moment_signal_backend_and_protection() -> None:
+    for position, values in enumerate((VICTIMS, MOMENTS, SIGNALS, BACKENDS, PROTECTIONS)):
         assert {str(cell).split("/")[position] for cell in spread() if cell.exists} == set(values)
 
 
 def test_the_matrix_has_every_combination_that_there_is() -> None:
+    """Without a shield what ends no guard takes the three backends in turn: 4 signals once, and 2 under each."""
     cells = all_cells()
-    assert len(set(cells)) == len(cells) == 6 * 7 * 6 * 4 - 3 * 6 * 4
+    places = 6 * 7 - 3
+    shielded, with_a_cgroup, without_one = places * 6 * 4, places * (4 + 2 * 3), (places - 7) * (4 + 2 * 3)
+    assert len(set(cells)) == len(cells) == shielded + with_a_cgroup + without_one
     assert all(parse_cell(str(cell)) == cell for cell in cells)
+    assert {cell.backend for cell in cells if not cell.has_shield and not cell.ends_a_guard} == set(BACKENDS[:3])
+
+
+class Tried:
+    """A stranger's attempts, written down by hand, in seconds."""
+
+    def __init__(self, since: float, connected: list[float], dropped: list[float], *, port: int = 40000) -> None:
+        endpoint = ("10.77.0.1", port)
+        self.appeared = {endpoint: [since]}
+        self.connections = [(endpoint, begun) for begun in connected]
+        self.dropped = {endpoint: dropped}
+
+
+@pytest.mark.parametrize(
+    ("tried", "deaf", "wrong"),
+    [
+        pytest.param(Tried(10, [10.1, 10.9], []), Deaf(), 0, id="open for a moment"),
+        pytest.param(Tried(10, [10.1, 11.1, 11.2], []), Deaf(), 2, id="open for too long"),
+        pytest.param(Tried(10, [10.1, 10.3], [10.2]), Deaf(), 1, id="closed and opened again"),
+        pytest.param(Tried(10, [10.1], [], port=29500), Deaf(), 1, id="planned"),
+        pytest.param(Tried(10, [10.1], [], port=60015), Deaf(10, 12), 1, id="planned, without a guard"),
+        pytest.param(Tried(10, [10.1, 12.9], []), Deaf(10.5, 12), 0, id="until another guard has seen it"),
+        pytest.param(Tried(10, [10.1, 13.1], []), Deaf(10.5, 12), 1, id="another guard does not see it"),
+        pytest.param(Tried(10, [12.5], []), Deaf(11.5, 12), 1, id="seen before the guard died"),
+        pytest.param(Tried(10, [10.1, 99], []), Deaf(10.5), 0, id="no guard ever again"),
+        pytest.param(Tried(10, [11.5], []), Deaf(8, 9), 1, id="after another guard has taken over"),
+    ],
+)
+def test_a_stranger_gets_no_more_than_what_is_said_of_ports_without_a_shield(
+    tried: Tried, deaf: Deaf, wrong: int
+) -> None:
+    assert [gain.is_too_much for gain in gains(tried, deaf)].count(True) == wrong
+
+
+@pytest.mark.parametrize("protection", [name for name in PROTECTIONS if name != "shield"])
+@pytest.mark.parametrize("backend", BACKENDS[:3])
+def test_guards_that_are_killed_one_after_the_other_open_nothing_again(
+    network: Network, tmp_path: Path, backend: str, protection: str
+) -> None:
+    """Without a shield: what one has closed stays closed, planned or not, under the next and the one after it."""
+    ground = Ground(network, legacy=backend == "legacy")
+    with (
+        LightJob(ground, backend, tmp_path, protection=protection) as job,
+        Probe(ground.stranger, ground.node) as probe,
+    ):
+        for mark in ("before policy", "guarded", "rendezvous"):
+            job.wait_for(mark)
+            job.tell("go")
+        job.wait_for("training")
+        targets = ground.node.targets()
+        assert eventually(lambda: not any(reach(ground.stranger, targets).values()))
+        closed = time.monotonic()
+        for number in range(3):
+            guard = job.recorded_guard()
+            assert guard is not None
+            send(ground.node, guard, signal.SIGKILL)
+            assert eventually(lambda: sum(TAKEN_OVER in line for line in job.news) > number), job.errors()  # noqa: B023
+            assert not any(reach(ground.stranger, targets).values())
+            assert all(reach(ground.peer, targets).values())
+        job.tell("end")
+        assert eventually(job.has_ended) and job.launcher.returncode == 0, job.errors()
+        job.let_go()
+        assert eventually(lambda: not job.remains() and ground.look() == ground.before)
+    opened = [f"{endpoint}, {begun - closed:.2f} s later" for endpoint, begun in probe.connections if begun > closed]
+    assert not opened
 
 
 class RealJob:
