@@ -120,7 +120,7 @@ def machine(root_and_tools: None) -> Iterator[Ground]:
 def ground(machine: Ground) -> Iterator[Ground]:
     """The machine as it was at first; and whatever a test does, no guard, run or rule is left of it afterwards."""
     private = machine.machine
-    forget = 'rm -rf /run/securerun /etc/securerun /var/log/securerun.log "$0"/* "$1"/*'
+    forget = 'rm -rf /run/securerun /run/securerun.callers /etc/securerun /var/log/securerun.log "$0"/* "$1"/*'
     private.run(machine.node, ["sh", "-c", forget, machine.alice.home, machine.bob.home])
     permit(private, machine.alice, machine.bob)
     with nothing_left(private, machine.node):

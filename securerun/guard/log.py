@@ -14,17 +14,26 @@ from securerun.text import printable
 SYSTEM_LOG = "/dev/log"
 FILE = Path("/var/log/securerun.log")
 _FILE_MODE = 0o640
+_LINE_BYTES = 500
 _PRIORITY = 10 << 3 | 5  # RFC 5424, 6.2.1: facility authpriv, severity notice
 
 
 def note(program: str, words: str) -> None:
-    """Log one line. A host without any place for it still gets its guard: the words are lost then."""
-    line = f"{program}[{os.getpid()}]: {printable(words)}"
+    """Log one line, cut where it is long. A host without any place for it still gets its guard: the words are lost."""
+    line = _shortened(f"{program}[{os.getpid()}]: {printable(words[:_LINE_BYTES])}", len(words))
     with contextlib.suppress(OSError):
         _send(line)
         return
     with contextlib.suppress(OSError):
         _append(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {line}\n")
+
+
+def _shortened(line: str, length: int) -> str:
+    """Cut a line that callers may make long: they choose many of the words."""
+    data = line.encode("utf-8", "replace")
+    if len(data) <= _LINE_BYTES and length <= _LINE_BYTES:
+        return data.decode("utf-8", "replace")
+    return f"{data[: _LINE_BYTES - 40].decode('utf-8', 'ignore')}... (of {length} characters)"
 
 
 def _send(line: str) -> None:

@@ -145,10 +145,12 @@ class Refused:
     """Nothing stands, or what stands is no longer what was ordered, and the launcher has to end its job.
 
     status: the launcher's exit status; message: one line, what is wrong and what to do.
+    later: whether another guard may be had in a moment.
     """
 
     status: int
     message: str
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def _body(message: Message) -> dict[str, Any]:
         denied = [denial_document(denial) for denial in message.denied]
         return {"denied": denied, "words": list(message.words), **_more(message.more)}
     if isinstance(message, Refused):
-        return {"status": message.status, "message": message.message}
+        return {"status": message.status, "message": message.message, **({"later": True} if message.later else {})}
     return {"denied": [denial_document(denial) for denial in message.denied], **_more(message.more)}
 
 
@@ -291,9 +293,13 @@ def _read_notice(body: Mapping[str, Any]) -> Notice:
     return Notice(denied, words, _read_more(body))
 
 
+_LATER = {"later"}
+
+
 def _read_refused(body: Mapping[str, Any]) -> Refused:
-    documents.require_fields(body, "status", "message")
-    return Refused(documents.number(body, "status"), documents.text(body, "message"))
+    documents.require_fields(body, "status", "message", *_LATER & body.keys())
+    later = "later" in body and documents.flag(body, "later")
+    return Refused(documents.number(body, "status"), documents.text(body, "message"), later)
 
 
 def _read_released(body: Mapping[str, Any]) -> Released:

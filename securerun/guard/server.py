@@ -13,12 +13,13 @@ import select
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import inherited, limits, log, records
+from securerun.guard import inherited, limits, log, records, refusals
 from securerun.guard.acquire import acquire, require_room
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
 from securerun.guard.cgroup import leave_shared_cgroups, require_left
@@ -28,6 +29,7 @@ from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
 from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
+from securerun.guard.waiting import Slot, TooManyWaiting
 from securerun.guard.watch import Watch
 from securerun.linux import capabilities, prctl
 from securerun.linux.cgroups import CgroupUnavailable
@@ -62,12 +64,15 @@ def main(arguments: Sequence[str]) -> int:
             caller.attendants = _stand_apart(caller)
         inherited.require_unlimited()
         _drop_privilege(caller)
+        slot = _slot(caller)
         answers.send(Ready(os.getpid()))
         backends.prepare()  # while the launcher imports torch
         order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
+            slot.close()
             return 0
         lease = _acquire(order, caller, by_socket=by_socket)
+        slot.close()
         _collect_garbage_from_now_on()
     except ProtocolError as error:
         not_understood = PolicyError(f"the guard did not understand its orders: {error}")
@@ -107,8 +112,7 @@ class Orders:
             if isinstance(message, Order):
                 return message
             if isinstance(message, Report):
-                report()
-                deadline = time.monotonic() + _PATIENCE_SECONDS
+                report()  # and no new patience: to ask again and again would be to wait for ever
             elif message is not None:
                 raise ProtocolError("the first message is not an order")
             if self._pending and not began:
@@ -133,7 +137,9 @@ class Orders:
         return decode(line)
 
     def _wait_until(self, deadline: float) -> None:
-        if not select.select([self.descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        left = deadline - time.monotonic()
+        # Who always has something to say is not waited for either.
+        if left <= 0 or not select.select([self.descriptor], [], [], left)[0]:
             raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
 
 
@@ -191,6 +197,17 @@ def _drop_privilege(caller: Caller) -> None:
         capabilities.keep_only(kept)
     except OSError as error:
         raise PrivilegeError(f"the guard cannot give up privilege that it does not need: {error.strerror}") from error
+
+
+def _slot(caller: Caller) -> ExitStack:
+    """Take one of the few places that its user has for guards without a run; root has as many as root likes.
+
+    Raises PrivilegeError where there is none. A guard that is not root's is charged to its own user anyway.
+    """
+    held = ExitStack()
+    if not caller.is_root and os.geteuid() == ROOT:
+        held.callback(Slot(caller.user).give_back)
+    return held
 
 
 def _report(caller: Caller, answers: Answers) -> None:
@@ -296,8 +313,10 @@ class Answers:
 def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers) -> int:
     whom = "somebody" if caller is None else f"user {caller.user}, process {caller.pid}"
     # The answer first: where no file may grow (ulimit -f 0), writing the log is what fails.
-    answers.send(Refused(reason.status, str(reason)))
-    _log(f"refused to {whom}: {reason}")
+    answers.send(Refused(reason.status, str(reason), later=isinstance(reason, TooManyWaiting)))
+    words = f"refused to {whom}: {reason}"
+    for line in [words] if caller is None or caller.is_root else refusals.lines(caller.user, words):
+        _log(line)
     return reason.status
 
 

@@ -37,6 +37,9 @@ from securerun.protection.ways import DIRECTLY, Connection, Way, ways
 _READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0
 _FAREWELL_SECONDS = 5.0
+# Of a user's jobs that start at once, some get their guards when the guards of others have theirs.
+_BUSY_SECONDS = 120.0
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 3.0
 # Guards that die again and again are being killed by somebody: so many are replaced at once, the next ones with a pause
 # between them. Never given up: nobody else would end what the job leaves behind, and remove what stands.
 _REPLACEMENTS = 5
@@ -65,6 +68,7 @@ class Guard:
         self._untried: list[Way] = []
         self._obstacles: list[str] = []
         self._connection: Connection | None = None
+        self._current: Way | None = None
         self._way = ""
         self._order: Order | None = None
         self._tell: Tell = lambda _: None
@@ -160,7 +164,7 @@ class Guard:
         self._hang_up()
         while self._untried and self._connection is None:
             way = self._untried.pop(0)
-            self._way = way.name
+            self._current, self._way = way, way.name
             if way.obstacle:
                 self._note(way.obstacle)
                 continue
@@ -173,6 +177,12 @@ class Guard:
         if obstacle not in self._obstacles:
             self._obstacles.append(obstacle)
 
+    def _try_same_way(self) -> None:
+        """Open the way again by which a guard said that another may be had in a moment."""
+        if self._current is not None:
+            self._untried.insert(0, self._current)
+        self._try_next_way()
+
     def _hang_up(self) -> None:
         """Once: in a forked child, and in what that forks, the numbers soon belong to descriptors of others."""
         connection, self._connection = self._connection, None
@@ -184,10 +194,17 @@ class Guard:
 
         Raises PrivilegeError, Refusal.
         """
+        deadline, pause = time.monotonic() + _BUSY_SECONDS, 0.0
         while self._connection is not None:
             answer = self._received(self._connection, _READY_SECONDS)
             if isinstance(answer, Refused):
-                raise Refusal(answer)
+                if not answer.later or time.monotonic() > deadline:
+                    raise Refusal(answer)
+                # Not all at the same moments again: each by another part of the pause.
+                time.sleep(pause * (1 + os.urandom(1)[0] / 255) / 2)
+                pause = min(max(2 * pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+                self._try_same_way()
+                continue
             if isinstance(answer, Ready):
                 if self._way == DIRECTLY:
                     self._connection.reap()

@@ -53,6 +53,7 @@ ORDER = Order(POLICY, "auto", "auto", 10.0, "train.py --epochs 3")
         Guarding((Layer("shield", "socket"),), ("a note",)),
         Notice((Denial(ipaddress.ip_address("10.0.0.3"), 1, 2),), ("a word",)),
         Refused(77, "why"),
+        Refused(77, "why", later=True),
         Released((Denial(ipaddress.ip_address("fd00::3"), 29500, 12),)),
     ],
     ids=lambda message: type(message).__name__,

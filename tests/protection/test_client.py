@@ -120,6 +120,23 @@ def test_a_refusal_keeps_its_words_and_its_status(stand_in: queue.Queue[str]) ->
         Guard().guard(ORDER, lambda _: None)
 
 
+def test_a_guard_that_is_not_to_be_had_now_is_asked_for_again(stand_in: queue.Queue[str]) -> None:
+    busy = [say(Refused(77, "too many", later=True))]
+    will(stand_in, busy, busy, busy, [say(Ready(1)), READ, say(GUARDING), READ, say(Released(()))])
+    guard = Guard()
+    assert guard.guard(ORDER, lambda _: None) == GUARDING
+    guard.release(False)
+
+
+def test_a_guard_that_is_never_to_be_had_is_not_asked_for_without_end(
+    stand_in: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_BUSY_SECONDS", 0.3)
+    will(stand_in, *[[say(Refused(77, "too many", later=True))]] * 9)
+    with pytest.raises(Refusal, match="too many"):
+        Guard().guard(ORDER, lambda _: None)
+
+
 def test_a_guard_of_another_version_is_no_guard(stand_in: queue.Queue[str]) -> None:
     will(stand_in, [r"os.write(1, b'{\"ready\": 1, \"securerun\": 0}\n')"])
     with pytest.raises(PrivilegeError, match="is not of this securerun"):

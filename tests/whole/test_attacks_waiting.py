@@ -1,0 +1,175 @@
+"""Attacks by guards that wait: each is a process of root's, costs its user nothing, and may be asked for by anybody."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from attacking import Ground
+from conversation import WAYS, Conversation, guards, log_of, order
+from hosts import eventually, finish
+
+from securerun.errors import PrivilegeError
+from securerun.guard import server
+from securerun.guard.channel import Channel
+from securerun.guard.log import note
+from securerun.guard.waiting import FILE, SLOTS
+
+# A launcher that has its guard come up while it is busy for some seconds, as with `import torch`.
+_LAUNCH = """
+import secrets, sys, time
+from securerun.firewall.policy import Policy, PortRange
+from securerun.guard.protocol import Order
+from securerun.protection.client import Guard
+guard = Guard()
+time.sleep(2)
+port = int(sys.argv[1])
+policy = Policy(secrets.token_hex(6), (PortRange(port, port, "planned"),), ())
+print(guard.guard(Order(policy, "auto", "auto", 0.5, "train.py"), print).layers[0].backend, flush=True)
+sys.stdin.read()
+guard.release(False)
+"""
+_JOBS = 20
+
+
+def first_words(talks: list[Conversation]) -> list[dict[str, Any]]:
+    return [talk.hear() for talk in talks]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_connections_without_an_order_cost_few_processes_and_shut_nobody_out(ground: Ground, way: str) -> None:
+    talks = [ground.talk(ground.alice, way) for _ in range(2 * SLOTS)]
+    words = first_words(talks)
+    assert sum("ready" in word for word in words) == SLOTS
+    refused = [word["refused"] for word in words if "refused" in word]
+    assert len(refused) == SLOTS and {one["status"] for one in refused} == {PrivilegeError.status}
+    assert f"{SLOTS} guards of user {ground.alice.uid} are waiting" in refused[0]["message"]
+    assert eventually(lambda: len(guards(ground.machine)) == SLOTS)
+    ground.guarded(ground.bob, way).release()
+    for talk in talks:
+        talk.hang_up()
+    assert eventually(lambda: not guards(ground.machine))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_place_of_a_guard_is_given_back_however_it_ends(ground: Ground, way: str) -> None:
+    talks = [ground.talk(ground.alice, way) for _ in range(SLOTS)]
+    waiting = [word["ready"]["pid"] for word in first_words(talks)]
+    os.kill(waiting[0], signal.SIGKILL)
+    talks[1].hang_up()
+    talks[2].say(order(ports=[22]))
+    assert "refused" in talks[2].hear_verdict()
+    talks[3].say(order())
+    assert "guarding" in talks[3].hear_verdict()
+    assert eventually(lambda: len(guards(ground.machine)) == SLOTS - 3)
+    more = [ground.talk(ground.alice, way) for _ in range(4)]
+    assert all("ready" in word for word in first_words(more))
+    talks[3].release()
+    for talk in (*talks[:1], *talks[2:3], *talks[4:], *more):
+        talk.hang_up()
+
+
+def test_nothing_is_left_of_places_that_were_all_given_back(ground: Ground) -> None:
+    ground.guarded(ground.alice, "sudo").release()
+    assert eventually(lambda: not guards(ground.machine))
+    assert not ground.machine.place(FILE).exists()
+
+
+@pytest.mark.parametrize("plant", ["link", "open", "anothers", "directory"])
+def test_file_of_places_that_another_could_change_is_not_used(ground: Ground, plant: str) -> None:
+    place = ground.machine.place(FILE)
+    if plant == "link":
+        place.symlink_to("/etc/hostname")
+    elif plant == "directory":
+        place.mkdir()
+    else:
+        place.touch()
+        place.chmod(0o666 if plant == "open" else 0o600)
+        os.chown(place, ground.alice.uid if plant == "anothers" else 0, 0)
+    assert str(FILE) in ground.refusal(ground.alice, order())
+    place.rmdir() if plant == "directory" else place.unlink()
+
+
+def test_jobs_that_start_at_once_all_get_their_guards(ground: Ground) -> None:
+    """As with `srun -n 20` on one host: while torch is imported there are places for some of them only."""
+    programs = [
+        ground.machine.popen(
+            ground.node,
+            [sys.executable, "-c", _LAUNCH, str(29500 + number)],
+            user=ground.alice,
+            stdin=subprocess.PIPE,
+        )
+        for number in range(_JOBS)
+    ]
+    for program in programs:
+        assert program.stdout is not None and program.stderr is not None
+        assert program.stdout.readline() == "shield\n", program.stderr.read()
+    assert len(ground.machine.runs()) == _JOBS
+    for program in programs:
+        assert finish(program, timeout=60).returncode == 0
+
+
+def test_asking_for_a_report_is_no_way_to_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_PATIENCE_SECONDS", 1.0)
+    near, far = socket.socketpair()
+    asked = 0
+
+    def report() -> None:
+        nonlocal asked
+        asked += 1
+        time.sleep(0.1)
+        far.send(b'{"report": {}}\n')
+
+    with near, far:
+        far.send(b'{"report": {}}\n')
+        before = time.monotonic()
+        with pytest.raises(PrivilegeError, match="waiting for an order for too long"):
+            server.Orders(Channel(near.fileno(), os.O_RDONLY)).wait_for_order(report)
+    assert time.monotonic() - before < 5 and asked > 3
+
+
+# --- what is logged of it ---
+
+
+def test_refusals_without_end_are_a_few_lines_a_minute(ground: Ground) -> None:
+    for _ in range(25):
+        ground.refusal(ground.alice, order(ports=[22]))
+    assert log_of(ground.machine).count(f"refused to user {ground.alice.uid}") == 10
+    ground.refusal(ground.bob, order(ports=[22]))
+    assert f"refused to user {ground.bob.uid}" in log_of(ground.machine)
+    # A minute later.
+    place = ground.machine.place(FILE)
+    entries = json.loads(place.read_text())
+    place.write_text(json.dumps({name: [began - 61, refused] for name, (began, refused) in entries.items()}))
+    ground.refusal(ground.bob, order(ports=[22]))
+    assert f"15 more refusals to user {ground.alice.uid} are not in this log" in log_of(ground.machine)
+
+
+def test_refusal_is_one_short_line_whatever_was_asked(ground: Ground) -> None:
+    ports = [(1000 - number, 1000 - number) for number in range(250)]
+    for asked in (
+        order(ports=ports),
+        order(peers=["x" * 2000]),
+        {"order": {"x" * 30_000: 1}},
+        b"\xff" * 60_000 + b"\n",
+    ):
+        ground.refusal(ground.alice, asked)
+    lines = log_of(ground.machine).splitlines()
+    assert len(lines) == 4 and max(len(line.encode()) for line in lines) <= 540
+
+
+def test_line_of_the_log_is_cut_between_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("securerun.guard.log._send", said.append)
+    for words in ("short", "ü" * 3000, "\x1b" * 3000, "x" * 497):
+        note("securerun-guard", words)
+    assert said[0].endswith(": short")
+    assert all(len(line.encode()) <= 500 for line in said)
+    assert said[1].endswith("ü... (of 3000 characters)")
