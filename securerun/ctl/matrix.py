@@ -19,7 +19,7 @@ from securerun.job.job import Job
 from securerun.linux import cgroups, packages, port_ranges, proc, sock_diag
 from securerun.linux.networks import Network, shown
 from securerun.linux.processes import JobProcesses, Process
-from securerun.linux.sock_diag import SocketsUnavailable
+from securerun.linux.sock_diag import Listener, SocketsUnavailable
 
 
 def print_matrix(arguments: Sequence[str], run_id: str | None, language: str, form: str) -> None:
@@ -73,13 +73,27 @@ def _listeners(record: Record) -> Iterator[Found]:
     except SocketsUnavailable as error:
         raise SecurerunError(str(error)) from error
     processes = _processes(record)
-    if processes and not any(proc.may_be_looked_into(pid) for pid in processes):
-        raise PrivilegeError(f"the processes of run {record.run_id} may not be looked into; run as root")
     inodes = {listener.inode for listener in listeners}
-    by_launcher = proc.sockets_of([record.launcher], inodes)
-    held = sock_diag.held(listeners, proc.sockets_of(processes, inodes))
-    for listener in sorted(held, key=lambda one: (one.port, str(one.address))):
-        yield Found(listener.address, listener.port, listener.inode in by_launcher)
+    held, by_launcher = (set(proc.sockets_of(pids, inodes)) for pids in (processes, [record.launcher]))
+    if not proc.may_be_looked_into(record.launcher):
+        # A launcher is closed to its own user (linux/seclusion.py): what was made in the run's cgroup, and is held by
+        # nobody who can be looked into, it holds.
+        made = _made_in_cgroup(record, listeners)
+        if made is None:
+            raise PrivilegeError(f"the launcher of run {record.run_id} may not be looked into; run as root")
+        by_launcher = made - held
+    for listener in sorted(listeners, key=lambda one: (one.port, str(one.address))):
+        if listener.inode in held | by_launcher:
+            yield Found(listener.address, listener.port, listener.inode in by_launcher)
+
+
+def _made_in_cgroup(record: Record, listeners: Sequence[Listener]) -> set[int] | None:
+    """Return the inodes of the listeners that were made in a run's cgroup; None where that cannot be told."""
+    # By the inode of the cgroup sockets name it (sock_diag.cgroup_id).
+    number = cgroups.inode_of(record.cgroup) if record.cgroup else None
+    if number is None or (listeners and all(one.cgroup_id is None for one in listeners)):
+        return None
+    return {listener.inode for listener in listeners if listener.cgroup_id == number}
 
 
 def _processes(record: Record) -> set[int]:

@@ -130,6 +130,21 @@ def processes_of(path: str) -> set[int]:
             os.close(descriptor)
 
 
+def inode_of(path: str) -> int | None:
+    """Return the inode of a cgroup, also of one that this user may not enter; None where there is none to be seen."""
+    place, name = next(places_of(path), None), PurePosixPath(path).name
+    if place is None or not name:
+        return None
+    with contextlib.suppress(OSError):
+        descriptors = place.open(with_last=False)
+        try:
+            return os.stat(name, dir_fd=descriptors[-1], follow_symlinks=False).st_ino
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+    return None
+
+
 def processes_below(directory: int) -> set[int]:
     """Return the live processes in the cgroup of this descriptor, and below it."""
     found = _members(directory)

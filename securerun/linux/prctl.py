@@ -5,7 +5,8 @@ from __future__ import annotations
 from securerun.linux import libc
 
 # include/uapi/linux/prctl.h
-_SET_DUMPABLE = 4
+_SET_PDEATHSIG = 1
+_GET_DUMPABLE, _SET_DUMPABLE = 3, 4
 _SET_NAME = 15
 _CAPBSET_DROP = 24
 _SET_NO_NEW_PRIVS = 38
@@ -16,6 +17,16 @@ _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 2, 4
 def set_dumpable(dumpable: bool) -> None:
     """Say whether a core may be written of this process, and whether its user may look into it (/proc, ptrace)."""
     libc.library.prctl(_SET_DUMPABLE, int(dumpable), 0, 0, 0)
+
+
+def is_dumpable() -> bool:
+    """Return whether a core may be written of this process, and its user may look into it."""
+    return bool(libc.library.prctl(_GET_DUMPABLE, 0, 0, 0, 0) == 1)
+
+
+def set_signal_at_parents_end(number: int) -> None:
+    """Have this signal sent to this process when its parent's thread ends; forgotten when the user changes."""
+    libc.library.prctl(_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def set_name(name: str) -> None:

@@ -30,7 +30,7 @@ from securerun.guard.protocol import (
     Run,
     Runs,
 )
-from securerun.linux import proc, signals
+from securerun.linux import proc, seclusion, signals
 from securerun.linux.networks import Network
 from securerun.protection.ways import DIRECTLY, Connection, Way, ways
 
@@ -81,9 +81,9 @@ class Guard:
         self._released: Released | None = None
         self._ended: Refusal | None = None
         self._releasing: Release | None = None
-        self._start_over()
         # A worker that is forked, not spawned, must not keep the guard's input open after the launcher's end.
-        os.register_at_fork(after_in_child=self._hang_up)
+        seclusion.let_go_in_children(self._hang_up)
+        self._start_over()
 
     @property
     def way(self) -> str:
@@ -168,6 +168,10 @@ class Guard:
             if way.obstacle:
                 self._note(way.obstacle)
                 continue
+            if way.name != DIRECTLY:
+                # Whoever has our end of the pipe orders as we do. A guard of our own user's and privilege could not
+                # look into us then, and whoever has as much as that needs no pipe.
+                seclusion.begin()
             try:
                 self._connection = way.open()
             except OSError as error:
@@ -315,7 +319,7 @@ def _every_now_and_then(obstacle: str) -> str:
 def _end_job(status: int) -> None:
     """Have the main thread end its job as by a batch system's SIGTERM; where it would not hear of it, end at once."""
     heard = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
-    waited_for = signal.SIGTERM - 1 in proc.status(os.getpid()).bits("SigBlk")  # as by ctl/child.py
+    waited_for = signal.SIGTERM - 1 in proc.status(os.getpid()).bits("SigBlk")  # as by linux/child.py
     if not heard and not waited_for:
         os._exit(status)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -306,6 +306,25 @@ def test_users_see_the_ports_of_their_own_job(network: Network) -> None:
         assert eventually(lambda: not machine.records())
 
 
+def test_users_see_what_the_launcher_alone_listens_on(network: Network) -> None:
+    """Nobody of its user may look into a launcher; what it holds is told from the run's cgroup."""
+    with PrivateMachine() as machine:
+        node = network["node0"]
+        alice = machine.add_user("alice")
+        machine.allow_sudo(f"alice ALL=(root) NOPASSWD: {GUARD}")
+        program = JOB.replace("if os.fork() == 0:", "if True:").replace("os._exit(0)", "sys.exit()")
+        job = machine.popen(node, [sys.executable, "-c", program], user=alice, stdin=subprocess.PIPE, stderr=None)
+        assert job.stdout is not None
+        assert job.stdout.readline() == "listening\n"
+        words = [SECURERUNCTL, "matrix", "--format", "csv"]
+        seen = [machine.run(node, words, user=user) for user in (alice, None)]
+        finish(job, text_input="")
+        assert seen[0].returncode == 0, seen
+        assert (seen[0].stdout, seen[0].stderr) == (seen[1].stdout, seen[1].stderr)
+        assert "listening now: *:29500" in seen[0].stdout
+        assert eventually(lambda: not machine.records())
+
+
 @pytest.mark.parametrize(
     ("words", "status", "reason"),
     [
