@@ -177,7 +177,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "run-as",
         "For root: the user that the job is to be. securerun becomes this user, with their groups and no privilege, "
-        "before anything of the job is loaded; the guard stays root's.",
+        "before anything of the job is loaded; the guard stays root's. The job has no terminal, and of root's "
+        "environment what docs/privilege.md lists and SECURERUN_KEEP_ENV names.",
         metavar="USER",
         example="--run-as USER",
         group=PRIVILEGE,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from securerun.console import say
-from securerun.errors import UsageError
+from securerun.errors import PrivilegeError, UsageError
 from securerun.host import system, umask
 from securerun.preflight import inspection
 from securerun.preflight.inspection import Early
@@ -27,6 +27,7 @@ from securerun.protection.events import Hear, nobody
 from securerun.protection.plan import Plan
 
 if TYPE_CHECKING:
+    from securerun.host.account import Account
     from securerun.job.job import Job
     from securerun.options import Options
 
@@ -36,8 +37,8 @@ class Session:
     """What is ready before the job is known.
 
     command: the command line as the user typed it. began: when, in seconds since the epoch. guard: one that waits for
-    its order; None where none is needed. around: the run that this process is in already. user: who this process has
-    become, as --run-as says. early: what the preflight knows already.
+    its order; None where none is needed. around: the run that this process is in already. user: who this process is
+    now, as --run-as says. early: what the preflight knows already.
     """
 
     command: Sequence[str]
@@ -118,6 +119,9 @@ def begin(command: Sequence[str], asked: Options, *, needs_guard: bool) -> Sessi
     """
     began = time.time()
     system.require_supported()
+    other = _other_user(asked)
+    # Before everything else: what stays behind has root's terminal and environment, and waits.
+    parent = _go_on_apart(other) if other is not None else 0
     # Before anything is made: no file of the job or of the way to its guard is ever open to others, however it ends.
     shells_umask = umask.current()
     umask.tighten(f"{umask.LEAST:04o}")
@@ -128,8 +132,9 @@ def begin(command: Sequence[str], asked: Options, *, needs_guard: bool) -> Sessi
     # Before --run-as as well: only root may read the host's rules.
     early = inspection.begin(asked, shells_umask, reads_rules=guard is not None)
     # Before torch, and whatever it loads from places that the user can write: none of that is root's business.
-    user = _become(asked)
-    return Session(command, began, guard, around, user, early)
+    if other is not None:
+        _become(other, parent)
+    return Session(command, began, guard, around, asked.run_as, early)
 
 
 def _print(plan: Plan) -> None:
@@ -147,10 +152,38 @@ def _print(plan: Plan) -> None:
         print(f"\n# {hccl_whitelist.FILE}\n{hccl_whitelist.content(plan.whitelist)}")
 
 
-def _become(asked: Options) -> str | None:
-    """Be the user that --run-as names, for good."""
-    if asked.run_as is not None:
-        from securerun.host import account
+def _other_user(asked: Options) -> Account | None:
+    """Return whom this process is to become; None where it is to stay who it is.
 
-        account.become(account.find_account(asked.run_as, asked.run_as_source))
-    return asked.run_as
+    Raises UsageError where there is no such user.
+    """
+    if asked.run_as is None:
+        return None
+    from securerun.host import account
+
+    found = account.find_account(asked.run_as, asked.run_as_source)
+    return None if account.is_mine(found) else found
+
+
+def _go_on_apart(user: Account) -> int:
+    """Go on in a child without a terminal; returns the id of its parent. Raises PrivilegeError where that cannot be."""
+    from securerun.linux import child
+
+    try:
+        return child.go_on_apart()
+    except RuntimeError as error:
+        raise PrivilegeError(
+            f"--run-as {user.name}: {error}, and only one of a single thread can become another user; use the command "
+            "securerun, or call it before anything else is started or imported"
+        ) from error
+    except OSError as error:
+        raise PrivilegeError(f"--run-as {user.name}: no session can be begun for that user: {error}") from error
+
+
+def _become(user: Account, parent: int) -> None:
+    """Be the user that --run-as names, for good, and for as long as the parent lives."""
+    from securerun.host import account
+    from securerun.linux import child
+
+    account.become(user)
+    child.end_with(parent)

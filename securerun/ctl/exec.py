@@ -15,12 +15,11 @@ from typing import NoReturn
 
 from securerun import options, session
 from securerun.console import say, spoken_errors
-from securerun.ctl import child
 from securerun.errors import SecurerunError, UsageError
 from securerun.guard.protocol import mark_of
 from securerun.host import system
 from securerun.job import environment
-from securerun.linux import processes
+from securerun.linux import child, processes
 from securerun.options import OPTIONS, Options
 from securerun.protection import words
 from securerun.protection.plan import Plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import sys
@@ -10,10 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from securerun.errors import PrivilegeError, UsageError
-from securerun.linux import capabilities, prctl
-
-# What was root's own, or tells how root came to be root.
-_LEFT_BEHIND = ("XDG_RUNTIME_DIR", "SUDO_USER", "SUDO_UID", "SUDO_GID", "SUDO_COMMAND", "MAIL")
+from securerun.host import kept
+from securerun.linux import capabilities, keyrings, libc, proc, seclusion
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,20 @@ def find_account(name: str, source: str) -> Account:
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell, groups)
 
 
+def is_mine(account: Account) -> bool:
+    """Return whether this process is that user's already, and nobody else's besides."""
+    return os.getresuid() == (account.user, account.user, account.user)
+
+
 def become(account: Account) -> None:
     """Be this user from now on, with his groups and home, no capability, and no way to gain any (no_new_privs).
 
+    Of whoever this process was before, the keys of the session and all of the environment that no job needs are left
+    behind. No process of the new user may look into this one, whose memory holds more than that.
+
     Raises PrivilegeError for whoever may not become another user, and where that user cannot run this Python.
     """
-    if os.getresuid() == (account.user, account.user, account.user):
-        return
+    seclusion.begin()
     try:
         os.setgroups(account.groups)
         os.setresgid(account.group, account.group, account.group)
@@ -67,16 +73,30 @@ def become(account: Account) -> None:
         raise PrivilegeError(
             f"--run-as {account.name}: this process may not become another user ({error.strerror}); start it as root"
         ) from error
-    # A process that changed its user is root's in /proc until it executes something, and this one does not.
-    prctl.set_dumpable(True)
+    # By itself it is so only from here on, and not where fs.suid_dumpable says otherwise.
+    seclusion.begin()
+    try:
+        keyrings.begin_new_session()
+    except OSError as error:
+        raise PrivilegeError(
+            f"--run-as {account.name}: no session keyring can be made for that user ({error.strerror}); have "
+            "them remove keys (keyctl), or raise kernel.keys.maxkeys"
+        ) from error
     _take_on_environment(account)
     _require_this_python(account)
 
 
 def _take_on_environment(account: Account) -> None:
-    os.environ.update(HOME=account.home, USER=account.name, LOGNAME=account.name, SHELL=account.shell)
-    for name in _LEFT_BEHIND:
-        os.environ.pop(name, None)
+    """Have an environment of what stays, also where others would look for it: what this process was started with."""
+    environment = kept.of(os.environ)
+    environment.update(HOME=account.home, USER=account.name, LOGNAME=account.name, SHELL=account.shell)
+    libc.library.clearenv()
+    for name in list(os.environ):
+        del os.environ[name]
+    # Copied by setenv(3), so that from here on nothing lies where it lay.
+    os.environ.update(environment)
+    first, last = proc.stat(proc.SELF).environment_span
+    ctypes.memset(first, 0, last - first)
 
 
 def _require_this_python(account: Account) -> None:

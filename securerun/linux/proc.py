@@ -291,6 +291,11 @@ def root(pid: Pid) -> str:
     return f"/proc/{pid}/root"
 
 
+def own_threads() -> int:
+    """Count the threads of this process."""
+    return sum(1 for _ in _threads(os.getpid()))
+
+
 def own_descriptors() -> list[int]:
     """Return the open descriptors of this process; the one that read the list is among them, and is closed by now."""
     return [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +20,6 @@ from hosts import (
     RECORDS,
     Host,
     Network,
-    environment,
     eventually,
     finish,
     finish_all,
@@ -33,6 +29,7 @@ from hosts import (
 )
 from probe import Probe, reach
 from process_table import fields_of
+from terminals import Seat
 from users import GUARD, PrivateMachine
 
 from securerun.job.environment import describe_job
@@ -417,51 +414,8 @@ def test_signals_sent_early_reach_the_command_too(node: Host) -> None:
     assert finish(job, timeout=30).returncode in (4, -signal.SIGTERM)
 
 
-class Terminal:
-    """A terminal with a command as its session's first process, in a host."""
-
-    def __init__(self, host: Host, argv: Sequence[str]) -> None:
-        words = host.command(argv)
-        self.pid, self._descriptor = pty.fork()
-        if not self.pid:
-            os.execvpe(words[0], words, environment())  # noqa: S606
-        self.shown = ""
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            if os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-        os.close(self._descriptor)
-
-    def type(self, text: str) -> None:
-        os.write(self._descriptor, text.encode())
-
-    def show(self, words: str) -> None:
-        """Wait until the terminal has shown these words, and forget what it showed up to them."""
-        deadline = time.monotonic() + 30
-        while words not in self.shown:
-            assert time.monotonic() < deadline, self.shown
-            if select.select([self._descriptor], [], [], 1)[0]:
-                self._read()
-        self.shown = self.shown.partition(words)[2]
-
-    def end(self) -> int:
-        """Its status as `subprocess` has it, after all was shown."""
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
-            while True:
-                self._read()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def _read(self) -> None:
-        self.shown += os.read(self._descriptor, 65536).decode(errors="replace")
-
-
 def test_interrupt_from_the_keyboard_reaches_the_command_once(node: Host) -> None:
-    with nothing_left(node), Terminal(node, [*ALONE, "--", sys.executable, "-c", SIGNALS, *NOTED]) as terminal:
+    with nothing_left(node), Seat(node, [*ALONE, "--", sys.executable, "-c", SIGNALS, *NOTED]) as terminal:
         terminal.show("ready")
         terminal.type("\x03")
         terminal.show("SIGINT")
@@ -475,7 +429,7 @@ def test_interrupt_from_the_keyboard_reaches_the_command_once(node: Host) -> Non
 def test_command_that_an_interrupt_ends_looks_interrupted_to_the_shell(node: Host) -> None:
     """bash ends a loop when its command died of an interrupt, and not when it ended by itself."""
     loop = f"for i in 1 2 3; do {' '.join(ALONE)} -- sh -c 'echo up; sleep 60'; done; echo not reached"
-    with nothing_left(node), Terminal(node, ["bash", "-c", loop]) as terminal:
+    with nothing_left(node), Seat(node, ["bash", "-c", loop]) as terminal:
         terminal.show("up")
         terminal.type("\x03")
         assert terminal.end() == -signal.SIGINT
@@ -483,7 +437,7 @@ def test_command_that_an_interrupt_ends_looks_interrupted_to_the_shell(node: Hos
 
 
 def test_command_is_stopped_and_continued_by_the_shell(node: Host) -> None:
-    with nothing_left(node), Terminal(node, ["bash", "--norc", "--noprofile", "-i"]) as terminal:
+    with nothing_left(node), Seat(node, ["bash", "--norc", "--noprofile", "-i"]) as terminal:
         terminal.type(f"{' '.join(ALONE)} -- cat\n")
         terminal.show("running as root")
         terminal.type("a line\n")

@@ -1,8 +1,12 @@
-"""A command as a child, to everyone else as if this process had become it.
+"""A child that stands for this process: what is meant for us is passed on to it, and as it ends, we end.
 
-It shares our process group, terminal and standard streams, so what is meant for all of the group (Ctrl-C, `timeout`,
-`kill -TERM -GROUP`) reaches it without us; what is sent to us alone we pass on. When it stops, we stop; as it ends, we
-end. An exec would be simpler, but nobody except a parent learns how a process ended (wait(2)).
+`run` is for a command, to everyone else as if this process had become it. It shares our process group, terminal and
+standard streams, so what is meant for all of the group (Ctrl-C, `timeout`, `kill -TERM -GROUP`) reaches it without us;
+what is sent to us alone we pass on. When it stops, we stop. An exec would be simpler, but nobody except a parent learns
+how a process ended (wait(2)).
+
+`go_on_apart` is for whoever is to become another user, as `su -c` does it: the child has a session of its own without
+a terminal, so what is meant for all of our group is passed on to all of its.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from securerun.linux import prctl, proc
+from securerun.linux import prctl, proc, terminals
 
 _EVERY = signal.valid_signals()
 # Python ignores these; what it starts is not to (signal(7): an ignored signal stays so across execve).
@@ -55,7 +59,52 @@ def end_as(status: int) -> NoReturn:
     _flush()
     if os.WIFSIGNALED(status):
         _end_by(os.WTERMSIG(status))
-    sys.exit(os.WEXITSTATUS(status))
+    sys.exit(_exit_status(status))
+
+
+def go_on_apart() -> int:
+    """Go on in a child that has a session of its own and no terminal; returns, in the child alone, its parent's id.
+
+    This process stays behind: it passes signals on, stops for Ctrl-Z together with the child, and ends as the child
+    ends, at once, since all that was to be done at the end of this program is the child's to do now. Raises OSError
+    when there can be no child, or it cannot leave its terminals, and RuntimeError for a process of several threads: one
+    of them would take the signals, and the child would have the locks that the others held.
+    """
+    if proc.own_threads() > 1:
+        raise RuntimeError(f"this process has {proc.own_threads()} threads")
+    _flush()
+    parent = os.getpid()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _EVERY)
+    bystanders = _Bystanders()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            bystanders.forget()
+            terminals.leave()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return parent
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        status = _wait_for(pid, bystanders)
+        bystanders.end()
+        if os.WIFSIGNALED(status):
+            _end_by(os.WTERMSIG(status))
+        os._exit(_exit_status(status))
+    finally:  # whatever it was: the program that called us goes on in the child and nowhere else
+        os._exit(1)
+
+
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent is: whoever kills what stands for a job means the job."""
+    prctl.set_signal_at_parents_end(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit_status(status: int) -> int:
+    """Return what a shell says of a process that ended like this."""
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
 def _wait_for(pid: int, bystanders: _Bystanders) -> int:
@@ -68,8 +117,27 @@ def _wait_for(pid: int, bystanders: _Bystanders) -> int:
                 if not os.WIFSTOPPED(status):
                     return status
                 _stop_by(os.WSTOPSIG(status))
-        elif received.si_pid != pid and not (_is_of_our_group(pid) and bystanders.were_sent(number)):
+        elif received.si_pid != pid:
+            with contextlib.suppress(PermissionError):  # root of a container may be without CAP_KILL
+                _pass_on(number, pid, bystanders)
+
+
+def _pass_on(number: int, pid: int, bystanders: _Bystanders) -> None:
+    """Send a signal on to a child that did not get it: to the child alone, or to all of its group as to all of ours."""
+    if os.getsid(pid) == os.getsid(0):
+        if not (_is_of_our_group(pid) and bystanders.were_sent(number)):
             os.kill(pid, number)
+        return
+    for_all = bystanders.were_sent(number)
+    if number in _JOB_CONTROL:
+        # A group without a terminal is not stopped by these (setpgid(2), orphaned), but by this it is.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            os.killpg(pid, signal.SIGSTOP)
+            _stop_by(number)
+    elif for_all or number == signal.SIGCONT:
+        os.killpg(pid, number)
+    else:
+        os.kill(pid, number)
 
 
 def _changes(pid: int) -> Iterator[int]:
@@ -107,15 +175,17 @@ def _flush() -> None:
             setattr(sys, name, None)
 
 
-def _end_by(number: int) -> NoReturn:
-    """End by a signal: a shell tells an interrupted command from one that failed, and ends its loop only then."""
+def _end_by(number: int) -> None:
+    """End by a signal: a shell tells an interrupted command from one that failed, and ends its loop only then.
+
+    Returns for the first process of a container, which is not ended like this.
+    """
     # One core file, the command's, is enough.
     prctl.set_dumpable(False)
     with contextlib.suppress(OSError):  # SIGKILL has no other disposition
         signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-    sys.exit(128 + number)  # the first process of a container is not ended like this
 
 
 class _Bystanders:
@@ -151,6 +221,11 @@ class _Bystanders:
         """End them."""
         for bystander in self._present:
             bystander.end()
+
+    def forget(self) -> None:
+        """Let go of what is another process', in a child of it."""
+        for bystander in self._present:
+            bystander.forget()
 
 
 class _Bystander:
@@ -189,4 +264,8 @@ class _Bystander:
         """End it."""
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
+        os.close(self._pipe)
+
+    def forget(self) -> None:
+        """Have it end with the other process that has our end of the pipe."""
         os.close(self._pipe)
