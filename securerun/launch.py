@@ -6,6 +6,11 @@ the module is deprecated; and securerun's own options beside them.
 
 from __future__ import annotations
 
+from securerun import aside
+
+if __name__ == "__main__":
+    aside.put_working_directory()
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from securerun import aside
 from securerun.console import say
 from securerun.errors import PrivilegeError, UsageError
 from securerun.host import system, umask
@@ -120,6 +121,7 @@ def begin(command: Sequence[str], asked: Options, *, needs_guard: bool) -> Sessi
     began = time.time()
     system.require_supported()
     other = _other_user(asked)
+    aside.put_back()
     # Before everything else: what stays behind has root's terminal and environment, and waits.
     parent = _go_on_apart(other) if other is not None else 0
     # Before anything is made: no file of the job or of the way to its guard is ever open to others, however it ends.
@@ -155,14 +157,17 @@ def _print(plan: Plan) -> None:
 def _other_user(asked: Options) -> Account | None:
     """Return whom this process is to become; None where it is to stay who it is.
 
-    Raises UsageError where there is no such user.
+    Raises UsageError where there is no such user, and PrivilegeError where others have a say in what is imported.
     """
     if asked.run_as is None:
         return None
-    from securerun.host import account
+    from securerun.host import account, imports
 
     found = account.find_account(asked.run_as, asked.run_as_source)
-    return None if account.is_mine(found) else found
+    if account.is_mine(found):
+        return None
+    imports.require_own(f"{asked.run_as_source} {asked.run_as}")
+    return found
 
 
 def _go_on_apart(user: Account) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MOST_LINKS = 40  # include/linux/namei.h: MAXSYMLINKS
 
 
@@ -27,17 +27,17 @@ class WeakPoint:
         return f"{self.place} can be written by others (mode {self.mode:o})"
 
 
-def weak_point(path: Path, owners: Collection[int] = (0,)) -> WeakPoint | None:
+def weak_point(path: Path, owners: Collection[int] = (0,), writable: int = OTHERS_WRITE) -> WeakPoint | None:
     """Return why a file or directory cannot be believed; None when only its owners, by default root, can change it.
 
-    owners: user ids. Looks at every directory above it, and at those above each link on the way. Raises OSError where
-    there is none.
+    owners: user ids. writable: the bits of a mode that nothing on the way may have. Looks at every directory above it,
+    and at those above each link on the way. Raises OSError where there is none.
     """
     for place in way_to(path):
         status = os.lstat(place)
         if status.st_uid not in owners:
             return WeakPoint(place, status.st_uid, None)
-        if stat.S_ISLNK(status.st_mode) or not status.st_mode & _OTHERS_WRITE:
+        if stat.S_ISLNK(status.st_mode) or not status.st_mode & writable:
             continue
         # In a sticky directory only the owner of a file can put another in its place.
         if not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
