@@ -55,7 +55,7 @@ LOADED_BY_THE_GUARD = {
     "firewall": "backends chains droplog policy refusals selftest shield shield_maps shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock libc links local_sockets netlink networks "
     "nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
-    "": "errors text",
+    "": "errors site_file text",
 }
 # And this while the launcher imports torch, for `--firewall auto`.
 LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux": "commands ip_set"}

@@ -35,10 +35,12 @@ from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
     """Install every layer that the order asks for around the caller, proven.
 
-    Raises PrivilegeError or PolicyError, with nothing left behind, when the job could not be guarded or may not be.
+    Raises PrivilegeError or PolicyError, with nothing left behind, when the job could not be guarded or may not be; and
+    with what stands of a run left as it is, when that could not be taken over.
     """
     lease = Lease(order, caller, site)
-    with ExitStack() as undo:
+    undo = ExitStack()
+    try:
         _begin(lease)
         undo.callback(_undo_record, order.policy.run_id)
         _add_shield(lease, undo)
@@ -54,9 +56,14 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
             with run_directory.recording() as directory:
                 neighbours.require_unweakened(lease.record, records.read_all(directory))
         lease.write(layers=lease.guarding.layers)
-        if caller.has_ended():
+        if caller.has_ended() and not lease.stands:
             raise _ended(caller)
-        undo.pop_all()
+    except BaseException:
+        # The job of a guard that died runs behind what stands: that stays, for the next that is to take over.
+        if not lease.stands:
+            undo.close()
+        raise
+    lease.stands = True
     return lease
 
 
@@ -95,6 +102,7 @@ def _begin(lease: Lease) -> None:
         neighbours.require_room(lease.record, known, lease.site)
         if lease.order.firewall != "off":
             neighbours.require_harmless(lease.record, known)
+        lease.hold()
         _reserve_ports(lease, directory)
 
 
@@ -102,13 +110,11 @@ def _reserve_ports(lease: Lease, directory: int) -> None:
     """Record the run and reserve its ports, the record first: a reaper goes by it. What cannot be reserved is noted."""
     try:
         choice = reserved.choose(directory, lease.order.policy.ports, lease.policy.run_id)
-        lease.record = dataclasses.replace(lease.record, reserved=choice.reserved)
-        run_directory.write(directory, lease.record)
+        lease.write_to(directory, reserved=choice.reserved)
         reserved.settle(directory)
         lease.notes += tuple(_too_many(choice.left_out))
     except ReservationUnavailable as error:
-        lease.record = dataclasses.replace(lease.record, reserved=())
-        run_directory.write(directory, lease.record)
+        lease.write_to(directory, reserved=())
         lease.notes += (_unreserved(lease.order.policy.ports, error),)
 
 
@@ -135,6 +141,7 @@ def _take_over(lease: Lease, found: Record) -> None:
     )
     if not lease.order.adopt or found.guard_lives or not same_job:
         raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
+    lease.stands = True
     # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)
     more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)
@@ -169,7 +176,7 @@ def _add_shield(lease: Lease, undo: ExitStack) -> None:
 def _add_cgroup(lease: Lease, undo: ExitStack) -> None:
     """Make the job's cgroup, or open what a dead guard made. Recorded first: a reaper finds no other way to it."""
     path = lease.record.cgroup or path_of_job_cgroup(lease.caller.pid, lease.policy.run_id)
-    if lease.caller.has_ended():  # then the path may be that of whoever has its number now
+    if lease.caller.has_ended() and not lease.record.cgroup:  # then the path may be that of whoever has its number now
         raise _ended(lease.caller)
     lease.write(cgroup=path)
     lease.cgroup = (open_job_cgroup(path) if lease.order.adopt else None) or make_job_cgroup(path)
@@ -205,7 +212,8 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
 
 def _move_in(lease: Lease, undo: ExitStack) -> None:
     cgroup = lease.cgroup
-    if cgroup is None or cgroup_of(lease.caller.pid) == cgroup.path:
+    # A launcher that ended while its guard was being replaced has left its job to that.
+    if cgroup is None or (lease.stands and lease.caller.has_ended()) or cgroup_of(lease.caller.pid) == cgroup.path:
         return
     undo.callback(cgroup.expel, lease.caller)
     cgroup.enter(lease.caller)
@@ -234,8 +242,7 @@ def _add_chains(lease: Lease) -> None:
             chains = _choose(order, lease.caller, directory)
             if lease.shield is None:
                 chains.outlive(adopt=_layer(chains) in lease.record.layers)
-            lease.record = dataclasses.replace(lease.record, layers=(*lease.guarding.layers, _layer(chains)))
-            run_directory.write(directory, lease.record)
+            lease.write_to(directory, layers=(*lease.guarding.layers, _layer(chains)))
             lease.chains = chains
             _install(chains, lease.policy, drops)
             lease.drops = drops

@@ -30,7 +30,8 @@ class Lease:
     """The layers of one job and its record. Made by `acquire`, undone by `release`.
 
     cgroup: None where the job can have none. shield: None in scope `ports`. chains, drops: None without port chains.
-    notes: what a person should know about the layers that are missing.
+    notes: what a person should know about the layers that are missing. stands: the job runs behind what stands of the
+    run, which its record names; until then a record that cannot be written is an error.
     """
 
     def __init__(self, order: Order, caller: Caller, site: SitePolicy) -> None:
@@ -44,6 +45,9 @@ class Lease:
         self.drops: DropLog | None = None
         self.notes: tuple[str, ...] = ()
         self.record = first_record(order, caller)
+        self.stands = False
+        self._is_recorded = False
+        self._held: int | None = None
         self._killed: frozenset[Process] = frozenset()
         launcher = Process(caller.pid, caller.start)
         # Sudo descends from the launcher and lives as long as this guard: it is no part of the job.
@@ -85,13 +89,11 @@ class Lease:
             ranges = joined((port, port) for port in ports if port not in refused)
             found = (PortRange(first, last, Purpose.OPENED_MEANWHILE) for first, last in ranges)
             policy = dataclasses.replace(self.policy, ports=(*self.order.policy.ports, *found))
-            record = dataclasses.replace(self.record, policy=policy)
-            try:
-                # First: a guard that takes over closes what is recorded, and what is not would be open for a moment.
-                run_directory.write(directory, record)
-            finally:  # a full disk keeps no port open
-                self._install(policy)
-                self.policy, self.record = policy, record
+            # Recorded first, where there is room: a guard that takes over closes what is recorded, and what is not
+            # would be open for a moment.
+            self.write_to(directory, policy=policy)
+            self._install(policy)
+            self.policy = policy
         return refused
 
     def note_open_ports(self, ports: Iterable[int]) -> None:
@@ -102,7 +104,7 @@ class Lease:
         """Let these networks in from now on and no others; established connections stay.
 
         Raises PolicyError for networks that this caller may not name, ShieldUnavailable or PortChainsUnavailable when
-        a layer cannot take them, and PrivilegeError when they cannot be recorded.
+        a layer cannot take them, and PrivilegeError when the host's lock is not to be had.
         """
         policy = dataclasses.replace(self.policy, peers=networks)
         require_permitted_peers(self.site, policy, self.caller)
@@ -119,6 +121,10 @@ class Lease:
         """Have the shield go by the interfaces that have the policy's names now. Raises ShieldUnavailable."""
         if self.shield is not None:
             self.shield.follow_interfaces(self.policy.interfaces)
+
+    def hold(self) -> None:
+        """Show that the run has its guard, to whoever does not see this process."""
+        self._held = run_directory.hold(self.policy.run_id)
 
     def restore_chains(self) -> None:
         """Put the port chains in place again. Raises PortChainsUnavailable or PrivilegeError."""
@@ -139,10 +145,33 @@ class Lease:
             reserved.settle(directory)
 
     def write(self, **changes: object) -> None:
-        """Change the run's record. Raises PrivilegeError when it cannot be written."""
+        """Change the run's record as `write_to` does, under the host's lock. Raises PrivilegeError."""
+        with run_directory.recording() as directory:
+            self.write_to(directory, **changes)
+
+    def write_to(self, directory: int, **changes: object) -> None:
+        """Change the run's record.
+
+        Where there is no room for it, what a run that stands needs is done all the same: the record that is there names
+        its id, cgroup and layers, which is what a reaper goes by. `keep_recorded` tries again. Raises OSError for a run
+        that does not stand yet.
+        """
         self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
+        self._is_recorded = False
+        try:
+            run_directory.write(directory, self.record)
+            self._is_recorded = True
+        except OSError:
+            if not self.stands:
+                raise
+
+    def keep_recorded(self) -> None:
+        """Write the record if it could not be written before. Raises PrivilegeError when it still cannot."""
+        if self._is_recorded:
+            return
         with run_directory.recording() as directory:
             run_directory.write(directory, self.record)
+        self._is_recorded = True
 
     def write_unless_locked(self, **changes: object) -> bool:
         """Change the run's record, unless another holds the host's lock now; return whether it was changed.
@@ -152,8 +181,7 @@ class Lease:
         with run_directory.recording_unless_locked() as directory:
             if directory is None:
                 return False
-            self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
-            run_directory.write(directory, self.record)
+            self.write_to(directory, **changes)
         return True
 
     def _install(self, policy: Policy) -> None:
@@ -220,10 +248,15 @@ class Lease:
             remove_record(directory, self.policy.run_id)
         if self.drops is not None:
             self.drops.close()
+        if self._held is not None:
+            os.close(self._held)
 
 
 def remove_record(directory: int, run_id: str) -> None:
-    """Give back the ports that the run reserved, and remove the record that names them."""
+    """Give back the ports that the run reserved, and remove the record that names them.
+
+    Raises ReservationUnavailable, with the record where it was.
+    """
     reserved.give_back(directory, run_id)
     run_directory.remove(directory, run_id)
 
@@ -241,6 +274,7 @@ def first_record(order: Order, caller: Caller) -> Record:
         boot_id=proc.boot_id(),
         network=proc.namespace("net"),
         processes=proc.namespace("pid"),
+        times=proc.time_namespace(),
         user=caller.user,
         root=caller.is_root,
         started=time.time(),

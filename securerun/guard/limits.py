@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+from securerun import site_file
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import LAST_PORT, Policy, require_ports
 from securerun.guard.caller import Caller
@@ -63,14 +64,14 @@ def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
         weakness = trust.weak_point(path)
         if weakness is not None:
             return SitePolicy(), f"{path} is ignored: {weakness}"
-        text = path.read_bytes().decode()
+        text = site_file.content(path).decode()
     except (FileNotFoundError, NotADirectoryError):
         return SitePolicy(), ""
     except (OSError, ValueError) as error:
         raise PrivilegeError(_unreadable(path, str(error))) from error
     try:
         return _understood(_toml(text)), ""
-    except (ValueError, PolicyError) as error:
+    except (ValueError, PolicyError, RecursionError) as error:
         raise PrivilegeError(_unreadable(path, str(error))) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -30,7 +31,7 @@ from securerun.guard.documents import (
     read_policy,
 )
 from securerun.guard.protocol import mark_of
-from securerun.linux import cgroups, proc, processes
+from securerun.linux import cgroups, file_lock, proc, processes
 
 DIRECTORY = Path("/run/securerun")
 MOST_RANGES_LEFT_OPEN = 1024
@@ -44,7 +45,8 @@ class Record:
     launcher, guard: process ids; launcher_start, guard_start: their start times in clock ticks since boot
     (proc(5), stat field 22), since process ids are used again. boot_id: the boot that these belong to.
     network, processes: the network namespace that the layers are in and the pid namespace in which the pids count
-    (inodes, namespaces(7)). cgroup: the job's, "" where it has none.
+    (inodes, namespaces(7)). times: the time namespace whose start times these are, 0 where none is known.
+    cgroup: the job's, "" where it has none.
     user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
     started: seconds since the epoch. draining: the job is over, not all of it gone.
     reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
@@ -64,6 +66,7 @@ class Record:
     started: float
     command: str
     root: bool = False
+    times: int = 0
     cgroup: str = ""
     draining: bool = False
     denied: tuple[Denial, ...] = ()
@@ -109,8 +112,12 @@ class Record:
         if self.boot_id != proc.boot_id():
             return False
         if self.processes != proc.namespace("pid"):
-            # The pids of a container mean nothing out here; while anything runs there, all of it may.
-            return proc.namespace_exists("pid", self.processes)
+            # The pids of a container mean nothing out here; while anything runs there, all of it may. What runs in a
+            # namespace above or beside this one is not seen from here, and its guard tells.
+            return proc.namespace_exists("pid", self.processes) or is_held(self.run_id)
+        if self.times and self.times != proc.time_namespace():
+            # Start times are those of the reader's clock (time_namespaces(7)): the number alone tells nothing of them.
+            return proc.exists(pid)
         return proc.is_running(pid, start)
 
     def document(self) -> dict[str, Any]:
@@ -134,6 +141,7 @@ _PLAIN: dict[str, type] = {
     "boot_id": str,
     "network": int,
     "processes": int,
+    "times": int,
     "user": int,
     "root": bool,
     "started": float,
@@ -221,9 +229,29 @@ def exists(directory: int, run_id: str) -> bool:
     return True
 
 
+def is_held(run_id: str) -> bool:
+    """Return whether a guard holds a run, whichever pid namespace it is in. Where that cannot be told none does."""
+    with contextlib.suppress(OSError):
+        directory = open_to_read()
+        if directory is not None:
+            try:
+                return file_lock.is_marked(directory, place_of(run_id))
+            finally:
+                os.close(directory)
+    return False
+
+
+def place_of(run_id: str) -> int:
+    """Return which byte of the record directory a run's guard marks, to be known to live."""
+    return int(run_id, 16)
+
+
 def read_document(directory: int, name: str) -> Any:  # noqa: ANN401 - whatever JSON holds
     """Read a file. Raises OSError, or ValueError for what is no JSON, or no regular file of reasonable size."""
-    return json.loads(_content(directory, name))
+    try:
+        return json.loads(_content(directory, name))
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply") from error
 
 
 def _read(directory: int, name: str) -> Record:
@@ -248,11 +276,14 @@ def understood(document: Mapping[str, Any]) -> Record:
 
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
-    # Guards from before there was this field took user id 0 for root.
-    whole = {"root": document["user"] == 0, **document}
+    # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted.
+    whole = {"root": document["user"] == 0, "times": 0, **document}
     plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")
+    if not math.isfinite(plain["started"]):
+        raise ValueError(f"the record of run {run_id} has no time that could be")
+    os.fsencode(plain["cgroup"])  # or it is the name of nothing: UnicodeEncodeError is a ValueError
     cgroup = PurePosixPath(plain["cgroup"])
     # Reaping removes this cgroup and what is below it, so it has to be one that a guard made for this run.
     if plain["cgroup"] and (cgroup.name != f"securerun-{run_id}" or {"..", "\0"} & {*cgroup.parts, *str(cgroup)}):

@@ -16,6 +16,7 @@ from typing import Any
 
 from securerun.errors import PrivilegeError
 from securerun.firewall.policy import RUN_ID
+from securerun.guard import records
 from securerun.guard.records import DIRECTORY, Record
 from securerun.linux import file_lock
 
@@ -68,6 +69,22 @@ def recording_unless_locked() -> Iterator[int | None]:
         raise _cannot_record(error) from error
     finally:
         os.close(directory)
+
+
+def hold(run_id: str) -> int | None:
+    """Show, for as long as the descriptor that is returned stays open, that a guard holds this run.
+
+    For whoever does not see this process, in another pid namespace with the same /run. None where there are no locks.
+    """
+    directory = records.open_to_read()
+    if directory is None:
+        return None
+    try:
+        file_lock.mark(directory, records.place_of(run_id))
+    except OSError:
+        os.close(directory)
+        return None
+    return directory
 
 
 def write(directory: int, record: Record) -> None:

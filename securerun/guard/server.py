@@ -31,7 +31,7 @@ from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
 from securerun.guard.waiting import Slot, TooManyWaiting
 from securerun.guard.watch import Watch
-from securerun.linux import capabilities, prctl
+from securerun.linux import capabilities, prctl, proc
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.processes import Process
 
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         return error.status
     caller, by_socket = None, SOCKET_ARGUMENT in arguments
     try:
+        _require_own_proc()
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
         if not by_socket:
             caller.attendants = _stand_apart(caller)
@@ -88,6 +89,15 @@ def _collect_garbage_from_now_on() -> None:
     """Look for garbage among what is made from here on: of what is there, nothing goes before the guard does."""
     gc.freeze()
     gc.enable()
+
+
+def _require_own_proc() -> None:
+    """Raise PrivilegeError where the proc file system is another pid namespace's: its numbers mean others here."""
+    if not proc.is_of_this_pid_namespace():
+        raise PrivilegeError(
+            "the proc file system here shows the processes of another pid namespace than the guard's; mount one of its "
+            "own (`unshare --mount-proc` does), then try again"
+        )
 
 
 class Orders:

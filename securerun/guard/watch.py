@@ -39,6 +39,8 @@ _HEARD_CHAINS_SECONDS = 60.0
 _LOOK_FOR_INTERFACES_SECONDS = 1.0
 # Whoever sets the list of reserved ports anew takes the job's off it.
 _LOOK_FOR_PORTS_SECONDS = 5.0
+# On a full disk a run's record is as old as the last one for which there was room.
+_RECORD_SECONDS = 1.0
 # A flush is many deletions, and another firewall's reload fills what it flushed.
 _SETTLE_SECONDS = 0.05
 _ENDING_SECONDS = 0.05
@@ -95,7 +97,8 @@ class Watch:
         reserving = Chore(_LOOK_FOR_PORTS_SECONDS, lease.keep_ports_reserved)
         # Only when there is something to change.
         self._peers = Chore(math.inf, self._change_peers, math.inf)
-        self._chores = [self._peers, self._repair, reserving, Chore(_NOTICE_SECONDS, self._notices.look)]
+        recording = Chore(_RECORD_SECONDS, lease.keep_recorded)
+        self._chores = [self._peers, self._repair, reserving, recording, Chore(_NOTICE_SECONDS, self._notices.look)]
         self._exposure = open_exposure(lease)
         if self._exposure is not None:
             seconds = _EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS

@@ -153,6 +153,14 @@ def is_running(pid: int, start: int) -> bool:
     return found.start == start and not found.first_thread_has_ended
 
 
+def exists(pid: int) -> bool:
+    """Return whether any process has this id, one that waits to be reaped apart."""
+    try:
+        return not stat(pid).first_thread_has_ended
+    except OSError:
+        return False
+
+
 def real_user(pid: int) -> int | None:
     """Return the real user id of a process; None when it has ended. (The owner of /proc/PID is the effective one.)"""
     try:
@@ -265,6 +273,19 @@ def owners_of_user_namespaces(pid: int) -> frozenset[int]:
     finally:
         os.close(inside)
     return frozenset(owners)
+
+
+def time_namespace() -> int:
+    """Return this process' time namespace, by which it is told start times; 0 before kernel 5.6, which has none."""
+    try:
+        return namespace("time")
+    except FileNotFoundError:
+        return 0
+
+
+def is_of_this_pid_namespace() -> bool:
+    """Return whether /proc shows the numbers by which the kernel knows processes here, and not those of outside."""
+    return os.readlink("/proc/self") == str(os.getpid())  # noqa: PTH115 - a number, not a path
 
 
 def namespace_exists(kind: str, inode: int) -> bool:

@@ -1,6 +1,6 @@
 """Hold a lease and one listener, until the end of input; what is printed is one JSON object a line.
 
-A line of input names the peers from then on, with commas between.
+A line of input names the peers from then on, with commas between, or, `listen PORT`, one more port to listen on.
 
     holder.py [--peers A,B] [--ports FIRST-LAST] [--listen PORT] [--firewall B] [--scope S] [--loopback job]
               [--interface NAMES] [--listen-elsewhere]
@@ -45,9 +45,14 @@ def main() -> None:
         guarding = guard.guard(Order(policy, options.firewall, options.scope, grace=0.5, command="holder"), tell)
         listener = listen_elsewhere(options.listen) if options.listen_elsewhere else listen(options.listen)
         say(guarding=[layer.backend for layer in guarding.layers], notes=guarding.notes, run_id=policy.run_id)
+        listeners = [listener]
         for line in sys.stdin:
-            guard.change_peers(networks(line.strip()))
-        listener.close()
+            if line.startswith("listen "):
+                listeners.append(listen(int(line.split()[1])))
+            else:
+                guard.change_peers(networks(line.strip()))
+        for listener in listeners:
+            listener.close()
         guard.release(failed=False)
     except SecurerunError as error:
         say(refused=str(error))
