@@ -66,6 +66,6 @@ def _left_alone(left: Iterable[Process], user: int) -> str:
     pids = sorted(process.pid for process in left)
     named = " ".join(map(str, pids[:_PIDS_NAMED])) + (" ..." if len(pids) > _PIDS_NAMED else "")
     return (
-        f"left alone: process {named} of the failed job, which user {user} may not end; the layers stay until the last "
-        "of these has ended"
+        f"left alone: process {named} of the failed job, which user {user} may not end, or which carries the run's id "
+        "elsewhere; the layers stay until the last of these has ended"
     )

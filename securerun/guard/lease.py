@@ -13,17 +13,20 @@ from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, Purpose, joined, merged
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory
-from securerun.guard.caller import Caller
+from securerun.guard.caller import Caller, sudo_processes
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
 from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
 from securerun.linux import proc, processes
+from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
 
 # The watch goes on in between.
 _KILL_SECONDS = 0.2
+# Whoever is there at two looks is read, so that a process is found within a second; some 30 us for each that is new.
+_LOOK_ELSEWHERE_SECONDS = 0.5
 
 
 class Lease:
@@ -49,6 +52,8 @@ class Lease:
         self._is_recorded = False
         self._held: int | None = None
         self._killed: frozenset[Process] = frozenset()
+        self._strays: frozenset[Process] = frozenset()
+        self._look_due = 0.0
         launcher = Process(caller.pid, caller.start)
         # Sudo descends from the launcher and lives as long as this guard: it is no part of the job.
         waiting = {process.pid for process in caller.attendants}
@@ -200,21 +205,56 @@ class Lease:
     def is_over(self) -> bool:
         """Return whether the launcher and all that came from it are gone."""
         if self.cgroup is not None:
-            return not self.cgroup.populated()
+            if self.cgroup.populated() or self._elsewhere():
+                return False
+            self._look_elsewhere(patient=False)
+            return not self._elsewhere() and not self.cgroup.populated()
         # A look is no snapshot: a child may get a pid that the look has passed already, so look twice.
-        return self.caller.has_ended() and not self._job.find() and not self._job.find()
+        return self.caller.has_ended() and not self._find() and not self._find()
 
     def processes(self) -> frozenset[Process]:
-        """Return what runs of the job: by its cgroup, or by run id and descent where it has none."""
+        """Return what runs of the job: in its cgroup, and what is elsewhere by run id and descent.
+
+        A process is moved out of its cgroup by systemd (`systemd-run --scope`, PAM), by podman, or by itself.
+        """
         if self.cgroup is None:
-            return self._job.find()
-        return self.cgroup.members()
+            return self._find()
+        return self.cgroup.members() | self._elsewhere()
+
+    def _find(self, inside: Collection[Process] = (), *, patient: bool = False) -> frozenset[Process]:
+        """Look for the job's processes everywhere. What waits for this guard is none, whoever started it."""
+        return self._job.find(inside, sudo_processes(), patient=patient)
+
+    def _elsewhere(self) -> frozenset[Process]:
+        """Return the job's processes that are not in its cgroup, as they were seen half a second ago at most."""
+        if time.monotonic() >= self._look_due:
+            self._look_elsewhere(patient=True)
+        return frozenset(filter(processes.lives, self._strays))
+
+    def _look_elsewhere(self, *, patient: bool) -> None:
+        inside = frozenset() if self.cgroup is None else self.cgroup.members()
+        found = self._find(inside, patient=patient)
+        self._strays = frozenset(process for process in found - inside if not self._is_of_another_run(process.pid))
+        self._look_due = time.monotonic() + _LOOK_ELSEWHERE_SECONDS
+
+    def _is_of_another_run(self, pid: int) -> bool:
+        """Return whether a process is in the cgroup of another run, whose guard looks after it."""
+        try:
+            return records.run_of(cgroup_of(pid)) not in (None, self.policy.run_id)
+        except CgroupUnavailable:
+            return False
 
     def to_be_ended(self) -> frozenset[Process]:
-        """Return what runs of the job and may be ended for its user: root's, started by sudo, may not (kill(2))."""
+        """Return what runs of the job and may be ended for its user: root's, started by sudo, may not (kill(2)).
+
+        Nor is who merely carries the run's id, out of its cgroup: it is copied with the environment (sbatch, ssh).
+        """
+        found = self.processes()
+        if self.cgroup is not None:
+            found = (found - self._strays) | (found & self._job.kin)
         if self.caller.is_root:
-            return self.processes()
-        return frozenset(process for process in self.processes() if processes.may_end(self.caller.user, process.pid))
+            return found
+        return frozenset(process for process in found if processes.may_end(self.caller.user, process.pid))
 
     def kill(self) -> None:
         """SIGKILL everything that is left of the job and may be ended for its user, as far as that is done in a moment.

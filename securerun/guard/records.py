@@ -36,6 +36,7 @@ from securerun.linux import cgroups, file_lock, proc, processes
 DIRECTORY = Path("/run/securerun")
 MOST_RANGES_LEFT_OPEN = 1024
 _RECORD_NAME = re.compile(rf"{RUN_ID.pattern}\.json")
+_CGROUP_NAME = re.compile(rf"securerun-({RUN_ID.pattern})")
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,18 @@ def processes_of(record: Record) -> frozenset[int]:
         with contextlib.suppress(OSError):
             found |= cgroups.processes_of(record.cgroup)
     return processes.claimants(mark_of(record.run_id), record.user) | found
+
+
+def run_of(cgroup: str) -> str | None:
+    """Return the run in whose cgroup, or below it, one lies; None where no run of that name is recorded.
+
+    Users name cgroups, so a name alone is none. The deepest counts: a run may be inside of another.
+    """
+    for part in reversed(PurePosixPath(cgroup).parts):
+        found = _CGROUP_NAME.fullmatch(part)
+        if found is not None and Path(DIRECTORY, f"{found[1]}.json").is_file():
+            return found[1]
+    return None
 
 
 def read_all(directory: int) -> tuple[Record, ...]:

@@ -14,6 +14,7 @@ import fcntl
 import itertools
 import os
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Union
@@ -220,6 +221,21 @@ def cgroups(pid: Pid) -> list[str]:
     """Read the cgroup of a process in each hierarchy, as `ID:CONTROLLERS:PATH` (cgroups(7))."""
     # Users name cgroups, and may do so with all that splitlines ends a line at.
     return os.fsdecode(_read(f"/proc/{pid}/cgroup")).split("\n")
+
+
+def listed() -> dict[int, int]:
+    """Return the ids of all processes, each with a number that another process of that id does not have.
+
+    The inode of its directory: the kernel makes one for each process that is looked at, and another when it had to
+    forget it (fs/proc/base.c: proc_fill_cache). No file is read.
+    """
+    with os.scandir("/proc") as entries:
+        return {int(entry.name): entry.inode() for entry in entries if entry.name.isdecimal()}
+
+
+def seconds_since_start(found: Stat) -> float:
+    """Return how long ago a process started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - found.start / os.sysconf("SC_CLK_TCK")
 
 
 def of_user(user: int) -> Iterator[int]:

@@ -31,6 +31,7 @@ _LOOK_SECONDS = 0.02
 _EXECVE_LOOKS = 20
 _EXECVE_SECONDS = 0.005
 _STOPPING_ROUNDS = 50
+_GROWN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class JobProcesses:
     parent has ended. So look now and then while the job runs, not only at its end.
 
     mark: the `NAME=value` in their environment. user: the job's real user id. known: processes to begin with, such as
-    the launcher. spare: pids never to be found.
+    the launcher. spare: pids never to be found. kin: of what was found last, who is more than a claim: was known, or
+    descends from such. The mark alone is copied to where it means nothing (sbatch, ssh).
     """
 
     def __init__(
@@ -67,11 +69,76 @@ class JobProcesses:
         self._user = user
         self._known = frozenset(known)
         self._spare = spare
+        self._listed: dict[int, int] = {}
+        self._others: dict[int, int] = {}
+        self.kin = self._known
 
-    def find(self) -> frozenset[Process]:
-        """Return the processes that live now, as `marked` finds them."""
-        self._known = marked(self._mark, self._user, known=self._known, spare=self._spare)
+    def find(
+        self, also: Collection[Process] = (), spare: Collection[int] = (), *, patient: bool = False
+    ) -> frozenset[Process]:
+        """Return the processes that live now, as `marked` finds them.
+
+        also: more that are known to be the job's. spare: more pids that are not to be found this time. patient: leave
+        out who was not there yet at the last look: most have ended by the next, and need not be read at all.
+        """
+        listed, before = proc.listed(), self._listed
+        self._listed = listed
+        # Who was none of the job's a while after its start becomes none, and what it starts is looked at anew.
+        self._others = {pid: number for pid, number in self._others.items() if listed.get(pid) == number}
+        known = {*self._known, *also}
+        pids = listed.keys() - self._others.keys()
+        if patient and before:
+            pids = {pid for pid in pids if before.get(pid) == listed[pid]} | {process.pid for process in also}
+        look = _Look(self._user, {os.getpid(), *self._spare, *spare}, known, pids)
+        self.kin = look.kin({*self.kin, *also})
+        self._known = self.kin | look.marked(self._mark, known)
+        self._others.update((pid, listed[pid]) for pid in look.for_good_others())
         return self._known
+
+
+class _Look:
+    """One look at processes, for those of a user's job.
+
+    excepted: pids that are not to be found, nor what descends from the job through these alone. known: with the
+    launcher among them where that is pid 1. pids: whom to look at, by default all.
+    """
+
+    def __init__(
+        self, user: int, excepted: Collection[int], known: Collection[Process], pids: Collection[int] | None = None
+    ) -> None:
+        self._user = user
+        self._pids = frozenset(proc.pids() if pids is None else pids)
+        self._living = _living(self._pids)
+        self._excepted = {*excepted, *({proc.INIT} - {process.pid for process in known})}
+        self._reached: set[int] = set()
+
+    def kin(self, known: Iterable[Process]) -> frozenset[Process]:
+        """Return those of the known that live, and what descends from them."""
+        return self._of({process.pid for process in known if _is_among(process, self._living)})
+
+    def marked(self, mark: str, known: Iterable[Process]) -> frozenset[Process]:
+        """Return as `kin` does, and those that show the mark as well."""
+        roots = {process.pid for process in known if _is_among(process, self._living)}
+        # Nobody else's environment is looked at.
+        own = {pid for pid in self._living if pid not in self._excepted and proc.real_user(pid) == self._user}
+        return self._of(roots | started_with(mark, own))
+
+    def for_good_others(self) -> set[int]:
+        """Return who was looked at, is none of the job's and does not come to be: it has ended, or is not young.
+
+        A process shows its mark when it has executed its program, and one that changes its user does it soon.
+        """
+        others = self._pids - self._reached
+        return {pid for pid in others if pid not in self._living or _is_grown(self._living[pid])}
+
+    def _of(self, roots: Iterable[int]) -> frozenset[Process]:
+        found = _with_descendants({*roots} - self._excepted, self._living, self._excepted)
+        self._reached |= found
+        return frozenset(
+            Process(pid, self._living[pid].start)
+            for pid in found
+            if self._user == _ROOT or proc.real_user(pid) == self._user
+        )
 
 
 def marked(
@@ -84,14 +151,16 @@ def marked(
     Never this process, a kernel thread or a pid in `spare`, nor what descends from the job through these alone; and
     pid 1 only where it is the launcher itself, as in a container whose command is the launcher.
     """
-    living = _living()
-    excepted = {os.getpid(), *spare, *({proc.INIT} - {process.pid for process in known})}
-    roots = {process.pid for process in known if _is_among(process, living)}
-    # Nobody else's environment is looked at.
-    own = {pid for pid in living if pid not in excepted and proc.real_user(pid) == user}
-    roots |= started_with(mark, own)
-    found = _with_descendants(roots - excepted, living, excepted)
-    return frozenset(Process(pid, living[pid].start) for pid in found if user == _ROOT or proc.real_user(pid) == user)
+    return _Look(user, {os.getpid(), *spare}, known).marked(mark, known)
+
+
+def lives(process: Process) -> bool:
+    """Return whether this process, and not a later one of its number, has a thread that runs."""
+    try:
+        found = proc.stat(process.pid)
+    except OSError:
+        return False
+    return found.start == process.start and not found.has_ended
 
 
 def started_with(variable: str, pids: Iterable[int]) -> set[int]:
@@ -169,15 +238,19 @@ def kill_all(find: Find, seconds: float) -> frozenset[Process]:
     return _kill(find, time.monotonic() + seconds)
 
 
-def _living() -> dict[int, Stat]:
-    """Find every process but kernel threads and those that only wait to be reaped, by pid; one pass over /proc."""
+def _living(pids: Iterable[int]) -> dict[int, Stat]:
+    """Find those that are neither kernel threads nor only wait to be reaped, by pid."""
     living = {}
-    for pid in proc.pids():
+    for pid in pids:
         with contextlib.suppress(OSError):
             found = proc.stat(pid)
             if not (found.is_kernel_thread or found.has_ended):
                 living[pid] = found
     return living
+
+
+def _is_grown(found: Stat) -> bool:
+    return proc.seconds_since_start(found) > _GROWN_SECONDS
 
 
 def _is_among(process: Process, living: Mapping[int, Stat]) -> bool:

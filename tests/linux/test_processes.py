@@ -235,6 +235,62 @@ def test_init_is_found_where_it_is_the_launcher_alone() -> None:
     in_a_pid_namespace(IN_A_CONTAINER)
 
 
+def test_who_is_none_of_the_jobs_is_looked_at_once_and_whoever_gets_its_number_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_GROWN_SECONDS", 0.0)
+    other = job.start(["sleep", "60"], env={})
+    mine = job.start(["sleep", "60"])
+    looked: list[int] = []
+    read = proc.stat
+
+    def stat(pid: proc.Pid) -> proc.Stat:
+        assert isinstance(pid, int)
+        looked.append(pid)
+        return read(pid)
+
+    time.sleep(0.1)
+    memory = JobProcesses(job.mark, USER)
+    assert {process.pid for process in memory.find()} == {mine}
+    monkeypatch.setattr(proc, "stat", stat)
+    assert {process.pid for process in memory.find()} == {mine}
+    assert mine in looked and other not in looked
+    numbers = proc.listed()
+    monkeypatch.setattr(proc, "listed", lambda: {**numbers, other: numbers[other] + 1})
+    assert {process.pid for process in memory.find()} == {mine}
+    assert other in looked
+
+
+def test_a_process_of_others_between_the_job_and_its_own_hides_nothing(job: Job) -> None:
+    """Such as a service that sudo started in the job: what it starts as the job's user is found, however late."""
+    assert JobProcesses(job.mark, NOBODY).find() == frozenset()
+    memory = JobProcesses(job.mark, NOBODY)
+    if USER != 0:
+        pytest.skip("this needs root")
+    script = f"""
+import os, time
+os.environ.clear()
+child = os.fork()
+if not child:
+    time.sleep(3)
+    if not os.fork():
+        os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+        print(os.getpid(), flush=True)
+    time.sleep(60)
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+print("ready", flush=True)
+time.sleep(60)
+"""
+    parent = job.python(script)
+    assert job.line() == "ready"
+    known = {Process.of(parent)}
+    for _ in range(3):
+        assert {process.pid for process in memory.find(known)} == {parent}
+        time.sleep(0.8)
+    late = int(job.line())
+    assert {process.pid for process in memory.find()} == {parent, late}
+
+
 @pytest.mark.usefixtures("root")
 def test_another_users_process_with_the_same_id_is_not_touched(job: Job) -> None:
     mine = job.start(["sleep", "60"])

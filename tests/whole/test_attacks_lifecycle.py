@@ -233,6 +233,94 @@ def test_job_whose_guards_are_killed_without_end_has_a_guard_again(ground: Groun
     held.process.wait()
 
 
+# --- whom it looks for ---
+
+# Leaves the job's cgroup, as systemd, PAM and podman have it done, and then listens; or ends as soon as it is there.
+_STRAY = """
+import ctypes, os, socket, sys, time
+how, place, *ports = sys.argv[1:]
+if "orphan" in how and os.fork():
+    os._exit(0)
+if "wiped" in how:
+    time.sleep(2.5)  # seen once where it was
+with open(place + "/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+if "orphan" in how and os.fork():
+    os._exit(0)
+servers = [socket.create_server(("", int(port))) for port in ports]
+time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def stray(ground: Ground, how: str, *, failed: bool, scope: str = "auto") -> Iterator[tuple[str, int]]:
+    """A job that is over but for one process, which left its cgroup and listens on the planned port and another."""
+    document = order(scope=scope, grace=0.5)
+    run_id = document["order"]["policy"]["run_id"]
+    with delegated_cgroup(ground.alice) as own:
+        other = own.path / "other"
+        other.mkdir()
+        for path in (other, other / "cgroup.procs"):
+            os.chown(path, ground.alice.uid, ground.alice.gid)
+        argv = program(_STRAY, how, str(other), "29500", "31999")
+        command = shlex.join(["env", "-i", *argv] if "wiped" in how else argv)
+        go = ground.machine.place(f"{ground.alice.home}/go")
+        os.mkfifo(go)
+        go.chmod(0o666)
+        become = f"export SECURERUN_RUN_ID={run_id}; {command} & read now < {ground.alice.home}/go"
+        talk = ground.talk(ground.alice, "sudo", cgroup=own, apart=True, env={"BECOME": become})
+        talk.say(document)
+        assert "guarding" in talk.hear_verdict()
+        os.kill(talk.pid, signal.SIGUSR1)
+        targets = [(ground.node.ipv4, 29500), (ground.node.ipv4, 31999)]
+        assert eventually(lambda: reach(ground.node, targets) == dict.fromkeys(targets, True), seconds=15)
+        time.sleep(2.0)
+        assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
+        if not failed:
+            talk.say({"release": {"failed": False}})
+            while "released" not in talk.hear():
+                pass
+        go.write_text("now\n")
+        talk.process.wait(timeout=10)
+        (pid,) = [int(pid) for pid in (other / "cgroup.procs").read_text().split()]
+        talk.hang_up()
+        yield run_id, pid
+        assert eventually(lambda: not is_alive(pid) and ground.machine.records() is None, seconds=5)
+
+
+@pytest.mark.parametrize("scope", ["auto", "ports"])
+@pytest.mark.parametrize("how", ["child", "orphan", "child, wiped"])
+def test_process_that_left_the_cgroup_is_guarded_until_it_ends(ground: Ground, how: str, scope: str) -> None:
+    """By descent, by the run's id, or because it was seen in there."""
+    targets = [(ground.node.ipv4, 29500), (ground.node.ipv4, 31999)]
+    with stray(ground, how, failed=False, scope=scope) as (run_id, pid):
+        assert not eventually(lambda: f"{run_id}.json" not in (ground.machine.runs()), seconds=3)
+        assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_process_that_left_the_cgroup_is_ended_with_a_failed_job(ground: Ground) -> None:
+    with stray(ground, "child", failed=True) as (_, pid):
+        assert eventually(lambda: not is_alive(pid), seconds=5)
+
+
+def test_process_that_only_carries_the_runs_id_is_not_ended_with_a_failed_job(ground: Ground) -> None:
+    """sbatch and ssh copy it to where no part of the job is: it keeps the run until it ends, and is left alone."""
+    document = order(grace=0.5)
+    run_id = document["order"]["policy"]["run_id"]
+    other = ground.machine.popen(ground.node, ["sleep", "606"], user=ground.alice, env={"SECURERUN_RUN_ID": run_id})
+    talk = ground.talk(ground.alice, "socket", apart=True)
+    talk.say(document)
+    assert "guarding" in talk.hear_verdict()
+    talk.process.kill()
+    talk.process.wait()
+    assert eventually(lambda: "left alone" in log_of(ground.machine), seconds=5)
+    assert is_alive(other.pid)
+    other.kill()
+    other.wait()
+    talk.hang_up()
+
+
 # --- what it reads of them ---
 
 
