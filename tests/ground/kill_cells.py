@@ -57,6 +57,11 @@ class Cell:
         return self.victim in ("guard", "both") and self.signal not in IGNORED_BY_GUARDS
 
     @property
+    def has_to_be_remembered(self) -> bool:
+        """The launcher ends under its guard, and nothing tells what it has only forked but a look from before."""
+        return self.protection == "nocgroup" and self.victim in ("launcher", "group", "worker")
+
+    @property
     def chains_outlive_guards(self) -> bool:
         """Beside a shield nftables' tables belong to their guards, and go with them."""
         return self.backend != "off" and not (self.has_shield and self.backend == "nftables")

@@ -87,6 +87,8 @@ class LightJob:
         self.children: dict[str, int] = {}
         self.pids: set[int] = set()
         self.ports: set[int] = set()
+        self.port_of: dict[int, int] = {}
+        self.lost: int | None = None  # the child that nobody knows of any more
         self.news: list[str] = []
         self.guarded_at: list[float] = []
         # When somebody was killed, and when another run came after it.
@@ -223,6 +225,7 @@ class LightJob:
                     self.children[said["child"]] = said["pid"]
                     self.pids.add(said["pid"])
                     self.ports.add(said["port"])
+                    self.port_of[said["pid"]] = said["port"]
                 else:
                     self.news.append(said["news"])
                 self._news_came.notify_all()
