@@ -123,11 +123,12 @@ def test_a_job_that_is_a_unit_goes_with_it_and_its_guard_cleans_up(booted: Boote
 
 def test_clean_takes_nothing_from_a_run_that_is_being_acquired(network: Network) -> None:
     node, stranger = network["node0"], network["stranger"]
+    node.snapshot(legacy=True)
     script = 'until [ -e "$1" ]; do "$0" clean || exit; done'
     with tempfile.TemporaryDirectory() as place:
         end = Path(place, "end")
         cleaner = node.popen(["sh", "-c", script, COMMANDS / "securerunctl", end])
-        for backend in ("iptables", "nftables"):
+        for backend in ("iptables", "nftables", "legacy"):
             for scope in ("auto", "ports"):
                 with held(node, "--scope", scope, "--firewall", backend, "--listen", "60000") as holder:
                     assert backend in holder.start["guarding"]
@@ -194,11 +195,14 @@ def guard_of(process: int, run_id: str) -> int:
     return guard
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("backend", ["iptables", "nftables", "legacy"])
 def test_stranger_gets_in_nowhere_when_run_is_full(network: Network, small_run: int, backend: str) -> None:
     """Ports that are opened and peers that go while nothing can be recorded, and a guard that dies."""
     node, peer, stranger = network
-    rules = node.snapshot()
+    if backend == "legacy":
+        for command in ("iptables-legacy", "ip6tables-legacy"):
+            node.run([command, "-S"], check=True)  # an empty table stays, as after any look at it
+    rules = node.snapshot(legacy=backend == "legacy")
     options = ("--scope", "ports", "--firewall", backend, "--listen", "60000", "--peers", peer.ipv4)
     with held_in(small_run, node, *options) as holder:
         assert holder.start["guarding"] == [backend]
@@ -219,7 +223,7 @@ def test_stranger_gets_in_nowhere_when_run_is_full(network: Network, small_run: 
         assert not reach(stranger, [(node.ipv4, 7001)])[node.ipv4, 7001]
         assert not reach(peer, [(node.ipv4, 60000)])[node.ipv4, 60000]
     place = Path(f"/proc/{small_run}/root/run/securerun")
-    assert eventually(lambda: not place.exists() and node.snapshot() == rules, seconds=2), node.snapshot()
+    assert eventually(lambda: not place.exists() and node.snapshot(legacy=backend == "legacy") == rules, seconds=2)
 
 
 def test_nothing_is_left_of_a_launch_when_run_is_full(network: Network, small_run: int) -> None:
