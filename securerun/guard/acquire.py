@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -21,15 +22,21 @@ from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, reaper, records, reserved, run_directory
 from securerun.guard.caller import Caller
-from securerun.guard.cgroup import make_job_cgroup, open_job_cgroup, path_of_job_cgroup
+from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.guard.lease import Lease, first_record, remove_record
 from securerun.guard.limits import SitePolicy
 from securerun.guard.protocol import Order
 from securerun.guard.records import Record
-from securerun.linux import port_ranges, proc
+from securerun.linux import port_ranges, proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.port_ranges import ReservationUnavailable
+from securerun.linux.processes import Process
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
+
+# Of looks for what the launcher started before; whoever forks faster than that is found later.
+_ROUNDS = 8
+_MOST_TAKEN_ALONG = 4096
+_PIDS_NAMED = 8
 
 
 def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
@@ -212,11 +219,64 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
 
 def _move_in(lease: Lease, undo: ExitStack) -> None:
     cgroup = lease.cgroup
-    # A launcher that ended while its guard was being replaced has left its job to that.
-    if cgroup is None or (lease.stands and lease.caller.has_ended()) or cgroup_of(lease.caller.pid) == cgroup.path:
+    if cgroup is None:
+        return
+    home = cgroup_of(lease.caller.pid)
+    if home == cgroup.path:
         return
     undo.callback(cgroup.expel, lease.caller)
     cgroup.enter(lease.caller)
+    _take_along(lease, cgroup, home, undo)
+
+
+def _take_along(lease: Lease, cgroup: JobCgroup, home: str, undo: ExitStack) -> None:
+    """Move in what the launcher has started already, such as a forkserver: what that starts is the job's too.
+
+    home: the launcher's cgroup until now. Who is elsewhere was put there by somebody, and stays, as does who is not the
+    user's own; what these listen on is found later. What forks meanwhile is found in the next round, and what is within
+    has its children within.
+    """
+    seen: set[Process] = set()
+    spare = {os.getpid(), *lease.caller.waiting()}
+    for _ in range(_ROUNDS):
+        new = processes.descendants(lease.caller.pid, spare) - seen
+        if not new or len(seen) > _MOST_TAKEN_ALONG:
+            break
+        seen |= new
+        for process in new:
+            with contextlib.suppress(CgroupUnavailable, PrivilegeError):
+                if cgroup_of(process.pid) == home:
+                    whom = Relative(process, lease.caller.user)
+                    undo.callback(cgroup.expel, whom)
+                    cgroup.enter(whom)
+    left = sorted(process.pid for process in seen - cgroup.members() if processes.lives(process))
+    if left:
+        named = " ".join(map(str, left[:_PIDS_NAMED])) + (" ..." if len(left) > _PIDS_NAMED else "")
+        lease.notes += (
+            f"processes that were started before stay outside of the job's cgroup ({named}): their ports are closed as "
+            "they are found, within a second",
+        )
+
+
+class Relative:
+    """A descendant of the launcher that is to be moved."""
+
+    def __init__(self, process: Process, user: int) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._user = user
+
+    def has_ended(self) -> bool:
+        """Return whether it is gone, so that the number may be another's."""
+        return not processes.lives(self._process)
+
+    def is_unchanged(self) -> bool:
+        """Return whether it lives, and is of the job's user alone."""
+        try:
+            users = set(proc.status(self.pid).users)
+        except OSError:
+            return False
+        return users == {self._user} and not self.has_ended()
 
 
 def _forget_shield(lease: Lease, undo: ExitStack) -> None:

@@ -13,7 +13,7 @@ import stat
 from typing import Callable
 
 from securerun.errors import PrivilegeError
-from securerun.linux import capabilities, local_sockets, proc
+from securerun.linux import capabilities, local_sockets, proc, processes
 from securerun.linux.processes import Process
 
 ROOT = 0
@@ -49,6 +49,10 @@ class Caller:
         if self.pidfd is not None and select.select([self.pidfd], [], [], 0)[0]:
             return True
         return not proc.is_running(self.pid, self.start)
+
+    def waiting(self) -> frozenset[int]:
+        """Return the pids of those attendants that live: the launcher started them, and they are no part of its job."""
+        return frozenset(process.pid for process in self.attendants if processes.lives(process))
 
     def is_unchanged(self) -> bool:
         """Return whether the process lives and is of its one user, to be asked before and after it is acted upon."""

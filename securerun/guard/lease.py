@@ -13,7 +13,7 @@ from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, Purpose, joined, merged
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory
-from securerun.guard.caller import Caller, sudo_processes
+from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.protocol import Guarding, Order, mark_of
@@ -223,7 +223,7 @@ class Lease:
 
     def _find(self, inside: Collection[Process] = (), *, patient: bool = False) -> frozenset[Process]:
         """Look for the job's processes everywhere. What waits for this guard is none, whoever started it."""
-        return self._job.find(inside, sudo_processes(), patient=patient)
+        return self._job.find(inside, self.caller.waiting(), patient=patient)
 
     def _elsewhere(self) -> frozenset[Process]:
         """Return the job's processes that are not in its cgroup, as they were seen half a second ago at most."""

@@ -177,7 +177,16 @@ def owner(pid: int) -> int:
 
 def children(pid: int) -> list[int]:
     """Read the children of a process' first thread (CONFIG_PROC_CHILDREN): a walk of /proc takes 15 us a process."""
-    return [int(child) for child in _read(f"/proc/{pid}/task/{pid}/children").split()]
+    return _children_of(f"/proc/{pid}/task/{pid}")
+
+
+def children_of_all_threads(pid: int) -> list[int]:
+    """Read the children of a process; while some are made or end, others may be missed. None when it has ended."""
+    found = []
+    for thread in _threads(pid):
+        with contextlib.suppress(OSError):
+            found += _children_of(thread)
+    return found
 
 
 def name(pid: int) -> str:
@@ -391,6 +400,10 @@ def _read(path: str) -> bytes:
         return b"".join(pieces)
     finally:
         os.close(descriptor)
+
+
+def _children_of(thread: str) -> list[int]:
+    return [int(child) for child in _read(f"{thread}/children").split()]
 
 
 def _read_or_nothing(path: str) -> bytes:

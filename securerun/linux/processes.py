@@ -154,6 +154,21 @@ def marked(
     return _Look(user, {os.getpid(), *spare}, known).marked(mark, known)
 
 
+def descendants(pid: int, spare: Collection[int] = ()) -> frozenset[Process]:
+    """Return the children of a process, and theirs, without looking at any other; not through those in `spare`."""
+    found: set[int] = set()
+    pending = [pid]
+    while pending:
+        new = {child for child in proc.children_of_all_threads(pending.pop()) if child not in spare} - found
+        found |= new
+        pending += new
+    living = set()
+    for child in found:
+        with contextlib.suppress(OSError):
+            living.add(Process.of(child))
+    return frozenset(living)
+
+
 def lives(process: Process) -> bool:
     """Return whether this process, and not a later one of its number, has a thread that runs."""
     try:

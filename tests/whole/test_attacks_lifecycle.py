@@ -12,6 +12,8 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +233,78 @@ def test_job_whose_guards_are_killed_without_end_has_a_guard_again(ground: Groun
     assert ground.machine.runs() == {f"{held.run_id}.json"}
     held.process.kill()
     held.process.wait()
+
+
+# A forkserver from before the lease, and a helper of another kind; each starts a server when it is told to.
+_FORKSERVER = """
+import json, os, socket, sys, threading, time
+sys.path[:0] = sys.argv[1:]
+from securerun.firewall.policy import Policy, PortRange
+from securerun.protection.client import guarded
+
+def helper(port, telling):
+    before = socket.create_server(("", port))
+    sys.stdin.read(1) if telling is None else os.read(telling, 1)
+    if not os.fork():
+        after = socket.create_server(("", port + 1))
+        time.sleep(600)
+    time.sleep(600)
+
+def fork(port):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        helper(port, reading)
+    return child, writing
+
+def from_a_thread():
+    found.append(fork(31102))
+
+found = [fork(31100)]
+thread = threading.Thread(target=from_a_thread)
+thread.start()
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+thread.join()
+with guarded(Policy("0123456789ab", (PortRange(29500, 29500, "test"),), ())) as guarding:
+    for _, writing in found:
+        os.write(writing, b"!")
+    print(json.dumps({"children": [child for child, _ in found], "notes": guarding.notes}), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_the_caller_started_before_is_guarded_with_all_that_it_starts(ground: Ground) -> None:
+    """Python callers have a forkserver, or helpers, by then; their listeners from before are found."""
+    caller = ground.popen(ground.alice, [sys.executable, "-c", _FORKSERVER, str(CHECKOUT)], stdin=subprocess.PIPE)
+    assert caller.stdout is not None and caller.stdin is not None
+    told = json.loads(caller.stdout.readline())
+    assert len(told["children"]) == 2 and told["notes"] == []
+    after = [(ground.node.ipv4, port) for port in (31101, 31103)]
+    assert eventually(lambda: reach(ground.node, after) == dict.fromkeys(after, True))
+    assert reach(ground.stranger, after) == dict.fromkeys(after, False)
+    for child in told["children"]:
+        assert "securerun-0123456789ab" in cgroup_of(child)
+    before = [(ground.node.ipv4, port) for port in (31100, 31102)]
+    assert eventually(lambda: reach(ground.stranger, before) == dict.fromkeys(before, False), seconds=5)
+    caller.kill()
+    caller.wait()
+
+
+def test_what_the_caller_started_before_goes_back_when_the_job_is_not_guarded(ground: Ground) -> None:
+    script = _FORKSERVER.replace('PortRange(29500, 29500, "test")', 'PortRange(22, 22, "test")').replace(
+        "with guarded", "print(*(child for child, _ in found), flush=True)\nsys.stdin.readline()\nwith guarded"
+    )
+    caller = ground.popen(ground.alice, [sys.executable, "-c", script, str(CHECKOUT)], stdin=subprocess.PIPE)
+    assert caller.stdout is not None and caller.stdin is not None
+    children = [int(child) for child in caller.stdout.readline().split()]
+    places = [cgroup_of(child) for child in children]
+    caller.stdin.write("go\n")
+    caller.stdin.flush()
+    assert caller.wait(timeout=20) != 0
+    assert [cgroup_of(child) for child in children] == places
+    for child in children:
+        os.kill(child, signal.SIGKILL)
 
 
 # --- whom it looks for ---
