@@ -5,7 +5,8 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     SecurerunError                    a command gives up, with a status of 1 where no other is said
     ├── UsageError                    2
     ├── PrivilegeError                77
-    │   └── ReservationUnavailable    linux.port_ranges
+    │   ├── ReservationUnavailable    linux.port_ranges
+    │   └── TooManyWaiting            guard.waiting
     ├── PolicyError                   78
     │   └── Unfinished                job.ranktable
     ├── Refusal                       protection.client
@@ -20,7 +21,8 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     Exception                         for the caller, who makes one of the above of it
     ├── ProtocolError                 guard.documents
     ├── NftablesError                 firewall.libnftables
-    └── JSONError                     job.jsonstream
+    ├── JSONError                     job.jsonstream
+    └── TimeUp                        linux.file_lock
     OSError
     └── VerifierError                 linux.bpf
 """

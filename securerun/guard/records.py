@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import stat
@@ -294,8 +293,6 @@ def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")
-    if not math.isfinite(plain["started"]):
-        raise ValueError(f"the record of run {run_id} has no time that could be")
     os.fsencode(plain["cgroup"])  # or it is the name of nothing: UnicodeEncodeError is a ValueError
     cgroup = PurePosixPath(plain["cgroup"])
     # Reaping removes this cgroup and what is below it, so it has to be one that a guard made for this run.
