@@ -197,13 +197,14 @@ def started_with(variable: str, pids: Iterable[int]) -> set[int]:
 
 
 def claimants(variable: str, user: int) -> frozenset[int]:
-    """Return the processes with this real user id that may have been started with this `NAME=value`, in one look.
+    """Return the processes with this real user id that may have been started with this `NAME=value`, without waiting.
 
-    Who is in the middle of execve(2), and does not show an environment yet, is among them: to be asked where nobody may
-    wait, and where one too many does no harm.
+    Who does not show an environment yet is asked once more after all others, since most are through execve(2) by then.
+    Who still is in the middle of it is among them: to be asked where one too many does no harm.
     """
-    pids = (pid for pid in proc.of_user(user) if pid != os.getpid())
-    return frozenset(pid for pid in pids if _shows(variable.encode(), pid) is not False)
+    shown = {pid: _shows(variable.encode(), pid) for pid in proc.of_user(user) if pid != os.getpid()}
+    again = {pid: _shows(variable.encode(), pid) for pid, shows in shown.items() if shows is None}
+    return frozenset(pid for pid, shows in {**shown, **again}.items() if shows is not False)
 
 
 def may_end(user: int, pid: int) -> bool:
