@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,17 @@ def own_addresses() -> tuple[str, ...]:
     """All addresses of this host but link-local ones, each once, in the interfaces' order."""
     found = (address for own in _addresses().values() for address, _ in own if not address.is_link_local)
     return tuple(dict.fromkeys(map(str, found)))
+
+
+def may_bind(address: str) -> bool:
+    """Return whether the kernel has a socket listen at this address: at each of this host's own, and few others."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 def towards(addresses: Iterable[str]) -> str | None:

@@ -174,7 +174,7 @@ def _refuse_unusable(network: Network, word: str, place: str) -> None:
     if network.network_address.is_loopback:
         raise PolicyError(
             f"{place}: peer {word} is the loopback, which is open to this host and to no other; "
-            "write the address that the other node has on the network"
+            "write the address that the other node has on the network, or `localhost` alone if there is no other host"
         )
     kind = "multicast" if network.is_multicast else "no address of a host"
     raise PolicyError(f"{place}: peer {word} is {kind}; write the address of the other node")

@@ -32,8 +32,10 @@ EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress
 NODE_SECONDS, POD_SECONDS = 15.0, 60.0
 # Set in every container of a pod.
 _IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
-# Where the peers of this one launch were named, not those of every launch on this host.
-_ASKED_FOR = {"--peers", "SECURERUN_PEERS"}
+# Where the peers of this one launch were named, not those of every launch of a shell or on this host.
+_FLAG, _VARIABLE = "--peers", "SECURERUN_PEERS"
+# As a list by itself: all nodes of the job are on this host.
+_THIS_HOST = "localhost"
 _NAMES_SHOWN = 3
 
 
@@ -78,6 +80,7 @@ def find_peers(
     for source in SOURCES:
         answer = source(question)
         if answer is not None:
+            answer = replace(answer, warnings=(*answer.warnings, *_apart(answer, job)))
             return answer if source is _rank_table else _with_ports_of_table(answer, question)
     alone = "; for a job of this host alone, with --peers localhost" if job.max_nodes == UNKNOWN_NODES else ""
     raise PolicyError(
@@ -110,13 +113,24 @@ class _Question:
     notes: list[str] = field(default_factory=list)
 
 
-def _asked_for(question: _Question) -> Peers | None:
-    return _of_option(question) if question.options.peers_source in _ASKED_FOR else None
+def _flag(question: _Question) -> Peers | None:
+    return _of_option(question) if question.options.peers_source == _FLAG else None
 
 
 def _one_node(question: _Question) -> Peers | None:
-    """One agent has no other to talk to, whatever nodes the batch system gave: each may run a job of its own."""
-    return Peers((), "job of one node") if question.job.max_nodes == 1 else None
+    """One agent has no other to talk to, whatever nodes the batch system gave: each may run a job of its own.
+
+    Nor is a variable meant for it that a shell exports for all that it starts, or a file for all of this host's jobs.
+    """
+    if question.job.max_nodes != 1:
+        return None
+    options = question.options
+    unused = f", which {options.peers_source} does not open; {_FLAG} does" if options.peers is not None else ""
+    return Peers((), f"job of one node{unused}")
+
+
+def _variable(question: _Question) -> Peers | None:
+    return _of_option(question) if question.options.peers_source == _VARIABLE else None
 
 
 def _batch_system(question: _Question) -> Peers | None:
@@ -140,24 +154,36 @@ def _rank_table(question: _Question) -> Peers | None:
 
 
 def _site(question: _Question) -> Peers | None:
-    return _of_option(question) if question.options.peers_source not in _ASKED_FOR else None
+    return _of_option(question) if question.options.peers_source not in {_FLAG, _VARIABLE} else None
 
 
 def _loopback(question: _Question) -> Peers | None:
-    """Nodes that meet on the loopback are all on this host."""
+    """Nodes that meet on the loopback may all be on this host. torch's stores listen on its other addresses too."""
     job = question.job
     if not _meets_on_loopback(job):
         return None
     warning = (
-        f"{job.nodes} meet at {job.meeting_point}, which only this host can reach: no other host may connect; "
-        "if there are other hosts, give the rendezvous an address that they reach and name them with --peers"
+        f"{job.nodes} meet at {job.meeting_point}, which is itself to each host, and nobody is named: no other host "
+        f"may connect, whatever address the store listens on; if all nodes are on this host, write {_FLAG} "
+        f"{_THIS_HOST}; if not, name the others with {_FLAG}, and give the rendezvous an address that they reach"
     )
-    return Peers((), "loopback rendezvous endpoint", (warning,))
+    return _this_host(question, "loopback rendezvous endpoint", warning)
+
+
+def _this_host(question: _Question, source: str, *warnings: str) -> Peers:
+    """Return the peers of a job whose nodes are all on this host: none. Each node is a run of its own."""
+    if question.options.loopback == "job" and question.job.min_nodes > 1:
+        raise PolicyError(
+            f"{source}: {question.job.nodes} on this host meet over its loopback, and --loopback job closes that to "
+            "all but the processes of one node; leave --loopback job out, or start all nodes in one `securerunctl exec`"
+        )
+    return Peers((), source, warnings)
 
 
 SOURCES: tuple[Callable[[_Question], Peers | None], ...] = (
-    _asked_for,
+    _flag,
     _one_node,
+    _variable,
     _batch_system,
     _rank_table,
     _site,
@@ -175,6 +201,8 @@ def _of_option(question: _Question) -> Peers | None:
         raise PolicyError(
             f"{options.peers_source}: {options.peers!r} names no host; write node1,node2 or @hostfile.txt"
         )
+    if all(entry.word == _THIS_HOST and not entry.file for entry in listed):
+        return _this_host(question, f"{options.peers_source} {_THIS_HOST}")
     files = " ".join(dict.fromkeys(f"@{entry.file}" for entry in listed if entry.file))
     patience = POD_SECONDS if _IN_KUBERNETES in question.environment else 0.0
     found = _List(
@@ -220,10 +248,10 @@ def _peers_of(listed: _List, question: _Question) -> Peers:
     networks = collapse(network for host in hosts for network in host.networks)
     if any(network.prefixlen == 0 for network in networks) and not _is_any(listed):
         raise PolicyError(f"{listed.source}: these networks together are every host; write `{ANY}` if you mean that")
-    if not networks and job.max_nodes > 1 and not _meets_on_loopback(job):
+    if job.min_nodes > 1 and not _meets_on_loopback(job) and not _may_grow(listed) and _is_alone(hosts):
         raise PolicyError(
             f"{listed.source} names this host alone, and the job has {job.nodes}; add the others, or name them with "
-            "--peers"
+            f"{_FLAG}; if all of them are on this host, write {_FLAG} {_THIS_HOST}"
         )
     return Peers(
         networks,
@@ -337,6 +365,32 @@ def _with_ports_of_table(peers: Peers, question: _Question) -> Peers:
         return replace(peers, ports=_ports_of(ranktable.read(location)))
     except PolicyError as error:
         return replace(peers, warnings=(*peers.warnings, f"the ports of the rank table are not planned: {error}"))
+
+
+def _may_grow(listed: _List) -> bool:
+    """Return whether others may be added while the job starts: to a host file, or to a name, as pods come up."""
+    return any(entry.file for entry in listed.entries) or (not listed.counted and listed.patience > 0)
+
+
+def _is_alone(hosts: Iterable[_Host]) -> bool:
+    """Return whether hosts are all this one, by whatever address."""
+    found = [network for host in hosts for network in host.networks]
+    addresses = [str(network.network_address) for network in found if network.prefixlen == network.max_prefixlen]
+    # The kernel is quick to say that an address is another host's; net.ipv4.ip_nonlocal_bind has it say yes to all.
+    if len(addresses) < len(found) or not all(map(interfaces.may_bind, addresses)):
+        return False
+    return not addresses or _own_addresses().issuperset(addresses)
+
+
+def _apart(found: Peers, job: Job) -> Iterator[str]:
+    """Warn of nodes on several hosts that meet at the loopback, each at its own."""
+    if job.max_nodes == 1 or not _meets_on_loopback(job) or _is_alone([_Host(found.networks, None)]):
+        return
+    where = "the others have to be given this host's address" if job.node_rank == 0 else "it looks for node 0 here"
+    yield (
+        f"{job.nodes} meet at {job.meeting_point}, which is itself to each host, and {found.source} names other "
+        f"hosts: {where}; give the rendezvous the first node's address on all of them, as in --master-addr node0"
+    )
 
 
 def _own_addresses() -> frozenset[str]:

@@ -117,7 +117,7 @@ def test_a_list_of_peers(text: str, expected: list[str]) -> None:
         ("0.0.0.0/0.0.0.0", ["every host", "`any`"]),
         ("::ffff:0.0.0.0/96", ["::ffff:0.0.0.0/96 is every host", "`any`"]),
         ("0.0.0.0/1,128.0.0.0/1", ["together are every host", "`any`"]),
-        ("127.0.0.1", ["127.0.0.1 is the loopback", "write the address"]),
+        ("127.0.0.1", ["127.0.0.1 is the loopback", "write the address", "or `localhost` alone"]),
         ("::1", ["::1 is the loopback"]),
         ("::ffff:127.0.0.1", ["loopback"]),
         ("127.0.0.0/8", ["127.0.0.0/8 is the loopback"]),
@@ -245,7 +245,8 @@ def test_a_loopback_endpoint_means_no_peers_and_a_warning_if_there_are_more_node
     found = find_peers(Options(), job(2, "127.0.0.1"), resolve)
     assert (found.networks, found.source) == ((), "loopback rendezvous endpoint")
     (warning,) = found.warnings
-    assert_line_with(warning, ["2 nodes meet at 127.0.0.1:29400", "no other host may connect", "--peers"])
+    words = ["2 nodes meet at 127.0.0.1:29400", "no other host may connect, whatever address the store listens on"]
+    assert_line_with(warning, [*words, "if all nodes are on this host, write --peers localhost"])
 
 
 def test_named_peers_count_on_a_loopback_endpoint_too() -> None:
@@ -345,9 +346,100 @@ def test_one_node_has_no_peers_whatever_the_batch_system_gave(tmp_path: Path) ->
     alone = job(1, "10.0.0.1")
     for environment in (SLURM, VOLCANO, {"SLURM_JOB_NODELIST": "n["}, {"PBS_NODEFILE": str(tmp_path)}):
         assert find_in(environment, alone, SITE).networks == ()
-    assert texts(find_in(SLURM, alone, Options(peers="10.0.0.9", peers_source="SECURERUN_PEERS"))) == ["10.0.0.9/32"]
     # It may grow.
     assert texts(find_in(SLURM, job(2, least=1))) == NODES
+
+
+@pytest.mark.parametrize("source", ["SECURERUN_PEERS", "/etc/securerun/config.toml"])
+def test_what_a_shell_or_a_site_exports_opens_no_job_of_one_node(source: str) -> None:
+    """`export SECURERUN_PEERS=@hostfile.txt` is for all that a script starts; what is wrong with it is no matter."""
+    for text in ("node1", "any", "@/nonexistent", "10.0.0.300"):
+        asked = Options(peers=text, peers_source=source)
+        found = find_in(SLURM, job(1), asked)
+        assert (found.networks, found.warnings) == ((), ())
+        assert found.source == f"job of one node, which {source} does not open; --peers does"
+    asked = Options(peers="node1", peers_source=source)
+    # It may grow; and of a command that nobody has read it is not known whether it is of one node.
+    for described in (job(2, least=1), job(0)):
+        assert texts(find_in({}, described, asked)) == ["10.0.0.1/32", "fd00::1/128"]
+
+
+def test_what_is_named_for_one_launch_opens_a_job_of_one_node() -> None:
+    assert texts(find("node1", job(1))) == ["10.0.0.1/32", "fd00::1/128"]
+    assert find_peers(Options(), job(1), resolve).source == "job of one node"
+
+
+@pytest.fixture
+def on_node1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This host is node1."""
+    own = frozenset({"10.0.0.1", "fd00::1", "127.0.0.1"})
+    monkeypatch.setattr(peers, "_own_addresses", lambda: own)
+    monkeypatch.setattr("securerun.host.interfaces.may_bind", own.__contains__)
+
+
+@pytest.mark.usefixtures("on_node1")
+@pytest.mark.parametrize("text", ["10.0.0.1", "fd00::1", "node1", "node0,node1", "10.0.0.1,fd00::1", "localhost,node1"])
+def test_a_list_that_names_this_host_alone_is_refused_by_whatever_name(text: str) -> None:
+    for described in (job(2, "10.0.0.1"), job(3, "elsewhere"), job(4, "10.0.0.1", least=2)):
+        with pytest.raises(PolicyError) as error:
+            find_peers(Options(peers=text), described, {**HOSTS, "localhost": ["127.0.0.1"]}.__getitem__)
+        advice = ["add the others", "--peers", "if all of them are on this host, write --peers localhost"]
+        assert_line_with(str(error.value), ["--peers names this host alone", described.nodes, *advice])
+    # It may run alone, or nobody knows.
+    for described in (job(2, "10.0.0.1", least=1), job(0, "10.0.0.1"), job(1)):
+        find_peers(Options(peers=text), described, {**HOSTS, "localhost": ["127.0.0.1"]}.__getitem__)
+
+
+@pytest.mark.usefixtures("on_node1")
+def test_a_batch_system_and_a_rank_table_that_name_this_host_alone_are_refused(tmp_path: Path) -> None:
+    table = table_of(tmp_path, server("a", host_ip="10.0.0.1"))
+    for environment in ({"SLURM_JOB_NODELIST": "node1"}, {"VC_WORKER_HOSTS": "10.0.0.1"}, table):
+        with pytest.raises(PolicyError, match=r"names this host alone.*write --peers localhost"):
+            find_in(environment)
+        assert find_in(environment, job(2, least=1)).networks
+
+
+@pytest.mark.usefixtures("on_node1")
+def test_others_may_yet_be_added_to_a_host_file_and_to_a_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node may add its own line as it starts; a headless Service has those pods that are up."""
+    (tmp_path / "hosts").write_text("node1\n")
+    (warning,) = find(f"@{tmp_path}/hosts").warnings
+    assert_line_with(warning, [f"@{tmp_path}/hosts names 0 other hosts", "2 nodes"])
+    monkeypatch.setattr(peers, "POD_SECONDS", 1.0)
+    environment = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
+    assert find_peers(Options(peers="node1"), job(), resolve, environment).networks
+
+
+@pytest.mark.usefixtures("on_node1")
+@pytest.mark.parametrize("source", ["--peers", "SECURERUN_PEERS"])
+def test_localhost_by_itself_means_that_all_nodes_are_on_this_host(source: str) -> None:
+    asked = Options(peers="localhost", peers_source=source)
+    for described in (job(2, "10.0.0.1"), job(2, "localhost"), job(0), job(4, "node1", least=2)):
+        found = find_peers(asked, described, resolve)
+        assert (found.networks, found.source, found.warnings) == ((), f"{source} localhost", ())
+
+
+def test_agents_on_one_host_cannot_meet_where_the_loopback_is_closed_to_each() -> None:
+    for asked in (Options(peers="localhost", loopback="job"), Options(loopback="job")):
+        with pytest.raises(PolicyError) as error:
+            find_peers(asked, job(2, "127.0.0.1"), resolve)
+        assert_line_with(str(error.value), ["2 nodes on this host", "leave --loopback job out"])
+        assert find_peers(asked, job(2, "127.0.0.1", least=1), resolve).networks == ()
+
+
+@pytest.mark.usefixtures("on_node1")
+def test_several_hosts_that_meet_at_a_loopback_get_a_word() -> None:
+    """The template's MASTER_ADDR=localhost, on nodes that the batch system or the user names."""
+    for found in (
+        find_in(SLURM, job(2, "localhost")),
+        find("node2", job(2, "127.0.0.1")),
+        find("node2", job(0, "::1")),
+    ):
+        assert_line_with(found.warnings[-1], ["itself to each host", f"{found.source} names other hosts", "node0"])
+    for found in (find_in(SLURM, job(2, "node1")), find_in(SLURM, job(1, "localhost")), find("node1", job(0, "::1"))):
+        assert "itself to each host" not in " ".join(found.warnings)
 
 
 def test_where_the_job_meets_makes_nobody_a_peer() -> None:

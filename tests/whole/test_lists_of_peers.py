@@ -1,0 +1,64 @@
+"""Lists of peers in launches: what opens a job and what does not, and what cannot work is refused before it hangs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import jobs
+import pytest
+from hosts import Network, finish_all
+from probe import Probe, reach
+
+pytestmark = pytest.mark.slow
+
+
+def _static(nodes: int, rank: int, address: str) -> list[str]:
+    meeting = ["--node-rank", str(rank), "--master-addr", address, "--master-port", str(jobs.PORT)]
+    return ["--nnodes", str(nodes), "--nproc-per-node", "1", *meeting]
+
+
+def test_a_list_that_a_shell_exports_opens_no_job_of_one_node(network: Network, tmp_path: Path) -> None:
+    """README's `export SECURERUN_PEERS=@hostfile.txt` before a job of one node; --peers opens it."""
+    node0, node1, _ = network
+    (tmp_path / "hostfile.txt").write_text(f"{node0.ipv4}\n{node1.ipv4}\n")
+    script = tmp_path / "wait.py"
+    script.write_text("import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n")
+    one_node = ["--master-port", str(jobs.PORT), str(script)]
+    env = {"SECURERUN_PEERS": f"@{tmp_path}/hostfile.txt"}
+    for options, is_open in (([], False), (["--peers", node1.ipv4], True)):
+        done = tmp_path / f"done {is_open}"
+        job = node0.popen([jobs.SECURERUN, *options, *one_node, str(done)], env=env)
+        targets = [(node0.ipv4, jobs.PORT)]
+        deadline = time.monotonic() + 30
+        while not reach(node0, targets)[targets[0]]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert reach(node1, targets) == {targets[0]: is_open}
+        done.touch()
+        (ended,) = finish_all([job], timeout=60)
+        assert ended.returncode == 0, ended
+        said = "--peers" if is_open else "job of one node, which SECURERUN_PEERS does not open; --peers does"
+        assert f"({said})" in ended.stderr, ended
+
+
+def test_two_agents_on_one_host_train_where_the_list_is_localhost(network: Network) -> None:
+    """By an address of the host's own as well as by the loopback; nobody else gets in."""
+    node0, _, stranger = network
+    with Probe(stranger, node0) as probe:
+        launcher = [jobs.SECURERUN, "--peers", "localhost"]
+        started = [node0.popen([*launcher, *_static(2, rank, node0.ipv4), str(jobs.TRAIN)]) for rank in (0, 1)]
+        done = finish_all(started, timeout=120)
+    assert [one.returncode for one in done] == [0, 0], done
+    assert jobs.last_loss(done[0].stdout) < 0.35
+    assert probe.tried
+    assert probe.reached == set()
+    assert all("open to no other host (--peers localhost)" in one.stderr for one in done), done
+
+
+def test_a_launch_whose_list_names_this_host_alone_is_refused_before_it_hangs(network: Network) -> None:
+    node0, _, _ = network
+    for address in node0.addresses:
+        done = node0.run([jobs.SECURERUN, "--peers", address, *_static(2, 0, address), str(jobs.TRAIN)], timeout=30)
+        assert done.returncode == 78, done
+        assert "--peers names this host alone, and the job has 2 nodes" in done.stderr, done
