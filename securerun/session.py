@@ -58,7 +58,7 @@ class Session:
         """
         in_force = self._settle(asked)
         if self.around is not None:
-            guarded.rely_on(self.around, asked)
+            guarded.rely_on(self.around, asked, job)
             inspection.tell(inspection.inspect_inner(job, asked, self.early))
             yield None
             return
@@ -73,7 +73,7 @@ class Session:
         """Print all that `protect` would do, on standard output. Raises SecurerunError as `protect` does."""
         in_force = self._settle(asked)
         if self.around is not None:
-            guarded.rely_on(self.around, asked)
+            guarded.rely_on(self.around, asked, job)
         plan = plans.understand(job, asked, in_force)
         inspection.tell(inspection.inspect(plan, self.early))
         _print(plan)

@@ -32,7 +32,7 @@ script that calls torchrun itself, or a shell.
     securerunctl exec --peers node0,node1 -- bash pretrain.sh
     securerunctl exec --peers @hostfile.txt -- deepspeed --no_ssh --node_rank 0 train.py
 
-Run it on every node. It reads no command: what it knows of the job is what the environment says (MASTER_ADDR,
+Run it on every node. What it knows of the job is what the environment says (MASTER_ADDR,
 MASTER_PORT, NNODES and PET_* variables; HCCL's; the batch system's list of nodes) and what these options say. Every
 port that the command opens is closed to all but the peers, whether it is in the plan or not; those in the plan are
 closed before anything listens. A securerun inside of the command takes no lease of its own.
@@ -41,8 +41,10 @@ The exit status is the command's own; 126 and 127 if it cannot be run, as in a s
 them, and then nothing was started. What a command that ends with status 0 leaves running stays guarded until the last
 of it has ended; what a failed or killed one leaves is ended.
 
-What the command has others start for it (over ssh, by sbatch, by a docker or ray that runs already) is not its own
-and is not guarded."""
+What the command has others start for it (by srun, mpirun or sbatch, over ssh, by a docker or ray that runs already) is
+not its own and is not guarded, and it is said where that is seen. Guard it where it starts:
+
+    srun securerunctl exec -- python train.py"""
 
 # securerun's, but for those of its launcher: the command is one, and its log directory is its own.
 _LAUNCHERS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from securerun.guard.documents import policy_document
 from securerun.options import OPTIONS, Options
+from securerun.protection import words
 from securerun.protection.plan import Plan
 
 _DEFAULT = "default"
@@ -15,6 +16,7 @@ _DEFAULT = "default"
 def of_plan(plan: Plan) -> dict[str, Any]:
     """Return what would run, the policy, and where each part of it comes from. Every field is always there.
 
+    `not_guarded` has a line for each program of the command that has others start things.
     `policy` is as the guard gets it; `entrance` says why peers come in through its interfaces. `peers` says who named
     them and what each host name stands for, `hccl_whitelist` what HCCL is given. `options` has the value of each option
     of securerun's and its origin: a flag, a variable, a file, or `default`.
@@ -22,6 +24,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
     job = plan.job
     return {
         "command": list(job.command),
+        "not_guarded": list(words.elsewhere(job)),
         "rendezvous": {
             "backend": job.backend,
             "endpoint": str(job.endpoint) if job.endpoint else None,

@@ -146,10 +146,8 @@ def _timeline(journal: Journal, ending: Ending) -> Iterator[dict[str, Any]]:
 def _told(news: News) -> Iterator[tuple[str, str]]:
     """Yield what there is to say of something heard: its kind and a line, or several."""
     if isinstance(news, Plan):
-        yield (
-            "understood",
-            f"launch understood: {news.job.nodes}; open to {words.open_to(news)}",
-        )
+        yield "understood", f"launch understood: {news.job.nodes}; open to {words.open_to(news)}"
+        yield from (("notice", line) for line in words.elsewhere(news.job))
     elif isinstance(news, Checked):
         yield "checked", f"checked: findings on this host: {len(news.preflight)}, on files: {len(news.permissions)}"
     elif isinstance(news, Installed):

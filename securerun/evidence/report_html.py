@@ -154,6 +154,8 @@ def render(document: Document) -> str:
 
 def _header(document: Document) -> str:
     guarded = ("guarded", "good") if document["protected"] else ("not guarded", "warn")
+    if document["protected"] and document["launch"]["not_guarded"]:
+        guarded = ("guarded in part", "warn")
     return (
         f"<header>\n<h1>{_text(_name(document))}</h1>\n"
         f"{_badge(document['outcome'], _OUTCOMES[document['outcome']])}\n{_badge(*guarded)}\n"
@@ -238,6 +240,8 @@ def _plan(launch: Document | None) -> Iterable[str]:
     named = f'<p class="none">named by {_text(launch["peers"]["source"])}; through {_text(through)}</p>'
     meeting = rendezvous["backend"] + (f" at {rendezvous['endpoint']}" if rendezvous["endpoint"] else "")
     command = f"<p><code>{_text(' '.join(launch['command']))}</code></p>"
+    elsewhere = "".join(f"<li>{_text(line)}</li>" for line in launch["not_guarded"])
+    command += f"<ul>{elsewhere}</ul>" if elsewhere else ""
     yield (
         '<div class="pair">'
         + _section("Ports", _table(("port", "for"), ports))

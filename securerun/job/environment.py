@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from securerun.firewall.policy import LAST_PORT, PortRange, Purpose
+from securerun.job import elsewhere
 from securerun.job.job import BY_ENVIRONMENT, C10D, C10D_PORT, STATIC, UNKNOWN_NODES, Endpoint, Job
 
 _NODES = re.compile(r"([1-9][0-9]{0,5})(?::([1-9][0-9]{0,5}))?")
@@ -35,6 +36,7 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
         node_rank=_node_rank(environment),
         command=tuple(command),
         known_ports=_known_ports(environment),
+        elsewhere=elsewhere.of_command(command),
     )
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from securerun.firewall.policy import PortRange
 from securerun.text import count
+
+if TYPE_CHECKING:  # where a command is looked at
+    from securerun.job.elsewhere import Elsewhere
 
 # The rendezvous backends that torch has itself: torch/distributed/elastic/rendezvous/registry.py.
 STATIC, C10D, ETCD, ETCD_V2 = "static", "c10d", "etcd", "etcd-v2"
@@ -58,7 +62,7 @@ class Job:
     min_nodes, max_nodes: how many agents; both UNKNOWN_NODES where nothing says so.
     command: the script, or module, and its arguments. log_dir: where its logs go, if it was told.
     known_ports: ports that it is known to listen on, beside those that the rendezvous, HCCL and the user name.
-    ranks: how many this node has; 0 where nobody asked.
+    ranks: how many this node has; 0 where nobody asked. elsewhere: what the command has others start for it.
     """
 
     backend: str
@@ -70,6 +74,7 @@ class Job:
     log_dir: str | None = None
     known_ports: tuple[PortRange, ...] = ()
     ranks: int = 0
+    elsewhere: tuple[Elsewhere, ...] = ()
 
     @property
     def nodes(self) -> str:

@@ -18,11 +18,14 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import UsageError
 from securerun.job.job import C10D, C10D_PORT, ETCD, ETCD_V2, PARALLEL, STATIC, Endpoint, Job
 from securerun.options import Arity
+
+if TYPE_CHECKING:
+    from securerun.job.elsewhere import Elsewhere
 
 # torch/distributed/elastic/rendezvous/etcd_rendezvous.py and etcd_rendezvous_backend.py, _create_etcd_client
 ETCD_PORT = 2379
@@ -131,7 +134,17 @@ def describe_job(namespace: argparse.Namespace) -> Job:
         node_rank=namespace.node_rank,
         command=(*module, namespace.training_script, *namespace.training_script_args),
         log_dir=namespace.log_dir,
+        elsewhere=_elsewhere(namespace),
     )
+
+
+def _elsewhere(namespace: argparse.Namespace) -> tuple[Elsewhere, ...]:
+    """Return what the workers have others start, where they are commands and no Python."""
+    if not getattr(namespace, "no_python", False):
+        return ()
+    from securerun.job import elsewhere
+
+    return elsewhere.of_command([namespace.training_script, *namespace.training_script_args])
 
 
 def _count(action: argparse.Action) -> int:

@@ -21,6 +21,7 @@ from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed
 from securerun.text import printable
 
 if TYPE_CHECKING:
+    from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
     from securerun.protection.plan import Plan
@@ -42,7 +43,7 @@ def protected(plan: Plan, guard: Guard | None, hear: Hear = nobody, *, may_leave
         yield
 
 
-def rely_on(run: Enclosing, asked: Options) -> None:
+def rely_on(run: Enclosing, asked: Options, job: Job) -> None:
     """Have the lease of the run that this process is in protect what is started here too, and say so.
 
     Raises PolicyError for who insists on more than that run has.
@@ -50,6 +51,8 @@ def rely_on(run: Enclosing, asked: Options) -> None:
     from securerun.protection import words
 
     say(words.relying(run.run_id, enclosing.without_effect(asked, run)))
+    for line in words.elsewhere(job):
+        say(line)
 
 
 def _layers(

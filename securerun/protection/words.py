@@ -12,6 +12,7 @@ from securerun.text import count, printable, some
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice
+    from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.protection.plan import Plan
 
@@ -29,12 +30,20 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
     run = f"run {plan.policy.run_id}: "
     yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
     for layer in guarding.layers:
-        what = "every TCP port of this job" if layer.is_shield else f"TCP ports {_ports(plan.policy)}"
+        what = _shielded(plan) if layer.is_shield else f"TCP ports {_ports(plan.policy)}"
         yield f"{run}{what} closed to all others by {layer}"
     if not guarding.has_shield:
         yield f"{run}scope ports: every other port of this job is closed within 0.2 s of its appearing"
+    for line in elsewhere(plan.job):
+        yield f"{run}{line}"
     for note in guarding.notes:
         yield f"{run}{note}"
+
+
+def elsewhere(job: Job) -> Iterator[str]:
+    """Yield what the command has others start, which is not guarded, and what to write instead."""
+    for one in job.elsewhere:
+        yield f"what {one} starts is not guarded: {one.client.how}; write {one.client.instead}"
 
 
 def end(run_id: str, denied: Sequence[Denial] | None, more: int = 0) -> Iterator[str]:
@@ -123,6 +132,7 @@ def about(plan: Plan) -> list[str]:
     """Return what a plan is for, a line each: the head of a script."""
     lines = [
         _row("command", " ".join(plan.job.command)),
+        *_elsewhere_rows(plan.job),
         *_port_rows(plan.policy),
         _row("open to", open_to(plan)),
     ]
@@ -170,6 +180,7 @@ def _summary(plan: Plan, origin: str) -> Iterator[str]:
     rank = f"; this is node {job.node_rank}" if job.max_nodes else ""
     yield _row("rendezvous", f"{meeting}; {job.nodes}{rank}")
     yield _row("command", " ".join(job.command))
+    yield from _elsewhere_rows(job)
     yield from _port_rows(policy)
     closed = "closed when they appear" if options.scope == "ports" else "closed by the shield"
     yield _row("" if policy.ports else "ports", f"{'any other':<12} chosen at random by gloo, NCCL or torch: {closed}")
@@ -191,6 +202,11 @@ def _summary(plan: Plan, origin: str) -> Iterator[str]:
     yield _row("guard", origin)
 
 
+def _elsewhere_rows(job: Job) -> Iterator[str]:
+    for number, line in enumerate(elsewhere(job)):
+        yield _row("" if number else "not guarded", line)
+
+
 def _port_rows(policy: Policy) -> Iterator[str]:
     for number, port in enumerate(policy.ports):
         yield _row("" if number else "ports", f"{port!s:<12} {port.purpose}")
@@ -205,6 +221,11 @@ def blocked(denial: Denial) -> str:
 def more_sources(number: int) -> str:
     """How many sources were turned away that are not named."""
     return f"{number:,} more {'source' if number == 1 else 'sources'}"
+
+
+def _shielded(plan: Plan) -> str:
+    """Return what the shield closes: all that is of the job, unless some of it is started by others."""
+    return "every TCP port of the command's own processes" if plan.job.elsewhere else "every TCP port of this job"
 
 
 def _row(label: str, text: str) -> str:

@@ -1,0 +1,256 @@
+"""What a command has others start for it: by Slurm's daemons, over ssh, by a container engine. None of that is guarded.
+
+A lease holds what descends from its launcher. `srun torchrun` does not: slurmstepd starts it. Looked at is the command
+itself, what stands behind `env`, `time` and their like, what a shell is given by -c, and the one script that is named;
+what that calls in its turn is not. So what is found is certain to be said, and what is not found is not denied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from securerun.text import printable
+
+# Of a script and of what a shell is given; more is not read.
+_MOST_READ = 65_536
+_LONGEST_CALL = 4_096
+# Wrappers in wrappers.
+_DEEPEST = 8
+_MOST_NAMED = 4
+# How far behind its name a client's subcommand may stand, after options of the client's own.
+_WORDS_LOOKED_AT = 8
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that asks another to start things. how: what becomes of them. instead: how they are guarded.
+
+    verbs: its subcommands that start anything; none where it always does.
+    """
+
+    how: str
+    instead: str
+    verbs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A client that a command calls. place: the script in which it stands, "" for the command itself."""
+
+    name: str
+    client: Client
+    place: str = ""
+
+    def __str__(self) -> str:
+        where = f" (in {printable(self.place)})" if self.place else ""
+        return f"{self.name}{where}"
+
+
+_CONTAINERS = frozenset(
+    ("run", "exec", "start", "restart", "create", "compose", "container", "up", "task", "pod", "play", "kube")
+)
+_MACHINES = frozenset(("start", "exec", "shell", "launch", "restart"))
+_PODS = frozenset(("run", "exec", "apply", "create"))
+_JOBS = frozenset(("run", "launch", "exec", "apply"))
+_IN_SCRIPT = "securerunctl exec -- COMMAND in the job's script"
+_IN_CONTAINER = "securerunctl exec -- COMMAND in the container (docs/privilege.md)"
+_ON_EVERY_NODE = "securerunctl exec -- {} on every node"
+_EACH_TASK = "{0} … securerunctl exec -- COMMAND, or {0} … securerun in place of torchrun"
+_BY_SSH = "{0} … securerunctl exec -- COMMAND"
+
+# Names, what becomes of what they start, how that is guarded, and their subcommands that start anything.
+_KINDS: tuple[tuple[str, str, str, frozenset[str]], ...] = (
+    ("srun", "slurmstepd starts it", _EACH_TASK, frozenset()),
+    ("jsrun aprun palsrun blaunch pbsdsh", "the batch system starts it", _EACH_TASK, frozenset()),
+    ("flux", "flux starts it", "flux run securerunctl exec -- COMMAND", frozenset(("run", "submit", "batch"))),
+    (
+        "mpirun mpiexec mpiexec.hydra mpirun_rsh orterun prterun prun oshrun charmrun horovodrun",
+        "MPI's daemons start it, on other hosts at least",
+        _EACH_TASK,
+        frozenset(),
+    ),
+    (
+        "sbatch bsub qsub qrsh oarsub msub condor_submit llsubmit at vcctl arena",
+        "the batch system starts it",
+        _IN_SCRIPT,
+        frozenset(),
+    ),
+    ("torchx sky dstack", "a scheduler starts it", _IN_SCRIPT, _JOBS),
+    (
+        "ssh rsh mosh pdsh clush dsh pssh parallel-ssh xdsh psh ansible dask-ssh",
+        "it runs on other hosts",
+        _BY_SSH,
+        frozenset(),
+    ),
+    ("colossalai", "it runs on other hosts", _ON_EVERY_NODE.format("torchrun …"), frozenset(("run",))),
+    ("docker docker-compose podman nerdctl ctr crictl", "its engine starts it", _IN_CONTAINER, _CONTAINERS),
+    ("lxc incus machinectl", "its engine starts it", _IN_CONTAINER, _MACHINES),
+    ("kubectl oc k3s", "the cluster starts it", "securerunctl exec -- COMMAND in the pod", _PODS),
+    (
+        "ray",
+        "a ray that runs already starts it",
+        _ON_EVERY_NODE.format("ray start --block …"),
+        frozenset(("job", "submit", "exec", "up", "attach")),
+    ),
+    ("systemd-run", "systemd starts it", _BY_SSH, frozenset()),
+    ("tmux", "a tmux that runs already starts it", "securerunctl exec -- COMMAND inside of tmux", frozenset()),
+)
+_CLIENTS = {
+    name: Client(how, instead.format(name), verbs) for names, how, instead, verbs in _KINDS for name in names.split()
+}
+# Only with these do they start anything on other hosts: deepspeed/launcher/runner.py, accelerate/commands/launch.py.
+_WITH_OPTIONS = {
+    "deepspeed": ("--hostfile", "-H", "--force_multi"),
+    "accelerate": ("--deepspeed_hostfile",),
+}
+_OTHER_HOSTS = {
+    name: Client("pdsh starts it", _ON_EVERY_NODE.format(command))
+    for name, command in (("deepspeed", "deepspeed --no_ssh --node_rank R …"), ("accelerate", "accelerate launch …"))
+}
+# It takes these to mean that nothing is started elsewhere after all.
+_AFTER_ALL_HERE = {"systemd-run": ("--scope",), "deepspeed": ("--no_ssh",)}
+
+# They start what they are given, here. salloc too, where it is given a command.
+_WRAPPERS = frozenset(
+    (
+        *("env", "time", "nohup", "nice", "ionice", "setsid", "stdbuf", "timeout", "chrt", "taskset", "numactl"),
+        *("exec", "command", "builtin", "sudo", "doas", "unbuffer", "script", "flock", "xargs", "watch", "prlimit"),
+        *("strace", "ltrace", "perf", "nsys", "ncu", "catchsegv", "unshare", "setarch", "salloc", "eatmydata"),
+        *("uv", "poetry", "conda", "mamba", "micromamba", "pixi", "dumb-init", "tini", "catatonit", "gosu", "su-exec"),
+        *("runuser", "capsh", "setpriv", "systemd-inhibit", "apptainer", "singularity", "enroot", "proot"),
+    )
+)
+_SHELLS = frozenset(("sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "fish"))
+_OF_SHELL = re.compile(rb"#![^\n]*\b(?:ba|da|z|k|mk|a|fi)?sh\b")
+_GIVEN = re.compile(r"-[A-Za-z]*c[A-Za-z]*")
+_ITSELF = re.compile(r"(?:securerun|securerunctl)(?:\.exe)?")
+_ITSELF_IN_TEXT = re.compile(r"(?<!-J )(?<!--job-name )(?:^|(?<=[\s/'\"(;&|]))securerun(?:ctl)?(?=[\s'\"]|$)")
+_COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
+_NAMES = "|".join(sorted(map(re.escape, {*_CLIENTS, *_WITH_OPTIONS}), key=len, reverse=True))
+# Where a shell looks for a command: at the start of a line, after what ends one, after its own words, and in what a
+# variable is set to, to be run later (LAUNCHER="srun torchrun").
+_CALL = re.compile(
+    r"(?:^|[;&|({`!]|\b(?:then|do|else|if|while|until|exec|time|nohup|eval|command|env|sudo|export)[ \t])[ \t]*"
+    rf"(?:\w+=[^\s\"']*[ \t]+)*(?:\w+=(?P<quote>[\"']?)\(?)?(?:[\w./-]*/)?(?P<name>{_NAMES})(?=[\s\"']|$)",
+    re.MULTILINE,
+)
+
+
+def of_command(command: Sequence[str]) -> tuple[Elsewhere, ...]:
+    """Return the clients that a command calls to have others start things, each once; a few of many."""
+    found = {one.name: one for one in _of_words(command, 0)}
+    return tuple(found.values())[:_MOST_NAMED]
+
+
+def _of_words(words: Sequence[str], depth: int) -> Iterator[Elsewhere]:
+    if not words or not words[0] or depth > _DEEPEST:
+        return
+    name, rest = PurePath(words[0]).name, words[1:]
+    if _ITSELF.fullmatch(name):
+        return
+    client = _client(name, rest)
+    if client is not None:
+        if not any(
+            _ITSELF.fullmatch(PurePath(word).name) or _ITSELF_IN_TEXT.search(word) for word in _without_names(rest)
+        ):
+            yield Elsewhere(name, client)
+    elif name in _WRAPPERS:
+        yield from _of_words(_wrapped(rest), depth + 1)
+    elif name in _SHELLS:
+        yield from _of_shell(rest)
+    else:
+        yield from _of_script(shutil.which(words[0]) or "", must_say=True)
+
+
+def _client(name: str, rest: Sequence[str]) -> Client | None:
+    """Return what a program asks, called with these words; None where it asks nobody."""
+    if any(word in _AFTER_ALL_HERE.get(name, ()) for word in rest):
+        return None
+    if name in _WITH_OPTIONS:
+        asked = any(word.partition("=")[0] in _WITH_OPTIONS[name] for word in rest)
+        return _OTHER_HOSTS[name] if asked else None
+    client = _CLIENTS.get(name)
+    if client is None or (client.verbs and not client.verbs.intersection(rest[:_WORDS_LOOKED_AT])):
+        return None
+    return client
+
+
+def _without_names(words: Sequence[str]) -> Iterator[str]:
+    """Yield all but what `-J` and `--job-name` are followed by: a job may be called securerun."""
+    for before, word in zip(("", *words), words):
+        if before not in ("-J", "--job-name"):
+            yield word
+
+
+def _wrapped(words: Sequence[str]) -> Sequence[str]:
+    """Return the command that a wrapper is given: it begins with the first word that can be run.
+
+    Which of a wrapper's options take a value is not known here. A value is rarely the name of a program.
+    """
+    for number, word in enumerate(words):
+        name = PurePath(word).name
+        if word.startswith("-") or not name or ("=" in word and "/" not in word.partition("=")[0]):
+            continue
+        if name in _CLIENTS or name in _WITH_OPTIONS or name in _WRAPPERS or shutil.which(word):
+            return words[number:]
+    return ()
+
+
+def _of_shell(words: Sequence[str]) -> Iterator[Elsewhere]:
+    for number, word in enumerate(words):
+        if _GIVEN.fullmatch(word):
+            yield from _of_text(" ".join(words[number + 1 : number + 2]), "")
+            return
+        if not word.startswith(("-", "+")) and os.path.isfile(word):  # noqa: PTH113 - a word that may be no path
+            yield from _of_script(word, must_say=False)
+            return
+
+
+def _of_script(path: str, *, must_say: bool) -> Iterator[Elsewhere]:
+    """Look into a script. must_say: whether its first line has to name a shell."""
+    content = _content(path)
+    if not must_say or _OF_SHELL.match(content):
+        yield from _of_text(content.decode(errors="replace"), PurePath(path).name)
+
+
+def _content(path: str) -> bytes:
+    """Return the beginning of a regular file; nothing of others: a pipe is not to be emptied, nor waited for."""
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return os.read(descriptor, _MOST_READ)
+        finally:
+            os.close(descriptor)
+    return b""
+
+
+def _of_text(text: str, place: str) -> Iterator[Elsewhere]:
+    """Look for clients where a shell would look for commands."""
+    text = _COMMENT.sub("", text[:_MOST_READ]).replace("\\\n", " ")
+    for call in _CALL.finditer(text):
+        name, rest = call["name"], _rest(text, call.end(), call["quote"] or "")
+        client = _client(name, [word.strip("\"'()") for word in rest.split()])
+        if client is not None and not _ITSELF_IN_TEXT.search(rest):
+            yield Elsewhere(name, client, place)
+
+
+def _rest(text: str, start: int, around: str) -> str:
+    """Return the rest of a shell's command, to its end: that is not inside of quotes but those `around` it."""
+    quote = ""
+    for end in range(start, min(len(text), start + _LONGEST_CALL)):
+        character = text[end]
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in f"\n;|&{around}":
+            return text[start:end]
+        elif character in "\"'":
+            quote = character
+    return text[start : start + _LONGEST_CALL]
