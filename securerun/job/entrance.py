@@ -6,6 +6,7 @@ eth0, and an interface that only has the address (a dummy, on hosts with routed 
 whoever connects is a peer, by its address, and its packets come in where this host's routes to it go out. So peers may
 come in through all that the variables name and all that leads to a peer, and through nothing else: not from the
 containers' bridges, not from the site's other networks. Where the routes cannot be told, any interface is right.
+What a variable has wrong is refused where its library may be in use on this host (`libraries`), elsewhere passed over.
 
 HCCL: HCCL_IF_IP, HCCL_SOCKET_IFNAME and HCCL_SOCKET_FAMILY in the CANN environment variable reference (8.0 to 8.5).
 gloo: GLOO_SOCKET_IFNAME, whole names (torch, ProcessGroupGloo). NCCL: NCCL_SOCKET_IFNAME in NCCL's user guide.
@@ -22,6 +23,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.policy import Policy
 from securerun.guard.documents import MAXIMUM_INTERFACES
 from securerun.host import interfaces
+from securerun.job.libraries import Library, Variables
 from securerun.linux.networks import Network
 from securerun.options import Options
 from securerun.text import some
@@ -45,10 +47,13 @@ class Entrance:
         return f"{', '.join(self.names) or interfaces.ANY} ({self.reason})"
 
 
-def entrance(options: Options, environment: Mapping[str, str], peers: Sequence[Network]) -> Entrance:
+def entrance(
+    options: Options, environment: Mapping[str, str], peers: Sequence[Network], variables: Variables | None = None
+) -> Entrance:
     """Return where these peers may come in: what the user says, else what the variables name and what leads to a peer.
 
     A job without peers may have variables for another host: gloo and HCCL may not be used in it.
+    variables: hears of those that are passed over.
     Raises PolicyError for an interface that this host does not have, and for a variable that cannot be read.
     """
     if options.interface is not None:
@@ -57,7 +62,7 @@ def entrance(options: Options, environment: Mapping[str, str], peers: Sequence[N
         )
     if not peers:
         return Entrance((), "no peer is to come in")
-    found = dict(_named(environment))
+    found = dict(_named(environment, variables or Variables(environment)))
     if not found:
         return Entrance((), "no --interface, and no variable names one")
     names = tuple(dict.fromkeys(name for group in found.values() for name in group))
@@ -76,12 +81,16 @@ def _with_ways(names: tuple[str, ...], source: str, peers: Iterable[Network]) ->
     return Entrance((*names, *more), f"{source}; {_listed(more)} on the way to peers" if more else source)
 
 
-def warnings(environment: Mapping[str, str], peers: Sequence[Network]) -> Iterator[str]:
+def warnings(
+    environment: Mapping[str, str], peers: Sequence[Network], variables: Variables | None = None
+) -> Iterator[str]:
     """Yield what the user should know about HCCL's variables and who the peers are.
 
-    Raises PolicyError for a variable that HCCL would refuse.
+    variables: hears of those that are passed over. Raises PolicyError for a variable that HCCL would refuse.
     """
-    version, source = _version(environment)
+    version, source = None, ""
+    with (variables or Variables(environment)).of(Library.HCCL):
+        version, source = _version(environment)
     if peers and version is not None and not any(network.version == version for network in peers):
         yield (
             f"{source} has HCCL use IPv{version}, and no peer has such an address: its connections are turned away; "
@@ -89,20 +98,22 @@ def warnings(environment: Mapping[str, str], peers: Sequence[Network]) -> Iterat
         )
 
 
-def _named(environment: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _named(environment: Mapping[str, str], variables: Variables) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each variable that is set, and the interfaces of this host that it names."""
     here = interfaces.names()
     address, pattern = environment.get(ADDRESS, "").strip(), environment.get(HCCL, "").strip()
-    if address:  # "HCCL_IF_IP > HCCL_SOCKET_IFNAME"
-        yield ADDRESS, (_holder(address),)
-    elif pattern:
-        yield HCCL, _matching(HCCL, pattern, here)
+    with variables.of(Library.HCCL):
+        if address:  # "HCCL_IF_IP > HCCL_SOCKET_IFNAME"
+            yield ADDRESS, (_holder(address),)
+        elif pattern:
+            yield HCCL, _matching(HCCL, pattern, here)
     text = environment.get(GLOO, "").strip()
     if text:
         yield GLOO, _all_of(GLOO, text, here)
     pattern = environment.get(NCCL, "").strip()
     if pattern:
-        yield NCCL, _matching(NCCL, pattern, here)
+        with variables.of(Library.NCCL):
+            yield NCCL, _matching(NCCL, pattern, here)
 
 
 def _matching(variable: str, pattern: str, here: Sequence[str]) -> tuple[str, ...]:

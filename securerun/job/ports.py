@@ -13,6 +13,7 @@ from pathlib import Path
 from securerun.errors import PolicyError
 from securerun.firewall.policy import FIRST_PORT, LAST_PORT, PortRange, Purpose
 from securerun.job.job import C10D, PARALLEL, STATIC, Job
+from securerun.job.libraries import Library, Variables
 
 # HCCL_IF_BASE_PORT in the CANN environment variable reference: 1024-65520, 60000 by default, 16 ports from there on
 # (CANN 8.0), 32 since CANN 8.3.
@@ -41,18 +42,20 @@ def plan_ports(
     extra: str | None,
     source: str = "--ports",
     known: Iterable[PortRange] = (),
+    variables: Variables | None = None,
 ) -> tuple[PortRange, ...]:
     """Return the ports of a job, in ascending order, each range once.
 
     The endpoint's port is planned on every node, since any of them may turn out to hold the store; HCCL's ports are
     planned on every host, with or without NPUs in sight; so is what the job is known to listen on. `extra` is what the
     user added, in the words of `source`; `known` is what somebody else knows, such as a rank table
-    (`securerun.job.peers.Peers.ports`).
+    (`securerun.job.peers.Peers.ports`). variables: hears of HCCL's that are passed over.
 
     Raises PolicyError, with the variable or option that is wrong.
     """
     planned: dict[tuple[int, int], PortRange] = {}
-    for ports in (*_endpoint(job), *_hccl(environment), *_added(extra, source), *job.known_ports, *known):
+    hccl = _hccl(environment, variables or Variables(environment))
+    for ports in (*_endpoint(job), *hccl, *_added(extra, source), *job.known_ports, *known):
         planned.setdefault((ports.first, ports.last), ports)
     return tuple(sorted(planned.values()))
 
@@ -82,14 +85,19 @@ def _added(extra: str | None, source: str) -> Iterator[PortRange]:
         yield from _parse(extra, Purpose.ADDED, source)
 
 
-def _hccl(environment: Mapping[str, str]) -> Iterator[PortRange]:
+def _hccl(environment: Mapping[str, str], variables: Variables) -> Iterator[PortRange]:
+    base, named = HCCL_DEFAULT_BASE, tuple[PortRange, ...]()
     # Read even where the ranges take precedence: HCCL refuses a wrong one too, only later.
-    base = _hccl_base(environment.get(HCCL_BASE, "").strip())
+    with variables.of(Library.HCCL):
+        base = _hccl_base(environment.get(HCCL_BASE, "").strip())
     ranges = environment.get(HCCL_RANGE, "").strip()
     if ranges == "auto":
         return
     if ranges:
-        yield from _parse(ranges, Purpose.HCCL, HCCL_RANGE)
+        with variables.of(Library.HCCL):
+            named = tuple(_parse(ranges, Purpose.HCCL, HCCL_RANGE))
+    if named:
+        yield from named
         return
     count = HCCL_PORTS_SINCE_8_3 if _cann_version(environment) >= (8, 3) else HCCL_PORTS
     yield PortRange(base, min(base + count - 1, LAST_PORT), Purpose.HCCL)

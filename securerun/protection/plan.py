@@ -45,16 +45,19 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     """
     from securerun import options
     from securerun.job import entrance, peers, ports
+    from securerun.job.libraries import Variables
 
     interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
     grace = options.seconds(asked.grace, asked.grace_source)
-    planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source)
+    variables = Variables(os.environ)
+    planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, variables=variables)
     # Last, since it may wait for names; nothing that is wrong is to be found after that.
     found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=say)
     if found.ports:
-        planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, found.ports)
-    found = replace(found, warnings=(*found.warnings, *entrance.warnings(os.environ, found.networks)))
-    way_in = entrance.entrance(asked, os.environ, found.networks)
+        planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, found.ports, variables)
+    warnings = tuple(entrance.warnings(os.environ, found.networks, variables))
+    way_in = entrance.entrance(asked, os.environ, found.networks, variables)
+    found = replace(found, warnings=(*found.warnings, *warnings, *variables.warnings))
     policy = Policy(
         run_id=secrets.token_hex(6),
         ports=planned,

@@ -48,6 +48,8 @@ for name in lo br0 eth0 eth1 ib0 docker0; do ip link set $name up; done
 
 
 NO_ROUTE_LEADS_TO = ["10.99.0.1"]
+# What HCCL is told counts where it may be in use: here CANN is, as far as anybody can see.
+CANN = {"ASCEND_HOME_PATH": "/"}
 
 
 def entrance(environment: dict[str, str], *peers: str, interface: str | None = None, setup: str = HOST) -> str:
@@ -97,7 +99,7 @@ def test_patterns_as_hccl_and_nccl_read_them(variable: str, pattern: str, names:
     ],
 )
 def test_a_pattern_that_names_nothing_here_is_refused(pattern: str, words: str) -> None:
-    message = entrance({"HCCL_SOCKET_IFNAME": pattern})
+    message = entrance({"HCCL_SOCKET_IFNAME": pattern, **CANN})
     assert message.startswith(f"refused: {words}")
     assert "eth0" in message and "correct or unset HCCL_SOCKET_IFNAME" in message and "--interface" in message
 
@@ -121,7 +123,7 @@ def test_all_libraries_count_and_hccls_address_comes_before_its_interface() -> N
 @needs_namespace
 @pytest.mark.parametrize(("address", "words"), [("10.78.0.9", "no interface of this host"), ("node0", "no IP address")])
 def test_an_address_for_hccl_that_is_not_here_is_refused(address: str, words: str) -> None:
-    message = entrance({"HCCL_IF_IP": address})
+    message = entrance({"HCCL_IF_IP": address, **CANN})
     assert message.startswith(f"refused: HCCL_IF_IP={address}") and words in message
 
 
@@ -211,7 +213,7 @@ def test_peers_without_an_address_that_hccl_uses_are_warned_of(
 @pytest.mark.parametrize("family", ["AF_UNIX", "ipv6", "10"])
 def test_a_family_that_hccl_does_not_know_is_refused(family: str) -> None:
     with pytest.raises(PolicyError, match="write AF_INET or AF_INET6"):
-        list(entrances.warnings({"HCCL_SOCKET_FAMILY": family}, []))
+        list(entrances.warnings({"HCCL_SOCKET_FAMILY": family, **CANN}, []))
 
 
 # --- on the wire
@@ -234,7 +236,8 @@ def test_the_plan_says_which_variable_names_the_interface(network: Network) -> N
 
 def test_a_variable_that_names_nothing_here_is_refused_before_anything_is_started(network: Network) -> None:
     node = network["node0"]
-    done = node.run([jobs.SECURERUN, "--peers", "10.77.0.2", "train.py"], env={"HCCL_SOCKET_IFNAME": "bond0"})
+    environment = {"HCCL_SOCKET_IFNAME": "bond0", **CANN}
+    done = node.run([jobs.SECURERUN, "--peers", "10.77.0.2", "train.py"], env=environment)
     assert (done.returncode, done.stdout) == (78, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(
