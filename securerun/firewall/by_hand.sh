@@ -43,9 +43,15 @@ passes_of_ipv6() {
 END
 }
 
-drops() {
+drops_of_ipv4() {
     cat << 'END'
-@DROPS@
+@DROPS_OF_IPV4@
+END
+}
+
+drops_of_ipv6() {
+    cat << 'END'
+@DROPS_OF_IPV6@
 END
 }
 
@@ -85,23 +91,32 @@ made_by_us() {
 
 # One transaction: passes before everything, drops after everything, no rule twice. The jump comes first in INPUT, or
 # right after that to the chain of securerun's runs: what they let pass is decided here.
+transaction() {
+    echo '*filter'
+    case $saved in *':@CHAIN@ '*) ;; *) echo '-N @CHAIN@' ;; esac
+    if [ -z "$jumps" ] || [ "$jumps" != "$(input_rule "$place")" ]; then
+        printf '%s\n' "$jumps" | sed -n 's/^-A/-D/p'
+        printf '%s\n' "-I INPUT $place "'@JUMP@ "'"$made"'" -j @CHAIN@'
+    fi
+    printf '%s\n' "$ours" | sed -n 's/^-A/-D/p'
+    "passes_of_$1"
+    "drops_of_$1"
+    echo COMMIT
+}
+
+# Where the kernel cannot answer with a reset, whoever would be answered hears nothing.
+without_resets() {
+    sed 's/ -j @RESET@$/ -j DROP/'
+}
+
 install_in() {
     look "$1"
     made=$(made_by_us "$1" "$2")
     place=1
     [ -z "$jumps_of_runs" ] || [ "$jumps_of_runs" != "$(input_rule 1)" ] || place=2
-    {
-        echo '*filter'
-        case $saved in *':@CHAIN@ '*) ;; *) echo '-N @CHAIN@' ;; esac
-        if [ -z "$jumps" ] || [ "$jumps" != "$(input_rule "$place")" ]; then
-            printf '%s\n' "$jumps" | sed -n 's/^-A/-D/p'
-            printf '%s\n' "-I INPUT $place "'@JUMP@ "'"$made"'" -j @CHAIN@'
-        fi
-        printf '%s\n' "$ours" | sed -n 's/^-A/-D/p'
-        "$3"
-        drops
-        echo COMMIT
-    } | "$1-restore" --noflush --wait 10 || fail "$1-restore has changed nothing; the ports are not closed"
+    transaction "$3" | "$1-restore" --noflush --wait 10 2> /dev/null && return
+    transaction "$3" | without_resets | "$1-restore" --noflush --wait 10 ||
+        fail "$1-restore has changed nothing; the ports are not closed"
 }
 
 # The rules of this job; with the last of our chain the chain, and what is there because of it.
@@ -133,8 +148,8 @@ remove_from() {
 each_family() {
     require @COMMAND@ @COMMAND@-save @COMMAND@-restore
     [ ! -e /proc/net/if_inet6 ] || require @COMMAND6@ @COMMAND6@-save @COMMAND6@-restore
-    "$1" @COMMAND@ ip passes_of_ipv4
-    [ ! -e /proc/net/if_inet6 ] || "$1" @COMMAND6@ ip6 passes_of_ipv6
+    "$1" @COMMAND@ ip ipv4
+    [ ! -e /proc/net/if_inet6 ] || "$1" @COMMAND6@ ip6 ipv6
 }
 
 # shellcheck disable=SC2329
@@ -148,11 +163,16 @@ down() {
 }
 #@ only nftables
 
-up() {
-    require nft
-    nft -f - << 'END'
+table() {
+    cat << 'END'
 @TABLE@
 END
+}
+
+# Where the kernel cannot answer with a reset, whoever would be answered hears nothing.
+up() {
+    require nft
+    table | nft -f - 2> /dev/null || table | sed '/@RESET@/d' | nft -f -
 }
 
 down() {

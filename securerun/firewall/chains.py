@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from typing import Protocol
+import time
+from typing import Callable, Protocol
 
 from securerun.errors import Unavailable
 from securerun.firewall.policy import Policy
@@ -17,6 +18,35 @@ class TooManyRules(PortChainsUnavailable):
     """A policy would take more rules a family than are written where there are no sets. The message says what to do."""
 
 
+# What the kernel does not know it refuses at once; another who holds a lock is waited for, and not twice.
+_REFUSED_WITHIN_SECONDS = 3.0
+
+
+class Resets:
+    """Whether the rules of one run can answer with a reset: found out by trying, as its module may be missing.
+
+    missing: they cannot here, so that who would be answered is dropped in silence.
+    """
+
+    def __init__(self) -> None:
+        self.missing = False
+
+    def install(self, policy: Policy, install: Callable[[bool], None]) -> None:
+        """Have `install(True)` install rules with resets where the policy has some, else `install(False)` others.
+
+        Raises what these raise.
+        """
+        wanted = policy.answered_version is not None and not self.missing
+        began = time.monotonic()
+        try:
+            install(wanted)
+        except PortChainsUnavailable:
+            if not wanted or time.monotonic() - began > _REFUSED_WITHIN_SECONDS:
+                raise
+            install(False)
+            self.missing = True
+
+
 class PortChains(Protocol):
     """The port chains of one run. Callers hold the host's lock (guard/run_directory.py) while they change them."""
 
@@ -24,6 +54,8 @@ class PortChains(Protocol):
     """The name of the backend, as `--firewall` takes it."""
     name: str
     """The chain or table to look for in the kernel."""
+    resets: Resets
+    """Whether they can answer the IP version that no peer has."""
 
     def outlive(self, *, adopt: bool) -> None:
         """Have the rules stay when this process is killed, before they are installed; only nftables' would go.

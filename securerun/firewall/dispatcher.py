@@ -4,6 +4,8 @@ One dispatcher chain a family, `SECURERUN`, serves all runs of a host. INPUT han
 did not come over loopback; everything else costs one rule. In the dispatcher stand first the pass rules of
 every run, then the drops of every run, so two runs with the same port range and different peers agree.
 A pass is RETURN, in the dispatcher itself: back to the host's own rules. It closes and never opens.
+Of an IP version that none of a run's peers has, a drop is a REJECT with a reset, so that a client with addresses of
+both, which tried that one first, takes the other at once. xt REJECT drops whatever it does not answer.
 Up to a few peers stand in a rule each; of more, a family's stand in one set (`run_sets`), which one rule names, and
 so do ports that are too many for a few rules.
 
@@ -26,6 +28,7 @@ CHAIN = "SECURERUN"
 LASTING_CHAIN = "SECURERUN-LASTING"
 # Opening packets by SYN and ACK alone: `--syn` also asks for no FIN and no RST, which a sender may set.
 JUMP = "! -i lo -p tcp -m tcp --tcp-flags SYN,ACK SYN -m comment --comment"
+RESET = "REJECT --reject-with tcp-reset"
 MADE_TABLE = "securerun made this table"
 MADE_CHAIN = "securerun made this chain"
 MADE_NOTHING = "securerun"
@@ -95,11 +98,12 @@ def render_install(
     log_group: int | None = None,
     *,
     with_sets: bool = True,
+    resets: bool = True,
 ) -> str:
     """Return the iptables-restore text that puts this run into the dispatcher, in place of the rules that it has there.
 
     Makes the dispatcher, and INPUT's jump to it, where they are missing. with_sets: many peers and many ports stand in
-    the sets of `run_sets`, which have to be there, and not in rules.
+    the sets of `run_sets`, which have to be there, and not in rules. resets: REJECT is to be had.
     """
     # Declaring a chain that exists empties it, also under --noflush.
     declaration = [] if found.exists else [f":{CHAIN} - [0:0]"]
@@ -108,7 +112,8 @@ def render_install(
         jump.append(f'-I INPUT 1 {JUMP} "{made}" -j {CHAIN}')
     replaced = _without(found.rules_of(policy.run_id), found)
     opening = passes(policy, version, with_sets=with_sets)
-    return _transaction([*declaration, *jump, *replaced, *opening, *drops(policy, log_group, with_sets=with_sets)])
+    closing = drops(policy, version, log_group, with_sets=with_sets, resets=resets)
+    return _transaction([*declaration, *jump, *replaced, *opening, *closing])
 
 
 def passes(policy: Policy, version: int, *, chain: str = CHAIN, with_sets: bool = False) -> Iterator[str]:
@@ -129,18 +134,27 @@ def passes(policy: Policy, version: int, *, chain: str = CHAIN, with_sets: bool 
                 yield f"-I {chain} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
 
 
-def drops(policy: Policy, log_group: int | None, *, chain: str = CHAIN, with_sets: bool = False) -> Iterator[str]:
-    """Yield the lines that put the drops, which are the same for both families, after everything else.
+def drops(
+    policy: Policy,
+    version: int,
+    log_group: int | None,
+    *,
+    chain: str = CHAIN,
+    with_sets: bool = False,
+    resets: bool = True,
+) -> Iterator[str]:
+    """Yield the lines that put the drops of one family after everything else.
 
-    with_sets: as for `render_install`.
+    with_sets, resets: as for `render_install`.
     """
+    target = RESET if resets and policy.answered_version == version else "DROP"
     comment = _comment(policy.run_id)
     log = f'-j NFLOG --nflog-prefix "{log_prefix(policy.run_id)}"'
     for ports in _port_matches(policy, with_sets=with_sets):
         if log_group is not None:
             limit = f"-m limit --limit {LOGGED_A_SECOND}/sec --limit-burst {LOGGED_A_SECOND}"
             yield f"-A {chain} {ports} {limit} {comment} {log} --nflog-group {log_group}"
-        yield f"-A {chain} {ports} {comment} -j DROP"
+        yield f"-A {chain} {ports} {comment} -j {target}"
 
 
 def render_removal(run_id: str, found: Dispatcher) -> str:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from securerun.firewall.chains import PortChainsUnavailable, TooManyRules, spoken_versions
+from securerun.firewall.chains import PortChainsUnavailable, Resets, TooManyRules, spoken_versions
 from securerun.firewall.dispatcher import (
     CHAIN,
     MADE_CHAIN,
@@ -70,6 +70,7 @@ class IptablesChains:
         self._run_id = run_id
         self._families = families()
         self._sets = RunSets(run_id)
+        self.resets = Resets()
 
     def outlive(self, *, adopt: bool) -> None:
         """Do nothing: such rules belong to no process."""
@@ -80,7 +81,7 @@ class IptablesChains:
         Raises PortChainsUnavailable, with nothing of this run left in either family, and TooManyRules with what stood.
         """
         try:
-            self._sets.install(policy, lambda with_sets: self._install(policy, log_group, with_sets))
+            self._sets.install(policy, lambda with_sets: self._install_best(policy, log_group, with_sets))
         except PortChainsUnavailable as error:
             if not (isinstance(error, TooManyRules) and self._sets.installed):
                 self.remove()
@@ -105,13 +106,17 @@ class IptablesChains:
         rules = all(dispatcher.jumps and dispatcher.rules_of(self._run_id) for dispatcher in found)
         return rules and self._sets.stand()
 
-    def _install(self, policy: Policy, log_group: int | None, with_sets: bool) -> None:
+    def _install_best(self, policy: Policy, log_group: int | None, with_sets: bool) -> None:
+        self.resets.install(policy, lambda resets: self._install(policy, log_group, with_sets, resets))
+
+    def _install(self, policy: Policy, log_group: int | None, with_sets: bool, resets: bool) -> None:
         found = _dispatchers(self._families)
         _refuse_foreign_rules(found.values())
         made = _made(found)
+        how = {"with_sets": with_sets, "resets": resets}
         _restore(
             {
-                family: render_install(policy, family.version, dispatcher, made[family], log_group, with_sets=with_sets)
+                family: render_install(policy, family.version, dispatcher, made[family], log_group, **how)
                 for family, dispatcher in found.items()
             }
         )

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from securerun.firewall.chains import PortChainsUnavailable, TooManyRules
+from securerun.firewall.chains import PortChainsUnavailable, Resets, TooManyRules
 from securerun.firewall.dispatcher import CHAIN, Dispatcher, render_install
 from securerun.firewall.libiptc import FilterTable, View, filter_tables
 from securerun.firewall.policy import Policy
@@ -38,6 +38,7 @@ class LegacyChains:
         self._run_id = run_id
         self._tables = filter_tables()
         self._sets = RunSets(run_id)
+        self.resets = Resets()
 
     def outlive(self, *, adopt: bool) -> None:
         """Do nothing: such rules belong to no process."""
@@ -49,7 +50,7 @@ class LegacyChains:
         """
         with xtables_lock():
             try:
-                self._sets.install(policy, lambda with_sets: self._install(policy, log_group, with_sets))
+                self._sets.install(policy, lambda with_sets: self._install_best(policy, log_group, with_sets))
             except PortChainsUnavailable as error:
                 if not (isinstance(error, TooManyRules) and self._sets.installed):
                     self._remove()
@@ -67,9 +68,12 @@ class LegacyChains:
         """Whether INPUT jumps to the dispatcher, and this run has rules there and all in its sets."""
         return all(self._stands_in(table) for table in self._tables) and self._sets.stand()
 
-    def _install(self, policy: Policy, log_group: int | None, with_sets: bool) -> None:
+    def _install_best(self, policy: Policy, log_group: int | None, with_sets: bool) -> None:
+        self.resets.install(policy, lambda resets: self._install(policy, log_group, with_sets, resets))
+
+    def _install(self, policy: Policy, log_group: int | None, with_sets: bool, resets: bool) -> None:
         for table in self._tables:
-            _install_in(table, policy, log_group, with_sets=with_sets)
+            _install_in(table, policy, log_group, with_sets=with_sets, resets=resets)
 
     def _stands_in(self, table: FilterTable) -> bool:
         with table.reading() as view:
@@ -109,15 +113,15 @@ def _wait_for(descriptor: int) -> None:
         ) from None
 
 
-def _install_in(table: FilterTable, policy: Policy, log_group: int | None, *, with_sets: bool) -> None:
-    table.change(lambda view: _put_in(view, table.version, policy, log_group, with_sets=with_sets))
+def _install_in(table: FilterTable, policy: Policy, log_group: int | None, *, with_sets: bool, resets: bool) -> None:
+    table.change(lambda view: _put_in(view, table.version, policy, log_group, with_sets=with_sets, resets=resets))
     with table.reading() as view:
         stands = _jumped_to_first(view) and any(entry.run_id == policy.run_id for entry in view.entries(CHAIN))
     if not stands:
         raise PortChainsUnavailable(f"libiptc reported success, but the IPv{table.version} rules are not there")
 
 
-def _put_in(view: View, version: int, policy: Policy, log_group: int | None, *, with_sets: bool) -> None:
+def _put_in(view: View, version: int, policy: Policy, log_group: int | None, *, with_sets: bool, resets: bool) -> None:
     """Add the run to the dispatcher, and the dispatcher where it is missing."""
     foreign = [number for number, entry in enumerate(view.entries(CHAIN), 1) if entry.run_id is None]
     if foreign:
@@ -132,7 +136,8 @@ def _put_in(view: View, version: int, policy: Policy, log_group: int | None, *, 
         view.delete("INPUT", view.jumps())
     # Of the run's rules and of the jumps none is left to be deleted.
     found = Dispatcher(exists=view.has_dispatcher, rules=(), jumps=(), jumped_to_first=first)
-    for line in render_install(policy, version, found, log_group=log_group, with_sets=with_sets).splitlines():
+    text = render_install(policy, version, found, log_group=log_group, with_sets=with_sets, resets=resets)
+    for line in text.splitlines():
         view.write(line)
 
 

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Callable
 
-from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.chains import PortChainsUnavailable, Resets
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.policy import Policy
@@ -41,6 +41,7 @@ PASS_PRIORITY = -20
 CLOSE_PRIORITY = -10
 _NOT_PERMITTED = os.strerror(errno.EPERM)
 _OWNER = "flags owner"
+RESET = "reject with tcp reset"
 NO_ACCEPT = (
     "nftables cannot accept past the host's own rules: accept ends only its own base chain; leave --accept out or use "
     "--firewall iptables"
@@ -72,9 +73,10 @@ def table_name(run_id: str) -> str:
     return f"{_RUNS.prefix}{run_id}"
 
 
-def render(policy: Policy, log_group: int | None, *, owned: bool = True) -> str:
+def render(policy: Policy, log_group: int | None, *, owned: bool = True, resets: bool = True) -> str:
     """Return the text in nft's language that installs the policy. owned: whether the table goes with who makes it.
 
+    resets: nft_reject_inet is to be had, which drops whatever it does not answer.
     `nft -f` would take it, but own it only while it runs.
 
     `create` refuses a table that exists, which `table` alone would add to. libnftables 1.0.6 ignores sets and
@@ -82,7 +84,8 @@ def render(policy: Policy, log_group: int | None, *, owned: bool = True) -> str:
     """
     name = table_name(policy.run_id)
     peers = tuple(_peer_sets(policy))
-    blocks = [*([[f"\t{_OWNER}"]] if owned else []), *_sets(policy, peers), *_chains(_RUNS, policy, peers, log_group)]
+    chains = _chains(_RUNS, policy, peers, log_group, resets=resets)
+    blocks = [*([[f"\t{_OWNER}"]] if owned else []), *_sets(policy, peers), *chains]
     owner = f"{_OWNER}; " if owned else ""
     return f"create table inet {name} {{ {owner}{_comment(policy.run_id)}; }}\n{_table(name, blocks)}"
 
@@ -112,20 +115,20 @@ def render_lasting_removal(run_id: str) -> str:
     return f"table inet {name}\ndelete table inet {name}\n"
 
 
-def render_change(policy: Policy, log_group: int | None, standing: str) -> str:
-    """Return the text that makes a table, rendered as `standing`, the policy's, by emptying and refilling it in place.
+def render_change(rendered: str, run_id: str, standing: str) -> str:
+    """Return the text that makes a table, rendered as `standing`, one of this rendering, emptied and refilled in place.
 
     Not by deleting and making it: although that is one transaction, a packet that is between two base chains while
     it happens meets a chain of the new table before and one of the old table after (6.18: a stranger's SYNs at
     200,000 a second got through half of 11,000 such replacements, and through none of 8,600 made in place).
     """
-    name = table_name(policy.run_id)
+    name = table_name(run_id)
     stood = _CONTENT.findall(standing)
-    _, _, content = render(policy, log_group).partition("\n")
+    _, _, content = rendered.partition("\n")
     return "\n".join([*(f"flush {kind} inet {name} {what}" for kind, what in stood), content])
 
 
-def render_in_place(policy: Policy, log_group: int | None) -> str:
+def render_in_place(policy: Policy, log_group: int | None, *, resets: bool = True) -> str:
     """Return the text that makes a run's table that nobody owns the policy's, whatever of it is there.
 
     It is emptied and refilled in place, for the reason that `render_change` has. What is emptied must exist, so all
@@ -136,7 +139,7 @@ def render_in_place(policy: Policy, log_group: int | None) -> str:
     chains = (_chain(_RUNS, what, ()) for what in _RUNS.priorities)
     empty = _table(name, [*_sets(replace(policy, ports=()), every), *chains])
     flushes = (f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty))
-    _, _, content = render(policy, log_group, owned=False).partition("\n")
+    _, _, content = render(policy, log_group, owned=False, resets=resets).partition("\n")
     return "\n".join([empty, *flushes, content])
 
 
@@ -155,6 +158,7 @@ class NftablesChains:
         self._standing = ""
         self._outlives = False
         self._adopts = False
+        self.resets = Resets()
 
     def outlive(self, *, adopt: bool) -> None:
         """Have no owner for the table; see `chains.PortChains`."""
@@ -170,20 +174,7 @@ class NftablesChains:
         """
         if policy.accept:
             raise PortChainsUnavailable(NO_ACCEPT)
-        rendered = render(policy, log_group, owned=not self._outlives)
-        try:
-            if self._owner is None:
-                first = render_in_place(policy, log_group) if self._adopts else rendered
-                self._owner = self._first(first, rendered)
-            elif self._outlives:
-                self._owner.run(render_in_place(policy, log_group))
-                _read_back(self.name, rendered)
-            else:
-                self._owner.run(render_change(policy, log_group, self._standing))
-                _read_back(self.name, rendered)
-        except NftablesError as error:
-            raise PortChainsUnavailable(str(error)) from error
-        self._standing = rendered
+        self.resets.install(policy, lambda resets: self._install(policy, log_group, resets))
 
     def stand(self) -> bool:
         """Whether the table is there, and whole: nobody but its owner, if it has one, can change it (kernel 5.12)."""
@@ -205,6 +196,22 @@ class NftablesChains:
         if _asked(nf_tables.table_has_owner, self.name):
             raise PortChainsUnavailable(f"table inet {self.name} belongs to another process, which has to end first")
         _asked(nf_tables.delete_table, self.name)
+
+    def _install(self, policy: Policy, log_group: int | None, resets: bool) -> None:
+        rendered = render(policy, log_group, owned=not self._outlives, resets=resets)
+        try:
+            if self._owner is None:
+                first = render_in_place(policy, log_group, resets=resets) if self._adopts else rendered
+                self._owner = self._first(first, rendered)
+            elif self._outlives:
+                self._owner.run(render_in_place(policy, log_group, resets=resets))
+                _read_back(self.name, rendered)
+            else:
+                self._owner.run(render_change(rendered, policy.run_id, self._standing))
+                _read_back(self.name, rendered)
+        except NftablesError as error:
+            raise PortChainsUnavailable(str(error)) from error
+        self._standing = rendered
 
     def _first(self, text: str, rendered: str) -> Nftables:
         owner = Nftables()
@@ -271,10 +278,13 @@ def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool = True
     return [f"\tset {name} {{", f"\t\ttype {kind}", *flags, *content, "\t}"]
 
 
-def _chains(place: _Place, policy: Policy, peers: Sequence[_PeerSet], log_group: int | None) -> Iterator[list[str]]:
+def _chains(
+    place: _Place, policy: Policy, peers: Sequence[_PeerSet], log_group: int | None, *, resets: bool = True
+) -> Iterator[list[str]]:
     if policy.peers:
         yield _chain(place, "pass", _rules(policy.run_id, _passes(place, policy, peers)))
-    yield _chain(place, "close", _rules(policy.run_id, _drops(place, policy.run_id, log_group)))
+    answered = policy.answered_version if resets else None
+    yield _chain(place, "close", _rules(policy.run_id, _drops(place, policy.run_id, log_group, answered)))
 
 
 def _chain(place: _Place, name: str, rules: Iterable[str]) -> list[str]:
@@ -297,12 +307,15 @@ def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterato
         yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {place.token} accept"
 
 
-def _drops(place: _Place, run_id: str, log_group: int | None) -> Iterator[str]:
+def _drops(place: _Place, run_id: str, log_group: int | None, answered: int | None) -> Iterator[str]:
     yield f"meta priority {place.token} accept"
     yield 'iifname "lo" accept'
     if log_group is not None:
         limit = f"limit rate {LOGGED_A_SECOND}/second burst {LOGGED_A_SECOND} packets"
         yield f'tcp dport @ports {limit} log prefix "{log_prefix(run_id)}" group {log_group}'
+    if answered is not None:
+        # A client with addresses of both IP versions, which tried the one that no peer has, takes the other at once.
+        yield f"meta nfproto ipv{answered} tcp dport @ports counter {RESET}"
     yield "tcp dport @ports counter drop"
 
 

@@ -142,6 +142,16 @@ class Policy:
         first6 = sum(isinstance(network, ipaddress.IPv4Network) for network in self.peers)
         return {4: self.peers[:first6], 6: self.peers[first6:]}
 
+    @property
+    def answered_version(self) -> int | None:
+        """The IP version whose opening packets the port chains answer with a reset: all peers are of the other one.
+
+        None where both versions have peers, or neither: then all who are turned away hear nothing.
+        """
+        if not self.peers or (self.peers_of(4) and self.peers_of(6)):
+            return None
+        return 6 if self.peers_of(4) else 4
+
     def joined_ports(self) -> list[tuple[int, int]]:
         """Return the port plan as first and last ports, ascending, joined where ranges overlap or touch."""
         return joined((port.first, port.last) for port in self.ports)

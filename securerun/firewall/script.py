@@ -82,7 +82,9 @@ def _iptables(policy: Policy, command: str) -> dict[str, str]:
         "@RUN@": policy.run_id,
         "@PASSES_OF_IPV4@": "\n".join(dispatcher.passes(policy, 4, chain=dispatcher.LASTING_CHAIN)),
         "@PASSES_OF_IPV6@": "\n".join(dispatcher.passes(policy, 6, chain=dispatcher.LASTING_CHAIN)),
-        "@DROPS@": "\n".join(dispatcher.drops(policy, None, chain=dispatcher.LASTING_CHAIN)),
+        "@DROPS_OF_IPV4@": "\n".join(dispatcher.drops(policy, 4, None, chain=dispatcher.LASTING_CHAIN)),
+        "@DROPS_OF_IPV6@": "\n".join(dispatcher.drops(policy, 6, None, chain=dispatcher.LASTING_CHAIN)),
+        "@RESET@": dispatcher.RESET,
         "@CHAIN@": dispatcher.LASTING_CHAIN,
         "@RUNS@": dispatcher.CHAIN,
         "@JUMP@": dispatcher.JUMP,
@@ -100,5 +102,6 @@ def _nftables(policy: Policy) -> dict[str, str]:
     return {
         "@ADVICE@": "install it",
         "@TABLE@": nftables.render_lasting(policy).rstrip(),
+        "@RESET@": nftables.RESET,
         "@REMOVAL@": nftables.render_lasting_removal(policy.run_id).rstrip(),
     }

@@ -306,6 +306,7 @@ def _add_chains(lease: Lease) -> None:
             lease.chains = chains
             _install(chains, lease.policy, drops)
             lease.drops = drops
+            lease.notes += tuple(_silent(chains, lease.policy))
     except PortChainsUnavailable as error:
         lease.chains = None
         if drops is not None:
@@ -348,6 +349,15 @@ def _install(chains: PortChains, policy: Policy, drops: DropLog | None) -> None:
             chains.install(policy, drops.group)
             return
     chains.install(policy, None)
+
+
+def _silent(chains: PortChains, policy: Policy) -> Iterator[str]:
+    if chains.resets.missing:
+        modules = "nft_reject_inet" if chains.backend == "nftables" else "ipt_REJECT and ip6t_REJECT"
+        yield (
+            f"the port chains cannot answer with a reset here ({modules}), so a node that tries IPv"
+            f"{policy.answered_version} first waits for a time-out; no peer is named by an address of it"
+        )
 
 
 def _remove_chains(lease: Lease) -> None:
