@@ -47,6 +47,13 @@ class Resets:
             self.missing = True
 
 
+def of_another(run_id: str) -> PortChainsUnavailable:
+    """Return the error for rules that stand under a run's id before it has made any."""
+    return PortChainsUnavailable(
+        f"a run with the id {run_id} exists already, by its rules, but not in this /run; start the job again"
+    )
+
+
 class PortChains(Protocol):
     """The port chains of one run. Callers hold the host's lock (guard/run_directory.py) while they change them."""
 
@@ -57,10 +64,14 @@ class PortChains(Protocol):
     resets: Resets
     """Whether they can answer the IP version that no peer has."""
 
-    def outlive(self, *, adopt: bool) -> None:
-        """Have the rules stay when this process is killed, before they are installed; only nftables' would go.
+    def begin(self, *, adopt: bool, outlive: bool) -> None:
+        """Look whether rules of a run of this id stand already, before any are installed.
 
-        adopt: a dead guard of this very run may have left some. Raises PortChainsUnavailable where others have.
+        The id is the launcher's choice, and a run in a container with a /run of its own may have the same: its rules
+        are neither replaced nor removed. adopt: a dead guard of this very run may have left them. outlive: have the
+        rules stay when this process is killed; only nftables' would go.
+
+        Raises PortChainsUnavailable for rules of a run that is not this one.
         """
 
     def install(self, policy: Policy, log_group: int | None) -> None:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from securerun.firewall.chains import PortChainsUnavailable, Resets, TooManyRules, spoken_versions
+from securerun.firewall.chains import PortChainsUnavailable, Resets, TooManyRules, of_another, spoken_versions
 from securerun.firewall.dispatcher import (
     CHAIN,
     MADE_CHAIN,
@@ -71,9 +71,15 @@ class IptablesChains:
         self._families = families()
         self._sets = RunSets(run_id)
         self.resets = Resets()
+        # What `begin` has just read, for the first transaction.
+        self._found: dict[Family, Dispatcher] | None = None
 
-    def outlive(self, *, adopt: bool) -> None:
-        """Do nothing: such rules belong to no process."""
+    def begin(self, *, adopt: bool, outlive: bool) -> None:
+        """Refuse rules of another run of this id. Such rules belong to no process, and stay in any case."""
+        found = _dispatchers(self._families)
+        if not adopt and any(dispatcher.rules_of(self._run_id) for dispatcher in found.values()):
+            raise of_another(self._run_id)
+        self._found = found
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
@@ -110,7 +116,7 @@ class IptablesChains:
         self.resets.install(policy, lambda resets: self._install(policy, log_group, with_sets, resets))
 
     def _install(self, policy: Policy, log_group: int | None, with_sets: bool, resets: bool) -> None:
-        found = _dispatchers(self._families)
+        found, self._found = self._found or _dispatchers(self._families), None
         _refuse_foreign_rules(found.values())
         made = _made(found)
         how = {"with_sets": with_sets, "resets": resets}

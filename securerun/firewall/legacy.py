@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from securerun.firewall.chains import PortChainsUnavailable, Resets, TooManyRules
+from securerun.firewall.chains import PortChainsUnavailable, Resets, TooManyRules, of_another
 from securerun.firewall.dispatcher import CHAIN, Dispatcher, render_install
 from securerun.firewall.libiptc import FilterTable, View, filter_tables
 from securerun.firewall.policy import Policy
@@ -40,8 +40,11 @@ class LegacyChains:
         self._sets = RunSets(run_id)
         self.resets = Resets()
 
-    def outlive(self, *, adopt: bool) -> None:
-        """Do nothing: such rules belong to no process."""
+    def begin(self, *, adopt: bool, outlive: bool) -> None:
+        """Refuse rules of another run of this id. Such rules belong to no process, and stay in any case."""
+        with xtables_lock():
+            if not adopt and any(self._has_rules_in(table) for table in self._tables):
+                raise of_another(self._run_id)
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
@@ -78,6 +81,10 @@ class LegacyChains:
     def _stands_in(self, table: FilterTable) -> bool:
         with table.reading() as view:
             return bool(view.jumps()) and any(entry.run_id == self._run_id for entry in view.entries(CHAIN))
+
+    def _has_rules_in(self, table: FilterTable) -> bool:
+        with table.reading() as view:
+            return any(entry.run_id == self._run_id for entry in view.entries(CHAIN))
 
     def _remove(self) -> None:
         for table in self._tables:

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Callable
 
-from securerun.firewall.chains import PortChainsUnavailable, Resets
+from securerun.firewall.chains import PortChainsUnavailable, Resets, of_another
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.policy import Policy
@@ -154,17 +154,18 @@ class NftablesChains:
 
     def __init__(self, run_id: str) -> None:
         self.name = table_name(run_id)
+        self._run_id = run_id
         self._owner: Nftables | None = None
         self._standing = ""
         self._outlives = False
         self._adopts = False
         self.resets = Resets()
 
-    def outlive(self, *, adopt: bool) -> None:
-        """Have no owner for the table; see `chains.PortChains`."""
+    def begin(self, *, adopt: bool, outlive: bool) -> None:
+        """Refuse a table of another run of this id, and have no owner for one that is to stay."""
         if not adopt and _asked(nf_tables.table_exists, self.name):
-            raise PortChainsUnavailable(f"a table inet {self.name} exists already, and this run did not make it")
-        self._outlives, self._adopts = True, adopt
+            raise of_another(self._run_id)
+        self._outlives, self._adopts = outlive, adopt and outlive
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install the table in one transaction, and read back that all of it stands.

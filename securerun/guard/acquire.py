@@ -300,8 +300,7 @@ def _add_chains(lease: Lease) -> None:
     try:
         with run_directory.host_lock() as directory:
             chains = _choose(order, lease.caller, directory)
-            if lease.shield is None:
-                chains.outlive(adopt=_layer(chains) in lease.record.layers)
+            chains.begin(adopt=_layer(chains) in lease.record.layers, outlive=lease.shield is None)
             lease.write_to(directory, layers=(*lease.guarding.layers, _layer(chains)))
             lease.chains = chains
             _install(chains, lease.policy, drops)

@@ -143,10 +143,28 @@ def find_peer(connection: int) -> Caller:
     caller = Caller(pid, pidfd)
     if caller.user != user:
         raise PrivilegeError(f"user {user} connected, and process {pid} is of user {caller.user} now")
+    _require_own_number(caller)
     # What was asked of a number was asked of whoever is held only if they have it still.
     if caller.has_ended():
         raise PrivilegeError(f"process {pid}, which connected, has ended")
     return caller
+
+
+def _require_own_number(caller: Caller) -> None:
+    """Raise PrivilegeError for a user id that another user may have taken on: limits count by it.
+
+    Within a user namespace of theirs users may take on all ids that are subordinate to them (subuid(5), 65,536 as a
+    rule), each with groups that they had outside. One that root made is a container's, and has the ids that root gave.
+    """
+    try:
+        makers = proc.owners_of_user_namespaces(caller.pid) - {ROOT, caller.user}
+    except OSError as error:
+        raise PrivilegeError(f"the user namespace of process {caller.pid} cannot be seen: {error.strerror}") from error
+    if makers:
+        raise PrivilegeError(
+            f"process {caller.pid} is user {caller.user} in a user namespace of user {min(makers)}, who may have many "
+            "such numbers; start the job as that user, outside of it"
+        )
 
 
 def sudo_processes() -> tuple[int, ...]:

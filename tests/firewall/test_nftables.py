@@ -687,11 +687,11 @@ def test_a_table_that_is_to_outlive_its_maker_is_whole_again_whatever_happened_t
     with inside(node):
         before = node.snapshot()
         first = NftablesChains(RUN)
-        first.outlive(adopt=False)
+        first.begin(adopt=False, outlive=True)
         first.install(policy("10.77.0.2", "fd77::/64"), None)
         assert not nf_tables.table_has_owner(nf_tables.INET, TABLE)
         with pytest.raises(PortChainsUnavailable, match="exists already"):
-            NftablesChains(RUN).outlive(adopt=False)
+            NftablesChains(RUN).begin(adopt=False, outlive=True)
         for harm in (
             ["flush", "ruleset"],
             ["flush", "chain", "inet", TABLE, "close"],
@@ -703,7 +703,7 @@ def test_a_table_that_is_to_outlive_its_maker_is_whole_again_whatever_happened_t
             first.install(policy("10.77.0.3"), LOG_GROUP)
         whole = node.snapshot()
         second = NftablesChains(RUN)
-        second.outlive(adopt=True)
+        second.begin(adopt=True, outlive=True)
         second.install(policy("10.77.0.3"), LOG_GROUP)
         assert second.stand()
         assert node.snapshot() == whole

@@ -9,19 +9,21 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import plans
 import pytest
-from attacking import Ground
+from attacking import Ground, program
 from cgroups import inside
-from conversation import WAYS, Conversation, order
+from conversation import SOCKET, WAYS, Conversation, guards, log_of, order
 from holding import Held, held
 from hosts import Host, Network, eventually, is_alive
 from probe import reach
-from users import RECORDS
+from users import RECORDS, User
 
 from securerun.ctl.plan import render
 from securerun.firewall.droplog import DropLog
@@ -214,6 +216,94 @@ def test_root_itself_is_not_limited(ground: Ground) -> None:
         talk.say(order(ports=[22], accept=True, peers=["0.0.0.0/0"]))
         assert "guarding" in talk.hear_verdict()
         talk.release()
+
+
+# Takes on a user id that is subordinate to its user's (subuid(5)), as newuidmap gives them, and speaks for itself.
+_UNDER_ANOTHER_NUMBER = """
+import ctypes, os, socket, sys
+assert ctypes.CDLL(None).unshare(0x10000000) == 0
+print("unshared", flush=True)
+number = int(sys.stdin.readline())
+os.setresgid(number, number, number)
+os.setresuid(number, number, number)
+end = socket.socket(socket.AF_UNIX)
+end.connect(sys.argv[1])
+guard = end.makefile("rwb")
+guard.write(sys.stdin.readline().encode())
+guard.flush()
+for line in guard:
+    print(line.decode(), end="", flush=True)
+"""
+
+
+_SUBORDINATE = 1_000_000
+
+
+@contextlib.contextmanager
+def under_another_number(ground: Ground, number: int, maker: User | None) -> Iterator[dict[str, Any]]:
+    """What a guard answers to an order of a process of that number in a user namespace of its maker's."""
+    argv = program(_UNDER_ANOTHER_NUMBER, SOCKET)
+    process = ground.popen(maker, argv, stdin=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "unshared\n", process.stderr.read()
+    user = maker.uid if maker else 0
+    for file in ("uid_map", "gid_map"):
+        Path(f"/proc/{process.pid}/{file}").write_text(f"0 {user} 1\n1 {_SUBORDINATE} 65536\n")
+    process.stdin.write(f"{number}\n{json.dumps(order())}\n")
+    process.stdin.flush()
+    answer = json.loads(process.stdout.readline())
+    yield json.loads(process.stdout.readline()) if "ready" in answer else answer
+    process.kill()
+    process.wait()
+
+
+def test_subordinate_numbers_of_a_user_are_no_other_users(ground: Ground) -> None:
+    """Of 65,536 users each would have as many runs and waiting guards as one has, and other limits (guard.toml)."""
+    for number in (1, 2):
+        with under_another_number(ground, number, ground.alice) as answer:
+            assert f"user namespace of user {ground.alice.uid}" in str(answer.get("refused"))
+    assert log_of(ground.machine).count("refused to") == 2
+
+
+def test_containers_own_numbers_are_served(ground: Ground) -> None:
+    """A user namespace that root made has the numbers that root gave it; and of a user's own the number is theirs."""
+    with under_another_number(ground, 1, None) as answer:
+        assert "guarding" in answer
+    with under_another_number(ground, 0, ground.alice) as answer:
+        assert "guarding" in answer
+
+
+# --- which id it gives its run ---
+
+_WITH_A_RUN_DIRECTORY_OF_ITS_OWN = """
+mkdir -p /run/securerun
+exec unshare --mount sh -ec 'mount -t tmpfs -o mode=700 tmpfs /run/securerun; exec "$@"' sh "$@"
+"""
+
+
+@pytest.mark.parametrize("backend", ["iptables", "nftables", "legacy"])
+def test_no_order_names_a_run_that_another_run_directory_has(ground: Ground, backend: str) -> None:
+    """As a container has one of its own, and the host's network. Its id can be read in the names of cgroups."""
+    if backend == "legacy":
+        pytest.importorskip("iptc")
+    order_of_it = order(ports=[29500], peers=[ground.peer.ipv4], scope="ports", firewall=backend)
+    run_id = order_of_it["order"]["policy"]["run_id"]
+    containers = Conversation(ground.machine, ground.node, None, "direct", before=_WITH_A_RUN_DIRECTORY_OF_ITS_OWN)
+    containers.say(order_of_it)
+    assert "guarding" in containers.hear_verdict()
+    standing = ground.node.snapshot()
+    ours = Conversation(ground.machine, ground.node, None, "direct")
+    ours.say(order(run_id=run_id, ports=[29600], peers=[ground.stranger.ipv4], scope="ports", firewall=backend))
+    assert f"a run with the id {run_id} exists already" in str(ours.hear_verdict().get("refused"))
+    ours.hang_up()
+    assert eventually(lambda: ground.node.snapshot() == standing, seconds=5)
+    if backend == "iptables":
+        refused = order(run_id=run_id, ports=[29600], peers=[ground.stranger.ipv4], scope="ports", firewall=backend)
+        assert "exists already" in ground.refusal(ground.alice, refused)
+        assert eventually(lambda: ground.node.snapshot() == standing, seconds=5)
+    containers.release()
+    assert eventually(lambda: not guards(ground.machine))
+    ground.node.run(["sysctl", "-qw", "net.ipv4.ip_local_reserved_ports="], check=True)
 
 
 # --- which log group it takes ---
