@@ -172,9 +172,15 @@ def _loopback(question: _Question) -> Peers | None:
 
 def _this_host(question: _Question, source: str, *warnings: str) -> Peers:
     """Return the peers of a job whose nodes are all on this host: none. Each node is a run of its own."""
-    if question.options.loopback == "job" and question.job.min_nodes > 1:
+    job = question.job
+    if job.min_nodes > 1 and job.meeting_point is not None and _is_elsewhere(job.meeting_point.host):
         raise PolicyError(
-            f"{source}: {question.job.nodes} on this host meet over its loopback, and --loopback job closes that to "
+            f"{source} names this host alone, and {job.nodes} meet at {job.meeting_point}, which is no address of "
+            f"this host; name the others with {_FLAG}"
+        )
+    if job.min_nodes > 1 and question.options.loopback == "job":
+        raise PolicyError(
+            f"{source}: {job.nodes} on this host meet over its loopback, and --loopback job closes that to "
             "all but the processes of one node; leave --loopback job out, or start all nodes in one `securerunctl exec`"
         )
     return Peers((), source, warnings)
@@ -365,6 +371,11 @@ def _with_ports_of_table(peers: Peers, question: _Question) -> Peers:
         return replace(peers, ports=_ports_of(ranktable.read(location)))
     except PolicyError as error:
         return replace(peers, warnings=(*peers.warnings, f"the ports of the rank table are not planned: {error}"))
+
+
+def _is_elsewhere(host: str) -> bool:
+    """Return whether this is written as an address, and another host's."""
+    return is_address(host) and not interfaces.may_bind(host)
 
 
 def _may_grow(listed: _List) -> bool:

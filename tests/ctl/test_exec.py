@@ -485,7 +485,7 @@ def test_torch_is_not_imported(node: Host) -> None:
         (["--", "true"], {"NNODES": "2", "MASTER_ADDR": "10.77.0.1"}, 78, "2 nodes meet at 10.77.0.1"),
         (
             ["--peers", "localhost", "--", "true"],
-            {"NNODES": "2", "MASTER_ADDR": "10.77.0.1"},
+            {"NNODES": "2", "MASTER_ADDR": "10.77.0.99"},
             78,
             "names this host alone",
         ),

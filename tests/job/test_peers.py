@@ -419,6 +419,10 @@ def test_localhost_by_itself_means_that_all_nodes_are_on_this_host(source: str) 
     for described in (job(2, "10.0.0.1"), job(2, "localhost"), job(0), job(4, "node1", least=2)):
         found = find_peers(asked, described, resolve)
         assert (found.networks, found.source, found.warnings) == ((), f"{source} localhost", ())
+    with pytest.raises(PolicyError) as error:
+        find_peers(asked, job(2, "10.0.0.2"), resolve)
+    words = ["names this host alone", "2 nodes meet at 10.0.0.2:29400", "no address of this host"]
+    assert_line_with(str(error.value), [source, *words])
 
 
 def test_agents_on_one_host_cannot_meet_where_the_loopback_is_closed_to_each() -> None:
