@@ -109,8 +109,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "peers",
         "The other nodes: names, addresses, networks, @FILE. The only hosts that may connect to the job, with commas "
-        "between; @FILE is a host file with one host a line, `subnet` stands for the networks of the interface, `any` "
-        "for every host. Without it they come from the batch system, where there is one.",
+        "between; `node[0-3]` stands for four, @FILE is a host file with one host a line, `subnet` stands for the "
+        "networks of the interface, `any` for every host, and `localhost` alone says that all nodes are on this one. "
+        "Without it they come from the batch system, where there is one.",
         metavar="LIST",
         example="--peers node1,node2 or --peers @hostfile.txt",
         listed=True,
@@ -321,10 +322,26 @@ def take(arguments: Sequence[str], values_of: Arity) -> tuple[dict[str, Value], 
             position += 1
             # No value of ours begins with a dash, so what does is the next option; argparse sees it the same way.
             attached = "" if attached.startswith("-") else attached
+        if option.listed:
+            _require_in_one_piece(option, attached, arguments[position] if position < len(arguments) else "")
         if not attached.strip():
             raise UsageError(f"{option.flag} needs a value: write {option.example}")
         taken[option.key] = attached
     return taken, [*rest, *arguments[position:]]
+
+
+def _require_in_one_piece(option: Option, value: str, following: str) -> None:
+    """Refuse a list that goes on behind a space, as in `--peers node0, node1 train.py`: node1 would be the script."""
+    if value.rstrip().endswith(","):
+        what = "ends in a comma"
+    elif value.strip() and following.startswith(","):
+        what = "goes on behind a space"
+    else:
+        return
+    script = f", and {following!r} would be what is started" if following and not following.startswith("-") else ""
+    raise UsageError(
+        f"{option.flag} {value}: the list {what}{script}; write it without spaces, as in {option.example}, or in quotes"
+    )
 
 
 def take_early(arguments: Sequence[str], key: str) -> dict[str, Value]:

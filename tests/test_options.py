@@ -14,7 +14,7 @@ from torch.distributed.run import get_args_parser
 
 from securerun.errors import UsageError
 from securerun.job.launchers import values_of
-from securerun.options import GROUPS, OPTIONS, Options, help_text, resolve, take
+from securerun.options import GROUPS, OPTIONS, Arity, Options, help_text, resolve, take
 
 PARSER = get_args_parser()
 ARITY = values_of(PARSER)
@@ -138,6 +138,39 @@ def test_a_command_line_that_cannot_be_read_says_what_to_write(arguments: list[s
         take(arguments, ARITY)
     assert error.value.status == 2
     assert_line_with(str(error.value), words)
+
+
+@pytest.mark.parametrize("arity", [ARITY, lambda _: None], ids=["securerun", "exec"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--peers", "node0,", "node1", "train.py"],
+            ["--peers node0,:", "ends in a comma", "'node1' would be what is"],
+        ),
+        (["--peers=node0,", "node1", "train.py"], ["--peers node0,:", "ends in a comma", "'node1'"]),
+        (["--peers", "node0", ",node1", "train.py"], ["--peers node0:", "goes on behind a space", "',node1'"]),
+        (["--peers", "node0", ",", "node1", "train.py"], ["--peers node0:", "goes on behind a space"]),
+        (["--peers", "node0,node1,", "--dry-run", "train.py"], ["--peers node0,node1,:", "ends in a comma; write"]),
+        (["--peers", "node[0,", "1]", "train.py"], ["--peers node[0,:", "'1]'"]),
+        (["--peers", "node0, "], ["ends in a comma; write"]),
+        (["--interface", "eth0,", "ib0", "train.py"], ["--interface eth0,:", "'ib0'", "as in --interface eth0"]),
+        (["--ports=7000,", "7001", "train.py"], ["--ports 7000,:", "'7001'", "as in --ports 7000,8000-8010"]),
+    ],
+)
+def test_a_list_that_goes_on_behind_a_space_is_refused_before_a_host_becomes_the_script(
+    arguments: list[str], words: list[str], arity: Arity
+) -> None:
+    with pytest.raises(UsageError) as error:
+        take(arguments, arity)
+    assert error.value.status == 2
+    assert_line_with(str(error.value), ["write it without spaces", "or in quotes", *words])
+
+
+def test_a_list_in_quotes_and_one_of_the_environment_may_have_spaces() -> None:
+    assert take(["--peers", "node0, node1", "t.py"], ARITY) == ({"peers": "node0, node1"}, ["t.py"])
+    assert resolve({}, {"SECURERUN_PEERS": "node0, node1, "}, NOWHERE).peers == "node0, node1,"
+    assert take(["t.py", "--peers", "node0,", "node1"], ARITY) == ({}, ["t.py", "--peers", "node0,", "node1"])
 
 
 def test_defaults() -> None:

@@ -1,4 +1,4 @@
-"""What the batch system says of a job's nodes: Slurm, PBS, LSF, Volcano (ModelArts too), Open MPI's host file.
+"""What the batch system says of a job's nodes: Slurm, PBS, LSF, Grid Engine, Volcano (ModelArts too), Open MPI.
 
 Each leaves the nodes' names in the environment of the job, or in a file that a variable names. WORLD_SIZE and RANK
 are never looked at: they mean other things under other schedulers.
@@ -6,15 +6,14 @@ are never looked at: they mean other things under other schedulers.
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from securerun.errors import PolicyError
-from securerun.job import entries
+from securerun.job import entries, folded
 from securerun.job.entries import Entry, Tell
 
 # `scontrol show node` asks slurmctld, which may be busy or away.
@@ -28,16 +27,9 @@ SCONTROL_DIRECTORIES = (
     "/usr/local/slurm/bin",
     "/cm/shared/apps/slurm/current/bin",
 )
-# As many as the guard takes (securerun.guard.documents.MAXIMUM_PEERS). n[0-999999999] would fill the memory.
-MOST_NODES = 100_000
 
 # Slurm writes no other characters; to ClusterShell, @ & ! ^ * would mean groups and operations.
 _NODE_LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*")
-_PIECE = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
-_BRACKETS = re.compile(r"\[([^\]]*)\]")
-_LONGEST_RANGE = 40
-# So much of a wrong list stands in a message.
-_SHOWN = 60
 # Each part of a heterogeneous job has a list of its own (sbatch(1); PACK before Slurm 20.02).
 _SLURM_LISTS = re.compile(r"SLURM_JOB_NODELIST(?:_(?:HET|PACK)_GROUP_[0-9]+)?")
 # include/uapi/linux/binfmts.h, MAX_ARG_STRLEN: the longest word that a command can be given.
@@ -68,7 +60,7 @@ def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
     note: told of a file that a batch system names and this host does not have.
     Raises PolicyError for a variable or file that cannot be read as what it should be.
     """
-    for system in (_slurm, _pbs, _lsf, _volcano, _open_mpi):
+    for system in (_slurm, _pbs, _lsf, _grid_engine, _volcano, _open_mpi):
         found = system(environment, note)
         if found is not None:
             return found
@@ -76,26 +68,24 @@ def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
 
 
 def expand(text: str, place: str, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the names in a folded node list such as `cn[001-128],login1`.
+    """Return the names in a node list of Slurm's such as `cn[001-128],login1`.
 
     Raises PolicyError, which begins with `place`, for what is no node list.
     """
+    shown = folded.shortened(text)
     if not _NODE_LIST.fullmatch(text):
-        raise PolicyError(f"{place}: {_shortened(text)!r} is no node list; name the nodes with --peers node1,node2")
-    if _size(text) > MOST_NODES:
-        raise PolicyError(f"{place}: {_shortened(text)!r} is more than {MOST_NODES} nodes; name networks with --peers")
-    # Imported where a node list exists: it takes longer than everything else here.
-    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
-
+        raise PolicyError(f"{place}: {shown!r} is no node list; name the nodes with --peers node1,node2")
+    if folded.size(text) > folded.MOST_NODES:
+        raise folded.too_many(text, place)
     try:
-        return tuple(NodeSet(text, resolver=RESOLVER_NOGROUP))
-    except NodeSetException as error:
+        return folded.unfold(text)
+    except ValueError as error:
         # Slurm folds n0999 and n10000 together where the names are not all of one width; NodeSet refuses that.
         names = tuple(_scontrol(("show", "hostnames", text), environment).split())
         if names:
             return names
         raise PolicyError(
-            f"{place}: {_shortened(text)!r} is no node list ({error}); name the nodes with --peers node1,node2"
+            f"{place}: {shown!r} is no node list ({error}); name the nodes with --peers node1,node2"
         ) from error
 
 
@@ -184,14 +174,19 @@ def _lsf(environment: Mapping[str, str], note: Tell) -> Allocation | None:
         source = "LSF (LSB_MCPU_HOSTS)"
         if len(counted) % 2 or not all(count.isdecimal() for count in counted[1::2]):
             raise PolicyError(
-                f"{source}: {_shortened(' '.join(counted))!r} is no list of hosts with their slots (hostA 8 hostB 8); "
-                "name the nodes with --peers node1,node2"
+                f"{source}: {folded.shortened(' '.join(counted))!r} is no list of hosts with their slots "
+                "(hostA 8 hostB 8); name the nodes with --peers node1,node2"
             )
         return _of_names(source, counted[::2])
     names = environment.get("LSB_HOSTS", "").split()
     if names:
         return _of_names("LSF (LSB_HOSTS)", names)
     return _node_file("LSF", "LSB_DJOB_HOSTFILE", environment, note)
+
+
+def _grid_engine(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    """sge_pe(5): PE_HOSTFILE, one line a queue of a host, on the job's first node."""
+    return _node_file("Grid Engine", "PE_HOSTFILE", environment, note)
 
 
 def _volcano(environment: Mapping[str, str], note: Tell) -> Allocation | None:
@@ -206,13 +201,16 @@ def _open_mpi(environment: Mapping[str, str], note: Tell) -> Allocation | None:
     for variable in _OPEN_MPI:
         # "none" takes back what a configuration file sets (prte_info).
         if environment.get(variable, "").strip() not in {"", "none"}:
-            found = _node_file("Open MPI", variable, environment, note)
+            found = _node_file("Open MPI", variable, environment, note, may_be_empty=True)
             if found is not None:
                 return found
     return None
 
 
-def _node_file(system: str, variable: str, environment: Mapping[str, str], note: Tell) -> Allocation | None:
+def _node_file(
+    system: str, variable: str, environment: Mapping[str, str], note: Tell, *, may_be_empty: bool = False
+) -> Allocation | None:
+    """Return the nodes in the file that a variable names. may_be_empty: whether it may be all comments."""
     name = environment.get(variable, "").strip()
     if not name:
         return None
@@ -220,31 +218,13 @@ def _node_file(system: str, variable: str, environment: Mapping[str, str], note:
         # PBS and LSF write it on the job's first node only.
         note(f"{variable} names {name}, which is not on this host")
         return None
-    hosts = {entry.word: entry for entry in entries.of_file(name, f"{system} ({variable}={name})")}
+    place = f"{system} ({variable}={name})"
+    hosts = {entry.word: entry for entry in entries.of_file(name, place, may_be_empty=may_be_empty)}
+    if not hosts:
+        note(f"{variable} names {name}, which names no host")
+        return None
     return Allocation(f"{system} ({variable})", tuple(hosts.values()))
 
 
 def _of_names(source: str, names: Iterable[str], are_pods: bool = False) -> Allocation:
     return Allocation(source, tuple(Entry((name,), source) for name in dict.fromkeys(names)), are_pods)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _size(text: str) -> int:
-    """Return how many names a node list holds, or a few more, without writing them out."""
-    return sum(math.prod(map(_size_of_ranges, _BRACKETS.findall(piece))) for piece in _PIECE.findall(text))
-
-
-def _size_of_ranges(text: str) -> int:
-    return sum(_lengths(text)) or 1
-
-
-def _lengths(text: str) -> Iterator[int]:
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if len(part) > _LONGEST_RANGE:
-            yield MOST_NODES + 1
-        elif first.isdecimal() and (last or first).isdecimal():
-            yield max(1, int(last or first) - int(first) + 1)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 from securerun.errors import PolicyError
+from securerun.job import folded
 from securerun.linux.networks import Address, Network, collapse
 
 # Takes one line for the user.
@@ -27,6 +28,11 @@ _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,252}")
 # getaddrinfo would read 10.77.1 as 10.77.0.1 and 0x7f000001 as 127.0.0.1 (inet_aton(3)): no host is named like that.
 _NUMERIC_LABEL = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?")
 _BRACKETED = re.compile(r"\[([^\[\]]+)\](/[0-9]+)?")
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*@(?=.)")
+# The host before it has no colon of its own, or is in brackets: fd00::8 is no fd00: with 8 processes.
+_SLOTS = re.compile(r"([^:]+|\[[^\[\]]*:[^\[\]]*\]):[0-9]{1,5}")
+# host, slots, queue, processors
+_OF_GRID_ENGINE = 4
 _SETTING = re.compile(r"[A-Za-z0-9_-]+=\S*")
 
 
@@ -54,34 +60,43 @@ class Entry:
 def of_list(text: str, source: str) -> Iterator[Entry]:
     """Yield the entries of a list with commas or white space between, `@FILE` standing for the hosts in that file.
 
-    Raises PolicyError for a file that is no host file.
+    Folded words stand for all their hosts (`securerun.job.folded`). Raises PolicyError for a file that is no host file.
     """
-    for word in re.split(r"[,\s]+", text):
+    room = folded.MOST_NODES
+    for word in folded.words(text):
         if word.startswith("@"):
             yield from of_file(word[1:], f"{source} {word}")
-        elif word:
+        elif folded.is_folded(word):
+            names = folded.expand(word, source, room)
+            room -= len(names)
+            yield from (Entry((name,), source) for name in names)
+        else:
             yield Entry((word,), source, is_keyword=word in {ANY, SUBNET})
 
 
-def of_file(name: str, place: str) -> Iterator[Entry]:
-    """Yield the hosts in a file, one a line, `#` for comments; `host slots=8` as Open MPI and DeepSpeed write it.
+def of_file(name: str, place: str, *, may_be_empty: bool = False) -> Iterator[Entry]:
+    """Yield the hosts in a file, one a line, `#` for comments.
 
+    As people, DeepSpeed, Open MPI and PRRTE (`user@host slots=8`), MPICH and Intel MPI (`host:8`) and Grid Engine
+    (sge_pe(5): `host 8 all.q@host UNDEFINED`) write them; a folded word stands for all its hosts.
+    may_be_empty: whether it is right that it names none.
     Raises PolicyError, which begins with `place`, for a file that is none.
     """
-    hosts = 0
+    hosts, room = 0, folded.MOST_NODES
     for number, line in enumerate(_read(name, place).splitlines(), 1):
         words = re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
         if not words:
             continue
         here = f"{place}, line {number}"
-        for word in words[1:]:
-            if not _SETTING.fullmatch(word):
-                raise PolicyError(f"{here}: {word!r} after the host is no name=value; write one host a line")
-        if words[0] in {ANY, SUBNET} or words[0].startswith("@"):
-            raise PolicyError(f"{here}: {words[0]!r} is no host; write it in --peers itself")
+        host = _host_of(words, here)
         hosts += 1
-        yield Entry((words[0],), here, name)
-    if not hosts:
+        if not folded.is_folded(host):
+            yield Entry((host,), here, name)
+            continue
+        names = folded.expand(host, here, room)
+        room -= len(names)
+        yield from (Entry((one,), here, name) for one in names)
+    if not hosts and not may_be_empty:
         raise PolicyError(f"{place}: the host file names no host; write one host a line")
 
 
@@ -152,6 +167,24 @@ def _read(name: str, place: str) -> str:
     return text
 
 
+def _host_of(words: Sequence[str], here: str) -> str:
+    """Return the host of a line, without the user that one logs in as and the number of processes that it is to have.
+
+    Raises PolicyError for a line that is of no known form.
+    """
+    if not (len(words) == _OF_GRID_ENGINE and words[1].isdecimal()):
+        for word in words[1:]:
+            if not _SETTING.fullmatch(word):
+                raise PolicyError(f"{here}: {word!r} after the host is no name=value; write one host a line")
+    host = _USER.sub("", words[0], count=1)
+    slots = _SLOTS.fullmatch(host)
+    if slots is not None:
+        host = slots[1]
+    if host in {ANY, SUBNET} or host.startswith("@"):
+        raise PolicyError(f"{here}: {host!r} is no host; write it in --peers itself")
+    return host
+
+
 def _network(plain: str, word: str, place: str) -> Network:
     if "%" in plain:  # Python takes any text for a zone
         raise ValueError(plain)
@@ -181,7 +214,13 @@ def _refuse_unusable(network: Network, word: str, place: str) -> None:
 
 
 def _complaint(word: str) -> str:
+    user = _USER.match(word)
+    if user:
+        return f"peer {word!r} is a host with a user, and peers have none; write {word[user.end() :]}"
     host, colon, port = word.rpartition(":")
     if colon and port.isdecimal() and host:
         return f"peer {word!r} is a host with a port, and peers have none; write {host.strip('[]')}"
-    return f"peer {word!r} is no address, network or host name; write one like 10.0.0.7, 10.0.0.0/24, fd00::7 or node7"
+    return (
+        f"peer {word!r} is no address, network or host name; write one like 10.0.0.7, 10.0.0.0/24, fd00::7, node7 or "
+        "node[0-3]"
+    )

@@ -490,6 +490,7 @@ def test_torch_is_not_imported(node: Host) -> None:
             "names this host alone",
         ),
         (["--peers", "10.77.0.1/24", "--", "true"], {}, 78, "10.77.0.0/24"),
+        (["--peers", "node0,", "node1", "true"], {}, 2, "--peers node0,: the list ends in a comma, and 'node1'"),
         (["--peers", "localhost", "--ports", "70000", "--", "true"], {}, 78, "70000"),
         (["--peers", "localhost", "--umask", "0022", "--", "true"], {}, 78, "0022"),
         (["--peers", "localhost", "--run-as", "no-such-user", "--", "true"], {}, 2, "no-such-user"),

@@ -394,6 +394,7 @@ def test_the_command_reads_a_launch_and_takes_nothing_of_the_script(tmp_path: Pa
     [
         (["--format", "pdf", "--", "train.py"], 2, "pdf"),
         (["--format", "sh", "--", "--peers", "10.77.0.0.1", "train.py"], 78, "10.77.0.0.1"),
+        (["--format", "json", "--", "--peers", "node0,", "node1", "train.py"], 2, "ends in a comma, and 'node1'"),
     ],
 )
 def test_a_plan_of_nothing_right_is_refused_in_words(arguments: list[str], status: int, words: str) -> None:

@@ -118,6 +118,9 @@ def test_the_source_is_named_with_its_variable(environment: dict[str, str], sour
         ("PBS_NODEFILE", "n1\nn1\nn2.cluster\n", ["n1", "n2.cluster"]),
         ("LSB_DJOB_HOSTFILE", "hostA\nhostA\nhostB\n", ["hostA", "hostB"]),
         ("OMPI_MCA_orte_default_hostfile", "# all\nn1 slots=8\nn2 slots=8 max_slots=8\n", ["n1", "n2"]),
+        ("PE_HOSTFILE", "n1 8 all.q@n1 UNDEFINED\nn2.x 8 all.q@n2.x <NULL>\nn1 2 gpu.q@n1 0,1:0,2\n", ["n1", "n2.x"]),
+        ("PBS_NODEFILE", "n[1-2]\n", ["n1", "n2"]),
+        ("OMPI_MCA_orte_default_hostfile", "root@n1:8\n", ["n1"]),
         ("PRTE_MCA_prte_default_hostfile", "pod-0.job slots=2\n10.0.0.7\n", ["pod-0.job", "10.0.0.7"]),
     ],
 )
@@ -134,6 +137,7 @@ def test_the_nodes_in_a_file_that_the_environment_names(
     [
         ("PBS_NODEFILE", {"VC_WORKER_HOSTS": "pod"}),
         ("LSB_DJOB_HOSTFILE", {"VC_WORKER_HOSTS": "pod"}),
+        ("PE_HOSTFILE", {"VC_WORKER_HOSTS": "pod"}),
         ("OMPI_MCA_orte_default_hostfile", {}),
     ],
 )
@@ -146,9 +150,22 @@ def test_a_file_that_only_the_first_node_has_is_noted_and_the_next_source_asked(
     assert (found is not None) == bool(others)
 
 
+def test_open_mpi_s_host_file_as_it_is_installed_names_nobody(tmp_path: Path) -> None:
+    """openmpi-default-hostfile is all comments: the next source is asked, and other systems' files are in error."""
+    file = tmp_path / "openmpi-default-hostfile"
+    file.write_text("#\n# This is the default hostfile for Open MPI.\n\n")
+    notes: list[str] = []
+    assert batch.allocation({"OMPI_MCA_orte_default_hostfile": str(file)}, notes.append) is None
+    assert notes == [f"OMPI_MCA_orte_default_hostfile names {file}, which names no host"]
+    for variable in ("PBS_NODEFILE", "PE_HOSTFILE", "LSB_DJOB_HOSTFILE"):
+        with pytest.raises(PolicyError, match="names no host"):
+            find({variable: str(file)})
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
+        ({"SLURM_JOB_NODELIST": "cn[-1-999999999]"}, ["'cn[-1-999999999]' is no node list"]),
         ({"SLURM_JOB_NODELIST": "cn[1-3"}, ["Slurm (SLURM_JOB_NODELIST)", "'cn[1-3' is no node list", "--peers"]),
         ({"SLURM_JOB_NODELIST": "cn[3-1]"}, ["'cn[3-1]' is no node list"]),
         ({"SLURM_JOB_NODELIST": "cn[]"}, ["'cn[]' is no node list"]),

@@ -80,6 +80,16 @@ def texts(found: Peers) -> list[str]:
         ("any", ["0.0.0.0/0", "::/0"]),
         ("node1,any", ["0.0.0.0/0", "::/0"]),
         ("any,0.0.0.0/1", ["0.0.0.0/0", "::/0"]),
+        ("node[1-2]", ["10.0.0.1/32", "10.0.0.2/32", "fd00::1/128"]),
+        ("node[0-2]", ["10.0.0.1/32", "10.0.0.2/32", "fd00::1/128"]),
+        ("node[ 1, 2 ] , 10.0.0.9", ["10.0.0.1/32", "10.0.0.2/32", "10.0.0.9/32", "fd00::1/128"]),
+        (
+            "[fd00::7],node[1,2],[fd00:1::]/64",
+            ["10.0.0.1/32", "10.0.0.2/32", "fd00::1/128", "fd00::7/128", "fd00:1::/64"],
+        ),
+        ("10.0.0.[1-4,9]", ["10.0.0.1/32", "10.0.0.2/31", "10.0.0.4/32", "10.0.0.9/32"]),
+        ("10.[1-2].0.[1-2]", ["10.1.0.1/32", "10.1.0.2/32", "10.2.0.1/32", "10.2.0.2/32"]),
+        ("10.0.0.[0-8/4]", ["10.0.0.0/32", "10.0.0.4/32", "10.0.0.8/32"]),
     ],
 )
 def test_a_list_of_peers(text: str, expected: list[str]) -> None:
@@ -107,6 +117,27 @@ def test_a_list_of_peers(text: str, expected: list[str]) -> None:
         ("no..de", ["'no..de'"]),
         ("kn\u00f6tchen", ["'kn\u00f6tchen'"]),
         ("node1:29400", ["'node1:29400'", "peers have none", "write node1"]),
+        ("root@node1", ["'root@node1'", "peers have none", "write node1"]),
+        ("node[1-2", ["'node[1-2' is no address", "node[0-3]"]),
+        ("node[1-2]]", ["'node[1-2]]' is no address"]),
+        ("node[a-c]", ["'node[a-c]' is no address"]),
+        ("node[]", ["'node[]' is no list of nodes", "write one like node[0-3]"]),
+        ("node[2-1]", ["'node[2-1]' is no list of nodes"]),
+        ("node[01-100]", ["'node[01-100]' is no list of nodes", "padding"]),
+        ("node[-1-3]", ["'node[-1-3]' is no list of nodes"]),
+        ("node[-1-999999999]", ["'node[-1-999999999]' is no list of nodes"]),
+        ("node[1-2][3-4]", ["'node[1-2][3-4]' is no list of nodes"]),
+        ("node[0-999999999]", ["is more than 100000 nodes", "name networks"]),
+        ("n[0-999999999/2]", ["is more than 100000 nodes"]),
+        ("n[0-999]r[0-999]", ["is more than 100000 nodes"]),
+        ("a[0-60000],b[0-60000]", ["'b[0-60000]' is more than 100000 nodes"]),
+        (f"n[{'9' * 50}]", ["is more than 100000 nodes"]),
+        ("node[1-2],@group", ["--peers @group: the host file cannot be read"]),
+        ("node[1-2]!node1", ["'node[1-2]!node1' is no address"]),
+        ("fd00::[1-4]", ["'fd00::[1-4]' is no address"]),
+        ("10.0.0.[254-256]", ["'10.0.0.256' is no address"]),
+        ("10.0.0.[08-09]", ["'10.0.0.08' is no address"]),
+        ("node[8-9]", ["'node8' (and 1 more) cannot be resolved"]),
         ("[fd00::1]:29400", ["'[fd00::1]:29400'", "write fd00::1"]),
         ("10.0.0.7/24", ["10.0.0.7/24", "write 10.0.0.0/24", "or 10.0.0.7"]),
         ("fe80::%eth0/64", ["'fe80::%eth0/64' is no address"]),
@@ -169,6 +200,55 @@ def test_a_host_file(tmp_path: Path) -> None:
     assert found.source == f"--peers @{path}"
 
 
+def test_a_folded_list_is_read_as_clustershell_reads_it() -> None:
+    """With its zeros, suffixes and products, from whichever place, commas inside of the brackets or not."""
+    asked: list[str] = []
+
+    def answer(name: str) -> Iterable[str]:
+        asked.append(name)
+        return [f"10.1.0.{len(asked)}"]
+
+    text = "node[0-2]i,rack[1-2]n[08-10,12],a[1]-x.cluster.example"
+    for source in ("--peers", "SECURERUN_PEERS", "/etc/securerun/config.toml"):
+        asked.clear()
+        find_peers(Options(peers=text, peers_source=source), job(12), answer)
+        racks = [f"rack{rack}n{number}" for rack in (1, 2) for number in ("08", "09", "10", "12")]
+        assert sorted(asked) == sorted(["node0i", "node1i", "node2i", *racks, "a1-x.cluster.example"])
+
+
+def test_a_large_folded_list_takes_little_time() -> None:
+    started = time.monotonic()
+    assert len(find("10.[0-9].[0-99].[1-100]", job(0)).listed) == 100_000
+    assert time.monotonic() - started < 20
+
+
+HOST_FILE_OF_MPI = """\
+node0:8
+root@node1 slots=8 max-slots=8
+alice.b@10.0.0.5:16 binding=user:0,1
+[fd00::7]:8
+fd00::8
+10.0.1.[1-2]:8
+carol@10.0.2.[1,3] slots=4   # PRRTE
+10.0.3.1 8 all.q@10.0.3.1 UNDEFINED
+10.0.3.2 8 all.q@10.0.3.2 <NULL>
+10.0.3.2 4 gpu.q@10.0.3.2 0,1:0,2
+"""
+
+
+def test_a_host_file_in_the_forms_of_mpi_and_of_grid_engine(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile.txt"
+    path.write_text(HOST_FILE_OF_MPI)
+    expected = ["10.0.0.1", "10.0.0.5", "10.0.1.1", "10.0.1.2", "10.0.2.1", "10.0.2.3", "10.0.3.1", "10.0.3.2"]
+    found = find(f"@{path}", job(9))
+    assert sorted(str(one.network_address) for one in found.listed if one.version == 4) == expected
+    assert sorted(str(one.network_address) for one in found.listed if one.version == 6) == [
+        "fd00::1",
+        "fd00::7",
+        "fd00::8",
+    ]
+
+
 def test_a_host_file_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hosts").write_text("node1\n")
     monkeypatch.setattr("os.environ", {"HOME": str(tmp_path)})
@@ -183,7 +263,19 @@ def test_a_host_file_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.M
         (b"\x7fELF\x02\x01\0\0\0", ["is no text"]),
         (b"node1\0\n", ["is no text"]),
         (b"node1\n\xff\xfe\n", ["is no text"]),
-        (b"node1\n\nnode1:8\n", ["line 3", "'node1:8'", "write node1"]),
+        (b"node1\n\nnode1:8:2\n", ["line 3", "'node1:8:2'"]),
+        (b"node1\n:8\n", ["line 2", "':8'"]),
+        (b"node1\nfd00::1:2:3:4:5:6:7:8\n", ["line 2", "'fd00::1:2:3:4:5:6:7:8'"]),
+        (b"node1\nroot@\n", ["line 2", "'root@' is no address"]),
+        (b"a@b@node1\n", ["line 1", "'b@node1' is a host with a user", "write node1"]),
+        (b"root@any\n", ["line 1", "'any' is no host"]),
+        (b"any:8\n", ["line 1", "'any' is no host"]),
+        (b"node1\nnode[1-\n", ["line 2", "'node[1-' is no address"]),
+        (b"node1\nnode[3-1]:8\n", ["line 2", "'node[3-1]' is no list of nodes"]),
+        (b"n[0-99998]\nm[0-1]\n", ["line 2", "'m[0-1]' is more than 100000 nodes"]),
+        (b"node1 8 all.q@node1\n", ["line 1", "'8'"]),
+        (b"node1 eight all.q@node1 UNDEFINED\n", ["line 1", "'eight'"]),
+        (b"node1 8 all.q@node1 UNDEFINED more\n", ["line 1", "'8'"]),
         (b"node1 node2\n", ["line 1", "'node2'", "one host a line"]),
         (b"node1 8\n", ["line 1", "'8'"]),
         (b"node1,node2\n", ["line 1", "'node1,node2'"]),

@@ -62,3 +62,23 @@ def test_a_launch_whose_list_names_this_host_alone_is_refused_before_it_hangs(ne
         done = node0.run([jobs.SECURERUN, "--peers", address, *_static(2, 0, address), str(jobs.TRAIN)], timeout=30)
         assert done.returncode == 78, done
         assert "--peers names this host alone, and the job has 2 nodes" in done.stderr, done
+
+
+def test_nodes_train_that_a_folded_list_and_grid_engine_s_file_name(network: Network, tmp_path: Path) -> None:
+    node0, node1, stranger = network
+    number = node0.ipv4.rpartition(".")[0]
+    (tmp_path / "pe_hostfile").write_text(
+        "".join(f"{node.ipv4} 8 all.q@{node.ipv4} UNDEFINED\n" for node in (node0, node1))
+    )
+    named: tuple[tuple[list[str], dict[str, str]], ...]
+    named = (["--peers", f"{number}.[1-2]"], {}), ([], {"PE_HOSTFILE": str(tmp_path / "pe_hostfile")})
+    with Probe(stranger, node0) as probe:
+        started = [
+            node.popen([jobs.SECURERUN, *options, *_static(2, rank, node0.ipv4), str(jobs.TRAIN)], env=env)
+            for rank, (node, (options, env)) in enumerate(zip((node0, node1), named))
+        ]
+        done = finish_all(started, timeout=120)
+    assert [one.returncode for one in done] == [0, 0], done
+    assert probe.reached == set()
+    assert f"open to {node0.ipv4}, {node1.ipv4} (--peers)" in done[0].stderr
+    assert f"open to {node0.ipv4}, {node1.ipv4} (Grid Engine (PE_HOSTFILE))" in done[1].stderr
