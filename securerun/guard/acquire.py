@@ -61,7 +61,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
         if lease.shield is None:
             _require_sight_of_listeners()
             with run_directory.recording() as directory:
-                neighbours.require_unweakened(lease.record, records.read_all(directory))
+                neighbours.require_unweakened(lease.record, records.read_briefs(directory))
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended() and not lease.stands:
             raise _ended(caller)
@@ -81,7 +81,7 @@ def _ended(caller: Caller) -> PrivilegeError:
 def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
     """Look a first time, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
     with contextlib.suppress(OSError):  # `acquire` says what is wrong with the records
-        neighbours.require_room(first_record(order, caller), records.read_host(), site)
+        neighbours.require_room(first_record(order, caller), records.read_briefs_of_host(), site)
 
 
 def _require_sight_of_listeners() -> None:
@@ -98,8 +98,8 @@ def _begin(lease: Lease) -> None:
     """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
     with run_directory.recording() as directory:
         lease.notes += tuple(reaper.reap_all(directory, lease.caller.user, may_be_root=lease.caller.is_root))
-        known = records.read_all(directory)
-        own = next((record for record in known if record.run_id == lease.policy.run_id), None)
+        known = records.read_briefs(directory)
+        own = next((brief.whole() for brief in known if brief.run_id == lease.policy.run_id), None)
         if own is not None:
             _take_over(lease, own)
         elif records.exists(directory, lease.policy.run_id):

@@ -90,7 +90,7 @@ class Lease:
         Raises PortChainsUnavailable, with what was closed before closed still, or PrivilegeError.
         """
         with run_directory.recording() as directory:
-            refused = neighbours.harmful_ports(self.record, ports, records.read_all(directory))
+            refused = neighbours.harmful_ports(self.record, ports, records.read_briefs(directory))
             ranges = joined((port, port) for port in ports if port not in refused)
             found = (PortRange(first, last, Purpose.OPENED_MEANWHILE) for first, last in ranges)
             policy = dataclasses.replace(self.policy, ports=(*self.order.policy.ports, *found))
@@ -115,7 +115,7 @@ class Lease:
         require_permitted_peers(self.site, policy, self.caller)
         with run_directory.recording() as directory:
             run = dataclasses.replace(self.record, policy=policy)
-            neighbours.require_harmless_peers(run, records.read_all(directory))
+            neighbours.require_harmless_peers(run, records.read_briefs(directory))
         if self.shield is not None:
             self.shield.replace_peers(networks)
         self.policy = policy

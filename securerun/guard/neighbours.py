@@ -13,13 +13,13 @@ from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import covers, joined, overlap
 from securerun.guard.caller import ROOT
 from securerun.guard.limits import SitePolicy
-from securerun.guard.records import Record
+from securerun.guard.records import Brief, Record
 from securerun.linux import sock_diag
 from securerun.linux.networks import Network, collapse
 from securerun.linux.sock_diag import SocketsUnavailable
 
 
-def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None:
+def require_room(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
     """Raise PrivilegeError when an ordinary user has as many other runs as the site allows."""
     if run.root:
         return
@@ -30,7 +30,7 @@ def require_room(run: Record, known: Iterable[Record], site: SitePolicy) -> None
         )
 
 
-def require_harmless(run: Record, known: Iterable[Record]) -> None:
+def require_harmless(run: Record, known: Iterable[Brief]) -> None:
     """Raise PolicyError for port chains by which an ordinary user would take another's service or protection away.
 
     A port on which somebody else listens would be closed to its clients, unless it is a guarded job's as well: then
@@ -40,7 +40,7 @@ def require_harmless(run: Record, known: Iterable[Record]) -> None:
         return
     found = _neighbours(run, known)
     _require_harmless_peers(run, found)
-    guarded = joined((port.first, port.last) for record in found for port in record.policy.ports)
+    guarded = joined(ports for brief in found for ports in brief.ports())
     planned = run.policy.joined_ports()
     with contextlib.suppress(SocketsUnavailable):
         for listener in sock_diag.listeners():
@@ -53,7 +53,7 @@ def require_harmless(run: Record, known: Iterable[Record]) -> None:
                 )
 
 
-def harmful_ports(run: Record, ports: Collection[int], known: Iterable[Record]) -> dict[int, str]:
+def harmful_ports(run: Record, ports: Collection[int], known: Iterable[Brief]) -> dict[int, str]:
     """Return which of these ports may not be closed for an ordinary user's run as well, and why.
 
     They are of another user's job that has no shield, and this run's peers would be let to them.
@@ -61,56 +61,61 @@ def harmful_ports(run: Record, ports: Collection[int], known: Iterable[Record]) 
     if run.root:
         return {}
     found: dict[int, str] = {}
-    for record in known:
-        if not _is_neighbour(run, record) or not record.is_bare:
+    for brief in known:
+        if not _is_neighbour(run, brief) or not brief.is_bare:
             continue
-        if _are_within(run.policy.peers, record.policy.peers):
-            continue
-        theirs = record.policy.joined_ports()
-        why = (
-            f"run {record.run_id} of user {record.user} has it, and no shield, so this job's peers could reach that run"
-        )
-        found.update((port, why) for port in ports if covers(theirs, port))
+        theirs = brief.ports()
+        shared = [port for port in ports if covers(theirs, port)]
+        if shared and _would_let_others_in(run, brief):
+            whose = f"run {brief.run_id} of user {brief.user} has it, and no shield"
+            found.update(dict.fromkeys(shared, f"{whose}, so this job's peers could reach that run"))
     return found
 
 
-def require_harmless_peers(run: Record, known: Iterable[Record]) -> None:
+def require_harmless_peers(run: Record, known: Iterable[Brief]) -> None:
     """Raise PolicyError for peers that would be let to the ports of another user's job that has no shield."""
     if not run.root:
         _require_harmless_peers(run, _neighbours(run, known))
 
 
-def require_unweakened(run: Record, known: Iterable[Record]) -> None:
+def require_unweakened(run: Record, known: Iterable[Brief]) -> None:
     """Raise PolicyError, for a run without a shield, where another user's run lets its own peers to our ports."""
-    for record in _neighbours(run, known):
-        if not record.root and not _are_within(record.policy.peers, run.policy.peers):
+    for brief in _neighbours(run, known):
+        peers = None if brief.root else brief.peers()
+        if peers is not None and not _are_within(peers, run.policy.peers):
             raise PolicyError(
-                f"this job has no shield, and run {record.run_id} of user {record.user} lets its own peers to ports of "
+                f"this job has no shield, and run {brief.run_id} of user {brief.user} lets its own peers to ports of "
                 "this plan; choose other ports"
             )
 
 
-def _require_harmless_peers(run: Record, found: Iterable[Record]) -> None:
-    for record in found:
-        if record.is_bare and not _are_within(run.policy.peers, record.policy.peers):
+def _require_harmless_peers(run: Record, found: Iterable[Brief]) -> None:
+    for brief in found:
+        if brief.is_bare and _would_let_others_in(run, brief):
             raise PolicyError(
-                f"run {record.run_id} of user {record.user} has ports of this plan and no shield, so this job's peers "
+                f"run {brief.run_id} of user {brief.user} has ports of this plan and no shield, so this job's peers "
                 "could reach it; choose other ports"
             )
 
 
-def _neighbours(run: Record, known: Iterable[Record]) -> list[Record]:
+def _would_let_others_in(run: Record, brief: Brief) -> bool:
+    """Return whether a run has peers that another has not. Whose cannot be understood has none to be protected."""
+    peers = brief.peers()
+    return peers is not None and not _are_within(run.policy.peers, peers)
+
+
+def _neighbours(run: Record, known: Iterable[Brief]) -> list[Brief]:
     """Return the runs of other users in this network that have ports of ours in their plans.
 
     Also those whose guard is gone: another may be about to take over, and processes may be left.
     """
     ours = run.policy.joined_ports()
-    near = (record for record in known if _is_neighbour(run, record))
-    return [record for record in near if overlap(ours, record.policy.joined_ports())]
+    near = (brief for brief in known if _is_neighbour(run, brief))
+    return [brief for brief in near if overlap(ours, brief.ports())]
 
 
-def _is_neighbour(run: Record, record: Record) -> bool:
-    return record.owner != run.owner and record.network == run.network
+def _is_neighbour(run: Record, brief: Brief) -> bool:
+    return brief.owner != run.owner and brief.network == run.network
 
 
 def _are_within(networks: tuple[Network, ...], others: tuple[Network, ...]) -> bool:

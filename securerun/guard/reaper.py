@@ -35,8 +35,9 @@ def reap_all(directory: int, user: int, *, may_be_root: bool = True) -> Iterator
     """
     run_directory.remove_partial(directory)
     is_root = user == ROOT and may_be_root
-    for record in records.read_all(directory):
-        if not record.is_abandoned:
+    for brief in records.read_briefs(directory):
+        record = brief.whole() if brief.is_abandoned else None
+        if record is None:
             continue
         left = what_runs(record)
         if left and (is_root or record.owner == (user, False)):

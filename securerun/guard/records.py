@@ -14,10 +14,10 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Callable, TypeVar
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, require_ports
+from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, joined, require_ports
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
     MAXIMUM_RECORDED_RANGES,
@@ -27,10 +27,12 @@ from securerun.guard.documents import (
     policy_document,
     read_denial,
     read_layer,
+    read_network,
     read_policy,
 )
 from securerun.guard.protocol import mark_of
 from securerun.linux import cgroups, file_lock, proc, processes
+from securerun.linux.networks import Network
 
 DIRECTORY = Path("/run/securerun")
 MOST_RANGES_LEFT_OPEN = 1024
@@ -38,22 +40,13 @@ _RECORD_NAME = re.compile(rf"{RUN_ID.pattern}\.json")
 _CGROUP_NAME = re.compile(rf"securerun-({RUN_ID.pattern})")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One run as the host's administrator sees it.
+Found = TypeVar("Found", bound="Known")
 
-    launcher, guard: process ids; launcher_start, guard_start: their start times in clock ticks since boot
-    (proc(5), stat field 22), since process ids are used again. boot_id: the boot that these belong to.
-    network, processes: the network namespace that the layers are in and the pid namespace in which the pids count
-    (inodes, namespaces(7)). times: the time namespace whose start times these are, 0 where none is known.
-    cgroup: the job's, "" where it has none.
-    user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
-    started: seconds since the epoch. draining: the job is over, not all of it gone.
-    reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
-    left_open: first and last of ports of the job that are open to every host; the first MOST_RANGES_LEFT_OPEN.
-    """
 
-    policy: Policy
+class Known:
+    """What is known of a run without its policy: of each run a launch has to know this, and of few their peers."""
+
+    run_id: str
     layers: tuple[Layer, ...]
     launcher: int
     launcher_start: int
@@ -62,21 +55,10 @@ class Record:
     boot_id: str
     network: int
     processes: int
+    times: int
     user: int
-    started: float
-    command: str
-    root: bool = False
-    times: int = 0
-    cgroup: str = ""
-    draining: bool = False
-    denied: tuple[Denial, ...] = ()
-    reserved: tuple[tuple[int, int], ...] = ()
-    left_open: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return self.policy.run_id
+    root: bool
+    cgroup: str
 
     @property
     def owner(self) -> tuple[int, bool]:
@@ -120,6 +102,47 @@ class Record:
             return proc.exists(pid)
         return proc.is_running(pid, start)
 
+
+@dataclass(frozen=True)
+class Record(Known):
+    """One run as the host's administrator sees it.
+
+    launcher, guard: process ids; launcher_start, guard_start: their start times in clock ticks since boot
+    (proc(5), stat field 22), since process ids are used again. boot_id: the boot that these belong to.
+    network, processes: the network namespace that the layers are in and the pid namespace in which the pids count
+    (inodes, namespaces(7)). times: the time namespace whose start times these are, 0 where none is known.
+    cgroup: the job's, "" where it has none.
+    user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
+    started: seconds since the epoch. draining: the job is over, not all of it gone.
+    reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
+    left_open: first and last of ports of the job that are open to every host; the first MOST_RANGES_LEFT_OPEN.
+    """
+
+    policy: Policy
+    layers: tuple[Layer, ...]
+    launcher: int
+    launcher_start: int
+    guard: int
+    guard_start: int
+    boot_id: str
+    network: int
+    processes: int
+    user: int
+    started: float
+    command: str
+    root: bool = False
+    times: int = 0
+    cgroup: str = ""
+    draining: bool = False
+    denied: tuple[Denial, ...] = ()
+    reserved: tuple[tuple[int, int], ...] = ()
+    left_open: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def run_id(self) -> str:  # type: ignore[override]
+        """The run's id."""
+        return self.policy.run_id
+
     def document(self) -> dict[str, Any]:
         """Return the record as JSON's own types."""
         return {
@@ -132,6 +155,46 @@ class Record:
         }
 
 
+class Brief(Known):
+    """A record that is read in the time that it takes to parse it, whoever may connect and whatever ports it has.
+
+    Users may have runs with thousands of peers and ports, each of which takes microseconds to understand, and whoever
+    looks for their own neighbours holds the host's lock meanwhile.
+    """
+
+    def __init__(self, run_id: str, document: Mapping[str, Any]) -> None:
+        """Raise ValueError, LookupError, TypeError or ProtocolError for a document that is no record."""
+        self.run_id = run_id
+        self.__dict__.update(_plain_fields(document, run_id))
+        self.layers = tuple(read_layer(layer) for layer in document["layers"])
+        self._document = document
+        self._policy = document["policy"]
+        if self._policy["run_id"] != run_id:
+            raise ValueError(f"{run_id}.json is the record of another run")
+
+    def ports(self) -> list[tuple[int, int]]:
+        """Return its plan as first and last ports, joined; none where it cannot be understood."""
+        with contextlib.suppress(*_NO_RECORD):
+            return joined(_ranges((port["first"], port["last"]) for port in self._policy["ports"]))
+        return []
+
+    def peers(self) -> tuple[Network, ...] | None:
+        """Return who may connect; None where that cannot be understood."""
+        with contextlib.suppress(*_NO_RECORD):
+            return tuple(read_network(peer) for peer in self._policy["peers"])
+        return None
+
+    def whole(self) -> Record | None:
+        """Return all of it; None where it cannot be understood."""
+        with contextlib.suppress(*_NO_RECORD):
+            return understood(self._document)
+        return None
+
+
+# What reading something else than a record raises.
+_NO_RECORD = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ProtocolError, PolicyError),
+)
 # The fields that are JSON's own types, with the type that each must have when it is read back.
 _PLAIN: dict[str, type] = {
     "launcher": int,
@@ -151,7 +214,7 @@ _PLAIN: dict[str, type] = {
 }
 
 
-def processes_of(record: Record) -> frozenset[int]:
+def processes_of(record: Known) -> frozenset[int]:
     """Return what runs of a run that nobody looks after: in its cgroup, and with its id in the environment.
 
     A launcher that could not be moved there, or a process that was moved out, is in no cgroup of the run's.
@@ -182,10 +245,17 @@ def read_all(directory: int) -> tuple[Record, ...]:
     found = []
     for name in sorted(os.listdir(directory)):
         if _RECORD_NAME.fullmatch(name):
-            with contextlib.suppress(
-                OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ProtocolError, PolicyError
-            ):
+            with contextlib.suppress(*_NO_RECORD):
                 found.append(_read(directory, name))
+    return tuple(found)
+
+
+def read_briefs(directory: int) -> tuple[Brief, ...]:
+    """Read what `read_all` reads, without understanding who may connect to what."""
+    found = []
+    for run_id, document in documents(directory):
+        with contextlib.suppress(*_NO_RECORD):
+            found.append(Brief(run_id, document))
     return tuple(found)
 
 
@@ -223,11 +293,20 @@ def read_host() -> tuple[Record, ...]:
 
     Raises OSError for whoever may not read them, and for something else in the directory's place.
     """
+    return _of_host(read_all)
+
+
+def read_briefs_of_host() -> tuple[Brief, ...]:
+    """Read what `read_host` reads, without understanding who may connect to what. Raises OSError as it does."""
+    return _of_host(read_briefs)
+
+
+def _of_host(read: Callable[[int], tuple[Found, ...]]) -> tuple[Found, ...]:
     directory = open_to_read()
     if directory is None:
         return ()
     try:
-        return read_all(directory)
+        return read(directory)
     finally:
         os.close(directory)
 

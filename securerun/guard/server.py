@@ -223,7 +223,8 @@ def _slot(caller: Caller) -> ExitStack:
 def _report(caller: Caller, answers: Answers) -> None:
     """Tell the caller of their own runs, and of nobody else's. Reads, and takes no lock that others wait for."""
     caller.identify_again()
-    found = [record for record in records.read_host() if record.owner == (caller.user, caller.is_root)]
+    own = [brief for brief in records.read_briefs_of_host() if brief.owner == (caller.user, caller.is_root)]
+    found = [record for brief in own if (record := brief.whole()) is not None]
     answers.send(Runs(len(found)))
     for record in found:
         answers.send(Run(record.document()))

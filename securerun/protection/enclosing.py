@@ -159,7 +159,7 @@ def _is_known_by_environment(run_id: str) -> bool:
     It looks for root's processes in its own namespaces. An ordinary user may not read the records, and takes a lease.
     """
     try:
-        runs = records.read_host()
+        runs = records.read_briefs_of_host()
     except OSError:
         return False
     return any(
@@ -173,7 +173,7 @@ def _is_known_by_environment(run_id: str) -> bool:
     )
 
 
-def _has_cgroup(record: records.Record) -> bool:
+def _has_cgroup(record: records.Known) -> bool:
     """Whether the run's processes are told by a cgroup: one may be recorded that the launcher could not move to."""
     try:
         return cgroup_of(record.launcher) == record.cgroup

@@ -1,0 +1,140 @@
+"""What is read of the runs of others while everybody waits for the host's lock."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from securerun.errors import PolicyError
+from securerun.firewall.policy import SHIELD, Layer, Policy, PortRange, Purpose
+from securerun.guard import documents, neighbours, records, run_directory
+from securerun.guard.limits import SitePolicy
+from securerun.guard.records import Record
+from securerun.linux import proc
+
+ALICE, BOB = 1001, 1002
+_MOST_PORTS = 4096
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def record(
+    number: int, user: int, *peers: str, first: int = 20001, ports: int = 1, backend: str = "iptables"
+) -> Record:
+    """A run whose launcher and guard are this process."""
+    ranges = tuple(PortRange(first + 2 * at, first + 2 * at, Purpose.OPENED_MEANWHILE) for at in range(ports))
+    pid, start = os.getpid(), proc.start_time(os.getpid())
+    return Record(
+        policy=Policy(f"{number:012x}", ranges, tuple(map(ipaddress.ip_network, peers))),
+        layers=(Layer(backend, "a layer"),),
+        launcher=pid,
+        launcher_start=start,
+        guard=pid,
+        guard_start=start,
+        boot_id=proc.boot_id(),
+        network=proc.namespace("net"),
+        processes=proc.namespace("pid"),
+        user=user,
+        started=1.0,
+        command="train.py",
+        times=proc.time_namespace(),
+    )
+
+
+def test_who_may_connect_to_runs_of_others_is_not_read_where_no_port_is_shared(
+    directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 4,096 ports and as many peers takes 60 ms to understand, of which a user may have 32."""
+    peers = [f"10.{number >> 8}.{number & 255}.1/32" for number in range(_MOST_PORTS)]
+    for number in range(3):
+        run_directory.write(directory, record(number, ALICE, *peers, ports=_MOST_PORTS))
+    monkeypatch.setattr(documents, "read_network", _not_to_be_read)
+    monkeypatch.setattr(records, "read_network", _not_to_be_read)
+    monkeypatch.setattr(documents, "_read_port", _not_to_be_read)
+    known = records.read_briefs(directory)
+    assert [(brief.run_id, brief.owner, brief.guard_lives) for brief in known] == [
+        (f"{number:012x}", (ALICE, False), True) for number in range(3)
+    ]
+    run = record(9, BOB, "10.99.0.1/32", first=50001)
+    neighbours.require_room(run, known, SitePolicy())
+    neighbours.require_harmless(run, known)
+    neighbours.require_harmless_peers(run, known)
+    neighbours.require_unweakened(run, known)
+    assert neighbours.harmful_ports(run, [50001], known) == {}
+
+
+def _not_to_be_read(_: object) -> None:
+    raise AssertionError("this takes microseconds, thousands of times, under the host's lock")
+
+
+def test_runs_of_others_that_share_a_port_are_looked_at_for_their_peers(directory: int) -> None:
+    run_directory.write(directory, record(1, ALICE, "10.0.0.1/32", first=29500))
+    known = records.read_briefs(directory)
+    for check in (neighbours.require_harmless_peers, neighbours.require_unweakened):
+        check(record(9, BOB, "10.0.0.1/32", first=29500), known)
+        with pytest.raises(PolicyError, match="choose other ports"):
+            check(
+                record(
+                    9, BOB, "10.0.0.9/32" if check is neighbours.require_harmless_peers else "10.0.9.0/24", first=29500
+                ),
+                known,
+            )
+    found = neighbours.harmful_ports(record(9, BOB, "10.0.0.9/32"), [29500, 29501], known)
+    assert list(found) == [29500] and "could reach that run" in found[29500]
+    run_directory.write(directory, record(1, ALICE, "10.0.0.1/32", first=29500, backend=SHIELD))
+    neighbours.require_harmless_peers(record(9, BOB, "10.0.0.9/32", first=29500), records.read_briefs(directory))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        '{"policy": {"run_id": "000000000001"}}',
+        "[]",
+        '"text"',
+        "{",
+        '{"policy": 7, "layers": []}',
+        "[" * 100_000,
+    ],
+)
+def test_what_is_no_record_is_passed_over(directory: int, tmp_path: Path, spoil: str) -> None:
+    (tmp_path / "000000000001.json").write_text(spoil)
+    run_directory.write(directory, record(2, ALICE))
+    assert [brief.run_id for brief in records.read_briefs(directory)] == ["000000000002"]
+    assert [whole.run_id for whole in records.read_all(directory)] == ["000000000002"]
+
+
+def test_record_under_the_name_of_another_run_is_passed_over(directory: int, tmp_path: Path) -> None:
+    run_directory.write(directory, record(2, ALICE))
+    (tmp_path / "000000000002.json").rename(tmp_path / "000000000003.json")
+    assert not records.read_briefs(directory) and not records.read_all(directory)
+
+
+def test_record_whose_policy_cannot_be_understood_is_nobodys_neighbour(directory: int) -> None:
+    known = record(1, ALICE, "10.0.0.1/32", first=29500)
+    for field, value in (("peers", ["nonsense"]), ("ports", [{"first": 0, "last": 0}]), ("ports", 7), ("peers", [7])):
+        document = known.document()
+        document["policy"][field] = value
+        run_directory.write_document(directory, f"{known.run_id}.json", document)
+        (brief,) = records.read_briefs(directory)
+        assert brief.whole() is None
+        neighbours.require_harmless_peers(record(9, BOB, "10.0.0.9/32", first=29500), [brief])
+        neighbours.require_unweakened(record(9, BOB, "10.0.0.9/32", first=29500), [brief])
+
+
+def test_brief_has_all_of_its_record(directory: int) -> None:
+    known = dataclasses.replace(record(1, ALICE, "10.0.0.0/8", "fd00::/8", ports=3), cgroup="/a/securerun-000000000001")
+    run_directory.write(directory, known)
+    (brief,) = records.read_briefs(directory)
+    assert brief.whole() == known
+    assert (brief.ports(), brief.peers()) == (known.policy.joined_ports(), known.policy.peers)
+    assert (brief.is_bare, brief.stands_here, brief.cgroup) == (True, True, known.cgroup)
