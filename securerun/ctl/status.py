@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import Denial, Policy
 from securerun.guard import records
 from securerun.guard.documents import denial_document, layer_document, policy_document
 from securerun.guard.records import Record
@@ -174,9 +174,17 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
         yield "open", f"to every host: ports {_some(ranges, ', ')}"
     for denial in record.denied[:_NAMED]:
         port = denial.port or "a port that could not be read"
-        yield "blocked", f"{denial.source} → {port}, packets: {denial.packets}"
+        yield "blocked", f"{denial.source} → {port}, packets: {denial.packets}{_why(record.policy, denial)}"
     if len(record.denied) > _NAMED:
         yield "blocked", f"and {len(record.denied) - _NAMED} more pairs of source and port"
+
+
+def _why(policy: Policy, denial: Denial) -> str:
+    """Which rule turned somebody away, where it is not that no peer has this address."""
+    from securerun.protection import denials  # few runs turn anybody away
+
+    why = denials.reason(policy, denial.source)
+    return "" if why is denials.Reason.STRANGER else f"; {why.value}"
 
 
 def _without_guard(record: Record) -> str:

@@ -13,7 +13,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 from securerun.console import say
 from securerun.errors import UsageError
 from securerun.evidence import documents, report_html
+from securerun.firewall.policy import Policy
 from securerun.guard.documents import denial_document, layer_document
 from securerun.guard.protocol import Notice, Released
 from securerun.host.account import name_of
 from securerun.linux import packages
-from securerun.protection import words
+from securerun.protection import denials, words
 from securerun.protection.events import Checked, Finished, Gone, Installed, News, Renewed
 from securerun.protection.plan import Plan
 from securerun.text import count
@@ -134,8 +135,13 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
 
 def _timeline(journal: Journal, ending: Ending) -> Iterator[dict[str, Any]]:
     yield _event(journal.began, journal, "began", "securerun started")
+    policy = None
     for at, news in journal.heard:
-        for kind, text in _told(news):
+        if isinstance(news, Plan):
+            policy = news.policy
+        elif isinstance(news, Renewed) and policy is not None:
+            policy = replace(policy, peers=news.now.networks)
+        for kind, text in _told(news, policy):
             yield _event(at, journal, kind, text)
     if journal.unheard:
         yield _event(ending.at, journal, "notice", f"{journal.unheard} more notices of the guard are not listed")
@@ -143,8 +149,8 @@ def _timeline(journal: Journal, ending: Ending) -> Iterator[dict[str, Any]]:
     yield _event(ending.at, journal, "ended", f"ended with status {ending.status}{reason}")
 
 
-def _told(news: News) -> Iterator[tuple[str, str]]:
-    """Yield what there is to say of something heard: its kind and a line, or several."""
+def _told(news: News, policy: Policy | None) -> Iterator[tuple[str, str]]:
+    """Yield what there is to say of something heard: its kind and a line, or several. policy: of then."""
     if isinstance(news, Plan):
         yield "understood", f"launch understood: {news.job.nodes}; open to {words.open_to(news)}"
         yield from (("notice", line) for line in words.elsewhere(news.job))
@@ -156,7 +162,8 @@ def _told(news: News) -> Iterator[tuple[str, str]]:
             yield "installed", f"closed by {layer}"
         yield from (("notice", note) for note in news.guarding.notes)
     elif isinstance(news, Notice):
-        yield from (("blocked", words.blocked(denial)) for denial in news.denied)
+        for denial in news.denied:
+            yield "blocked", denials.with_rule(policy, denial) if policy else denials.blocked(denial)
         if news.more:
             yield "blocked", f"blocked {words.more_sources(news.more)} in a minute"
         yield from (("notice", line) for line in news.words)

@@ -142,6 +142,16 @@ class Policy:
         first6 = sum(isinstance(network, ipaddress.IPv4Network) for network in self.peers)
         return {4: self.peers[:first6], 6: self.peers[first6:]}
 
+    def has_peer(self, address: Address) -> bool:
+        """Return whether an address is one of a peer's; they may be many, and so may those who are asked for."""
+        peers, starts = self.peers_of(address.version), self._starts_by_version[address.version]
+        place = bisect.bisect_right(starts, int(address))
+        return place > 0 and address in peers[place - 1]
+
+    @cached_property
+    def _starts_by_version(self) -> dict[int, list[int]]:
+        return {version: [int(peer.network_address) for peer in self.peers_of(version)] for version in (4, 6)}
+
     @property
     def answered_version(self) -> int | None:
         """The IP version whose opening packets the port chains answer with a reset: all peers are of the other one.

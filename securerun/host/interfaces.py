@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable, Sequence
 
 from securerun.errors import PolicyError
-from securerun.linux.networks import Network, collapse
+from securerun.linux.networks import Address, Network, collapse
 
 ANY = "any"
 
@@ -83,6 +83,11 @@ def own_addresses() -> tuple[str, ...]:
     """All addresses of this host but link-local ones, each once, in the interfaces' order."""
     found = (address for own in _addresses().values() for address, _ in own if not address.is_link_local)
     return tuple(dict.fromkeys(map(str, found)))
+
+
+def has(address: Address) -> bool:
+    """Return whether an interface of this host has this address, link-local ones and the loopback's included."""
+    return any(address == one for own in _addresses().values() for one, _ in own)
 
 
 def may_bind(address: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Callable
 
 from securerun.console import say
@@ -21,6 +22,7 @@ from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed
 from securerun.text import printable
 
 if TYPE_CHECKING:
+    from securerun.firewall.policy import Policy
     from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
@@ -71,7 +73,11 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
     asked = plan.options
     command = printable(" ".join(plan.job.command)[:_COMMAND_SHOWN])
 
+    policy = plan.policy
+
     def change_peers(before: Peers, now: Peers) -> None:
+        nonlocal policy
+        policy = replace(policy, peers=now.networks)
         guard.change_peers(now.networks)
         change_whitelist(now)
         hear(Renewed(before, now))
@@ -79,7 +85,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
 
     renewal = Renewal(plan.peers, change_peers)
     order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command)
-    guarding = guard.guard(order, _teller(renewal, hear))
+    guarding = guard.guard(order, _teller(lambda: policy, renewal, hear))
     hear(Installed(guarding, guard.way))
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(plan.policy.run_id, asked, shield=guarding.has_shield)
     for line in words.start(plan, guarding, guard.way):
@@ -93,7 +99,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
         # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
         with signals.held_back():
             hear(Finished(failed))
-            _say_farewell(guard, plan, failed, hear)
+            _say_farewell(guard, plan.policy, policy, failed, hear)
         guard.require_kept()
 
 
@@ -131,13 +137,13 @@ def _unprotected(hear: Hear) -> Iterator[None]:
         say(words.unprotected())
 
 
-def _teller(renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
+def _teller(policy: Callable[[], Policy], renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
     """Return what takes the news from the guard, while the job runs."""
     from securerun.protection import words
 
     def tell(notice: Notice) -> None:
         hear(notice)
-        for line in words.news(notice):
+        for line in words.news(policy(), notice):
             say(line)
         if notice.denied or notice.more:
             renewal.hurry()
@@ -145,11 +151,11 @@ def _teller(renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
     return tell
 
 
-def _say_farewell(guard: Guard, plan: Plan, failed: bool, hear: Hear) -> None:
+def _say_farewell(guard: Guard, at_start: Policy, now: Policy, failed: bool, hear: Hear) -> None:
     from securerun.protection import words
 
     released = guard.release(failed)
     hear(released or Gone())
     denied, more = (released.denied, released.more) if released else (None, 0)
-    for line in words.end(plan.policy.run_id, denied, more):
+    for line in words.end(at_start, now, denied, more):
         say(line)

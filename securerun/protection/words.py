@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from securerun.firewall.policy import Denial, Policy
 from securerun.linux.networks import Network, shown
+from securerun.protection import denials
 from securerun.protection.ways import DIRECTLY
-from securerun.text import count, printable, some
+from securerun.text import printable, some
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
     from securerun.guard.protocol import Guarding, Notice
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # every launch has something to say, and few have a plan to p
     from securerun.protection.plan import Plan
 
 _NETWORKS_NAMED = 4
-_DENIALS_NAMED = 10
 _SCOPES = {
     "auto": "the shield on every socket of the job; where it cannot be had, each port as it appears",
     "process": "the shield on every socket of the job, whatever its port",
@@ -46,31 +46,24 @@ def elsewhere(job: Job) -> Iterator[str]:
         yield f"what {one} starts is not guarded: {one.client.how}; write {one.client.instead}"
 
 
-def end(run_id: str, denied: Sequence[Denial] | None, more: int = 0) -> Iterator[str]:
+def end(at_start: Policy, now: Policy, denied: Sequence[Denial] | None, more: int = 0) -> Iterator[str]:
     """Who was turned away, how often, and what to do if it should not have been.
 
-    more: attempts of others than those in `denied`, of whom there were too many.
+    at_start, now: the policy with the peers of either. more: attempts of others than those in `denied`, of whom there
+    were too many.
     """
-    run = f"run {run_id}: "
+    run = f"run {now.run_id}: "
     if denied is None:
         yield f"{run}the guard was gone at the end, so it is not known who was turned away"
-        return
-    if not denied:
+    elif not denied:
         yield f"{run}nobody was turned away"
-        return
-    for denial in denied[:_DENIALS_NAMED]:
-        yield f"{run}{blocked(denial)}"
-    if len(denied) > _DENIALS_NAMED:
-        yield f"{run}blocked {len(denied) - _DENIALS_NAMED} more pairs of source and port"
-    if more:
-        yield f"{run}blocked {count(more, 'attempt')} of still others"
-    yield f"{run}if one of these is a node of this job, add it with --peers"
+    else:
+        yield from (f"{run}{line}" for line in denials.summary(at_start, now, denied, more))
 
 
-def news(notice: Notice) -> Iterator[str]:
-    """Yield what happens while the job runs."""
-    for denial in notice.denied:
-        yield f"{blocked(denial)}; if it is a node of this job, add it with --peers"
+def news(policy: Policy, notice: Notice) -> Iterator[str]:
+    """Yield what happens while the job runs. policy: with the peers of now."""
+    yield from (denials.explained(policy, denial) for denial in notice.denied)
     if notice.more:
         yield f"blocked {more_sources(notice.more)} in the last minute"
     yield from notice.words
@@ -210,12 +203,6 @@ def _elsewhere_rows(job: Job) -> Iterator[str]:
 def _port_rows(policy: Policy) -> Iterator[str]:
     for number, port in enumerate(policy.ports):
         yield _row("" if number else "ports", f"{port!s:<12} {port.purpose}")
-
-
-def blocked(denial: Denial) -> str:
-    """Who was turned away from which port, and how often."""
-    port = denial.port or "a port that could not be read"
-    return f"blocked {denial.source} → {port} ({count(denial.packets, 'attempt')})"
 
 
 def more_sources(number: int) -> str:

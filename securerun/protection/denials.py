@@ -1,0 +1,112 @@
+"""Who was turned away, by which rule, and what lets them in if they belong to the job: in words, for notice and report.
+
+The rule follows from the policy and the source. A source address is what a packet says: whoever has no right to it may
+write it there. So each advice stands under the condition that it is the node, or the process, that one thinks of.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from typing import Callable
+
+from securerun.firewall.policy import Denial, Policy
+from securerun.linux.networks import Address
+from securerun.text import count, some
+
+_INTERFACES_NAMED = 4
+_DENIALS_NAMED = 10
+
+
+class Reason(enum.Enum):
+    """Which rule turned somebody away."""
+
+    STRANGER = "no peer has this address"
+    VERSION = "all peers are of the other IP version"
+    INTERFACE = "a peer's address, through another interface than --interface permits"
+    LOOPBACK = "a process of this host that is none of the job's (--loopback job)"
+    SINCE = "it has become a peer since"
+
+
+def is_of_this_host(address: Address) -> bool:
+    """Return whether an address is one of this host's own."""
+    from securerun.host import interfaces  # with it psutil: only where somebody was turned away on a closed loopback
+
+    return interfaces.has(address)
+
+
+def reason(policy: Policy, source: Address, is_own: Callable[[Address], bool] = is_of_this_host) -> Reason:
+    """Return which rule of a policy turned this source away.
+
+    Over the loopback only `close_loopback` turns anybody away, and what comes from an address of this host's own comes
+    over the loopback, so only then is it asked for.
+    """
+    if policy.close_loopback and (source.is_loopback or is_own(source)):
+        return Reason.LOOPBACK
+    if policy.has_peer(source):
+        return Reason.INTERFACE if policy.interfaces else Reason.SINCE
+    return Reason.VERSION if policy.answered_version == source.version else Reason.STRANGER
+
+
+def blocked(denial: Denial) -> str:
+    """Who was turned away from which port, and how often."""
+    port = denial.port or "a port that could not be read"
+    return f"blocked {denial.source} → {port} ({count(denial.packets, 'attempt')})"
+
+
+def explained(policy: Policy, denial: Denial) -> str:
+    """Who was turned away, and what to do if it belongs to the job."""
+    return f"{blocked(denial)}; {_advice(policy, denial.source, reason(policy, denial.source))}"
+
+
+def with_rule(policy: Policy, denial: Denial) -> str:
+    """Who was turned away, and what to do where it is not that no peer has its address."""
+    is_stranger = reason(policy, denial.source) is Reason.STRANGER
+    return blocked(denial) if is_stranger else explained(policy, denial)
+
+
+def summary(at_start: Policy, now: Policy, denied: Sequence[Denial], more: int = 0) -> Iterator[str]:
+    """Yield who was turned away, the first few of many, and once for each rule what to do if it was not to be.
+
+    at_start, now: the policy with the peers of either. more: attempts of others than those in `denied`, of whom there
+    were too many.
+    """
+    told: set[Reason] = set()
+    for denial in denied[:_DENIALS_NAMED]:
+        why = reason(now, denial.source)
+        if why is Reason.INTERFACE and not at_start.has_peer(denial.source):
+            why = Reason.SINCE
+        advice = "" if why is Reason.STRANGER or why in told else f"; {_advice(now, denial.source, why)}"
+        told.add(why)
+        yield f"{blocked(denial)}{advice}"
+    if len(denied) > _DENIALS_NAMED:
+        yield f"blocked {len(denied) - _DENIALS_NAMED} more pairs of source and port"
+    if more:
+        yield f"blocked {count(more, 'attempt')} of still others"
+    if Reason.STRANGER in told:
+        of_whom = "these" if len(told) == 1 else "the others"
+        yield f"if one of {of_whom} is a node of this job, add it with --peers"
+
+
+def _advice(policy: Policy, source: Address, why: Reason) -> str:
+    if why is Reason.LOOPBACK:
+        return (
+            "it is a process of this host that this launcher did not start (--loopback job): if it belongs to the job, "
+            "start all of the job by one securerun or one securerunctl exec, or let every user of this host connect "
+            "with --loopback any"
+        )
+    if why is Reason.INTERFACE:
+        through = some(list(policy.interfaces), _INTERFACES_NAMED)
+        return (
+            f"that is a peer's address, but it did not come in through {through}: if it is that peer and not somebody "
+            f"with its address, see which way it comes with `ip route get {source}`, and name that interface too with "
+            f"--interface {','.join(policy.interfaces[:_INTERFACES_NAMED])},..."
+        )
+    if why is Reason.SINCE:
+        return "it is a peer by now"
+    if why is Reason.VERSION:
+        return (
+            f"all peers are IPv{10 - source.version}: if it is a node of this job that does not take that one in the "
+            "end, add this address with --peers"
+        )
+    return "if it is a node of this job, add it with --peers"
