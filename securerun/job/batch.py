@@ -35,7 +35,10 @@ _SLURM_LISTS = re.compile(r"SLURM_JOB_NODELIST(?:_(?:HET|PACK)_GROUP_[0-9]+)?")
 # include/uapi/linux/binfmts.h, MAX_ARG_STRLEN: the longest word that a command can be given.
 _LONGEST_WORD = 131_071
 _NODE_NAME = re.compile(r"(?:^|\s)NodeName=(\S+)")
-_NODE_ADDRESS = re.compile(r"(?:^|\s)NodeAddr=(\S+)")
+# slurm.conf(5): its address, its host's own name, and where sbcast sends to: often the address on a faster network.
+_OTHER_WAYS = tuple(re.compile(rf"\s{field}=(\S+)") for field in ("NodeAddr", "NodeHostName", "BcastAddr"))
+# What operators write, with spaces in it, stands last.
+_FREE_TEXT = re.compile(r"\s(?:Reason|Comment|AdminComment|Extra)=")
 # volcano, pkg/controllers/job/plugins/svc: one variable a task. ModelArts has VC_WORKER_HOSTS in the same form.
 _VOLCANO = re.compile(r"VC_\w+_HOSTS")
 # orte_hosts(7), for Open MPI up to 4; PRRTE's prte_default_hostfile in 5, whose own prefix is PRTE_MCA_.
@@ -97,24 +100,26 @@ def _slurm(environment: Mapping[str, str], note: Tell) -> Allocation | None:
         return None
     source = f"Slurm ({', '.join(lists)})"
     names = tuple(dict.fromkeys(name for text in lists.values() for name in expand(text, source, environment)))
-    addresses = _node_addresses(lists.values(), environment)
-    return Allocation(source, tuple(_slurm_node(name, addresses.get(name), source) for name in names))
+    others = _other_ways(lists.values(), environment)
+    return Allocation(source, tuple(_slurm_node(name, others.get(name, ()), source) for name in names))
 
 
-def _slurm_node(name: str, address: str | None, source: str) -> Entry:
-    """Keep the name where NodeAddr is another: the job may meet on one network, and Slurm on a second one."""
-    return Entry((name,) if address in (None, name) else (name, address), source)
+def _slurm_node(name: str, others: Iterable[str], source: str) -> Entry:
+    """Keep the name beside what else Slurm knows: the job may meet on one network, and Slurm on a second one."""
+    return Entry(tuple(dict.fromkeys((name, *others))), source)
 
 
-def _node_addresses(lists: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """Slurm's own address (NodeAddr) of each node that it knows; of none where Slurm cannot be asked."""
+def _other_ways(lists: Iterable[str], environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Slurm's own addresses and names of each node that it knows; of none where Slurm cannot be asked."""
     nodes = ",".join(lists)
     text = _scontrol(("--oneliner", "show", "node", *((nodes,) if len(nodes) <= _LONGEST_WORD else ())), environment)
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for line in text.splitlines():
-        name, address = _NODE_NAME.search(line), _NODE_ADDRESS.search(line)
-        if name and address:
-            found[name.group(1)] = address.group(1)
+        name = _NODE_NAME.search(line)
+        if name:
+            fields = _FREE_TEXT.split(line, 1)[0]
+            ways = (field.search(fields) for field in _OTHER_WAYS)
+            found[name.group(1)] = tuple(way.group(1) for way in ways if way)
     return found
 
 

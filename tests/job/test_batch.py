@@ -205,14 +205,14 @@ NODES = """
 echo "$SLURM_CONF $PATH $SLURM_JOB_NODELIST $LD_PRELOAD" > {directory}/environment
 echo "$@" > {directory}/arguments
 echo 'NodeName=sl0 Arch=x86_64 CPUTot=1 OS=Linux 6.1 NodeAddr=10.77.0.1 NodeHostName=sl0 Reason=NodeAddr=10.6.6.6'
-echo 'NodeName=sl1 Arch=x86_64 NodeAddr=mgmt-sl1 NodeHostName=sl1 Version=22.05.8'
+echo 'NodeName=sl1 Arch=x86_64 NodeAddr=mgmt-sl1 NodeHostName=host1 BcastAddr=10.81.0.2 Reason=off BcastAddr=10.6.6.6'
 echo 'NodeName=sl2 NodeAddr=sl2 NodeHostName=sl2'
 echo 'Node sl3 not found'
 exit 1
 """
 
 
-def test_slurm_s_own_address_stands_beside_the_name_where_it_is_another(scontrol: Path) -> None:
+def test_all_addresses_and_names_that_slurm_knows_of_a_node_stand_beside_its_name(scontrol: Path) -> None:
     install(scontrol, NODES.format(directory=scontrol.parent))
     environment = {
         "SLURM_JOB_NODELIST": "sl[0-3]",
@@ -220,7 +220,7 @@ def test_slurm_s_own_address_stands_beside_the_name_where_it_is_another(scontrol
         "PATH": "/evil",
         "LD_PRELOAD": "/evil.so",
     }
-    assert nodes(environment) == [("sl0", "10.77.0.1"), ("sl1", "mgmt-sl1"), ("sl2",), ("sl3",)]
+    assert nodes(environment) == [("sl0", "10.77.0.1"), ("sl1", "mgmt-sl1", "host1", "10.81.0.2"), ("sl2",), ("sl3",)]
     assert (scontrol.parent / "environment").read_text().split() == ["/etc/slurm/x.conf", "/usr/bin:/bin"]
     assert (scontrol.parent / "arguments").read_text() == "--oneliner show node sl[0-3]\n"
 
