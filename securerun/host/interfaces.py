@@ -73,6 +73,20 @@ def leading_to(networks: Iterable[Network]) -> tuple[str, ...]:
     return tuple(name for index, name in socket.if_nameindex() if index in devices)
 
 
+def seen_as(name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the interface that a firewall and sockets see the packets of this one on, and those that lie on that.
+
+    The first is `name` itself, or the bridge, bond or team that it is a member of; the others are VLANs and their like.
+    Raises OSError where the kernel does not tell.
+    """
+    from securerun.linux.stacked import Stacked  # few launches ask
+
+    stacked = Stacked()
+    by_index = dict(socket.if_nameindex())
+    index = stacked.seen_as(socket.if_nametoindex(name))
+    return by_index.get(index, name), tuple(by_index[one] for one in stacked.on_top(index) if one in by_index)
+
+
 def with_address(address: str) -> str | None:
     """Return the interface that has this address, the loopback included; None if none has."""
     wanted = ipaddress.ip_address(address)
@@ -107,13 +121,14 @@ def towards(addresses: Iterable[str]) -> str | None:
     For an address of this host's own, the interface that has it. None where the way is the loopback, or there is none.
     """
     for address in addresses:
-        local = _local_address(address)
+        local = source_towards(address)
         if local is not None:
             return _interface_of(local)
     return None
 
 
-def _local_address(remote: str) -> str | None:
+def source_towards(remote: str) -> str | None:
+    """Return the address of its own by which this host reaches another; None where it has no route there."""
     family = socket.AF_INET6 if ":" in remote else socket.AF_INET
     # Connecting a datagram socket asks the routing table and sends nothing.
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -6,6 +6,7 @@ eth0, and an interface that only has the address (a dummy, on hosts with routed 
 whoever connects is a peer, by its address, and its packets come in where this host's routes to it go out. So peers may
 come in through all that the variables name and all that leads to a peer, and through nothing else: not from the
 containers' bridges, not from the site's other networks. Where the routes cannot be told, any interface is right.
+What leads to no peer at all is refused (`reach`): the peers' connections would come from addresses that nobody named.
 What a variable has wrong is refused where its library may be in use on this host (`libraries`), elsewhere passed over.
 
 HCCL: HCCL_IF_IP, HCCL_SOCKET_IFNAME and HCCL_SOCKET_FAMILY in the CANN environment variable reference (8.0 to 8.5).
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from securerun.errors import PolicyError
@@ -24,6 +25,7 @@ from securerun.firewall.policy import Policy
 from securerun.guard.documents import MAXIMUM_INTERFACES
 from securerun.host import interfaces
 from securerun.job.libraries import Library, Variables
+from securerun.job.reach import Reach
 from securerun.linux.networks import Network
 from securerun.options import Options
 from securerun.text import some
@@ -32,6 +34,7 @@ ADDRESS = "HCCL_IF_IP"
 FAMILY = "HCCL_SOCKET_FAMILY"
 HCCL, GLOO, NCCL = "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
+_LIBRARIES = {ADDRESS: Library.HCCL, HCCL: Library.HCCL, GLOO: Library.GLOO, NCCL: Library.NCCL}
 _VERSIONS = {"AF_INET": 4, "AF_INET6": 6}
 _LISTED = 12
 
@@ -57,28 +60,91 @@ def entrance(
     Raises PolicyError for an interface that this host does not have, and for a variable that cannot be read.
     """
     if options.interface is not None:
-        return Entrance(
-            interfaces.require(interfaces.parse(options.interface), options.interface_source), options.interface_source
-        )
+        return _of_option(options, environment, peers)
     if not peers:
         return Entrance((), "no peer is to come in")
-    found = dict(_named(environment, variables or Variables(environment)))
+    variables = variables or Variables(environment)
+    found = dict(_named(environment, variables))
     if not found:
         return Entrance((), "no --interface, and no variable names one")
-    names = tuple(dict.fromkeys(name for group in found.values() for name in group))
-    return _with_ways(names, ", ".join(found), peers)
+    return _of_variables(found, environment, peers, variables)
 
 
-def _with_ways(names: tuple[str, ...], source: str, peers: Iterable[Network]) -> Entrance:
-    """Return the interfaces that the variables name, and those that lead to a peer."""
+def _of_option(options: Options, environment: Mapping[str, str], peers: Sequence[Network]) -> Entrance:
+    """Return what --interface names, each as its packets are seen: those of a bridge's port are the bridge's."""
+    source = options.interface_source
+    wanted = interfaces.require(interfaces.parse(options.interface), source)
     try:
-        leading = interfaces.leading_to(peers)
+        reach = Reach(peers)
+        found = {name: _seen_as(name, reach) for name in wanted}
+        names = tuple(dict.fromkeys(name for group in found.values() for name in group))
+        _refuse_elsewhere(_readable(environment), environment, reach, Variables(environment))
+        missed = reach.misses(names) if names else None
+    except OSError:  # the routes cannot be told
+        return Entrance(wanted, source)
+    if missed:
+        otherwise = f"write --interface {','.join(missed.through)} in its place"
+        raise PolicyError(f"{source} {options.interface}: {missed}; {missed.mended(otherwise)}")
+    notes = [f"{name} is below {_listed(group)}" for name, group in found.items() if group != (name,)]
+    return Entrance(names, "; ".join((source, *notes)))
+
+
+def _seen_as(name: str, reach: Reach) -> tuple[str, ...]:
+    """Return where the packets of an interface are seen: it, what it is a member of, or what lies on that to peers."""
+    seen, on_top = interfaces.seen_as(name)
+    leading = reach.leading
+    upper = () if seen in leading else tuple(one for one in on_top if one in leading)
+    return upper or (seen,)
+
+
+def _of_variables(
+    found: Mapping[str, tuple[str, ...]],
+    environment: Mapping[str, str],
+    peers: Sequence[Network],
+    variables: Variables,
+) -> Entrance:
+    """Return the interfaces that the variables name, and those that lead to a peer."""
+    names = tuple(dict.fromkeys(name for group in found.values() for name in group))
+    source = ", ".join(found)
+    try:
+        reach = Reach(peers)
+        leading = reach.leading
+        _refuse_elsewhere(found, environment, reach, variables)
     except OSError as error:
         return Entrance((), f"{source} names {_listed(names)}, and the routes cannot be told: {error}")
     more = tuple(name for name in leading if name not in names)
     if not _fit_a_policy((*names, *more)):
         return Entrance((), f"{source} and the routes name more than a firewall can be told")
     return Entrance((*names, *more), f"{source}; {_listed(more)} on the way to peers" if more else source)
+
+
+def _refuse_elsewhere(
+    found: Mapping[str, tuple[str, ...]], environment: Mapping[str, str], reach: Reach, variables: Variables
+) -> None:
+    """Refuse interfaces of libraries that are on a network where no peer is named. Raises PolicyError and OSError.
+
+    gloo connects through each of its interfaces, HCCL and NCCL through one of theirs.
+    """
+    for variable, names in found.items():
+        if variable == GLOO:
+            problems = [reach.elsewhere([name], reach.version(name)) for name in names]
+        else:
+            problems = [reach.elsewhere(names)]
+        for problem in filter(None, problems):
+            with variables.of(_LIBRARIES[variable]):
+                raise PolicyError(
+                    f"{variable}={environment[variable].strip()}: {problem}; {problem.mended(f'unset {variable}')}"
+                )
+
+
+def _readable(environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return what the variables name that can be read; of what --interface overrides nothing else is an error."""
+    found: dict[str, tuple[str, ...]] = {}
+    for variable in _LIBRARIES:
+        if not (variable == HCCL and ADDRESS in found):
+            with contextlib.suppress(PolicyError):
+                found |= _named({variable: environment.get(variable, "")}, Variables(environment))
+    return found
 
 
 def warnings(

@@ -1,21 +1,30 @@
-"""This host's routes, as the kernel tells them (rtnetlink(7)): which interfaces lead to a network."""
+"""This host's routes and the rules that choose among them, as the kernel tells them (rtnetlink(7)).
+
+Which interfaces lead to a network, by any table, or by those that a connection without an address of its own is looked
+up in: hosts with several networks often have a table for each of their addresses (`ip rule add from 10.81.0.1`).
+"""
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from securerun.linux import netlink
 from securerun.linux.netlink import Attributes, Channel
 from securerun.linux.networks import Network
 
 # include/uapi/linux/rtnetlink.h
-_NEW_ROUTE, _GET_ROUTE = 24, 26
+_NEW_ROUTE, _GET_ROUTE, _NEW_RULE, _GET_RULE = 24, 26, 32, 34
 # struct rtmsg: family, length of the destination, of the source, type of service, table, protocol, scope, type, flags
 _ROUTE = struct.Struct("=BBBBBBBBI")
-_UNICAST = 1
+_UNICAST, _LOCAL = 1, 2
+# include/uapi/linux/fib_rules.h: struct fib_rule_hdr: family, lengths of destination and source, type of service,
+# table, two reserved, action, flags. FRA_TABLE has route's number, FR_ACT_TO_TBL route's value for unicast.
+_RULE = struct.Struct("=BBBBBBBBI")
 _DESTINATION, _DEVICE, _MULTIPATH, _TABLE = 1, 4, 9, 15
 # struct rtnexthop: length, flags, weight, device; attributes follow
 _NEXT_HOP = struct.Struct("=HBBi")
@@ -23,6 +32,8 @@ _TABLE_NUMBER = struct.Struct("=I")
 _DEVICE_NUMBER = struct.Struct("=i")
 # A router with the whole Internet's routes is no training host, and its million would take seconds.
 _MOST_ROUTES = 50_000
+_FAMILIES = ((4, socket.AF_INET), (6, socket.AF_INET6))
+_BITS = {4: 32, 6: 128}
 
 
 class Routes:
@@ -33,25 +44,69 @@ class Routes:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[int, int], dict[int, dict[int, set[int]]]] = {}
-        for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
-            for table, length, number, devices in _dump(family):
+        self._own: dict[tuple[int, int], set[int]] = {}
+        for version, family in _FAMILIES:
+            for kind, table, length, number, devices in _dump(family):
+                if kind == _LOCAL:
+                    if length == _BITS[version]:
+                        self._own.setdefault((version, number), set()).update(devices)
+                    continue
                 lengths = self._tables.setdefault((version, table), {})
                 lengths.setdefault(length, defaultdict(set))[number] |= devices
 
-    def devices_to(self, networks: Iterable[Network]) -> frozenset[int]:
+    def is_own(self, network: Network) -> bool:
+        """Return whether this is an address of this host."""
+        return network.num_addresses == 1 and (network.version, int(network.network_address)) in self._own
+
+    def has_address(self, device: int, version: int) -> bool:
+        """Return whether an interface has an address of this IP version."""
+        return any(version == own and device in devices for (own, _), devices in self._own.items())
+
+    def devices_to(self, networks: Iterable[Network], *, without_source: bool = False) -> frozenset[int]:
         """Return the interfaces, by index, that lead to any host of these networks by any table.
 
         All that equally good routes and next hops name: packets go, and come, through each of them.
+        without_source: leave out the tables that are only for packets of a certain source; a connection that is about
+        to be opened has none yet. Raises OSError where the kernel does not tell its rules.
         """
         wanted = tuple(networks)
+        left_out = self._only_for_a_source if without_source else frozenset()
         found: set[int] = set()
-        for (version, _), lengths in self._tables.items():
+        for (version, table), lengths in self._tables.items():
+            if (version, table) in left_out:
+                continue
             descending = sorted(lengths, reverse=True)
             for network in wanted:
                 if network.version == version:
                     found |= _most_specific(network, lengths, descending)
                     found.update(*_within(network, lengths))
         return frozenset(found)
+
+    @cached_property
+    def _only_for_a_source(self) -> frozenset[tuple[int, int]]:
+        """The tables, by IP version and number, that rules name for packets of certain sources and for no others."""
+        for_a_source: set[tuple[int, int]] = set()
+        for_any: set[tuple[int, int]] = set()
+        for version, family in _FAMILIES:
+            for payload in _rules(family):
+                _, _, length_of_source, _, table, _, _, action, _ = netlink.unpacked(_RULE, payload)
+                if action != _UNICAST:
+                    continue
+                found = netlink.attributes(payload[_RULE.size :])
+                if _TABLE in found:
+                    (table,) = netlink.unpacked(_TABLE_NUMBER, found[_TABLE])
+                (for_a_source if length_of_source else for_any).add((version, table))
+        return frozenset(for_a_source - for_any)
+
+
+def _rules(family: int) -> list[bytes]:
+    try:
+        return list(_payloads(family, _GET_RULE, _NEW_RULE))
+    except OSError as error:
+        # A kernel without rules, or without IPv6 (net/core/fib_rules.c, net/core/rtnetlink.c).
+        if error.errno in {errno.EOPNOTSUPP, errno.EAFNOSUPPORT}:
+            return []
+        raise
 
 
 def _most_specific(network: Network, lengths: dict[int, dict[int, set[int]]], descending: list[int]) -> set[int]:
@@ -74,20 +129,20 @@ def _within(network: Network, lengths: dict[int, dict[int, set[int]]]) -> Iterat
             yield from (numbers[number] for number in numbers if number >> (length - network.prefixlen) == prefix)
 
 
-def _dump(family: int) -> Iterator[tuple[int, int, int, set[int]]]:
-    """Yield table, prefix length, prefix and devices of each route on which packets leave this host."""
+def _dump(family: int) -> Iterator[tuple[int, int, int, int, set[int]]]:
+    """Yield kind, table, prefix length, prefix and devices of each route out of this host, or to the host itself."""
     bits = 32 if family == socket.AF_INET else 128
-    for count, payload in enumerate(_payloads(family)):
+    for count, payload in enumerate(_payloads(family, _GET_ROUTE, _NEW_ROUTE)):
         if count >= _MOST_ROUTES:
             raise OSError(f"this host has more than {_MOST_ROUTES} routes")
         _, length, _, _, table, _, _, kind, _ = netlink.unpacked(_ROUTE, payload)
-        if kind != _UNICAST:
+        if kind not in {_UNICAST, _LOCAL}:
             continue
         found = netlink.attributes(payload[_ROUTE.size :])
         prefix = int.from_bytes(found.get(_DESTINATION, b""), "big") >> (bits - length)
         if _TABLE in found:  # the header's field holds 255 tables
             (table,) = netlink.unpacked(_TABLE_NUMBER, found[_TABLE])
-        yield table, length, prefix, set(_devices(found))
+        yield kind, table, length, prefix, set(_devices(found))
 
 
 def _devices(route: Attributes) -> Iterator[int]:
@@ -100,8 +155,8 @@ def _devices(route: Attributes) -> Iterator[int]:
         hops = hops[max(_NEXT_HOP.size, (length + 3) & ~3) :]
 
 
-def _payloads(family: int) -> Iterator[bytes]:
-    """Yield the routes of one family, each as the kernel's message holds it. Raises OSError."""
-    question = netlink.framed(_GET_ROUTE, _ROUTE.pack(family, *([0] * 8)), netlink.REQUEST | netlink.DUMP)
+def _payloads(family: int, ask: int, answer: int) -> Iterator[bytes]:
+    """Yield the routes or rules of one family, each as the kernel's message holds it. Raises OSError."""
+    question = netlink.framed(ask, _ROUTE.pack(family, *([0] * 8)), netlink.REQUEST | netlink.DUMP)
     with Channel(netlink.ROUTE) as channel:
-        yield from (payload for kind, payload in channel.dump(question) if kind == _NEW_ROUTE)
+        yield from (payload for kind, payload in channel.dump(question) if kind == answer)

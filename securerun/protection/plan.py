@@ -56,7 +56,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     if found.ports:
         planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, found.ports, variables)
     warnings = tuple(entrance.warnings(os.environ, found.networks, variables))
-    way_in = entrance.entrance(asked, os.environ, found.networks, variables)
+    way_in = entrance.entrance(asked, os.environ, found.listed or found.networks, variables)
     found = replace(found, warnings=(*found.warnings, *warnings, *variables.warnings))
     policy = Policy(
         run_id=secrets.token_hex(6),

@@ -130,7 +130,7 @@ def test_an_address_for_hccl_that_is_not_here_is_refused(address: str, words: st
 @needs_namespace
 def test_what_the_user_says_comes_first_and_the_variables_are_not_looked_at() -> None:
     environment = {"HCCL_SOCKET_IFNAME": "nowhere"}
-    assert entrance(environment, "10.77.0.2", interface="eth1") == "eth1 (--interface)"
+    assert entrance(environment, "10.78.0.2", interface="eth1") == "eth1 (--interface)"
     assert entrance(environment, "10.77.0.2", interface="any") == "any (--interface)"
     assert entrance(environment, interface="eth7").startswith("refused: --interface: there is no interface 'eth7'")
 
@@ -180,10 +180,10 @@ def test_more_interfaces_than_a_policy_holds_are_any() -> None:
 
 @needs_namespace
 def test_routes_that_cannot_be_told_are_no_reason_to_keep_a_peer_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_networks: object) -> tuple[str, ...]:
+    def refuse() -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("securerun.host.interfaces.leading_to", refuse)
+    monkeypatch.setattr("securerun.job.reach.Routes", refuse)
     found = entrances.entrance(Options(), {"HCCL_SOCKET_IFNAME": "lo"}, [ipaddress.ip_network("10.77.0.2")])
     assert found.names == ()
     assert "lo" in found.reason and "Operation not permitted" in found.reason
