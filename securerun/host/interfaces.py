@@ -76,7 +76,8 @@ def leading_to(networks: Iterable[Network]) -> tuple[str, ...]:
 def seen_as(name: str) -> tuple[str, tuple[str, ...]]:
     """Return the interface that a firewall and sockets see the packets of this one on, and those that lie on that.
 
-    The first is `name` itself, or the bridge, bond or team that it is a member of; the others are VLANs and their like.
+    The first is `name` itself, or the bridge, bond, team or VRF that it is a member of; the others are VLANs and their
+    like.
     Raises OSError where the kernel does not tell.
     """
     from securerun.linux.stacked import Stacked  # few launches ask

@@ -420,7 +420,7 @@ def _subnet(options: Options, job: Job, place: str, resolve: Resolver) -> tuple[
         raise PolicyError(
             f"{place}: subnet of which interface? This host has {', '.join(wanted)}; write --interface {wanted[0]} too"
         )
-    networks = interfaces.networks_of(wanted)
+    networks = interfaces.networks_of(wanted) or interfaces.networks_of(_seen_as(wanted))
     if not networks:
         raise PolicyError(
             f"{place}: {', '.join(wanted) or 'this host'} is on no network with other hosts, so subnet is nobody; "
@@ -429,6 +429,14 @@ def _subnet(options: Options, job: Job, place: str, resolve: Resolver) -> tuple[
     if any(network.prefixlen == 0 for network in networks):
         raise PolicyError(f"{place}: the network of {', '.join(wanted)} is every host; write `any` if you mean that")
     return networks
+
+
+def _seen_as(wanted: Iterable[str]) -> tuple[str, ...]:
+    """Return the bridges, bonds and teams that interfaces are members of: these have their addresses."""
+    try:
+        return tuple(interfaces.seen_as(name)[0] for name in wanted)
+    except OSError:
+        return ()
 
 
 def _interface_to(job: Job, resolve: Resolver) -> tuple[str, ...]:

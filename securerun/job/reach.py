@@ -83,6 +83,9 @@ class Reach:
         """
         if set(names) & set(self.leading):
             return None
+        # The routes of a VRF name its members.
+        if set(names) & {interfaces.seen_as(name)[0] for name in self.leading}:
+            return None
         return self._elsewhere(names)
 
     def elsewhere(self, names: Sequence[str], version: int | None = None) -> Elsewhere | None:

@@ -1,7 +1,8 @@
-"""Interfaces that lie on others, as the kernel tells them (rtnetlink(7)): bridges, bonds, teams and VLANs.
+"""Interfaces that lie on others, as the kernel tells them (rtnetlink(7)): bridges, bonds, teams, VRFs and VLANs.
 
 A packet that comes in by a bridge's port or a bond's member is the bridge's or the bond's by the time a firewall's
-input or a socket sees it (net/core/dev.c: __netif_receive_skb_core), and one with a tag is its VLAN's.
+input or a socket sees it (net/core/dev.c: __netif_receive_skb_core; of a VRF, l3mdev_l3_rcv), and one with a tag is its
+VLAN's.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ _LOWER, _MASTER, _INFORMATION, _OTHER_NAMESPACE, _KIND = 5, 10, 18, 37, 1
 _NUMBER = struct.Struct("=I")
 # What takes the packets of the one that it lies on: of veth and tunnels IFLA_LINK means something else.
 _ON_TOP = frozenset({"vlan", "macvlan", "ipvlan", "macsec", "ipoib"})
-# The routes of a VRF name its members, and so do those who name interfaces.
-_VRF = "vrf"
 # netdev_upper_dev_link (net/core/dev.c) forbids rings, and MAX_NEST_DEV is 8; a listing is not made at one moment.
 _DEEPEST = 9
 
@@ -33,17 +32,14 @@ class Stacked:
     """
 
     def __init__(self) -> None:
-        kinds: dict[int, str] = {}
-        masters: dict[int, int] = {}
+        self._masters: dict[int, int] = {}
         self._on_top: dict[int, set[int]] = {}
         for index, found in _dump():
-            kinds[index] = kind = _kind(found)
             if _MASTER in found:
-                (masters[index],) = netlink.unpacked(_NUMBER, found[_MASTER])
-            if kind in _ON_TOP and _LOWER in found and _OTHER_NAMESPACE not in found:
+                (self._masters[index],) = netlink.unpacked(_NUMBER, found[_MASTER])
+            if _kind(found) in _ON_TOP and _LOWER in found and _OTHER_NAMESPACE not in found:
                 (lower,) = netlink.unpacked(_NUMBER, found[_LOWER])
                 self._on_top.setdefault(lower, set()).add(index)
-        self._masters = {index: master for index, master in masters.items() if kinds.get(master, _VRF) != _VRF}
 
     def seen_as(self, index: int) -> int:
         """Return the interface that the packets of this one are seen on: itself, if it is a member of no other."""
