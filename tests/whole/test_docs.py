@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import second_network
 import yaml
 from checkout import CHECKOUT, COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
@@ -158,9 +159,10 @@ def stage(root_and_tools: None) -> Iterator[Stage]:
     """The hosts of the pages, with a job under way on node0: there is something to look at."""
     before = machine_snapshot()
     with Network("node0", "node1", "stranger") as network, PrivateMachine() as machine:
+        second_network.connect(network)
         nodes = tuple(network)
         machine.add_user("alice", groups=["securerun", "hpc"])
-        names = "".join(f"{node.ipv4} {node.name}\n" for node in nodes)
+        names = "".join(f"{node.ipv4} {node.name}\n{second_network.address(node)} {node.name}-ib\n" for node in nodes)
         machine.write("/etc/hosts", machine.place("/etc/hosts").read_text() + names)
         for name, text in FILES.items():
             machine.write(f"{DIRECTORY}/{name}", text)
