@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from securerun.errors import PrivilegeError, SecurerunError, UsageError
+from securerun.linux import capabilities
 
 app = typer.Typer(
     name="securerunctl",
@@ -243,7 +244,7 @@ def main() -> None:
     except SecurerunError as error:
         _give_up(str(error), error.status)
     except PermissionError as error:
-        _give_up(f"{error}; run as root", PrivilegeError.status)
+        _give_up(f"{error}; {capabilities.run_as_root()}", PrivilegeError.status)
     except OSError as error:
         _give_up(str(error), SecurerunError.status)
 

@@ -16,6 +16,7 @@ from securerun.preflight import abilities, checks
 from securerun.preflight.abilities import Ability
 from securerun.preflight.reading import Reading
 from securerun.preflight.scene import Scene
+from securerun.protection.ways import BY_SUDO
 from securerun.text import printable
 
 _STATES = {True: "yes", False: "no", None: "?"}
@@ -62,9 +63,8 @@ def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
     guards = [ability for ability in found if ability.way]
     if not any(ability.works for ability in guards):
         reasons = "; ".join(f"{ability.way}: {ability.what}" for ability in guards)
-        yield Finding(
-            "guard", f"no guard can be had ({reasons})", "jobs are refused with 77", "securerunctl setup sudoers"
-        )
+        fix = next(ability.fix for ability in guards if ability.way == BY_SUDO)
+        yield Finding("guard", f"no guard can be had ({reasons})", "jobs are refused with 77", fix)
 
 
 def _ports() -> Iterator[PortRange]:

@@ -16,7 +16,7 @@ from securerun.guard.protocol import mark_of
 from securerun.guard.records import Record
 from securerun.host import interfaces
 from securerun.job.job import Job
-from securerun.linux import cgroups, packages, port_ranges, proc, sock_diag
+from securerun.linux import capabilities, cgroups, packages, port_ranges, proc, sock_diag
 from securerun.linux.networks import Network, shown
 from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import Listener, SocketsUnavailable
@@ -80,7 +80,8 @@ def _listeners(record: Record) -> Iterator[Found]:
         # nobody who can be looked into, it holds.
         made = _made_in_cgroup(record, listeners)
         if made is None:
-            raise PrivilegeError(f"the launcher of run {record.run_id} may not be looked into; run as root")
+            advice = capabilities.run_as_root()
+            raise PrivilegeError(f"the launcher of run {record.run_id} may not be looked into; {advice}")
         by_launcher = made - held
     for listener in sorted(listeners, key=lambda one: (one.port, str(one.address))):
         if listener.inode in held | by_launcher:

@@ -21,6 +21,7 @@ from securerun.guard import records
 from securerun.guard.documents import denial_document, layer_document, policy_document
 from securerun.guard.records import Record
 from securerun.host.account import name_of
+from securerun.linux import capabilities
 from securerun.text import printable
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def open_records() -> int | None:
 
 
 def _not_readable() -> str:
-    return f"the records in {records.DIRECTORY} may not be read; run as root"
+    return f"the records in {records.DIRECTORY} may not be read; {capabilities.run_as_root()}"
 
 
 def _no_directory(error: OSError) -> str:

@@ -55,8 +55,8 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
         _add_chains(lease)
         if lease.shield is None and lease.chains is None:
             raise PrivilegeError(
-                f"the job cannot be guarded: {'; '.join(lease.notes)}. Run as root, or with CAP_BPF, CAP_NET_ADMIN and "
-                "a writable cgroup file system; --unprotected starts it open to everyone"
+                f"the job cannot be guarded: {'; '.join(lease.notes)}. It takes the host's own root, or CAP_BPF, "
+                "CAP_NET_ADMIN and a writable cgroup file system; --unprotected starts it open to everyone"
             )
         if lease.shield is None:
             _require_sight_of_listeners()

@@ -18,7 +18,7 @@ from securerun.errors import PrivilegeError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard import records
 from securerun.guard.records import DIRECTORY, Record
-from securerun.linux import file_lock
+from securerun.linux import capabilities, file_lock
 
 # Of a record, or of a ledger of securerun.guard.reserved.
 _PARTIAL_NAME = re.compile(rf"\.({RUN_ID.pattern}\.json|reserved-[0-9]+\.ledger)\.partial")
@@ -180,7 +180,8 @@ def _open_directory() -> int | None:
         directory = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise PrivilegeError(
-            f"cannot use {DIRECTORY}: {error.strerror}; run as root, with /run writable, or use --unprotected"
+            f"cannot use {DIRECTORY}: {error.strerror}; {capabilities.run_as_root()}, with /run writable, or use "
+            "--unprotected"
         ) from error
     status = os.fstat(directory)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:

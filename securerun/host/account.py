@@ -71,7 +71,8 @@ def become(account: Account) -> None:
         capabilities.keep_only(())
     except OSError as error:
         raise PrivilegeError(
-            f"--run-as {account.name}: this process may not become another user ({error.strerror}); start it as root"
+            f"--run-as {account.name}: this process may not become another user ({error.strerror}); "
+            f"{capabilities.run_as_root()}"
         ) from error
     # By itself it is so only from here on, and not where fs.suid_dumpable says otherwise.
     seclusion.begin()

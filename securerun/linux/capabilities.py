@@ -52,6 +52,15 @@ def suffice_for_guarding(held: Collection[int]) -> bool:
     return NET_ADMIN in held and (BPF in held or SYS_ADMIN in held)
 
 
+def run_as_root() -> str:
+    """Return what to do, in words, for who lacks root's rights: who has user id 0 may be told so as well."""
+    if os.geteuid() != 0:
+        return "run as root"
+    if proc.is_in_first_user_namespace():
+        return "this root has not the capability for it; run as the host's own root"
+    return "root of this user namespace is not root of the host; start it outside"
+
+
 def keep_only(capabilities: Collection[int]) -> None:
     """Give up every other capability for good, for this process and whatever it starts.
 

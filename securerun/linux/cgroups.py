@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from securerun.errors import Obstacle, Unavailable
-from securerun.linux import libc, proc
+from securerun.linux import capabilities, libc, proc
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CLONE_NEWNS = 0x00020000
@@ -28,8 +28,8 @@ _REASONS = {
         "the cgroup file system is mounted read-only (a container without --privileged?)",
         Obstacle.READ_ONLY_CGROUPS,
     ),
-    errno.EACCES: ("permission denied; run as root", Obstacle.NOT_PERMITTED),
-    errno.EPERM: ("not permitted; run as root", Obstacle.NOT_PERMITTED),
+    errno.EACCES: ("permission denied", Obstacle.NOT_PERMITTED),
+    errno.EPERM: ("not permitted", Obstacle.NOT_PERMITTED),
     errno.EAGAIN: (
         "a limit on cgroups is reached (cgroup.max.descendants or cgroup.max.depth of a parent)",
         Obstacle.FULL,
@@ -207,7 +207,8 @@ def may_leave_shared() -> bool:
 def refused(what: str, error: OSError) -> CgroupUnavailable:
     """Return what to raise for something that the kernel refused, with its reason."""
     reason, obstacle = _REASONS.get(error.errno or 0, (error.strerror or str(error), Obstacle.OTHER))
-    return CgroupUnavailable(f"{what}: {reason}", obstacle)
+    advice = f"; {capabilities.run_as_root()}" if obstacle is Obstacle.NOT_PERMITTED else ""
+    return CgroupUnavailable(f"{what}: {reason}{advice}", obstacle)
 
 
 def _hierarchies() -> Iterator[Hierarchy]:

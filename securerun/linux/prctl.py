@@ -9,7 +9,7 @@ _SET_PDEATHSIG = 1
 _GET_DUMPABLE, _SET_DUMPABLE = 3, 4
 _SET_NAME = 15
 _CAPBSET_DROP = 24
-_SET_NO_NEW_PRIVS = 38
+_SET_NO_NEW_PRIVS, _GET_NO_NEW_PRIVS = 38, 39
 _CAP_AMBIENT = 47
 _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 2, 4
 
@@ -37,6 +37,11 @@ def set_name(name: str) -> None:
 def forbid_new_privileges() -> None:
     """From now on no program started from here gains by set-id bits or file capabilities (no_new_privs)."""
     libc.check(libc.library.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def may_gain_privileges() -> bool:
+    """Return whether set-id bits and file capabilities count for what is started from here: no_new_privs is not set."""
+    return bool(libc.library.prctl(_GET_NO_NEW_PRIVS, 0, 0, 0, 0) != 1)
 
 
 def drop_from_bounding_set(capability: int) -> None:

@@ -38,8 +38,11 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What the kernel puts behind the name of a program whose file was removed (fs/d_path.c).
 _DELETED = " (deleted)"
 # ioctl_ns(2).
+_NS_GET_USERNS = 0xB701
 _NS_GET_PARENT = 0xB702
 _NS_GET_OWNER_UID = 0xB704
+# include/linux/proc_ns.h, PROC_USER_INIT_INO
+_FIRST_USER_NAMESPACE = 0xEFFFFFFD
 
 
 # Plain classes: making dataclasses of them would take a guard half a millisecond at its start.
@@ -277,6 +280,37 @@ def may_be_looked_into(pid: int) -> bool:
 def namespace(kind: str, pid: Pid = SELF) -> int:
     """Return a process' namespace of a kind (`net`, `pid`), by default this one's: its inode (namespaces(7))."""
     return Path(f"/proc/{pid}/ns/{kind}").stat().st_ino
+
+
+def is_in_first_user_namespace() -> bool:
+    """Return whether user ids and capabilities of this process are those of the host itself."""
+    return namespace("user") == _FIRST_USER_NAMESPACE
+
+
+def governs_network() -> bool:
+    """Return whether capabilities of this process count in its network namespace: not where that is of an outer one.
+
+    Before kernel 4.9 nobody is told, and it is taken for granted.
+    """
+    network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.close(fcntl.ioctl(network, _NS_GET_USERNS))
+    except PermissionError:  # its owner is none of this user namespace and those within (ns_get_owner, kernel/ns)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(network)
+    return True
+
+
+def outer_user(user: int) -> int | None:
+    """Return the number that a user of this user namespace has in the one around it; None where there is none."""
+    for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines():
+        first, outside, number = map(int, line.split())
+        if first <= user < first + number:
+            return outside + user - first
+    return None
 
 
 def owners_of_user_namespaces(pid: int) -> frozenset[int]:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from securerun.errors import Unavailable
-from securerun.linux import netlink
+from securerun.linux import capabilities, netlink
 from securerun.linux.netlink import Channel
 from securerun.linux.networks import Address
 
@@ -251,7 +251,7 @@ def _why(error: OSError) -> str:
     reasons = {
         errno.EPROTONOSUPPORT: missing,
         errno.ENOENT: missing,
-        errno.EPERM: "not permitted to ask for listening sockets; run as root",
+        errno.EPERM: f"not permitted to ask for listening sockets; {capabilities.run_as_root()}",
         errno.EACCES: "not permitted to ask for listening sockets (SELinux?)",
     }
     return reasons.get(error.errno or 0, f"listening sockets cannot be listed: {error.strerror or error}")

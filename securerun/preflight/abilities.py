@@ -24,7 +24,7 @@ from securerun.firewall.shield import Shield
 from securerun.guard import cgroup
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import Ready, Refused
-from securerun.linux import capabilities, cgroups, packages, port_ranges, signals
+from securerun.linux import capabilities, cgroups, packages, port_ranges, proc, signals
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.protection import ways
 from securerun.protection.ways import Way
@@ -90,6 +90,9 @@ def _kernel() -> Ability:
 
 def _capabilities() -> Ability:
     held = capabilities.effective()
+    if not proc.governs_network():
+        what = f"{ways.OF_NAMESPACE}: its capabilities do not count for the network here"
+        return Ability("capabilities", False, what, ways.OUTSIDE)
     if not capabilities.suffice_for_guarding(held):
         what = "this process has no CAP_NET_ADMIN and CAP_BPF, so it cannot start a guard by itself"
         return Ability("capabilities", False, what, "sudo securerunctl doctor")
@@ -116,8 +119,12 @@ def _shield() -> Ability:
         with signals.held_back():  # what is made goes again
             name = _try_shield(policy)
     except (CgroupUnavailable, ShieldUnavailable) as error:
+        if not proc.governs_network():
+            return Ability(SHIELD, None, "only a guard from outside of this user namespace can hang one")
         if os.geteuid() != 0:
             return Ability(SHIELD, None, "only root can try it", "sudo securerunctl doctor")
+        if not proc.is_in_first_user_namespace():
+            return Ability(SHIELD, False, "the kernel takes none from a user namespace", ways.OUTSIDE)
         return Ability(SHIELD, False, str(error), _FIXES_OF_SHIELD.get(error.obstacle, _FIX_OF_SHIELD))
     return Ability(SHIELD, True, f"the {name} filter was hung on a cgroup here, proven, and taken off")
 
@@ -170,7 +177,7 @@ def _found_backend(backend: str) -> str:
 
 
 def _reserved_ports() -> Ability:
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 or not proc.governs_network():
         return Ability("reserved-ports", None, f"only root can tell whether {port_ranges.NAME} can be written")
     if os.access(port_ranges.LIST, os.W_OK):
         return Ability("reserved-ports", True, f"{port_ranges.NAME} can be written")
@@ -189,12 +196,18 @@ def _guards() -> Iterator[Ability]:
         about = partial(Ability, f"guard {way.name}", way=way.name)
         obstacle = way.obstacle or ("" if answered else _refusal(way))
         if obstacle:
-            yield about(works=False, what=obstacle, fix=_WAYS[way.name])
+            yield about(works=False, what=obstacle, fix=_fix_of(way))
         elif answered:
             yield about(works=None, what=f"not tried: a guard answers {answered}")
         else:
             answered = way.name
             yield about(works=True, what="a guard answers")
+
+
+def _fix_of(way: Way) -> str:
+    if not proc.governs_network():
+        return "securerunctl setup systemd" if way.name == ways.BY_SYSTEMD else ways.OUTSIDE
+    return _WAYS[ways.BY_SYSTEMD if way.name == ways.BY_SUDO and ways.barred_to_sudo() else way.name]
 
 
 def _refusal(way: Way) -> str:

@@ -32,7 +32,7 @@ from securerun.guard.protocol import (
 )
 from securerun.linux import proc, seclusion, signals
 from securerun.linux.networks import Network
-from securerun.protection.ways import DIRECTLY, Connection, Way, ways
+from securerun.protection.ways import DIRECTLY, Connection, Way, advice, ways
 
 _READY_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0
@@ -329,13 +329,13 @@ def _no_way(obstacles: list[str]) -> str:
     """Several lines, since there are several ways, and each takes another person."""
     from securerun.host.account import name_of
 
-    user = name_of(os.getuid())
+    nothing = f"no guard is available to user {name_of(os.getuid())}"
+    if not proc.governs_network():
+        nothing = "no guard is available in this user namespace"
     return "\n".join(
         [
-            f"no guard is available to user {user}, so nothing was started. One of these gives one:",
-            "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
-            "  an administrator permits the guard by sudo: securerunctl setup sudoers",
-            "  an administrator has systemd start it: securerunctl setup systemd",
+            f"{nothing}, so nothing was started. One of these gives one:",
+            *advice(),
             f"Tried: {'; '.join(obstacles)}",
         ]
     )

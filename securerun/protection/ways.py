@@ -17,7 +17,7 @@ from typing import Callable
 from securerun.guard import program
 from securerun.guard.documents import MAXIMUM_BYTES
 from securerun.guard.protocol import Message, decode, encode
-from securerun.linux import capabilities, local_sockets
+from securerun.linux import capabilities, local_sockets, prctl, proc
 
 DIRECTLY, BY_SUDO, BY_SYSTEMD = "directly", "by sudo", "by systemd"
 SOCKET = Path("/run/securerun.sock")
@@ -25,6 +25,13 @@ _PROGRAM = "securerun-guard"
 _SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")))
 # sudo's messages are looked at, so they are to be in one language; nothing else is for it.
 _SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": "C"}
+_ROOT = 0
+# Whoever has no number in a user namespace (user_namespaces(7)): in a container mostly the host's root.
+_UNMAPPED = 65534
+_OTHERS_WRITE = 0o022
+# What is so in a user namespace, and the way that works there: what descends from a launcher outside is guarded.
+OF_NAMESPACE = "in this user namespace root is not root of the host"
+OUTSIDE = "securerunctl exec -- unshare -Ur torchrun …"
 _LAST_WORDS_SECONDS = 1.0
 _LAST_STANDARD = 2
 
@@ -139,8 +146,47 @@ def _is_of_root(path: Path) -> bool:
         return False
 
 
+def advice() -> list[str]:
+    """Return what gives a guard, where there is none: each takes another person."""
+    if not proc.governs_network():
+        return [
+            f"  start the job from outside of this user namespace: {OUTSIDE} (or apptainer, or enroot)",
+            f"  or bring the host's guard in: mount {SOCKET} here (securerunctl setup systemd, on the host)",
+        ]
+    return [
+        "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
+        *([] if barred_to_sudo() else ["  an administrator permits the guard by sudo: securerunctl setup sudoers"]),
+        "  an administrator has systemd start it: securerunctl setup systemd",
+    ]
+
+
+def barred_to_sudo() -> str:
+    """Return why the sudo that is here can give no privilege, whatever it permits; "" where nothing bars it."""
+    if not proc.governs_network() or (sudo_program() is None and not proc.is_in_first_user_namespace()):
+        return "sudo gives no privilege over the host in a user namespace"
+    if not prctl.may_gain_privileges():
+        return (
+            "sudo cannot give privilege here, since no_new_privs is set (Kubernetes: allowPrivilegeEscalation; docker: "
+            "no-new-privileges; systemd: NoNewPrivileges)"
+        )
+    sudo = sudo_program()
+    if sudo is not None and _is_nosuid(sudo):
+        return f"sudo cannot give privilege here, since {sudo.parent} is mounted nosuid"
+    return ""
+
+
+def _is_nosuid(path: Path) -> bool:
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_NOSUID)
+    except OSError:
+        return False
+
+
 def _obstacle_to_direct() -> str:
-    if os.geteuid() == 0:
+    # Where the network is an outer namespace's, capabilities of this one, root's too, count for nothing.
+    if not proc.governs_network():
+        return OF_NAMESPACE
+    if os.geteuid() == _ROOT:
         return ""
     if capabilities.suffice_for_guarding(capabilities.effective()):
         return ""
@@ -148,6 +194,9 @@ def _obstacle_to_direct() -> str:
 
 
 def _obstacle_to_sudo() -> str:
+    barred = barred_to_sudo()
+    if barred:
+        return barred
     if sudo_program() is None:
         return "sudo is not installed"
     if guard_program() is None:
@@ -206,7 +255,23 @@ def _open_socket() -> Connection:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
         end.connect(str(SOCKET))
         _, user = local_sockets.peer_of(end)
-        if user != 0:
+        if user != _ROOT and not (user == _UNMAPPED and _only_root_put_it_there()):
             raise PermissionError(f"{SOCKET} is served by user {user}, not by root")
         descriptor = _beside_standard(end.detach())
     return Connection(descriptor, descriptor, None, None)
+
+
+def _only_root_put_it_there() -> bool:
+    """Return whether the socket is one that only root, or who made this user namespace, can have put there.
+
+    The host's root has no number in most user namespaces, and so cannot be told from others without one. But of those
+    nobody could have made the socket in a directory that is not theirs to write to.
+    """
+    if proc.is_in_first_user_namespace():
+        return False
+    try:
+        place, served = SOCKET.parent.stat(), SOCKET.lstat()
+    except OSError:
+        return False
+    nobody_elses = {_ROOT, _UNMAPPED, os.geteuid()}
+    return {place.st_uid, served.st_uid} <= nobody_elses and not place.st_mode & _OTHERS_WRITE

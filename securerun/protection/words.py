@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from securerun.firewall.policy import Denial, Policy
 from securerun.linux.networks import Network, shown
 from securerun.protection import denials
-from securerun.protection.ways import DIRECTLY
+from securerun.protection.ways import DIRECTLY, OF_NAMESPACE, OUTSIDE
 from securerun.text import printable, some
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
@@ -136,7 +136,8 @@ def origin(obstacles: Mapping[str, str], *, may_leave: bool) -> str:
     """Where the guard of a launch comes from. obstacles: why each way cannot be tried, "" if it can."""
     way = next((way for way, obstacle in obstacles.items() if not obstacle), None)
     if way is None:
-        return f"none is available: {'; '.join(obstacles.values())}"
+        outside = f"; start it outside: {OUTSIDE}" if obstacles.get(DIRECTLY) == OF_NAMESPACE else ""
+        return f"none is available: {'; '.join(obstacles.values())}{outside}"
     if way != DIRECTLY:
         return f"started {way}, if that permits it to you"
     return "started directly" + (

@@ -63,7 +63,12 @@ FILES = {
     "../training/worker.log": "loss 0.1\n",
 }
 # What docs/troubleshooting.md has its reader look for.
-QUOTED = ("nothing says which hosts they are", "no guard is available to user ", "no shield (")
+QUOTED = (
+    "nothing says which hosts they are",
+    "no guard is available to user ",
+    "no guard is available in this user namespace",
+    "no shield (",
+)
 # A variable that a block sets is one that securerun takes.
 AND_TAKE_IT = '\nSECURERUN_PEERS="${SECURERUN_PEERS:-node0}" securerunctl exec --dry-run -- true > /dev/null'
 STARTS_A_JOB = re.compile(r"securerun |securerunctl exec |python -m securerun|docker run ")
