@@ -52,9 +52,9 @@ class JobCgroup:
     """A cgroup made for one job, below the cgroup that the launcher was in.
 
     descriptor: the cgroup's directory. path: the cgroup, as `cgroups.cgroup_of` tells it. ancestors: descriptors of
-    the directories above, the nearest last, which are this object's to close.
+    the directories above, the nearest last, which are this object's to close once there is one.
 
-    Raises OSError, with these closed, when there is no such cgroup.
+    Raises OSError when there is no such cgroup.
     """
 
     def __init__(self, ancestors: tuple[int, ...], path: PurePosixPath) -> None:
@@ -62,8 +62,6 @@ class JobCgroup:
         self._name = path.name
         self.path = str(path)
         with ExitStack() as undo:
-            for ancestor in ancestors:
-                undo.callback(os.close, ancestor)
             self.descriptor = os.open(self._name, cgroups.DIRECTORY_FLAGS, dir_fd=self._parent)
             undo.callback(os.close, self.descriptor)
             self._events = os.open("cgroup.events", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
@@ -233,9 +231,11 @@ def make_job_cgroup(path: str) -> JobCgroup:
     if place is None:
         raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
     try:
-        ancestors = place.open(with_last=False)
-        os.mkdir(name, 0o755, dir_fd=ancestors[-1])
-        cgroup = JobCgroup(ancestors, PurePosixPath(path))
+        with _ancestors(place) as (ancestors, undo):
+            os.mkdir(name, 0o755, dir_fd=ancestors[-1])
+            undo.callback(_remove_empty, name, ancestors[-1])
+            cgroup = JobCgroup(ancestors, PurePosixPath(path))
+            undo.pop_all()
     except OSError as error:
         raise refused(f"no cgroup can be made below {parent}", error) from error
     if not cgroups.is_of_this_user(cgroup.descriptor):
@@ -249,12 +249,29 @@ def open_job_cgroup(path: str) -> JobCgroup | None:
     place = next(cgroups.places_of(path), None)
     if place is None:
         return None
-    with contextlib.suppress(OSError):
-        cgroup = JobCgroup(place.open(with_last=False), PurePosixPath(path))
+    with contextlib.suppress(OSError), _ancestors(place) as (ancestors, undo):
+        cgroup = JobCgroup(ancestors, PurePosixPath(path))
+        undo.pop_all()
         if cgroups.is_of_this_user(cgroup.descriptor):
             return cgroup
         cgroup.close()
     return None
+
+
+@contextlib.contextmanager
+def _ancestors(place: cgroups.Place) -> Iterator[tuple[tuple[int, ...], ExitStack]]:
+    """Open the directories above a cgroup, closed with what is yielded beside them. Raises OSError."""
+    with ExitStack() as undo:
+        ancestors = place.open(with_last=False)
+        for ancestor in ancestors:
+            undo.callback(os.close, ancestor)
+        yield ancestors, undo
+
+
+def _remove_empty(name: str, parent: int) -> None:
+    """Remove a cgroup that was made a moment ago; its user may have replaced or removed it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=parent)
 
 
 def leave_shared_cgroups(attendants: Sequence[Process] = ()) -> None:

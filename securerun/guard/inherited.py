@@ -47,6 +47,8 @@ _FATAL = {
     resource.RLIMIT_DATA: "-d",
 }
 _OPEN_FILES = 4096
+# With fewer a guard cannot run iptables any more when it has to clean up.
+_FEWEST_OPEN_FILES = 256
 _STACK_BYTES = 8 * 1024 * 1024
 _CORE_FILTER = 0x33  # the kernel's own (core(5))
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
@@ -78,10 +80,17 @@ def require_unlimited() -> None:
     for limit, option in _FATAL.items():
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY:
-            raise PrivilegeError(
-                f"a hard limit of {soft} (ulimit {option}) lies on the guard too, and it may not lift it here; start "
-                "the job without that limit, or give the container CAP_SYS_RESOURCE"
-            )
+            raise _limited(soft, option)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < _FEWEST_OPEN_FILES:
+        raise _limited(files, "-n")
+
+
+def _limited(limit: int, option: str) -> PrivilegeError:
+    return PrivilegeError(
+        f"a hard limit of {limit} (ulimit {option}) lies on the guard too, and it may not lift it here; start the job "
+        "without that limit, or give the container CAP_SYS_RESOURCE"
+    )
 
 
 def _discard_descriptors() -> None:

@@ -8,6 +8,7 @@ and Landlock, with which there is no set-id program, and PR_SET_MDWE, under whic
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -15,12 +16,12 @@ import struct
 from securerun.linux import libc, proc
 
 # arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h: sched_setattr, ioprio_set,
-# set_mempolicy, keyctl
+# set_mempolicy
 _CALL_NUMBERS = {
-    "x86_64": (314, 251, 238, 250),
-    "aarch64": (274, 30, 237, 219),
-    "riscv64": (274, 30, 237, 219),
-    "loongarch64": (274, 30, 237, 219),
+    "x86_64": (314, 251, 238),
+    "aarch64": (274, 30, 237),
+    "riscv64": (274, 30, 237),
+    "loongarch64": (274, 30, 237),
 }
 # include/uapi/linux/prctl.h
 _SET_PDEATHSIG = 1
@@ -70,6 +71,7 @@ def reset() -> None:
     for option, argument, further in _OF_PRCTL:
         _control(option, argument, further)
     _reset_scheduling()
+    _leave_keyrings()
     # To leave a real-time policy restores the slack of whoever forked us (__setscheduler_params, 6.9).
     _control(_SET_TIMERSLACK, 1, 0)
     libc.library.personality(ctypes.c_ulong(0))
@@ -86,13 +88,17 @@ def _reset_scheduling() -> None:
     numbers = _CALL_NUMBERS.get(os.uname().machine)
     if numbers is None:
         return
-    set_scheduling, set_io_priority, set_memory_policy, keyctl = numbers
+    set_scheduling, set_io_priority, set_memory_policy = numbers
     if _call(set_scheduling, 0, _ATTRIBUTES, 0) != 0:
         _call(set_scheduling, 0, _ATTRIBUTES_OF_OLD, 0)
     _call(set_io_priority, _IOPRIO_WHO_PROCESS, 0, 0)
     _call(set_memory_policy, 0, None, 0)
-    _call(keyctl, _KEYCTL_JOIN_SESSION_KEYRING, None)
-    _call(keyctl, _KEYCTL_SET_REQKEY_KEYRING, 0)
+
+
+def _leave_keyrings() -> None:
+    for operation in (_KEYCTL_JOIN_SESSION_KEYRING, _KEYCTL_SET_REQKEY_KEYRING):
+        with contextlib.suppress(OSError):
+            libc.keyctl(operation, 0)
 
 
 def _leave_core_group() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -80,6 +81,28 @@ def test_one_that_does_not_exist_is_not_opened(job: JobCgroup) -> None:
     assert proc.own_descriptors() == before
     # The guard would look in a mount of its own, and so change what this process sees: a child does it.
     assert in_child(lambda: open_job_cgroup("no/absolute/path")) is None
+
+
+def test_one_that_cannot_be_made_leaves_nothing_open(job: JobCgroup) -> None:
+    """There is one of that name, or no more are permitted, or too many files are open: a guard goes on without."""
+    before = proc.own_descriptors()
+    with pytest.raises(CgroupUnavailable, match="no cgroup can be made"):
+        make_job_cgroup(job.path)
+    assert proc.own_descriptors() == before
+
+
+def test_one_that_cannot_be_opened_is_removed_again(monkeypatch: pytest.MonkeyPatch, root_and_tools: None) -> None:
+    before, path = proc.own_descriptors(), path_of_job_cgroup(os.getpid(), secrets.token_hex(6))
+    monkeypatch.setattr(JobCgroup, "_become_valid", _fail)
+    with pytest.raises(CgroupUnavailable, match="no cgroup can be made"):
+        make_job_cgroup(path)
+    monkeypatch.undo()
+    assert open_job_cgroup(path) is None
+    assert proc.own_descriptors() == before
+
+
+def _fail(_: JobCgroup) -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 def test_another_users_is_neither_taken_nor_opened(job: JobCgroup) -> None:

@@ -524,6 +524,7 @@ def test_roots_own_environment_has_no_say_in_what_the_guard_runs(ground: Ground,
         "ulimit -f 0",
         "ulimit -S -v 300000",
         "ulimit -S -n 20",
+        "ulimit -n 20",
         "ulimit -S -s 1000",
         "ulimit -c unlimited",
         "umask 0",
@@ -553,7 +554,8 @@ def test_limits_and_signals_of_the_caller_do_not_bind_the_guard(ground: Ground, 
     assert os.sched_getaffinity(guard) == os.sched_getaffinity(0)
     assert Path(f"/proc/{guard}/cwd").readlink() == Path("/")
     talk.say(order(peers=[ground.peer.ipv4]))
-    assert "guarding" in talk.hear_verdict()
+    verdict = talk.hear_verdict()
+    assert [layer["backend"] for layer in verdict["guarding"]["layers"]][1:] == ["iptables"], verdict
     talk.release()
 
 
