@@ -6,6 +6,7 @@ would make root of whoever changes it, so for such a one there is nothing to pri
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from securerun.protection.ways import SOCKET
 
 DEFAULT_GROUP = "securerun"
 _PROGRAM = "securerun-guard"
+_LIBRARY = Path(os.__file__).parent
 _ADMINISTRATORS_PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
 # useradd(8)'s own rule, without its closing dollar sign.
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -111,8 +113,9 @@ def trusted_program() -> Path:
     """Return this installation's securerun-guard. Raises PrivilegeError when others than root could change it."""
     program = Path(sys.executable).parent / _PROGRAM
     try:
-        for part in (program, Path(sys.executable), PACKAGE, *PACKAGE.rglob("*.py")):
-            weakness = trust.weak_point(part)
+        ways = map(trust.weak_point, (program, Path(sys.executable), PACKAGE, _LIBRARY))
+        below = map(trust.weak_point_below, (PACKAGE, _LIBRARY / "__pycache__"))
+        for weakness in (*ways, *below):
             if weakness is not None:
                 raise PrivilegeError(
                     f"{program} would run as root, but {weakness}; install securerun as root where only root writes, "

@@ -39,6 +39,8 @@ def require_own(source: str) -> None:
             )
     for place in _of_the_installation():
         weakness = _weakness(place, owners, _ANYBODY_WRITES)
+        if weakness is None and place == _PACKAGE:
+            weakness = trust.weak_point_below(place, owners, _ANYBODY_WRITES)
         if weakness is not None:
             raise PrivilegeError(
                 f"{source}: root would run what is installed in {place}, and {weakness}; install Python and securerun "

@@ -33,16 +33,33 @@ def weak_point(path: Path, owners: Collection[int] = (0,), writable: int = OTHER
     owners: user ids. writable: the bits of a mode that nothing on the way may have. Looks at every directory above it,
     and at those above each link on the way. Raises OSError where there is none.
     """
-    for place in way_to(path):
-        status = os.lstat(place)
-        if status.st_uid not in owners:
-            return WeakPoint(place, status.st_uid, None)
-        if stat.S_ISLNK(status.st_mode) or not status.st_mode & writable:
-            continue
-        # In a sticky directory only the owner of a file can put another in its place.
-        if not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
-            return WeakPoint(place, status.st_uid, stat.S_IMODE(status.st_mode))
+    return next(filter(None, (_weakness(place, owners, writable) for place in way_to(path))), None)
+
+
+def weak_point_below(directory: Path, owners: Collection[int] = (0,), writable: int = OTHERS_WRITE) -> WeakPoint | None:
+    """Return why something in a directory cannot be believed, as `weak_point` does of the directory itself.
+
+    What Python compiled before is there too: it is run in place of the source that it names (PEP 552). Raises OSError.
+    """
+    for place, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            path = Path(place, name)
+            weakness = weak_point(path, owners, writable) if path.is_symlink() else _weakness(path, owners, writable)
+            if weakness is not None:
+                return weakness
     return None
+
+
+def _weakness(place: Path, owners: Collection[int], writable: int) -> WeakPoint | None:
+    status = os.lstat(place)
+    if status.st_uid not in owners:
+        return WeakPoint(place, status.st_uid, None)
+    if stat.S_ISLNK(status.st_mode) or not status.st_mode & writable:
+        return None
+    # In a sticky directory only the owner of a file can put another in its place.
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
+        return None
+    return WeakPoint(place, status.st_uid, stat.S_IMODE(status.st_mode))
 
 
 def way_to(path: Path) -> Iterator[Path]:

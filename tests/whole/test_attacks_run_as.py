@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Callable
 
 import jobs
@@ -22,6 +23,8 @@ from hosts import eventually, finish, is_alive
 from probe import reach
 from process_table import fields_of, users_of
 from terminals import Seat
+
+import securerun
 
 EXEC = (str(COMMANDS / "securerunctl"), "exec", "--peers", "localhost", "--run-as", "alice", "--")
 LAUNCH = (jobs.SECURERUN, "--run-as", "alice", "--no-python")
@@ -482,6 +485,31 @@ def test_root_runs_no_installation_of_a_users(ground: Ground) -> None:
     machine.run(node, ["chown", "-R", "alice", f"{home}/env"])
     done = machine.run(node, words, env=env)
     assert done.returncode == 77 and "only root writes" in done.stderr, done
+
+
+# In a directory of root's all the same: by an `install` as another user, a chown of too much, or a umask of 000.
+_IN_THE_PACKAGE = [
+    "chown alice {}/__pycache__",
+    "chown alice {}/run.py",
+    "chmod o+w {}/linux/libc.py",
+    "chmod o+w {}/job",
+]
+
+
+@pytest.mark.parametrize("spoil", _IN_THE_PACKAGE)
+def test_root_runs_nothing_that_another_could_write_into_the_installation(ground: Ground, spoil: str) -> None:
+    """Python runs what it compiled before in place of the source. Neither does setup print a rule for such a guard."""
+    package = Path(securerun.__file__).parent
+    machine, node = ground.machine, ground.node
+    machine.run(node, ["sh", "-ec", f"mkdir -p {package}/__pycache__; {spoil.format(package)}"])
+    try:
+        done = machine.run(node, [*LAUNCH, "true"])
+        assert done.returncode == 77 and "only root writes" in done.stderr, done
+        rule = machine.run(node, [str(COMMANDS / "securerunctl"), "setup", "sudoers", "--user", "alice"])
+        assert rule.returncode == 77 and rule.stdout == "" and "would run as root" in rule.stderr, rule
+    finally:
+        machine.run(node, ["sh", "-ec", f"chown -R root {package}; chmod -R go-w {package}"])
+    assert machine.run(node, [*LAUNCH, "true"]).returncode == 0
 
 
 @MODULES
