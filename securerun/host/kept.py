@@ -21,7 +21,8 @@ _NAMES = (
     # The job: who is which rank, and where the nodes meet.
     "RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE "
     "NNODES NUM_NODES NPROC_PER_NODE GPUS_PER_NODE NPUS_PER_NODE RANK_TABLE_FILE RANK_TABLE_PATH RANK_ID RANK_SIZE "
-    "DEVICE_ID JOB_ID DUMP_GRAPH_PATH KUBERNETES_SERVICE_HOST KUBERNETES_SERVICE_PORT POD_IP POD_NAME HOST_IP "
+    "DEVICE_ID JOB_ID PE_HOSTFILE NHOSTS NSLOTS DUMP_GRAPH_PATH KUBERNETES_SERVICE_HOST KUBERNETES_SERVICE_PORT "
+    "POD_IP POD_NAME HOST_IP "
     # The way out.
     "http_proxy https_proxy ftp_proxy all_proxy no_proxy HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY"
 )
@@ -35,7 +36,22 @@ PREFIXES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "MALLOC_", "LRU_", "GRPC_", "RAY_"),
     *("HF_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "DS_", "MEGATRON_"),
     *("WANDB_", "TENSORBOARD_", "VLLM_", "NVSHMEM_", "LIGHTNING_", "PL_"),
-    *("SLURM_", "SLURMD_", "PBS_", "LSB_", "LSF_", "LS_", "VC_", "MA_", "OMPI_", "PRTE_", "PMI_", "PMIX_", "I_MPI_"),
+    *(
+        "SLURM_",
+        "SLURMD_",
+        "PBS_",
+        "LSB_",
+        "LSF_",
+        "LS_",
+        "SGE_",
+        "VC_",
+        "MA_",
+        "OMPI_",
+        "PRTE_",
+        "PMI_",
+        "PMIX_",
+        "I_MPI_",
+    ),
 )
 # A word of a name that says that the value is for nobody else: SLURM_JWT, HF_TOKEN, WANDB_API_KEY. Not TOKENIZERS.
 _SECRETS = (

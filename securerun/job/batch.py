@@ -1,4 +1,4 @@
-"""What the batch system says of a job's nodes: Slurm, PBS, LSF, Grid Engine, Volcano (ModelArts too), Open MPI.
+"""What the batch system says of a job's nodes: Slurm, PBS, LSF, Grid Engine, Volcano, ModelArts, Kubeflow, Open MPI.
 
 Each leaves the nodes' names in the environment of the job, or in a file that a variable names. WORLD_SIZE and RANK
 are never looked at: they mean other things under other schedulers.
@@ -41,6 +41,15 @@ _OTHER_WAYS = tuple(re.compile(rf"\s{field}=(\S+)") for field in ("NodeAddr", "N
 _FREE_TEXT = re.compile(r"\s(?:Reason|Comment|AdminComment|Extra)=")
 # volcano, pkg/controllers/job/plugins/svc: one variable a task. ModelArts has VC_WORKER_HOSTS in the same form.
 _VOLCANO = re.compile(r"VC_\w+_HOSTS")
+# Set in every container of a pod.
+IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
+# The Service of a TrainJob has its name, since that is JobSet's default; its pods are <trainjob>-node-0-<number>.
+_KUBEFLOW = "PET_MASTER_ADDR"
+_FIRST_POD = re.compile(
+    r"(?P<job>[a-z0-9][a-z0-9-]*)-node-0-0\.(?P<service>(?P=job)(?:\.[a-z0-9-]+\.svc(?:\.[a-z0-9-]+)*)?)"
+)
+_LONGEST_NAME = 253
+_SEVERAL = re.compile(r"[2-9]|[1-9][0-9]{1,5}")
 # orte_hosts(7), for Open MPI up to 4; PRRTE's prte_default_hostfile in 5, whose own prefix is PRTE_MCA_.
 _OPEN_MPI = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "OMPI_MCA_prte_default_hostfile")
 
@@ -50,11 +59,13 @@ class Allocation:
     """The nodes of a job, this one among them, as a batch system has them.
 
     source: the batch system, and the variable that it is known from. are_pods: whether they may get their names late.
+    member: a name of one of them, where the only entry is a headless Service, which has the addresses of all.
     """
 
     source: str
     nodes: tuple[Entry, ...]
     are_pods: bool = False
+    member: str = ""
 
 
 def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
@@ -63,7 +74,7 @@ def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
     note: told of a file that a batch system names and this host does not have.
     Raises PolicyError for a variable or file that cannot be read as what it should be.
     """
-    for system in (_slurm, _pbs, _lsf, _grid_engine, _volcano, _open_mpi):
+    for system in (_slurm, _pbs, _lsf, _grid_engine, _volcano, _kubeflow, _open_mpi):
         found = system(environment, note)
         if found is not None:
             return found
@@ -200,6 +211,21 @@ def _volcano(environment: Mapping[str, str], note: Tell) -> Allocation | None:
         return None
     names = [name for variable in variables for name in re.split(r"[,\s]+", environment[variable]) if name]
     return _of_names(f"Volcano ({', '.join(variables)})", names, are_pods=True)
+
+
+def _kubeflow(environment: Mapping[str, str], note: Tell) -> Allocation | None:
+    """kubeflow/trainer, pkg/runtime/framework/plugins/torch: the first pod's name in the job's headless Service.
+
+    Nothing else is like it: a name alone in PET_MASTER_ADDR is a Service's (Kubeflow's training operator 1).
+    """
+    if IN_KUBERNETES not in environment or not _SEVERAL.fullmatch(environment.get("PET_NNODES", "").strip()):
+        return None
+    name = environment.get(_KUBEFLOW, "").strip()
+    match = _FIRST_POD.fullmatch(name) if len(name) <= _LONGEST_NAME else None
+    if match is None:
+        return None
+    source = f"Kubeflow Trainer ({_KUBEFLOW})"
+    return Allocation(source, (Entry((match["service"],), source),), are_pods=True, member=name)
 
 
 def _open_mpi(environment: Mapping[str, str], note: Tell) -> Allocation | None:

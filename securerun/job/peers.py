@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Callable
@@ -23,15 +24,13 @@ from securerun.job.job import UNKNOWN_NODES, Job
 from securerun.job.resolver import Outcome, Resolver
 from securerun.linux.networks import Network, collapse, is_address
 from securerun.options import SITE_CONFIG, Options
-from securerun.text import some
+from securerun.text import count, some
 
 EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 
 # So long are names asked for again that have no address: those of a batch system, whose nodes may be just starting,
 # and those of pods, which have none before the pod has one.
 NODE_SECONDS, POD_SECONDS = 15.0, 60.0
-# Set in every container of a pod.
-_IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
 # Where the peers of this one launch were named, not those of every launch of a shell or on this host.
 _FLAG, _VARIABLE = "--peers", "SECURERUN_PEERS"
 # As a list by itself: all nodes of the job are on this host.
@@ -137,8 +136,53 @@ def _batch_system(question: _Question) -> Peers | None:
     found = batch.allocation(question.environment, question.notes.append)
     if found is None:
         return None
-    patience = POD_SECONDS if found.are_pods or _IN_KUBERNETES in question.environment else NODE_SECONDS
+    patience = POD_SECONDS if found.are_pods or batch.IN_KUBERNETES in question.environment else NODE_SECONDS
+    if found.member:
+        return _headless(_List(found.source, found.nodes, patience, is_service=True), found.member, question)
     return _peers_of(_List(found.source, found.nodes, patience, counted=True), question)
+
+
+def _headless(service: _List, member: str, question: _Question) -> Peers | None:
+    """Return the pods of a headless Service. They get addresses one by one, so all of them are waited for a while.
+
+    None where it may be a Service's own address that its name has, which is no pod's: of a headless one's addresses
+    one is that of the pod `member`, or this pod's. Pods that come later still get in: the name is asked for again.
+    """
+    job, name = question.job, service.entries[0].word
+    found = _peers_of(service, question)
+    deadline, has_told = time.monotonic() + service.patience, False
+    while (pods := _pods(found)) < job.min_nodes or not _has_pod(found, member, question):
+        if time.monotonic() >= deadline:
+            break
+        if not has_told:
+            question.tell(f"{_so_far(service, pods, job)}; asking again for up to {service.patience:g} s")
+            has_told = True
+        time.sleep(resolver.PAUSE_SECONDS)
+        found = again(found, question.resolve)
+    if not _has_pod(found, member, question):
+        question.notes.append(f"{service.source}: no address of {name} is known to be a pod's of this job")
+        return None
+    if pods >= job.min_nodes:
+        return found
+    late = f"{_so_far(service, pods, job)}; the others may connect as soon as it has theirs"
+    return replace(found, warnings=(*found.warnings, late))
+
+
+def _pods(found: Peers) -> int:
+    return max(sum(network.version == version for network in found.listed) for version in (4, 6))
+
+
+def _so_far(service: _List, pods: int, job: Job) -> str:
+    name = service.entries[0].word
+    return f"{service.source}: {name} has the addresses of {count(pods, 'pod')} so far, and the job has {job.nodes}"
+
+
+def _has_pod(found: Peers, member: str, question: _Question) -> bool:
+    addresses = {str(network.network_address) for network in found.listed}
+    of_member = _now(resolver.ask((member,), question.resolve)[member], ())
+    if any(str(network.network_address) in addresses for network in of_member):
+        return True
+    return any(map(interfaces.may_bind, addresses)) and not _own_addresses().isdisjoint(addresses)
 
 
 def _rank_table(question: _Question) -> Peers | None:
@@ -210,7 +254,7 @@ def _of_option(question: _Question) -> Peers | None:
     if all(entry.word == _THIS_HOST and not entry.file for entry in listed):
         return _this_host(question, f"{options.peers_source} {_THIS_HOST}")
     files = " ".join(dict.fromkeys(f"@{entry.file}" for entry in listed if entry.file))
-    patience = POD_SECONDS if _IN_KUBERNETES in question.environment else 0.0
+    patience = POD_SECONDS if batch.IN_KUBERNETES in question.environment else 0.0
     found = _List(
         f"{options.peers_source} {files}".rstrip(), listed, patience, "correct the name, or write its address"
     )
@@ -222,6 +266,7 @@ class _List:
     """A source's entries. patience: seconds that names without an address are asked for again. advice: if they stay so.
 
     counted: whether each entry is one host of the job, and not perhaps a Service with an address for each pod.
+    is_service: whether it is known to be one.
     """
 
     source: str
@@ -229,6 +274,7 @@ class _List:
     patience: float = 0.0
     advice: str = "name the hosts by address with --peers"
     counted: bool = False
+    is_service: bool = False
 
 
 @dataclass(frozen=True)
@@ -262,7 +308,7 @@ def _peers_of(listed: _List, question: _Question) -> Peers:
     return Peers(
         networks,
         listed.source,
-        tuple(_too_few(hosts, job, listed.source)),
+        tuple(_too_few(hosts, job, listed)),
         fixed=tuple(network for found in fixed.values() for network in found),
         named=named,
     )
@@ -380,7 +426,9 @@ def _is_elsewhere(host: str) -> bool:
 
 def _may_grow(listed: _List) -> bool:
     """Return whether others may be added while the job starts: to a host file, or to a name, as pods come up."""
-    return any(entry.file for entry in listed.entries) or (not listed.counted and listed.patience > 0)
+    if listed.is_service or any(entry.file for entry in listed.entries):
+        return True
+    return not listed.counted and listed.patience > 0
 
 
 def _is_alone(hosts: Iterable[_Host]) -> bool:
@@ -448,18 +496,18 @@ def _interface_to(job: Job, resolve: Resolver) -> tuple[str, ...]:
     return (name,) if name else ()
 
 
-def _too_few(hosts: Sequence[_Host], job: Job, source: str) -> Iterator[str]:
+def _too_few(hosts: Sequence[_Host], job: Job, listed: _List) -> Iterator[str]:
     """Warn of a job that waits for a node which may not connect. A list may hold this host, or leave it out."""
     counts = [host.hosts for host in hosts]
     others = sum(count for count in counts if count is not None)
-    if None in counts or others >= job.max_nodes:
+    if listed.is_service or None in counts or others >= job.max_nodes:
         return
     own = _own_addresses()
     others -= any(str(network.network_address) in own for host in hosts for network in host.networks)
     if others < job.max_nodes - 1:
         yield (
-            f"{source} names {others} other {'host' if others == 1 else 'hosts'}, and the job may have {job.nodes}: "
-            "a node that is not named cannot join; add it there, or name all of them with --peers"
+            f"{listed.source} names {count(others, 'other host')}, and the job may have {job.nodes}: a node that is "
+            "not named cannot join; add it there, or name all of them with --peers"
         )
 
 

@@ -16,7 +16,7 @@ Outcome = Union[tuple[str, ...], Exception]
 
 # All names together; one dead name server takes resolv.conf's five seconds before the next one is asked.
 SECONDS = 10.0
-_PAUSE_SECONDS = 1.0
+PAUSE_SECONDS = 1.0
 # A name service on this host is fastest with few threads; those that wait for a slow one are joined by more.
 _THREADS, _MOST_THREADS = 16, 64
 _STALLED_SECONDS = 0.05
@@ -82,7 +82,7 @@ def ask_patiently(
         if not waiting:
             tell([group[0] for group in late])
             waiting = True
-        time.sleep(_PAUSE_SECONDS)
+        time.sleep(PAUSE_SECONDS)
         outcomes.update(ask((name for group in late for name in group), resolve))
 
 

@@ -75,6 +75,22 @@ def names(environment: dict[str, str]) -> list[str]:
             },
             ["job-master-0.job", "job-worker-0.job"],
         ),
+        (
+            {
+                "KUBERNETES_SERVICE_HOST": "10.96.0.1",
+                "PET_NNODES": "12",
+                "PET_MASTER_ADDR": "my-node-0-0-node-0-0.my-node-0-0",
+            },
+            ["my-node-0-0"],
+        ),
+        (
+            {
+                "KUBERNETES_SERVICE_HOST": "10.96.0.1",
+                "PET_NNODES": "2",
+                "PET_MASTER_ADDR": "llm-node-0-0.llm.team-a.svc.cluster.local",
+            },
+            ["llm.team-a.svc.cluster.local"],
+        ),
         ({"SLURM_JOB_NODELIST": "cn1", "LSB_HOSTS": "hostA", "VC_WORKER_HOSTS": "pod"}, ["cn1"]),
         ({"LSB_HOSTS": "hostA", "VC_WORKER_HOSTS": "pod"}, ["hostA"]),
     ],
@@ -95,6 +111,31 @@ def test_the_nodes_in_the_environment(environment: dict[str, str], expected: lis
 )
 def test_an_environment_that_names_no_node_names_none(environment: dict[str, str]) -> None:
     assert find(environment) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"KUBERNETES_SERVICE_HOST": None},
+        {"PET_NNODES": None},
+        {"PET_NNODES": "1"},
+        {"PET_NNODES": "1:4"},
+        {"PET_MASTER_ADDR": "llm-node-0-1.llm"},
+        {"PET_MASTER_ADDR": "llm-node-0-0.other"},
+        {"PET_MASTER_ADDR": "llm-node-0-0"},
+        {"PET_MASTER_ADDR": "llm-master-0"},  # the training operator's: a Service's name, and so its cluster address
+        {"PET_MASTER_ADDR": "llm-node-0-0.llm.example.com"},
+        {"PET_MASTER_ADDR": "xllm-node-0-0.llm"},
+        {"PET_MASTER_ADDR": "10.96.0.12"},
+        {"PET_MASTER_ADDR": f"{'a' * 120}-node-0-0.{'a' * 120}.a.svc"},
+        {"PET_MASTER_ADDR": None, "MASTER_ADDR": "llm-node-0-0.llm"},
+    ],
+)
+def test_what_is_not_surely_kubeflow_trainer_s_names_no_pods(changed: dict[str, str | None]) -> None:
+    environment = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "PET_NNODES": "2", "PET_MASTER_ADDR": "llm-node-0-0.llm"}
+    assert names(environment) == ["llm"]
+    changes = {**environment, **changed}
+    assert find({name: value for name, value in changes.items() if value is not None}) is None
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_a_folded_list_is_read_as_clustershell_reads_it() -> None:
 
 def test_a_large_folded_list_takes_little_time() -> None:
     started = time.monotonic()
-    assert len(find("10.[0-9].[0-99].[1-100]", job(0)).listed) == 100_000
+    assert len(find("10.[0-9].[0-19].[1-100]", job(0)).listed) == 20_000
     assert time.monotonic() - started < 20
 
 
@@ -679,6 +679,11 @@ class NameServer:
         self.answers = answers
         self.questions: list[str] = []
 
+    @classmethod
+    def of(cls, answers: dict[str, list[list[str] | int]]) -> NameServer:
+        """One whose names have dashes."""
+        return cls(**answers)
+
     def __call__(self, name: str) -> Iterable[str]:
         self.questions.append(name)
         left = self.answers[name]
@@ -690,7 +695,7 @@ class NameServer:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolver, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(resolver, "PAUSE_SECONDS", 0.01)
 
 
 def test_pods_that_come_up_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, hurry: None) -> None:
@@ -706,6 +711,57 @@ def test_pods_that_come_up_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, 
     names = NameServer(pod1=[socket.EAI_NONAME, ["10.1.0.2"]])
     environment = {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}
     assert texts(find_peers(Options(peers="pod1"), job(), names, environment)) == ["10.1.0.2/32"]
+
+
+TRAINJOB = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "PET_NNODES": "2", "PET_MASTER_ADDR": "llm-node-0-0.llm"}
+
+
+def test_the_pods_of_a_kubeflow_trainjob_are_those_of_its_headless_service() -> None:
+    names = NameServer.of({"llm": [["10.1.0.1", "10.1.0.2"]], "llm-node-0-0.llm": [["10.1.0.1"]]})
+    found = find_peers(Options(), job(2, "llm-node-0-0.llm"), names, TRAINJOB)
+    assert (texts(found), found.source) == (["10.1.0.1/32", "10.1.0.2/32"], "Kubeflow Trainer (PET_MASTER_ADDR)")
+    assert found.warnings == ()
+    # A pod that comes back, or comes late.
+    names.answers["llm"] = [["10.1.0.1", "10.1.0.9"]]
+    assert texts(peers.again(found, names)) == ["10.1.0.1/32", "10.1.0.9/32"]
+    # Whoever names the peers himself is believed, and a job of one node has none.
+    assert texts(find_peers(Options(peers="10.0.0.9"), job(), names, TRAINJOB)) == ["10.0.0.9/32"]
+    assert find_peers(Options(), job(1), names, TRAINJOB).networks == ()
+
+
+def test_all_pods_of_a_headless_service_are_waited_for(monkeypatch: pytest.MonkeyPatch, hurry: None) -> None:
+    """Those that have no address by then may connect as soon as they have."""
+    late: list[list[str] | int] = [socket.EAI_NONAME, ["10.1.0.2"], ["10.1.0.1", "10.1.0.2"], ["10.1.0.1", "10.1.0.2"]]
+    three: list[list[str] | int] = [*late, ["10.1.0.1", "10.1.0.2", "10.1.0.3"]]
+    for patience, answers in ((60.0, three), (0.2, late)):
+        monkeypatch.setattr(peers, "POD_SECONDS", patience)
+        told: list[str] = []
+        names = NameServer.of({"llm": [*answers], "llm-node-0-0.llm": [["10.1.0.1"]]})
+        found = find_peers(Options(), job(3), names, {**TRAINJOB, "PET_NNODES": "3"}, told.append)
+        assert len(found.listed) == (3 if answers is three else 2)
+        assert_line_with(told[-1], ["llm has the addresses of 1 pod so far", "3 nodes", f"up to {patience:g} s"])
+        if answers is three:
+            assert found.warnings == ()
+            continue
+        assert_line_with(found.warnings[0], ["llm has the addresses of 2 pods so far", "as soon as it has theirs"])
+
+
+def test_this_pod_s_own_address_shows_a_headless_service_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_own_addresses", lambda: frozenset({"10.1.0.2"}))
+    monkeypatch.setattr("securerun.host.interfaces.may_bind", "10.1.0.2".__eq__)
+    names = NameServer.of({"llm": [["10.1.0.2"]], "llm-node-0-0.llm": [socket.EAI_NONAME]})
+    (warning,) = find_peers(Options(), job(2), names, TRAINJOB).warnings
+    assert_line_with(warning, ["1 pod so far", "2 nodes"])
+
+
+def test_a_service_s_own_address_is_never_a_peer(monkeypatch: pytest.MonkeyPatch, hurry: None) -> None:
+    monkeypatch.setattr(peers, "POD_SECONDS", 0.1)
+    for of_first_pod in (["10.1.0.1"], socket.EAI_NONAME):
+        names = NameServer.of({"llm": [["10.96.0.12"]], "llm-node-0-0.llm": [of_first_pod]})
+        with pytest.raises(PolicyError) as error:
+            find_peers(Options(), job(2, "llm-node-0-0.llm"), names, TRAINJOB)
+        assert_line_with(str(error.value), ["nothing says which hosts", "no address of llm is known to be a pod's"])
+        assert texts(find_peers(SITE, job(2, "llm-node-0-0.llm"), names, TRAINJOB)) == ["10.9.9.9/32"]
 
 
 def test_a_wrong_name_is_an_error_at_once_and_a_busy_name_server_is_not(hurry: None) -> None:

@@ -82,3 +82,31 @@ def test_nodes_train_that_a_folded_list_and_grid_engine_s_file_name(network: Net
     assert probe.reached == set()
     assert f"open to {node0.ipv4}, {node1.ipv4} (--peers)" in done[0].stderr
     assert f"open to {node0.ipv4}, {node1.ipv4} (Grid Engine (PE_HOSTFILE))" in done[1].stderr
+
+
+def test_the_pods_of_a_kubeflow_trainjob_train_though_one_comes_late(network: Network, tmp_path: Path) -> None:
+    """The name service of each pod is a hosts file; the first is started before the other has its address."""
+    node0, node1, stranger = network
+    table = tmp_path / "hosts"
+    first = f"127.0.0.1 localhost\n{node0.ipv4} llm-node-0-0.llm\n{node0.ipv4} llm\n"
+    table.write_text(first)
+    pod = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(table)]
+    command = [*pod, jobs.SECURERUN, "--nproc-per-node", "1", str(jobs.TRAIN)]
+    trainjob = {
+        "KUBERNETES_SERVICE_HOST": "10.96.0.1",
+        "PET_NNODES": "2",
+        "PET_MASTER_ADDR": "llm-node-0-0.llm",
+        "PET_MASTER_PORT": "29400",
+    }
+    with Probe(stranger, node0) as probe:
+        started = [node0.popen(command, env={**trainjob, "PET_NODE_RANK": "0"})]
+        time.sleep(3)
+        with table.open("a") as file:
+            file.write(f"{node1.ipv4} llm\n")
+        started.append(node1.popen(command, env={**trainjob, "PET_NODE_RANK": "1"}))
+        done = finish_all(started, timeout=120)
+    assert [one.returncode for one in done] == [0, 0], done
+    assert probe.reached == set()
+    assert "llm has the addresses of 1 pod so far, and the job has 2 nodes; asking again" in done[0].stderr, done
+    for one in done:
+        assert f"open to {node0.ipv4}, {node1.ipv4} (Kubeflow Trainer (PET_MASTER_ADDR))" in one.stderr, done
