@@ -40,13 +40,13 @@ def put(name: str, members: Members) -> None:
         ip_set.destroy(new)
 
 
-def destroy(name: str) -> None:
+def destroy(name: str, deadline: float | None = None) -> None:
     """Destroy the set, and what may have been left of changing it; nothing happens where there is none.
 
-    Raises OSError while a rule names it.
+    deadline: as `ip_set.destroy` has it. Raises OSError while a rule names it.
     """
     for each in (name, _successor(name)):
-        ip_set.destroy(each)
+        ip_set.destroy(each, deadline)
 
 
 def _successor(name: str) -> str:

@@ -123,10 +123,12 @@ class RunSets:
         self._remove_all_but(())
 
     def _remove_all_but(self, kept: Collection[str]) -> None:
+        # One for all: the host's lock is held meanwhile.
+        deadline = ip_set.until_let_go()
         for name in (*(set_name(self._run_id, version) for version in _VERSIONS), ports_name(self._run_id)):
             try:
                 if name not in kept:
-                    ipset.destroy(name)
+                    ipset.destroy(name, deadline)
             except OSError as error:
                 raise PortChainsUnavailable(f"set {name} cannot be removed: {error.strerror}") from error
 

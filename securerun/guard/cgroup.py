@@ -164,12 +164,12 @@ class JobCgroup:
             with contextlib.suppress(OSError):  # it was removed: then nothing is in it
                 _write(self.descriptor, "cgroup.freeze", "0")
 
-    def remove(self) -> None:
+    def remove(self, seconds: float = _REMOVAL_SECONDS) -> None:
         """Remove the cgroup, and the empty ones that the job made below it.
 
-        Raises CgroupUnavailable when it cannot be removed within 2 s.
+        Raises CgroupUnavailable when it cannot be removed within some seconds.
         """
-        deadline = time.monotonic() + _REMOVAL_SECONDS
+        deadline = time.monotonic() + seconds
         while True:
             try:
                 _remove_below(self.descriptor)

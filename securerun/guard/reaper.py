@@ -9,6 +9,7 @@ replaced by its launcher; a launcher that died alone is cleaned up after by its 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from securerun.firewall.backends import NAMES, open_chains
@@ -26,17 +27,23 @@ from securerun.linux.sock_diag import SocketsUnavailable
 OBSTACLES = (PortChainsUnavailable, ReservationUnavailable, CgroupUnavailable)
 
 _PIDS_NAMED = 8
+# Whoever launches meanwhile waits for the lock. A dead run's processes are long gone, and so is its set's last rule.
+_REMOVAL_SECONDS = 0.2
+# What is left then is for the next launch.
+_REAPING_SECONDS = 3.0
 
 
 def reap_all(directory: int, user: int, *, may_be_root: bool = True) -> Iterator[str]:
     """Reap every dead run and yield a line for each that could not be reaped, and for the user's own that still runs.
 
-    may_be_root: user id 0 is root's, to whom all of them are told. The caller holds the host's lock.
+    may_be_root: user id 0 is root's, to whom all of them are told. The caller holds the host's lock, so what has not
+    been looked at after some seconds is left.
     """
     run_directory.remove_partial(directory)
     is_root = user == ROOT and may_be_root
+    deadline = time.monotonic() + _REAPING_SECONDS
     for brief in records.read_briefs(directory):
-        record = brief.whole() if brief.is_abandoned else None
+        record = brief.whole() if brief.is_abandoned and time.monotonic() < deadline else None
         if record is None:
             continue
         left = what_runs(record)
@@ -70,7 +77,7 @@ def reap(directory: int, record: Record) -> None:
         reserved.forget(directory, record)
     cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
     if cgroup is not None:
-        cgroup.remove()
+        cgroup.remove(_REMOVAL_SECONDS)
         cgroup.close()
     run_directory.remove(directory, record.run_id)
 

@@ -85,11 +85,19 @@ def swap(name: str, other: str) -> None:
         _order(channel, _SWAP, text(_NAME, name) + text(_TYPE, other))
 
 
-def destroy(name: str) -> None:
-    """Destroy the set; nothing happens where there is none. Raises OSError while a rule names it."""
+def until_let_go() -> float:
+    """Return until when to wait for sets to be let go of, of which rules were deleted now: for all of them together."""
+    return time.monotonic() + _LET_GO_SECONDS
+
+
+def destroy(name: str, deadline: float | None = None) -> None:
+    """Destroy the set; nothing happens where there is none. Raises OSError while a rule names it.
+
+    deadline: until when to wait for the last rule to let go of it, on the monotonic clock; see `until_let_go`.
+    """
     if not _is_loaded():
         return
-    deadline = time.monotonic() + _LET_GO_SECONDS
+    deadline = until_let_go() if deadline is None else deadline
     while True:
         try:
             with open_channel() as channel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import SHIELD, Layer, Policy, PortRange, Purpose
-from securerun.guard import documents, neighbours, records, run_directory
+from securerun.guard import documents, neighbours, reaper, records, run_directory
 from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Record
 from securerun.linux import proc
@@ -138,3 +139,23 @@ def test_brief_has_all_of_its_record(directory: int) -> None:
     assert brief.whole() == known
     assert (brief.ports(), brief.peers()) == (known.policy.joined_ports(), known.policy.peers)
     assert (brief.is_bare, brief.stands_here, brief.cgroup) == (True, True, known.cgroup)
+
+
+# --- what dead runs left is removed under the lock as well ---
+
+
+def test_many_dead_runs_are_removed_a_few_seconds_at_a_time(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may take a while; who launches meanwhile waits for the lock, and the next launch goes on."""
+    dead = [dataclasses.replace(record(number, ALICE), guard_start=1, launcher_start=1) for number in range(6)]
+    for one in dead:
+        run_directory.write(directory, one)
+    reaped = []
+
+    def slowly(_: int, found: Record) -> None:
+        time.sleep(0.2)
+        reaped.append(found.run_id)
+
+    monkeypatch.setattr(reaper, "reap", slowly)
+    monkeypatch.setattr(reaper, "_REAPING_SECONDS", 0.3)
+    assert list(reaper.reap_all(directory, BOB)) == []
+    assert reaped == [one.run_id for one in dead[:2]]
