@@ -50,7 +50,8 @@ class Option:
     metavar: what stands for the value in `--help`; an option without one is a flag.
     choices: the values that it takes, where they are few.
     example: a right value, for error messages.
-    listed: the site file may hold a list of strings instead of one string with commas; of numbers too, if `numbers`.
+    listed: what stands between the parts of a value that the site file may hold as a list of strings as well; of
+    numbers too, if `numbers`.
     in_file: whether the site file may set it.
     group: where `--help` has it, one of GROUPS. reversible: a flag that `--no-name` takes back.
     """
@@ -60,7 +61,7 @@ class Option:
     metavar: str = ""
     choices: tuple[str, ...] = ()
     example: str = ""
-    listed: bool = False
+    listed: str = ""
     numbers: bool = False
     in_file: bool = True
     group: str = MORE
@@ -114,7 +115,7 @@ OPTIONS: tuple[Option, ...] = (
         "Without it they come from the batch system, where there is one.",
         metavar="LIST",
         example="--peers node1,node2 or --peers @hostfile.txt",
-        listed=True,
+        listed=",",
         group=WHO,
     ),
     Option(
@@ -124,7 +125,7 @@ OPTIONS: tuple[Option, ...] = (
         "peer; any where none of these is set.",
         metavar="NAMES",
         example="--interface eth0",
-        listed=True,
+        listed=",",
         group=WHO,
     ),
     Option(
@@ -146,7 +147,18 @@ OPTIONS: tuple[Option, ...] = (
         "are known; the port chains close these before anything listens.",
         metavar="LIST",
         example="--ports 7000,8000-8010",
-        listed=True,
+        listed=",",
+        numbers=True,
+        group=CLOSED,
+    ),
+    Option(
+        "public",
+        "Ports of the job for others: 8080,9090=10.0.0.0/8;9100. Metrics, HTTP or probes, left open to these networks, "
+        "or to every host where none are named, while all else stays closed. What the host's own rules close, and what "
+        "only the job's nodes may reach, is never opened.",
+        metavar="PORTS",
+        example="--public '8080=10.0.0.0/8;9100'",
+        listed=";",
         numbers=True,
         group=CLOSED,
     ),
@@ -267,6 +279,8 @@ class Options:
     interface_source: str = "--interface"
     ports: str | None = None
     ports_source: str = "--ports"
+    public: str | None = None
+    public_source: str = "--public"
     firewall: str = "auto"
     scope: str = "auto"
     loopback: str = "any"
@@ -500,9 +514,9 @@ def _from_toml(option: Option, value: object, place: str) -> Value:
         raise UsageError(f"{place}: {option.key} is neither true nor false; write {option.key} = true")
     items = value if option.listed and isinstance(value, list) else [value]
     words = [_toml_word(option, item) for item in items]
-    joined = ",".join(word for word in words if word is not None)
-    if None in words or not joined.strip(", "):
-        right = option.example.split()[1]
+    joined = option.listed.join(word for word in words if word is not None)
+    if None in words or not joined.strip(",; "):
+        right = option.example.split()[1].strip("'")
         raise UsageError(f'{place}: {option.key} is no text of the right kind; write {option.key} = "{right}"')
     return joined
 

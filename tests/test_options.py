@@ -192,6 +192,20 @@ def test_flag_then_environment_then_site_file(tmp_path: Path) -> None:
     assert (options.ports, options.accept) == ("7000,8000-8010", False)
 
 
+@pytest.mark.parametrize("written", ['"8080=10.0.0.0/8,10.1.0.0/16; 9100"', '["8080=10.0.0.0/8,10.1.0.0/16", 9100]'])
+def test_public_ports_of_the_site_file_are_a_text_or_a_list_of_its_parts(tmp_path: Path, written: str) -> None:
+    site = tmp_path / "config.toml"
+    site.write_text(f"public = {written}\n")
+    found = resolve({}, {}, site)
+    assert (found.public or "").replace(" ", "") == "8080=10.0.0.0/8,10.1.0.0/16;9100"
+    assert found.public_source == str(site)
+    assert resolve({}, {"SECURERUN_PUBLIC": "9090"}, site).public == "9090"
+    for wrong in ("true", "[8080.5]", '";"'):
+        site.write_text(f"public = {wrong}\n")
+        with pytest.raises(UsageError, match="8080=10.0.0.0/8;9100"):
+            resolve({}, {}, site)
+
+
 @pytest.mark.parametrize("text", ["1", "true", "YES", "on"])
 def test_a_flag_can_be_set_by_its_variable(text: str) -> None:
     assert resolve({}, {"SECURERUN_DRY_RUN": text}, NOWHERE).dry_run is True

@@ -41,7 +41,7 @@ def _of_launch(arguments: Sequence[str]) -> list[Connection]:
     launch = run.plan(arguments)
     ends = _ends(launch.policy)
     store, here = _store(launch.job, ends)
-    return matrix.planned(launch.job, launch.policy.ports, ends, store, here=here)
+    return matrix.planned(launch.job, launch.policy.ports, ends, store, here=here, public=launch.policy.public)
 
 
 def _of_run(record: Record) -> list[Connection]:
@@ -50,7 +50,8 @@ def _of_run(record: Record) -> list[Connection]:
             f"run {record.run_id} is in another network namespace; look from there: "
             f"nsenter --target {record.launcher} --net securerunctl matrix --run {record.run_id}"
         )
-    return matrix.running(record.policy.ports, _ends(record.policy), list(_listeners(record)))
+    policy = record.policy
+    return matrix.running(policy.ports, _ends(policy), list(_listeners(record)), policy.public)
 
 
 def _find(run_id: str | None) -> Record:

@@ -16,9 +16,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
-from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.policy import Denial, Policy, opened
 from securerun.guard import records
-from securerun.guard.documents import denial_document, layer_document, policy_document
+from securerun.guard.documents import denial_document, layer_document, opening_document, policy_document
 from securerun.guard.records import Record
 from securerun.host.account import name_of
 from securerun.linux import capabilities
@@ -113,6 +113,7 @@ def document(record: Record) -> dict[str, Any]:
         "layers": [layer_document(layer) for layer in record.layers],
         "ports": policy["ports"],
         "peers": policy["peers"],
+        "public": [opening_document(opening) for opening in record.policy.public],
         "interface": ",".join(record.policy.interfaces) or None,
         "denied": [denial_document(denial) for denial in record.denied],
     }
@@ -170,6 +171,8 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
     if record.policy.ports:
         yield "ports", _some([f"{port} {port.purpose}" for port in record.policy.ports], "; ")
     yield "open to", _open_to(record.policy)
+    if record.policy.public:
+        yield "public", f"port {opened(record.policy.public)}"
     if record.left_open:
         ranges = [str(first) if first == last else f"{first}-{last}" for first, last in record.left_open]
         yield "open", f"to every host: ports {_some(ranges, ', ')}"

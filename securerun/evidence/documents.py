@@ -32,7 +32,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
             "max_nodes": job.max_nodes or None,
             "node_rank": job.node_rank,
         },
-        "policy": policy_document(plan.policy),
+        "policy": {"public": [], **policy_document(plan.policy)},
         "peers": {
             "source": plan.peers.source,
             "names": {name: [str(network) for network in found] for name, found in plan.peers.named.items()},

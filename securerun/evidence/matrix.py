@@ -10,12 +10,14 @@ import enum
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from securerun.firewall.policy import PortRange, Purpose
+from securerun.firewall.policy import Opening, PortRange, Purpose, by_networks, covers, joined
 from securerun.job.job import Endpoint, Job
-from securerun.linux.networks import Address
+from securerun.linux.networks import Address, shown
 
 # Which end of a connection is this node.
 IN, OUT, WITHIN = "in", "out", "within"
+# Who may connect to a port that is open to all.
+EVERY_HOST = ("0.0.0.0/0", "::/0")
 
 
 class Service(str, enum.Enum):
@@ -33,6 +35,7 @@ class Service(str, enum.Enum):
     NCCL = "nccl"
     HCCL = "hccl"
     ADDED = "added"
+    PUBLIC = "public"
     # Found listening, and taken for gloo or NCCL, or for none of these.
     COLLECTIVE = "collective"
     OTHER = "other"
@@ -48,6 +51,7 @@ _PLANNED: Mapping[Purpose | str, Service] = {
     Purpose.HCCL: Service.HCCL,
     Purpose.RANK_TABLE: Service.HCCL,
     Purpose.ADDED: Service.ADDED,
+    Purpose.PUBLIC: Service.PUBLIC,
 }
 _STORES = frozenset({Service.C10D, Service.STATIC, Service.PARALLEL, Service.ENDPOINT})
 _COLLECTIVES = (Service.GLOO, Service.NCCL)
@@ -99,9 +103,18 @@ class Found:
 
 
 def planned(
-    job: Job, ports: Sequence[PortRange], ends: Ends, store: tuple[str, ...], *, here: bool
+    job: Job,
+    ports: Sequence[PortRange],
+    ends: Ends,
+    store: tuple[str, ...],
+    *,
+    here: bool,
+    public: Sequence[Opening] = (),
 ) -> list[Connection]:
-    """Return the matrix of a launch. store: the addresses where the agents meet; here: whether they are this node's."""
+    """Return the matrix of a launch. store: the addresses where the agents meet; here: whether they are this node's.
+
+    public: the ports that others may connect to.
+    """
     rows = []
     for service, found in _by_service(ports):
         texts = tuple(map(str, found))
@@ -115,10 +128,13 @@ def planned(
         rows += _both_ways(Service.WORKER_STORE, (), ends)
     if not any(row.service is Service.HCCL for row in rows):  # HCCL_HOST_SOCKET_PORT_RANGE=auto
         rows += _both_ways(Service.HCCL, (), ends)
+    rows += _public(public, ends)
     return [*rows, *(row for service in _COLLECTIVES for row in _both_ways(service, (), ends))]
 
 
-def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> list[Connection]:
+def running(
+    ports: Sequence[PortRange], ends: Ends, found: Sequence[Found], public: Sequence[Opening] = ()
+) -> list[Connection]:
     """Return the matrix of a job that runs here: its plan, and what listens now. found: all that its processes hold."""
     rows = []
     plan = [ports for ports in ports if ports.purpose != Purpose.OPENED_MEANWHILE]
@@ -131,10 +147,21 @@ def running(ports: Sequence[PortRange], ends: Ends, found: Sequence[Found]) -> l
             rows += [inbound, outbound] if ends.peers else [inbound]
         else:
             rows.append(inbound if now or not ends.peers else outbound)
-    rows += [_listening(one, ends) for one in found if not any(one.port in planned for planned in plan)]
+    rows += _public(public, ends, found)
+    named = joined((*((one.first, one.last) for one in plan), *((one.first, one.last) for one in public)))
+    rows += [_listening(one, ends) for one in found if not covers(named, one.port)]
     if ends.peers:
         rows.append(Connection(Service.COLLECTIVE, OUT, ends.node, ends.peers))
     return rows
+
+
+def _public(public: Sequence[Opening], ends: Ends, found: Sequence[Found] | None = None) -> Iterator[Connection]:
+    """Yield a row for each list of networks that public ports are for. found: what listens, if anybody looked."""
+    for networks, ranges in by_networks(public).items():
+        ports = tuple(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+        now = None if found is None else tuple(str(one) for one in found if covers(ranges, one.port))
+        sources = (*map(shown, networks), *ends.peers) if networks else EVERY_HOST
+        yield Connection(Service.PUBLIC, IN, sources, ends.node, ports, now)
 
 
 def _by_service(ports: Iterable[PortRange]) -> Iterator[tuple[Service, tuple[PortRange, ...]]]:
@@ -142,6 +169,7 @@ def _by_service(ports: Iterable[PortRange]) -> Iterator[tuple[Service, tuple[Por
     services: dict[Service, list[PortRange]] = {}
     for port in ports:
         services.setdefault(_PLANNED.get(port.purpose, Service.ADDED), []).append(port)
+    services.pop(Service.PUBLIC, None)  # it has rows that say who may connect
     for service, found in services.items():
         yield service, tuple(found)
 

@@ -64,6 +64,7 @@ class _Language:
     node: str
     peer: str
     any_peer: str
+    others: str
     chosen: str
     chosen_from: str
     random: str
@@ -103,6 +104,7 @@ _ENGLISH = _Language(
     node="this node ({node})",
     peer="peer: another node of the job",
     any_peer="any host",
+    others="others, as --public names them, and peers",
     chosen="chosen by the operating system",
     chosen_from="chosen by the operating system ({ports})",
     random="random, chosen by the operating system",
@@ -190,6 +192,14 @@ _ENGLISH = _Language(
             "where the script listens by itself",
             of_torch=False,
         ),
+        Service.PUBLIC: _Words(
+            "training script",
+            "port that --public leaves open to others: metrics, HTTP, probes",
+            "yes: where the script listens; named with --public",
+            "securerun lets only the source IPs connect, as far as this host's own rules let them",
+            "where the script serves others than the job's nodes",
+            of_torch=False,
+        ),
         Service.COLLECTIVE: _Words(
             "PyTorch (gloo or NCCL)",
             "process groups: bound to one address, as gloo and NCCL do",
@@ -229,6 +239,7 @@ _CHINESE = _Language(
     node="本节点（{node}）",
     peer="对端：该任务的其他节点",
     any_peer="任意主机",
+    others="--public 指定的其他主机，以及对端节点",
     chosen="操作系统自动分配",
     chosen_from="操作系统自动分配（{ports}）",
     random="随机端口，操作系统自动分配",
@@ -316,6 +327,14 @@ _CHINESE = _Language(
             "训练脚本自行侦听端口时",
             of_torch=False,
         ),
+        Service.PUBLIC: _Words(
+            "训练脚本",
+            "通过 --public 对其他主机开放的端口，如指标、HTTP、探针",
+            "是：由脚本侦听，通过 --public 指定",
+            "securerun 仅允许源 IP 所列主机连接，且不放行主机自身防火墙禁止的连接",
+            "训练脚本对任务之外提供服务时",
+            of_torch=False,
+        ),
         Service.COLLECTIVE: _Words(
             "PyTorch（gloo 或 NCCL）",
             "通信组：绑定在单个地址上，与 gloo 和 NCCL 一致",
@@ -350,7 +369,8 @@ def _row(connection: Connection, setting: Setting, words: _Language) -> Row:
     ports = ", ".join(connection.ports) or words.random
     own = words.node.format(node=setting.node)
     open_to_all = _EVERY_HOST.intersection(connection.sources + connection.destinations)
-    peer = words.any_peer if open_to_all else words.peer
+    named = words.others if connection.service is Service.PUBLIC else words.peer
+    peer = words.any_peer if open_to_all else named
     source = peer if connection.direction == IN else own
     destination = peer if connection.direction == OUT else own
     cells = (
@@ -386,7 +406,8 @@ def _remarks(connection: Connection, service: _Words, words: _Language) -> Itera
     yield service.remarks
     if connection.direction == WITHIN:
         yield words.within
-    if connection.direction == IN and not _EVERY_HOST.intersection(connection.sources):
+    only_peers = connection.service is not Service.PUBLIC and not _EVERY_HOST.intersection(connection.sources)
+    if connection.direction == IN and only_peers:
         yield words.closed
     if connection.listening is not None:
         yield (

@@ -233,6 +233,10 @@ def _plan(launch: Document | None) -> Iterable[str]:
         return
     policy, rendezvous = launch["policy"], launch["rendezvous"]
     ports = [(_number(_range(port)), _text(port["purpose"])) for port in policy["ports"]]
+    for opening in policy["public"]:
+        whom = ", ".join(map(_shortest, opening["networks"])) or "every host"
+        ports = [row for row in ports if row[0] != _number(_range(opening))]
+        ports.append((_number(_range(opening)), _text(f"public (--public): open to {whom} as well")))
     ports.append((_short("any other"), _text("chosen at random by torch, gloo or NCCL")))
     peers = "".join(f"<li>{_code(_shortest(peer))}</li>" for peer in policy["peers"])
     listed = f'<ul class="bare">{peers}</ul>' if peers else _none("none: no other host may connect")

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
-from securerun.firewall.policy import RUN_ID, Policy
+from securerun.firewall.policy import RUN_ID, Policy, by_networks
 from securerun.firewall.run_sets import has_set, has_set_of_ports, port_groups, ports_name, set_name
 
 CHAIN = "SECURERUN"
@@ -132,6 +132,20 @@ def passes(policy: Policy, version: int, *, chain: str = CHAIN, with_sets: bool 
         for entry in entries:
             for ports in _port_matches(policy, with_sets=with_sets):
                 yield f"-I {chain} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
+    yield from _public_passes(policy, version, chain)
+
+
+def _public_passes(policy: Policy, version: int, chain: str) -> Iterator[str]:
+    """Yield the pass rules for public ports that some networks may connect to, through whatever interface.
+
+    Always handed back to the host's own rules: an ACCEPT is for the job's nodes. Ports that are for every host are in
+    no rule at all.
+    """
+    for networks, ranges in by_networks(policy.public).items():
+        for network in networks:
+            if network.version == version:
+                for ports in map(_match_of, port_groups(ranges)):
+                    yield f"-I {chain} 1 -s {network} {ports} {_comment(policy.run_id)} -j RETURN"
 
 
 def drops(
@@ -187,8 +201,11 @@ def _port_matches(policy: Policy, *, with_sets: bool) -> Iterator[str]:
     if with_sets and has_set_of_ports(policy):
         yield f"-p tcp -m set --match-set {ports_name(policy.run_id)} dst"
         return
-    for ports in port_groups(policy):
-        yield f"-p tcp -m multiport --dports {ports}"
+    yield from map(_match_of, port_groups(policy.joined_ports()))
+
+
+def _match_of(ports: str) -> str:
+    return f"-p tcp -m multiport --dports {ports}"
 
 
 def _comment(run_id: str) -> str:

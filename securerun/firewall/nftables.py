@@ -31,7 +31,7 @@ from typing import Callable
 from securerun.firewall.chains import PortChainsUnavailable, Resets, of_another
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.libnftables import Nftables, NftablesError
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import Policy, by_networks
 from securerun.linux import nf_tables
 from securerun.linux.networks import written_address
 
@@ -99,7 +99,7 @@ def render_lasting(policy: Policy) -> str:
     """
     name = f"{_LASTING.prefix}{policy.run_id}"
     every = [_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True)]
-    sets = _sets(replace(policy, ports=()), every)
+    sets = _sets(replace(policy, ports=(), public=()), every)
     chains = (_chain(_LASTING, what, ()) for what in _LASTING.priorities)
     peers = tuple(_peer_sets(policy))
     empty = _table(name, [*sets, *chains])
@@ -137,7 +137,7 @@ def render_in_place(policy: Policy, log_group: int | None, *, resets: bool = Tru
     name = table_name(policy.run_id)
     every = [_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True)]
     chains = (_chain(_RUNS, what, ()) for what in _RUNS.priorities)
-    empty = _table(name, [*_sets(replace(policy, ports=()), every), *chains])
+    empty = _table(name, [*_sets(replace(policy, ports=(), public=()), every), *chains])
     flushes = (f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty))
     _, _, content = render(policy, log_group, owned=False, resets=resets).partition("\n")
     return "\n".join([empty, *flushes, content])
@@ -282,7 +282,7 @@ def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool = True
 def _chains(
     place: _Place, policy: Policy, peers: Sequence[_PeerSet], log_group: int | None, *, resets: bool = True
 ) -> Iterator[list[str]]:
-    if policy.peers:
+    if policy.peers or any(not opening.is_for_all for opening in policy.public):
         yield _chain(place, "pass", _rules(policy.run_id, _passes(place, policy, peers)))
     answered = policy.answered_version if resets else None
     yield _chain(place, "close", _rules(policy.run_id, _drops(place, policy.run_id, log_group, answered)))
@@ -306,6 +306,13 @@ def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterato
     for each in peers:
         family = "ip" if each.version == 4 else "ip6"
         yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {place.token} accept"
+    for networks, ranges in by_networks(policy.public).items():
+        ports = ", ".join(_range(first, last) for first, last in ranges)
+        for version, family in ((4, "ip"), (6, "ip6")):
+            sources = ", ".join(str(network) for network in networks if network.version == version)
+            if sources:
+                match = f"tcp dport {{ {ports} }} {family} saddr {{ {sources} }}"
+                yield f"{match} meta priority set {place.token} accept"
 
 
 def _drops(place: _Place, run_id: str, log_group: int | None, answered: int | None) -> Iterator[str]:

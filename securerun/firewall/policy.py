@@ -17,13 +17,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from securerun.errors import PolicyError
-from securerun.linux.networks import Address, Network, collapse, written_address
+from securerun.linux.networks import Address, Network, collapse, shown, written_address
+from securerun.text import some
 
 FIRST_PORT = 1
 LAST_PORT = 65535
 SHIELD = "shield"
 # Pairs of source and port that are told of, and written down: strangers may invent as many as they like.
 MOST_DENIALS = 1024
+# Of what others may connect to. A pair is a network and a port or range that it may reach: each may be a rule of the
+# host's firewall, which every connection to the host goes past.
+MOST_OPENINGS = 64
+MOST_PUBLIC_NETWORKS = 64
+MOST_PUBLIC_PAIRS = 256
+
+_NAMED = 4
 
 # The run id stands in rule comments, file names and cgroup names, so it is hexadecimal and nothing else.
 RUN_ID = re.compile(r"[0-9a-f]{12}")
@@ -44,6 +52,7 @@ class Purpose(str, enum.Enum):
     HCCL = "HCCL"
     RANK_TABLE = "HCCL (rank table)"
     ADDED = "added with --ports"
+    PUBLIC = "public to some networks (--public)"
     OPENED_MEANWHILE = "opened while the job runs"
 
     # In every Python it is written as its value; by itself, in some, as `Purpose.HCCL`.
@@ -61,6 +70,10 @@ def purpose_of(text: str) -> Purpose | str:
         return Purpose(text)
     except ValueError:
         return text
+
+
+# What only the job's own nodes may reach: whoever gets at a store has the job, and HCCL asks nobody who they are.
+_NEVER_PUBLIC = frozenset(Purpose) - {Purpose.ADDED, Purpose.PUBLIC, Purpose.OPENED_MEANWHILE}
 
 
 def require_ports(first: int, last: int) -> None:
@@ -96,6 +109,33 @@ class PortRange:
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
+@dataclass(frozen=True, order=True)
+class Opening:
+    """TCP ports `first` to `last` that are for others than the job's nodes: metrics, HTTP, probes.
+
+    networks: who may connect beside the peers, collapsed; empty means every host. Nothing is opened by it that the
+    host's own rules close.
+    Raises PolicyError for ports outside 1-65535, crossed ends, and networks that overlap or are not in order.
+    """
+
+    first: int
+    last: int
+    networks: tuple[Network, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_ports(self.first, self.last)
+        if self.networks != collapse(self.networks):
+            raise PolicyError(f"the networks of public port {self} overlap or are not in order; collapse them first")
+
+    @property
+    def is_for_all(self) -> bool:
+        """Whether every host may connect."""
+        return not self.networks
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
 @dataclass(frozen=True)
 class Policy:
     """Who may open TCP connections to one job, and through what.
@@ -106,6 +146,8 @@ class Policy:
     interfaces: the network interfaces that peers come in through, each once; empty means any.
     accept: port chains ACCEPT peers past the host's own rules instead of handing them back (RETURN).
     close_loopback: over the loopback, too, only the job's own processes may connect.
+    public: the ports that others may connect to as well, in ascending order, none in two of them. Those for some
+    networks are in `ports` too, to be closed to the rest; those for every host are not.
 
     Raises PolicyError for a field that cannot be right.
     """
@@ -116,6 +158,7 @@ class Policy:
     interfaces: tuple[str, ...] = ()
     accept: bool = False
     close_loopback: bool = False
+    public: tuple[Opening, ...] = ()
 
     def __post_init__(self) -> None:
         if not RUN_ID.fullmatch(self.run_id):
@@ -127,6 +170,9 @@ class Policy:
         object.__setattr__(self, "interfaces", tuple(dict.fromkeys(self.interfaces)))
         if self.peers != collapse(self.peers):
             raise PolicyError("the peers overlap or are not in order; collapse them first")
+        if self.public:
+            require_openings(self.public)
+            _require_apart(self.public, self.ports)
 
     @cached_property
     def written_peers(self) -> tuple[str, ...]:
@@ -165,6 +211,77 @@ class Policy:
     def joined_ports(self) -> list[tuple[int, int]]:
         """Return the port plan as first and last ports, ascending, joined where ranges overlap or touch."""
         return joined((port.first, port.last) for port in self.ports)
+
+    def opening_at(self, port: int) -> Opening | None:
+        """Return the opening that this port is public by; None where it is not."""
+        return next((opening for opening in self.public if opening.first <= port <= opening.last), None)
+
+    def ports_for_all(self) -> list[tuple[int, int]]:
+        """Return the public ports that every host may connect to, as `joined_ports` does."""
+        return joined((opening.first, opening.last) for opening in self.public if opening.is_for_all)
+
+
+def by_networks(public: Iterable[Opening]) -> dict[tuple[Network, ...], list[tuple[int, int]]]:
+    """Return the joined ports that each list of networks may connect to; every host is the empty list."""
+    found: dict[tuple[Network, ...], list[tuple[int, int]]] = {}
+    for opening in public:
+        found.setdefault(opening.networks, []).append((opening.first, opening.last))
+    return {networks: joined(ports) for networks, ports in found.items()}
+
+
+def opened(public: Iterable[Opening]) -> str:
+    """Return in words who may connect to public ports: `8080, 9090 to 10.0.0.0/8; 9100 to every host`."""
+    parts = []
+    for networks, ranges in by_networks(public).items():
+        ports = some([str(first) if first == last else f"{first}-{last}" for first, last in ranges], _NAMED)
+        parts.append(f"{ports} to {some([*map(shown, networks)], _NAMED) or 'every host'}")
+    return "; ".join(parts)
+
+
+def require_openings(public: tuple[Opening, ...]) -> None:
+    """Raise PolicyError for public ports that are out of order, named twice, or more than a run may have."""
+    if len(public) > MOST_OPENINGS:
+        raise PolicyError(
+            f"{len(public)} ports and ranges are more than the {MOST_OPENINGS} that may be public; join them to ranges"
+        )
+    for before, after in zip(public, public[1:]):
+        if after.first <= before.last:
+            raise PolicyError(
+                f"port {after.first} is named twice among the public ports; name it once, with all of its networks"
+            )
+    groups = by_networks(public)
+    networks = sum(map(len, groups))
+    if networks > MOST_PUBLIC_NETWORKS:
+        raise PolicyError(
+            f"{networks} networks are more than the {MOST_PUBLIC_NETWORKS} that public ports may be for; name larger "
+            "ones, or every host by naming none"
+        )
+    pairs = sum(len(found) * len(ports) for found, ports in groups.items())
+    if pairs > MOST_PUBLIC_PAIRS:
+        raise PolicyError(
+            f"these public ports and networks are {pairs} pairs, and {MOST_PUBLIC_PAIRS} are the most; name larger "
+            "networks, or ranges of ports"
+        )
+
+
+def _require_apart(public: Iterable[Opening], ports: Iterable[PortRange]) -> None:
+    """Raise PolicyError where a port of the job's own nodes is public, and where the plan disagrees with an opening."""
+    own = [port for port in ports if port.purpose in _NEVER_PUBLIC]
+    planned = joined((port.first, port.last) for port in ports)
+    for opening in public:
+        for port in own:
+            if opening.first <= port.last and port.first <= opening.last:
+                raise PolicyError(f"port {port} is for the job's own nodes ({port.purpose}); make another one public")
+        if opening.is_for_all and _met_by(planned, opening.last) >= opening.first:
+            raise PolicyError(f"public port {opening} is for every host, and planned to be closed")
+        if not opening.is_for_all and _met_by(planned, opening.first) < opening.last:
+            raise PolicyError(f"public port {opening} is for some networks, and not planned to be closed to all others")
+
+
+def _met_by(ranges: list[tuple[int, int]], port: int) -> int:
+    """Return the last port of the last of these joined ranges that begins at this port or before; 0 if none does."""
+    place = bisect.bisect_right(ranges, (port, LAST_PORT))
+    return ranges[place - 1][1] if place else 0
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ rules of iptables that order is kept here. Kernels without such sets get rules a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Callable
 
 from securerun.firewall import ipset
@@ -35,11 +35,11 @@ def ports_name(run_id: str) -> str:
     return f"securerun-{run_id}-p"
 
 
-def port_groups(policy: Policy) -> Iterator[str]:
-    """Yield the union of the ranges as xt_multiport takes it, each within the slots that it has."""
+def port_groups(ranges: Iterable[tuple[int, int]]) -> Iterator[str]:
+    """Yield joined ranges of ports as xt_multiport takes them, each within the slots that it has."""
     match: list[str] = []
     slots = 0
-    for first, last in policy.joined_ports():
+    for first, last in ranges:
         needed = 1 if first == last else 2
         if slots + needed > _MULTIPORT_SLOTS:
             yield ",".join(match)
@@ -152,4 +152,4 @@ def _entries(policy: Policy) -> int:
 
 
 def _groups(policy: Policy) -> int:
-    return sum(1 for _ in port_groups(policy))
+    return sum(1 for _ in port_groups(policy.joined_ports()))

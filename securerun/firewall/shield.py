@@ -18,7 +18,7 @@ import itertools
 import os
 import resource
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import selftest
@@ -35,6 +35,8 @@ from securerun.firewall.shield_maps import (
     map_shapes,
     openings_shape,
     peer_keys,
+    public_keys,
+    public_shape,
 )
 from securerun.firewall.shield_program import NOTING_NAME, PROGRAMS, ShieldProgram, noting_program
 from securerun.linux.assembler import assemble
@@ -156,9 +158,9 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
     _raise_memory_limit()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as loading:
         maps = [undo.enter_context(_create(shape)) for shape in map_shapes(policy)]
-        # Nobody but the programs needs the openings.
-        openings = [loading.enter_context(_create_openings())] if policy.close_loopback else []
-        symbols.update((each.shape.name, each.fileno()) for each in (*maps, *openings))
+        # Nobody but the programs needs these.
+        others = [loading.enter_context(made) for made in _create_others(policy)]
+        symbols.update((each.shape.name, each.fileno()) for each in (*maps, *others))
         chosen, program = _load_first_of(suitable, policy, symbols)
         undo.enter_context(program)
         noting = undo.enter_context(_load_noting_program(symbols)) if chosen.closes_loopback else None
@@ -224,8 +226,16 @@ def _create(shape: MapShape) -> Map:
         return Map.create(shape)
 
 
-def _create_openings() -> Map:
-    return _create(openings_shape(os.sysconf("SC_NPROCESSORS_CONF")))
+def _create_others(policy: Policy) -> Iterator[Map]:
+    """Make the maps that stay as they are, or are the programs' own."""
+    if policy.close_loopback:
+        yield _create(openings_shape(os.sysconf("SC_NPROCESSORS_CONF")))
+    shape = public_shape(policy.public)
+    if shape is not None:
+        made = _create(shape)
+        yield made
+        with explained("filling in the networks of public ports"):
+            made.update_many(dict.fromkeys(public_keys(policy.public), NO_VALUE))
 
 
 def _changes(trie: Map, wanted: set[bytes]) -> tuple[Map, set[bytes], set[bytes]]:
@@ -255,7 +265,7 @@ def _load_first_of(
 ) -> tuple[ShieldProgram, Program]:
     refusals = []
     for program in programs:
-        code = assemble(program.build(policy.interfaces), symbols)
+        code = assemble(program.build(policy.interfaces, policy.public), symbols)
         try:
             return program, Program.load(program.kernel_name, code)
         except VerifierError as error:

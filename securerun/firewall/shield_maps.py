@@ -1,23 +1,32 @@
-"""What the shield's maps hold, as bytes: the peers, who was turned away, and what the job itself opens. Asks nobody."""
+"""What the shield's maps hold, as bytes: the peers, who else may connect to public ports, who was turned away, and what
+the job itself opens. Asks nobody."""
 
 from __future__ import annotations
 
 import ipaddress
+import socket
 import struct
 from collections.abc import Iterable
 
-from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.policy import Denial, Opening, Policy, by_networks
 from securerun.linux.assembler import Symbol
 from securerun.linux.bpf import MapShape, MapType
 from securerun.linux.networks import Network
 
 PEERS4, PEERS6, DENIED = Symbol("peers4"), Symbol("peers6"), Symbol("denied")
-OPENINGS, INTERFACES = Symbol("openings"), Symbol("interfaces")
+OPENINGS, INTERFACES, PUBLIC = Symbol("openings"), Symbol("interfaces"), Symbol("public")
 
 _DENIAL_KEY = struct.Struct("=16sI")
 _PACKETS = struct.Struct("=Q")
 _INDEX = struct.Struct("=I")
 NO_VALUE = bytes(4)
+# The networks of public ports: the number of a group, the packet's protocol as it has it, which keeps IPv4 and IPv6
+# apart, and the source as in the key of a denial. A longest prefix holds the first two whole.
+_PUBLIC_HEAD = struct.Struct("=III")
+_PUBLIC_HEAD_BITS, _MAPPED_BITS = 64, 96
+PUBLIC_KEY_BITS = _PUBLIC_HEAD_BITS + 128
+_PROTOCOLS = {4: socket.htons(0x0800), 6: socket.htons(0x86DD)}
+_MAPPED = bytes(10) + b"\xff\xff"
 # A flow is source, destination, source port and destination port as they follow each other in an IPv6 packet; the flow
 # of an IPv4 packet is the end of as many bytes, after zeros. No TCP packet comes from the IPv6 address that is all
 # zeros, so neither can be taken for the other.
@@ -57,6 +66,35 @@ def openings_shape(processors: int) -> MapShape:
     """Return the shape of the map of flows that the job itself opens, for a host of so many processors."""
     entries = max(_FEWEST_OPENINGS, _OPENINGS_PER_PROCESSOR * processors)
     return MapShape(MapType.LRU_HASH, _FLOW_SIZE, _SEQUENCE.size, entries, OPENINGS.name)
+
+
+def public_groups(public: Iterable[Opening]) -> dict[tuple[Network, ...], int]:
+    """Return a number for each list of networks that public ports are for."""
+    lists = (networks for networks in by_networks(public) if networks)
+    return {networks: number for number, networks in enumerate(lists)}
+
+
+def public_shape(public: Iterable[Opening]) -> MapShape | None:
+    """Return the shape of the map of public ports' networks; None where there are none."""
+    entries = len(public_keys(public))
+    size = _PUBLIC_HEAD.size + 16
+    return MapShape(MapType.LPM_TRIE, size, len(NO_VALUE), entries, PUBLIC.name) if entries else None
+
+
+def public_keys(public: Iterable[Opening]) -> list[bytes]:
+    """Return the networks of public ports as keys of their trie."""
+    return [
+        _PUBLIC_HEAD.pack(_PUBLIC_HEAD_BITS + length, group, _PROTOCOLS[network.version]) + packed
+        for networks, group in public_groups(public).items()
+        for network, (length, packed) in zip(networks, map(_as_source, networks))
+    ]
+
+
+def _as_source(network: Network) -> tuple[int, bytes]:
+    """Return the length and the bytes of a network among sources of both IP versions."""
+    if network.version == 4:
+        return _MAPPED_BITS + network.prefixlen, _MAPPED + network.network_address.packed
+    return network.prefixlen, network.network_address.packed
 
 
 def peer_keys(networks: Iterable[Network], version: int) -> list[bytes]:

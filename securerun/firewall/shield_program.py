@@ -10,10 +10,19 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable
+from typing import Protocol
 
-from securerun.firewall.policy import Policy
-from securerun.firewall.shield_maps import DENIED, INTERFACES, OPENINGS, PEERS4, PEERS6
+from securerun.firewall.policy import Opening, Policy
+from securerun.firewall.shield_maps import (
+    DENIED,
+    INTERFACES,
+    OPENINGS,
+    PEERS4,
+    PEERS6,
+    PUBLIC,
+    PUBLIC_KEY_BITS,
+    public_groups,
+)
 from securerun.linux.assembler import (
     R0,
     R1,
@@ -84,6 +93,8 @@ _SOURCE = -20
 _IPV6_KEY = -24
 _IPV4_SOURCE = -8
 _IPV4_KEY = -32
+# The key for the networks of public ports: its length, their group and the packet's protocol stand before the source.
+_PUBLIC_KEY = -32
 _FIRST_PACKET = -40
 _HEADER_OFFSET = -44
 # Where the header was found, which is over when it is judged.
@@ -102,23 +113,30 @@ _ARRIVED = -1
 _NEW_OR_NOT, _ONLY_IF_NEW = 0, 1  # BPF_ANY, BPF_NOEXIST
 
 
+class Build(Protocol):
+    """Makes a program for the interfaces that peers come through, by name, and the ports that others may connect to."""
+
+    def __call__(self, interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
+        """Return its statements."""
+
+
 @dataclass(frozen=True)
 class ShieldProgram:
     """One way to judge packets.
 
     name: what the job's layer is called. kernel_name: what the kernel's lists of programs show.
-    needs: the kernel it was made for. build: names of the interfaces that peers come through to statements.
+    needs: the kernel it was made for. build: makes its statements.
     closes_loopback: over the loopback it lets in only what noting_program() has noted, else everybody.
     """
 
     name: str
     kernel_name: str
     needs: str
-    build: Callable[[Sequence[str]], tuple[Statement, ...]]
+    build: Build
     closes_loopback: bool = False
 
 
-def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+def socket_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
     """Judge every packet to a listening socket by its source alone. Nothing can hide in a header.
 
     A stranger's bare ACK falls as well, which would otherwise complete a handshake from before the shield or
@@ -132,11 +150,12 @@ def socket_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
         Remark("so does every packet to a socket that does not listen"),
         *_pass_unless_listening(),
         *_note_source_and_listener(),
+        *_pass_public(public),
         *_judge(interfaces),
     )
 
 
-def closed_loopback_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+def closed_loopback_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
     """Judge as socket_program() does, but let a packet that came over the loopback pass only if its flow was noted.
 
     Every packet of a handshake is judged here, not the SYN alone: the ACK that ends it, too, is shown to programs with
@@ -153,6 +172,7 @@ def closed_loopback_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
         Remark("every packet to a socket that does not listen passes"),
         *_pass_unless_listening(),
         *_note_source_and_listener(),
+        *_pass_public(public),
         *_judge_loopback(),
         *_judge(interfaces),
     )
@@ -191,7 +211,7 @@ def noting_program() -> tuple[Statement, ...]:
     )
 
 
-def header_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
+def header_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
     """Judge packets that open a TCP connection (SYN without ACK) by source, for kernels without skb->sk (4.15-5.0).
 
     It has to find the TCP header itself, and drops what it cannot walk. No loops (Linux 5.3), no direct packet
@@ -216,6 +236,7 @@ def header_program(interfaces: Sequence[str]) -> tuple[Statement, ...]:
         load(R2, 2, R10, _HEADER + 2),
         from_network_order(R2, 2),
         store(4, R10, _PORT, R2),
+        *_pass_public(public),
         *_judge(interfaces),
     )
 
@@ -238,13 +259,17 @@ def describe(policy: Policy) -> str:
         "shield: an eBPF program on the job's cgroup, for every TCP port of the job, IPv4 and IPv6",
         f"may connect: {passing}",
         f"through: {' '.join(policy.interfaces) or 'any interface'}",
+        *(
+            f"port {opening}, through any interface: {' '.join(map(str, opening.networks)) or 'every host'}"
+            for opening in policy.public
+        ),
     ]
     if policy.close_loopback:
         lines += [
             "over the loopback, and from this host's own addresses: the job's own processes, nobody else",
             "always passes: connections that the job opens itself, connections that are established",
             f"program {CLOSED_LOOPBACK_PROGRAM.name!r} ({CLOSED_LOOPBACK_PROGRAM.needs}; older kernels have none):",
-            listing(CLOSED_LOOPBACK_PROGRAM.build(policy.interfaces)),
+            listing(CLOSED_LOOPBACK_PROGRAM.build(policy.interfaces, policy.public)),
             "program for what the job sends, which notes the connections that it opens over the loopback:",
             listing(noting_program()),
         ]
@@ -252,7 +277,7 @@ def describe(policy: Policy) -> str:
         lines += [
             "always passes: the loopback, connections that the job opens itself, connections that are established",
             f"program {SOCKET_PROGRAM.name!r} ({SOCKET_PROGRAM.needs}; older kernels get {HEADER_PROGRAM.name!r}):",
-            listing(SOCKET_PROGRAM.build(policy.interfaces)),
+            listing(SOCKET_PROGRAM.build(policy.interfaces, policy.public)),
         ]
     return "\n".join(lines)
 
@@ -279,6 +304,39 @@ def _note_source_and_listener() -> Iterator[Statement]:
     yield Label("ipv6")
     yield from _load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop")
     yield Label("judge")
+
+
+def _pass_public(public: Sequence[Opening]) -> Iterator[Statement]:
+    """Pass who may connect to a public port and is no peer, over whatever interface; let the rest fall through.
+
+    The ports are in the code, in ascending order: a packet to any other goes past two comparisons a port at most. Their
+    networks are in one trie, each after the number of the ports that it is for.
+    """
+    if not public:
+        return
+    groups = public_groups(public)
+    yield Remark("is the port public?")
+    yield load(R2, 4, R10, _PORT)
+    for number, opening in enumerate(public):
+        beyond = f"beyond {number}"
+        yield jump_if(R2, "<", opening.first, "not public")
+        yield jump_if(R2, ">", opening.last, beyond)
+        if opening.is_for_all:
+            yield jump("pass")
+        else:
+            yield calculate(R3, "=", groups[opening.networks])
+            yield jump("public to some")
+        yield Label(beyond)
+    yield jump("not public")
+    if groups:
+        yield Label("public to some")
+        yield Remark("is the source in one of its networks?")
+        yield store(4, R10, _PUBLIC_KEY, PUBLIC_KEY_BITS)
+        yield store(4, R10, _PUBLIC_KEY + 4, R3)
+        yield store(4, R10, _PUBLIC_KEY + 8, R9)
+        yield from _look_up(PUBLIC, _PUBLIC_KEY)
+        yield jump_if(R0, "!=", 0, "pass")
+    yield Label("not public")
 
 
 def _judge_loopback() -> Iterator[Statement]:

@@ -12,7 +12,16 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from securerun.firewall.policy import Denial, Layer, Policy, PortRange, purpose_of
+from securerun.firewall.policy import (
+    MOST_OPENINGS,
+    MOST_PUBLIC_NETWORKS,
+    Denial,
+    Layer,
+    Opening,
+    Policy,
+    PortRange,
+    purpose_of,
+)
 from securerun.linux.networks import Network
 
 # 100,000 collapsed IPv6 networks with quotes and commas are 4.6 MB.
@@ -23,6 +32,7 @@ MAXIMUM_PORT_RANGES = 1024
 MAXIMUM_RECORDED_RANGES = MAXIMUM_PORT_RANGES + 32768
 MAXIMUM_INTERFACES = 64
 MAXIMUM_TEXT = 4096
+_PUBLIC = {"public"}
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}", re.ASCII)
 
 
@@ -31,7 +41,9 @@ class ProtocolError(Exception):
 
 
 def policy_document(policy: Policy) -> dict[str, Any]:
-    """Return the policy as JSON's own types."""
+    """Return the policy as JSON's own types. What few runs have is left out where it is not: a version without it
+    understands the rest, and refuses what it does not know."""
+    public = [opening_document(opening) for opening in policy.public]
     return {
         "run_id": policy.run_id,
         "ports": [{"first": port.first, "last": port.last, "purpose": port.purpose} for port in policy.ports],
@@ -39,7 +51,13 @@ def policy_document(policy: Policy) -> dict[str, Any]:
         "interfaces": list(policy.interfaces),
         "accept": policy.accept,
         "close_loopback": policy.close_loopback,
+        **({"public": public} if public else {}),
     }
+
+
+def opening_document(opening: Opening) -> dict[str, Any]:
+    """Return one public port or range as JSON's own types; no networks are every host."""
+    return {"first": opening.first, "last": opening.last, "networks": [str(network) for network in opening.networks]}
 
 
 def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RANGES) -> Policy:
@@ -47,7 +65,8 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
 
     most_ranges: how many ranges of ports it may have.
     """
-    require_fields(document, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
+    optional = _PUBLIC & document.keys()
+    require_fields(document, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback", *optional)
     return Policy(
         run_id=text(document, "run_id"),
         ports=tuple(_read_port(port) for port in items(document, "ports", most_ranges)),
@@ -55,7 +74,17 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
         interfaces=tuple(entry(name) for name in items(document, "interfaces", MAXIMUM_INTERFACES)),
         accept=flag(document, "accept"),
         close_loopback=flag(document, "close_loopback"),
+        public=read_openings(document),
     )
+
+
+def read_openings(document: Mapping[str, Any]) -> tuple[Opening, ...]:
+    """Return the public ports of the policy in a document, which has none where it does not say so.
+
+    Raises ProtocolError, PolicyError or ValueError.
+    """
+    public = items(document, "public", MOST_OPENINGS) if "public" in document else []
+    return tuple(_read_opening(opening) for opening in public)
 
 
 def denial_document(denial: Denial) -> dict[str, Any]:
@@ -149,6 +178,13 @@ def _read_port(document: object) -> PortRange:
     port = mapping(document, "a port range")
     require_fields(port, "first", "last", "purpose")
     return PortRange(number(port, "first"), number(port, "last"), purpose_of(text(port, "purpose")))
+
+
+def _read_opening(document: object) -> Opening:
+    opening = mapping(document, "a public port")
+    require_fields(opening, "first", "last", "networks")
+    networks = items(opening, "networks", MOST_PUBLIC_NETWORKS)
+    return Opening(number(opening, "first"), number(opening, "last"), tuple(read_network(each) for each in networks))
 
 
 def _packed(address: str) -> bytes:

@@ -43,6 +43,7 @@ class Exposure:
         self._lease = lease
         self._diagnosis = SocketDiagnosis()
         self._planned = lease.order.policy.joined_ports()
+        self._for_all = lease.order.policy.ports_for_all()
         self._limit = math.inf if lease.caller.is_root else lease.site.ports_found_per_run
         self._seen: tuple[Listener, ...] = ()
         self._cgroups: frozenset[int] = frozenset()
@@ -61,7 +62,7 @@ class Exposure:
         if found == self._seen and now < self._next_full_look:
             return ()
         self._next_full_look = now + _FULL_LOOK_SECONDS
-        exposed = self._exposed(found)
+        exposed = [listener for listener in self._exposed(found) if not covers(self._for_all, listener.port)]
         if self._lease.chains is None:
             ports = {listener.port for listener in exposed}
             left_open = dict.fromkeys(ports, "its socket is not behind the shield, and no chains are set")

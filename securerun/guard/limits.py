@@ -29,6 +29,7 @@ from securerun.linux.networks import Network
 # none of them wider, are all of IPv4 but 128 addresses.
 _WIDEST = {4: 8, 6: 16}
 _BITS = {4: 32, 6: 128}
+_EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SitePolicy:
     peers: the networks that named peers must lie in; None: any, but in sum no
     more addresses than a /8 or /16 (IPv6) has.
     peers_per_run: how many networks, after those that make up one have been joined.
+    public: the networks that public ports may be for; None: those of `peers`, and every host where that is None too.
     accept: whether peers may be let past the host's own rules. runs_per_user: how many runs at once.
     """
 
@@ -51,6 +53,7 @@ class SitePolicy:
     ports_found_per_run: int = 4096
     peers_per_run: int = 4096
     peers: tuple[Network, ...] | None = None
+    public: tuple[Network, ...] | None = None
     accept: bool = False
     runs_per_user: int = 32
 
@@ -93,6 +96,7 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
             f"{count} ports are more than the {site.ports_per_run} that a run may name here ({LIMITS_FILE})"
         )
     require_permitted_peers(site, policy, caller)
+    _require_permitted_openings(site, policy)
     if policy.accept and not site.accept:
         raise PolicyError(f"--accept is root's, or the site's (accept = true in {LIMITS_FILE}); leave it out")
 
@@ -113,6 +117,25 @@ def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) ->
         if not _is_within(network, site.peers):
             allowed = ", ".join(map(str, site.peers))
             raise PolicyError(f"{network} may not be named a peer; this host allows {allowed} ({LIMITS_FILE})")
+
+
+def _require_permitted_openings(site: SitePolicy, policy: Policy) -> None:
+    """Raise PolicyError for a public port that the site does not let ordinary users have.
+
+    What is public is no more open than without securerun. But where the site says who a job may be open to, that holds
+    for all of its ports.
+    """
+    allowed, key = (site.peers, "peers") if site.public is None else (site.public, "public")
+    if allowed is None:
+        return
+    for opening in policy.public:
+        for network in opening.networks or _EVERY_HOST:
+            if not _is_within(network, allowed):
+                whom = "every host" if opening.is_for_all else str(network)
+                listed = ", ".join(map(str, allowed)) or "no public port"
+                raise PolicyError(
+                    f"port {opening} may not be public to {whom}; this host allows {listed} ({key} in {LIMITS_FILE})"
+                )
 
 
 def _require_few_addresses(policy: Policy) -> None:
@@ -211,6 +234,13 @@ def _networks(key: str, value: object) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(word) for word in _words(key, value))
 
 
+def _public(key: str, value: object) -> tuple[Network, ...]:
+    """Return the networks of public ports: all of them for true, none for false."""
+    if isinstance(value, bool):
+        return _EVERY_HOST if value else ()
+    return _networks(key, value)
+
+
 def _flag(key: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{key} is neither true nor false")
@@ -231,6 +261,7 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "ports_found_per_run": _count,
     "peers": _networks,
     "peers_per_run": _count,
+    "public": _public,
     "accept": _flag,
     "runs_per_user": _count,
 }

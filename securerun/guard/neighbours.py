@@ -7,10 +7,10 @@ before any drop. Root may do anything; between others nobody gets the better of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import covers, joined, overlap
+from securerun.firewall.policy import Opening, covers, joined, overlap
 from securerun.guard.caller import ROOT
 from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Brief, Record
@@ -82,7 +82,9 @@ def require_unweakened(run: Record, known: Iterable[Brief]) -> None:
     """Raise PolicyError, for a run without a shield, where another user's run lets its own peers to our ports."""
     for brief in _neighbours(run, known):
         peers = None if brief.root else brief.peers()
-        if peers is not None and not _are_within(peers, run.policy.peers):
+        if peers is None:
+            continue
+        if not _are_within((*peers, *_let_to(run.policy.joined_ports(), brief.public())), run.policy.peers):
             raise PolicyError(
                 f"this job has no shield, and run {brief.run_id} of user {brief.user} lets its own peers to ports of "
                 "this plan; choose other ports"
@@ -99,9 +101,17 @@ def _require_harmless_peers(run: Record, found: Iterable[Brief]) -> None:
 
 
 def _would_let_others_in(run: Record, brief: Brief) -> bool:
-    """Return whether a run has peers that another has not. Whose cannot be understood has none to be protected."""
+    """Return whether a run would let others in to another. Whose peers cannot be understood has none to protect."""
     peers = brief.peers()
-    return peers is not None and not _are_within(run.policy.peers, peers)
+    let_in = (*run.policy.peers, *_let_to(brief.ports(), run.policy.public))
+    return peers is not None and not _are_within(let_in, peers)
+
+
+def _let_to(ports: list[tuple[int, int]], public: Iterable[Opening]) -> Iterator[Network]:
+    """Yield the networks that public ports among these are for: the rules for them pass by every run's."""
+    for opening in public:
+        if overlap(ports, [(opening.first, opening.last)]):
+            yield from opening.networks
 
 
 def _neighbours(run: Record, known: Iterable[Brief]) -> list[Brief]:

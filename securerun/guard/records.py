@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Callable, TypeVar
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import RUN_ID, Denial, Layer, Policy, joined, require_ports
+from securerun.firewall.policy import RUN_ID, Denial, Layer, Opening, Policy, joined, require_ports
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
     MAXIMUM_RECORDED_RANGES,
@@ -28,6 +28,7 @@ from securerun.guard.documents import (
     read_denial,
     read_layer,
     read_network,
+    read_openings,
     read_policy,
 )
 from securerun.guard.protocol import mark_of
@@ -183,6 +184,12 @@ class Brief(Known):
         with contextlib.suppress(*_NO_RECORD):
             return tuple(read_network(peer) for peer in self._policy["peers"])
         return None
+
+    def public(self) -> tuple[Opening, ...]:
+        """Return its public ports; none where they cannot be understood."""
+        with contextlib.suppress(*_NO_RECORD):
+            return read_openings(self._policy)
+        return ()
 
     def whole(self) -> Record | None:
         """Return all of it; None where it cannot be understood."""

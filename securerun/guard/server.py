@@ -19,6 +19,7 @@ from typing import NoReturn
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
+from securerun.firewall.policy import opened
 from securerun.guard import inherited, limits, log, records, refusals
 from securerun.guard.acquire import acquire, require_room
 from securerun.guard.caller import ROOT, Caller, find_ancestor, find_peer, sudo_processes
@@ -271,9 +272,10 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     answers.send(lease.guarding)
     layers = ", ".join(layer.backend for layer in lease.guarding.layers)
     ports = ", ".join(map(str, lease.order.policy.ports)) or "none"
+    public = f"; public {opened(lease.policy.public)}" if lease.policy.public else ""
     _log(
         f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding by {layers}; ports {ports}; "
-        f"{len(lease.policy.peers)} peer networks"
+        f"{len(lease.policy.peers)} peer networks{public}"
     )
     try:
         Watch(lease, orders, answers.send, _log).until_over()

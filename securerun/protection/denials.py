@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from typing import Callable
 
-from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.policy import Denial, Opening, Policy
 from securerun.linux.networks import Address
 from securerun.text import count, some
 
@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     VERSION = "all peers are of the other IP version"
     INTERFACE = "a peer's address, through another interface than --interface permits"
     LOOPBACK = "a process of this host that is none of the job's (--loopback job)"
+    PUBLIC = "a public port (--public), and none of its networks has this address"
     SINCE = "it has become a peer since"
 
 
@@ -35,12 +36,16 @@ def is_of_this_host(address: Address) -> bool:
     return interfaces.has(address)
 
 
-def reason(policy: Policy, source: Address, is_own: Callable[[Address], bool] = is_of_this_host) -> Reason:
-    """Return which rule of a policy turned this source away.
+def reason(
+    policy: Policy, source: Address, is_own: Callable[[Address], bool] = is_of_this_host, *, port: int = 0
+) -> Reason:
+    """Return which rule of a policy turned this source away from a port.
 
     Over the loopback only `close_loopback` turns anybody away, and what comes from an address of this host's own comes
     over the loopback, so only then is it asked for.
     """
+    if policy.opening_at(port) is not None and not policy.has_peer(source):
+        return Reason.PUBLIC
     if policy.close_loopback and (source.is_loopback or is_own(source)):
         return Reason.LOOPBACK
     if policy.has_peer(source):
@@ -56,12 +61,12 @@ def blocked(denial: Denial) -> str:
 
 def explained(policy: Policy, denial: Denial) -> str:
     """Who was turned away, and what to do if it belongs to the job."""
-    return f"{blocked(denial)}; {_advice(policy, denial.source, reason(policy, denial.source))}"
+    return f"{blocked(denial)}; {_advice(policy, denial, _reason(policy, denial))}"
 
 
 def with_rule(policy: Policy, denial: Denial) -> str:
     """Who was turned away, and what to do where it is not that no peer has its address."""
-    is_stranger = reason(policy, denial.source) is Reason.STRANGER
+    is_stranger = _reason(policy, denial) is Reason.STRANGER
     return blocked(denial) if is_stranger else explained(policy, denial)
 
 
@@ -71,13 +76,15 @@ def summary(at_start: Policy, now: Policy, denied: Sequence[Denial], more: int =
     at_start, now: the policy with the peers of either. more: attempts of others than those in `denied`, of whom there
     were too many.
     """
-    told: set[Reason] = set()
+    told: set[Reason | Opening] = set()
     for denial in denied[:_DENIALS_NAMED]:
-        why = reason(now, denial.source)
+        why = _reason(now, denial)
         if why is Reason.INTERFACE and not at_start.has_peer(denial.source):
             why = Reason.SINCE
-        advice = "" if why is Reason.STRANGER or why in told else f"; {_advice(now, denial.source, why)}"
-        told.add(why)
+        # What mends it is the same for all of a rule, but for public ports: each has networks of its own.
+        rule = now.opening_at(denial.port) or why if why is Reason.PUBLIC else why
+        advice = "" if why is Reason.STRANGER or rule in told else f"; {_advice(now, denial, why)}"
+        told.add(rule)
         yield f"{blocked(denial)}{advice}"
     if len(denied) > _DENIALS_NAMED:
         yield f"blocked {len(denied) - _DENIALS_NAMED} more pairs of source and port"
@@ -88,7 +95,17 @@ def summary(at_start: Policy, now: Policy, denied: Sequence[Denial], more: int =
         yield f"if one of {of_whom} is a node of this job, add it with --peers"
 
 
-def _advice(policy: Policy, source: Address, why: Reason) -> str:
+def _reason(policy: Policy, denial: Denial) -> Reason:
+    return reason(policy, denial.source, port=denial.port)
+
+
+def _advice(policy: Policy, denial: Denial, why: Reason) -> str:
+    source = denial.source
+    if why is Reason.PUBLIC:
+        return (
+            f"port {denial.port} is public, and not to this address: if it may connect there, add it, or its network, "
+            f"with --public '{policy.opening_at(denial.port)}=...'"
+        )
     if why is Reason.LOOPBACK:
         return (
             "it is a process of this host that this launcher did not start (--loopback job): if it belongs to the job, "

@@ -28,7 +28,7 @@ from securerun.options import Options
 TERMS_VARIABLE = "SECURERUN_LEASE"
 
 # The options that are a lease's own. The others (umask, user, launcher) are in force inside of it as well.
-_TERMS = ("peers", "interface", "ports", "firewall", "scope", "loopback", "grace", "accept", "hccl_whitelist")
+_TERMS = ("peers", "interface", "ports", "public", "firewall", "scope", "loopback", "grace", "accept", "hccl_whitelist")
 _DEFAULTS = Options()
 _LONGEST_TERM = 1000
 _ROOT = 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from securerun.console import say
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import Opening, Policy, PortRange
 from securerun.host import interfaces
 
 if TYPE_CHECKING:
@@ -50,11 +50,13 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
     grace = options.seconds(asked.grace, asked.grace_source)
     variables = Variables(os.environ)
-    planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, variables=variables)
+    public = _Public(asked)
+    planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, variables=variables))
     # Last, since it may wait for names; nothing that is wrong is to be found after that.
     found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=say)
     if found.ports:
-        planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, found.ports, variables)
+        known = found.ports
+        planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known, variables))
     warnings = tuple(entrance.warnings(os.environ, found.networks, variables))
     way_in = entrance.entrance(asked, os.environ, found.listed or found.networks, variables)
     found = replace(found, warnings=(*found.warnings, *warnings, *variables.warnings))
@@ -65,6 +67,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
         interfaces=way_in.names,
         accept=asked.accept,
         close_loopback=asked.loopback == "job",
+        public=public.openings,
     )
     return Plan(
         job=job,
@@ -83,13 +86,15 @@ def policy(
     ports: str | Iterable[int | str] | None = None,
     interface: str | Iterable[str] | None = None,
     *,
+    public: str | Iterable[int | str] | None = None,
     loopback: str = "any",
     accept: bool = False,
 ) -> Policy:
     """Make the policy of a job that this process begins by itself, for `securerun.guarded`.
 
-    The arguments are those of the command line, or lists of them: peers=["node0", "10.0.0.0/24"], ports=[7000]. What
-    is not given comes from the environment, the batch system and the site file, as for `securerunctl exec`.
+    The arguments are those of the command line, or lists of them: peers=["node0", "10.0.0.0/24"], ports=[7000],
+    public=["8080=10.0.0.0/8", 9100]. What is not given comes from the environment, the batch system and the site file,
+    as for `securerunctl exec`.
     Raises PolicyError or UsageError, in one line, for what cannot be right, and where the peers are not known.
     """
     from securerun import options
@@ -98,6 +103,8 @@ def policy(
     given = {"peers": peers, "ports": ports, "interface": interface}
     taken: dict[str, options.Value] = {name: _listed(value) for name, value in given.items() if value is not None}
     taken["loopback"] = loopback
+    if public is not None:
+        taken["public"] = _listed(public, ";")
     if accept:
         taken["accept"] = True
     job = environment.describe_job(os.environ, sys.argv)
@@ -113,11 +120,31 @@ def _whitelist(job: Job, asked: Options, found: Peers) -> tuple[str, ...]:
     return hccl_whitelist.addresses_of(found.listed, job.max_nodes, job.ranks)
 
 
+class _Public:
+    """The public ports that the user asked for, which few do. Raises PolicyError for what cannot be right."""
+
+    def __init__(self, asked: Options) -> None:
+        self.openings: tuple[Opening, ...] = ()
+        self._source = asked.public_source
+        if asked.public is not None:
+            from securerun.job import public
+
+            self.openings = public.openings(asked.public, asked.public_source)
+
+    def within(self, planned: tuple[PortRange, ...]) -> tuple[PortRange, ...]:
+        """Return a port plan with them. Raises PolicyError where one is a port of the job's own."""
+        if not self.openings:
+            return planned
+        from securerun.job import public
+
+        return public.within(planned, self.openings, self._source)
+
+
 def _everyone() -> Peers:
     from securerun.job.peers import EVERY_HOST, Peers
 
     return Peers(EVERY_HOST, "--unprotected")
 
 
-def _listed(value: str | Iterable[int | str]) -> str:
-    return value if isinstance(value, str) else ",".join(map(str, value))
+def _listed(value: str | Iterable[int | str], separator: str = ",") -> str:
+    return value if isinstance(value, str) else separator.join(map(str, value))

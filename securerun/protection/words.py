@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.policy import Denial, Policy, opened
 from securerun.linux.networks import Network, shown
 from securerun.protection import denials
 from securerun.protection.ways import DIRECTLY, OF_NAMESPACE, OUTSIDE
@@ -29,6 +29,9 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
     """Yield what is closed, by what, and to whom it is open. way: how the guard came by its privilege."""
     run = f"run {plan.policy.run_id}: "
     yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
+    public = plan.policy.public
+    if public:
+        yield f"{run}public as far as this host's own rules let it be: port {opened(public)}"
     for layer in guarding.layers:
         what = _shielded(plan) if layer.is_shield else f"TCP ports {_ports(plan.policy)}"
         yield f"{run}{what} closed to all others by {layer}"
@@ -178,6 +181,8 @@ def _summary(plan: Plan, origin: str) -> Iterator[str]:
     yield from _port_rows(policy)
     closed = "closed when they appear" if options.scope == "ports" else "closed by the shield"
     yield _row("" if policy.ports else "ports", f"{'any other':<12} chosen at random by gloo, NCCL or torch: {closed}")
+    if policy.public:
+        yield _row("public", f"port {opened(policy.public)}")
     label = "peers"
     for network in policy.peers:
         yield _row(label, str(network))
@@ -213,7 +218,8 @@ def more_sources(number: int) -> str:
 
 def _shielded(plan: Plan) -> str:
     """Return what the shield closes: all that is of the job, unless some of it is started by others."""
-    return "every TCP port of the command's own processes" if plan.job.elsewhere else "every TCP port of this job"
+    every = "every other TCP port" if plan.policy.public else "every TCP port"
+    return f"{every} of the command's own processes" if plan.job.elsewhere else f"{every} of this job"
 
 
 def _row(label: str, text: str) -> str:

@@ -366,6 +366,7 @@ def test_json_has_the_policy_and_where_each_part_of_it_comes_from() -> None:
         "interfaces": [],
         "accept": False,
         "close_loopback": True,
+        "public": [],
     }
     assert document["command"] == list(plans.COMMAND)
     assert document["rendezvous"]["endpoint"] == "10.77.0.1:29500"

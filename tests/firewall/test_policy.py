@@ -19,6 +19,7 @@ WRITTEN = [
     "HCCL",
     "HCCL (rank table)",
     "added with --ports",
+    "public to some networks (--public)",
     "opened while the job runs",
 ]
 

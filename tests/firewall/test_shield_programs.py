@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import packets
 import pytest
 from cgroups import Cgroup, in_child, inside, new_cgroup
 from hosts import Host, Network
+from judging import Judge, judging
 from packets import ACK, FRAGMENT, SYN, TCP, UDP, Flow
 from programs import result_of
 
@@ -26,7 +27,7 @@ from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.shield import Shield, adopt, attach_first_of
 from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM, ShieldProgram, describe
 from securerun.linux.assembler import Instruction, assemble
-from securerun.linux.bpf import AttachType, Program, attached, verifier_log
+from securerun.linux.bpf import verifier_log
 from securerun.linux.networks import collapse
 
 PROGRAMS = (SOCKET_PROGRAM, HEADER_PROGRAM)
@@ -50,34 +51,6 @@ def host(root_and_tools: None) -> Iterator[Host]:
 
 def policy(*peers: str, interfaces: Sequence[str] = ()) -> Policy:
     return Policy("0123456789ab", (), collapse(ipaddress.ip_network(peer) for peer in peers), tuple(interfaces))
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A shield by the header program, asked packet by packet."""
-
-    shield: Shield
-    program: Program
-    interface: int
-
-    def passes(self, content: bytes) -> bool:
-        return self.passes_frame(packets.frame(content))
-
-    def passes_frame(self, frame: bytes) -> bool:
-        return result_of(self.program, frame, self.interface) == 1
-
-    def denials(self) -> set[tuple[str, int, int]]:
-        return {(str(denial.source), denial.port, denial.packets) for denial in self.shield.denied()}
-
-
-@contextmanager
-def judging(program: ShieldProgram, of: Policy) -> Iterator[Judge]:
-    with new_cgroup() as cgroup:
-        hung_up = attach_first_of((program,), cgroup.descriptor, of)
-        (identifier,) = attached(cgroup.descriptor, AttachType.CGROUP_INET_INGRESS).program_ids
-        with Program.open(identifier) as opened:
-            yield Judge(hung_up, opened, socket.if_nametoindex("eth0"))
-        hung_up.close()
 
 
 @pytest.fixture

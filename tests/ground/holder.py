@@ -3,7 +3,7 @@
 A line of input names the peers from then on, with commas between, or, `listen PORT`, one more port to listen on.
 
     holder.py [--peers A,B] [--ports FIRST-LAST] [--listen PORT] [--firewall B] [--scope S] [--loopback job]
-              [--interface NAMES] [--listen-elsewhere]
+              [--interface NAMES] [--public PORTS] [--listen-elsewhere]
 
 {"guarding": [BACKEND, ...], "notes": [...]} once the lease stands and the port listens, {"news": TEXT} for what the
 guard says later. `--listen-elsewhere` makes the listening socket in another cgroup than the job's, as a host does on
@@ -24,8 +24,9 @@ from pathlib import Path
 from hosts import cgroup2_mount
 
 from securerun.errors import SecurerunError
-from securerun.firewall.policy import Policy, PortRange
+from securerun.firewall.policy import Policy, PortRange, Purpose
 from securerun.guard.protocol import Notice, Order
+from securerun.job.public import openings
 from securerun.linux.networks import Network, collapse
 from securerun.protection.client import Guard
 
@@ -33,12 +34,17 @@ from securerun.protection.client import Guard
 def main() -> None:
     options = parse()
     first, _, last = options.ports.partition("-")
+    public = openings(options.public, "--public") if options.public else ()
     policy = Policy(
         secrets.token_hex(6),
-        (PortRange(int(first), int(last or first), "planned"),),
+        (
+            PortRange(int(first), int(last or first), "planned"),
+            *(PortRange(one.first, one.last, Purpose.PUBLIC) for one in public if not one.is_for_all),
+        ),
         networks(options.peers),
         tuple(options.interface.split(",")) if options.interface else (),
         close_loopback=options.loopback == "job",
+        public=public,
     )
     guard = Guard()
     try:
@@ -72,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--firewall", default="auto")
     parser.add_argument("--scope", default="auto")
     parser.add_argument("--loopback", default="any")
+    parser.add_argument("--public", default="")
     parser.add_argument("--listen-elsewhere", action="store_true")
     return parser.parse_args()
 

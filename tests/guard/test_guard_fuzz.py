@@ -94,7 +94,8 @@ def is_permitted(document: Any) -> bool:  # noqa: ANN401 - anything at all
 
 def _is_policy(policy: Any) -> bool:  # noqa: ANN401 - anything at all
     return (
-        _has(policy, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
+        type(policy) is dict
+        and set(policy) - {"public"} == {"run_id", "ports", "peers", "interfaces", "accept", "close_loopback"}
         and type(policy["run_id"]) is str
         and re.fullmatch("[0-9a-f]{12}", policy["run_id"]) is not None
         and type(policy["accept"]) is bool
@@ -106,7 +107,39 @@ def _is_policy(policy: Any) -> bool:  # noqa: ANN401 - anything at all
             for name in policy["interfaces"]
         )
         and _are_peers(policy["peers"])
+        and ("public" not in policy or _are_openings(policy["public"], policy["ports"]))
     )
+
+
+# Who gets at one of these has the job.
+_OF_THE_NODES = {
+    *("rendezvous store (c10d)", "master port (static rendezvous)", "parallel store (torch_npu_run)"),
+    *("rendezvous endpoint", "master port", "HCCL", "HCCL (rank table)"),
+}
+
+
+def _are_openings(public: Any, ports: list[Any]) -> bool:  # noqa: ANN401 - anything at all
+    """Whether public ports are right beside this plan, whose ports are."""
+    if type(public) is not list or len(public) > 64:
+        return False
+    of_nodes = {n for port in ports if port["purpose"] in _OF_THE_NODES for n in range(port["first"], port["last"] + 1)}
+    planned = {number for port in ports for number in range(port["first"], port["last"] + 1)}
+    last = 0
+    for one in public:
+        if not (
+            _has(one, "first", "last", "networks")
+            and type(one["first"]) is type(one["last"]) is int
+            and last < one["first"] <= one["last"] <= 65535
+            and type(one["networks"]) is list
+            and len(one["networks"]) <= 64
+            and _are_peers(one["networks"])
+        ):
+            return False
+        last = one["last"]
+        numbers = set(range(one["first"], one["last"] + 1))
+        if numbers & of_nodes or (not numbers <= planned if one["networks"] else numbers & planned):
+            return False
+    return True
 
 
 def _is_port(port: Any) -> bool:  # noqa: ANN401 - anything at all
@@ -144,12 +177,26 @@ def mutated(chance: random.Random) -> bytes:
         peers=chance.choice((("10.0.0.1/32", "fd00::/64"), ("10.0.0.0/7",), ("0.0.0.0/0",), ("fc00::/7",), ())),
         accept=chance.random() < 0.1,
     )
+    if chance.random() < 0.3:
+        _make_public(document["order"]["policy"], chance)
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
         document = _changed(document, chance)
     line = json.dumps(document).encode()
     if chance.random() < 0.15:
         line = _damaged(line, chance)
     return line.replace(b"\n", b" ")
+
+
+def _make_public(policy: dict[str, Any], chance: random.Random) -> None:
+    """Add public ports, mostly such as may be."""
+    policy["public"] = [{"first": 7001, "last": 7001, "networks": []}]
+    if chance.random() < 0.5:
+        networks = chance.choice((["10.9.0.0/16", "fd09::/32"], ["0.0.0.0/0"], ["10.9.0.0/15"], ["10.9.0.1/16"]))
+        policy["public"] += [{"first": 7003, "last": 7004, "networks": networks}]
+        if chance.random() < 0.8:
+            policy["ports"] += [{"first": 7003, "last": 7004, "purpose": "public to some networks (--public)"}]
+    if chance.random() < 0.2:
+        policy["public"] += [{"first": chance.choice((7002, 7004, 29500)), "last": 29500, "networks": []}]
 
 
 def _changed(document: Any, chance: random.Random) -> Any:  # noqa: ANN401 - anything at all

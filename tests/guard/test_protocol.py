@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from securerun.firewall.policy import Denial, Layer, Policy, PortRange
+from securerun.firewall.policy import Denial, Layer, Opening, Policy, PortRange, Purpose
 from securerun.guard import documents
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
@@ -184,3 +184,51 @@ def test_no_policy_field_makes_the_guard_stumble(field: str, value: object) -> N
         assert isinstance(decode(order(**{f"policy__{field}": value})), Order)
     except ProtocolError:
         return
+
+
+PUBLIC = Policy(
+    "0123456789ab",
+    (PortRange(29500, 29500, Purpose.MASTER_PORT), PortRange(8080, 8090, Purpose.PUBLIC)),
+    (),
+    public=(
+        Opening(8080, 8090, collapse(map(ipaddress.ip_network, ("10.0.0.0/8", "fd00::/64")))),
+        Opening(9100, 9100),
+    ),
+)
+
+
+def test_public_ports_survive_the_way_and_what_has_none_is_as_it_was_before_there_were_any() -> None:
+    message = Order(PUBLIC, "auto", "auto", 10.0, "train.py")
+    assert decode(encode(message)) == message
+    # A guard or a launcher of a version without them understands what has none, and refuses what has some.
+    assert b"public" not in encode(ORDER)
+
+
+@pytest.mark.parametrize(
+    "public",
+    [
+        [{"first": 0, "last": 1, "networks": []}],
+        [{"first": 2, "last": 1, "networks": []}],
+        [{"first": 7001, "last": 7001}],
+        [{"first": 7001, "last": 7001, "networks": [], "more": 1}],
+        [{"first": True, "last": 7001, "networks": []}],
+        [{"first": 7001, "last": 7001, "networks": "10.0.0.0/8"}],
+        [{"first": 7001, "last": 7001, "networks": ["10.0.0.1/8"]}],
+        [{"first": 7001, "last": 7001, "networks": ["fe80::1%eth0"]}],
+        [{"first": 7001, "last": 7001, "networks": ["node1"]}],
+        [{"first": 7001, "last": 7001, "networks": ["10.0.0.0/8", "10.1.0.0/16"]}],
+        [{"first": 7001, "last": 7005, "networks": []}, {"first": 7003, "last": 7003, "networks": []}],
+        [{"first": 7003, "last": 7003, "networks": []}, {"first": 7001, "last": 7001, "networks": []}],
+        [{"first": 29500, "last": 29500, "networks": []}],
+        [{"first": port, "last": port, "networks": []} for port in range(7001, 7130, 2)],
+        [{"first": 7001, "last": 7001, "networks": [f"10.{number}.0.0/24" for number in range(65)]}],
+        ["7001"],
+        {},
+        "7001",
+    ],
+    ids=str,
+)
+def test_an_order_with_public_ports_that_cannot_be_right_is_refused_whole(public: object) -> None:
+    line = order(policy__public=public)
+    with pytest.raises(ProtocolError):
+        decode(line)

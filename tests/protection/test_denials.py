@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from securerun.firewall.policy import Denial, Policy, PortRange
+from securerun.firewall.policy import Denial, Opening, Policy, PortRange, Purpose
 from securerun.guard.protocol import Notice
 from securerun.linux.networks import Address, collapse
 from securerun.protection import denials, words
@@ -115,3 +115,22 @@ def test_many_peers_and_many_denials_are_told_at_once() -> None:
     assert not any(policy.has_peer(ipaddress.ip_address(0x0B000000 + number)) for number in range(10_000))
     assert time.monotonic() - began < 2
     assert not policy.has_peer(ipaddress.ip_address("fd77::1"))
+
+
+def test_who_was_turned_away_from_a_public_port_is_told_of_it_and_not_of_the_peers() -> None:
+    public = (Opening(8080, 8090, (ipaddress.IPv4Network("10.9.0.0/16"),)), Opening(9090, 9090, ANY_WAY.peers))
+    ports = (*PORTS, PortRange(8080, 8090, Purpose.PUBLIC), PortRange(9090, 9090, Purpose.PUBLIC))
+    policy = replace(ANY_WAY, ports=ports, public=public)
+    for port in (8080, 8085, 9090):
+        # On a closed loopback too: a probe of this host's.
+        for closed in (policy, replace(policy, close_loopback=True)):
+            for source in (STRANGER, ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("fd99::9")):
+                assert denials.reason(closed, source, is_own, port=port) is Reason.PUBLIC
+    assert denials.reason(policy, STRANGER, is_own, port=PORT) is Reason.STRANGER
+    assert denials.reason(replace(policy, interfaces=("eth0",)), PEER, is_own, port=8080) is Reason.INTERFACE
+    said = denials.explained(policy, Denial(STRANGER, 8085, 1))
+    assert "with --public '8080-8090=...'" in said and "--peers" not in said
+    denied = [Denial(STRANGER, port, 1) for port in (8080, 8085, 9090, PORT)]
+    lines = list(denials.summary(policy, policy, denied))
+    assert ["--public" in line for line in lines] == [True, False, True, False, False]
+    assert lines[-1] == "if one of the others is a node of this job, add it with --peers"
