@@ -21,6 +21,7 @@ from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.presence import Presence
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
+from securerun.guard.unanswered import open_unanswered
 from securerun.linux.links import Links
 from securerun.linux.nf_tables import Deletions
 
@@ -49,6 +50,8 @@ _EXPOSURE_SECONDS = 1.0
 _SOON_SECONDS = 0.05
 # Launchers inside of the run that ask whether its guard lives are few.
 _PRESENCE_SECONDS = 1.0
+# A connection that goes nowhere is told of within seconds.
+_UNANSWERED_SECONDS = 2.0
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
 _LOOK_SECONDS = 0.05
 
@@ -108,6 +111,9 @@ class Watch:
         if lease.shield is not None and lease.policy.interfaces:
             # Before the exposure's look: who has an interface's old number gets in until then.
             self._chores.insert(0, self._interfaces)
+        self._unanswered = open_unanswered(lease)
+        self._hanging = Chore(_UNANSWERED_SECONDS, self._tell_unanswered, time.monotonic() + _UNANSWERED_SECONDS)
+        self._chores.append(self._hanging)
         presence = Presence(lease.policy.run_id)
         self._chores.append(Chore(_PRESENCE_SECONDS, presence.make_room))
         if lease.caller.pidfd is None or lease.cgroup is None:
@@ -163,6 +169,14 @@ class Watch:
         self._speech.say(*self._exposure.close())
         if self._exposure.left_open and self._lease.order.scope == "process":
             self._give_up(self._exposure.left_open)
+
+    def _tell_unanswered(self) -> None:
+        """Tell of the job's own connections to which nobody answers."""
+        if self._unanswered is None or self._released:
+            self._hanging.seconds = math.inf
+            return
+        self._speech.say(*self._unanswered.look())
+        self._hanging.seconds = max(_UNANSWERED_SECONDS, self._unanswered.pause)
 
     def _give_up(self, left_open: Mapping[int, str]) -> None:
         """Have the launcher end a job that insists on the shield and has ports without; kill it where it does not."""

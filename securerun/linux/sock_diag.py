@@ -12,7 +12,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from securerun.errors import Unavailable
@@ -26,7 +26,9 @@ _SOCK_DIAG_BY_FAMILY = 20
 _QUESTION = struct.Struct("=BBBBI48x")
 _STATE = 1
 _PORT = struct.Struct("!4xH")
-_SOURCE = 8
+_PORTS = struct.Struct("!4xHH")
+_RETRIES = 3
+_SOURCE, _TARGET = 8, 24
 _USER_AND_INODE = struct.Struct("=64xII")
 _DIAGNOSIS_SIZE = 72
 _CGROUP_ID = 21  # INET_DIAG_CGROUP_ID, given unasked since 5.9
@@ -36,7 +38,9 @@ _FILTER = struct.Struct("=BBH")
 _FILTER_ATTRIBUTE, _PORT_AT_LEAST, _PORT_AT_MOST = 1, 2, 3
 # TCP_ESTABLISHED to TCP_LAST_ACK, and TCP_CLOSING; what waits (TCP_TIME_WAIT) belongs to no process any more.
 _CONNECTED = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
-_LISTEN = 10  # include/net/tcp_states.h: TCP_LISTEN
+_SYN_SENT, _LISTEN = 2, 10  # include/net/tcp_states.h
+# Whoever has a thousand connections without an answer is told of some.
+_MOST_ATTEMPTS = 4096
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -67,6 +71,23 @@ class Connection:
     port: int
     user: int
     inode: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A connection that is being opened, and was not answered yet.
+
+    source, target: this host's address and the other's; port: the other's. retries: how often its SYN went out again.
+    user, inode, cgroup_id: as of a listener.
+    """
+
+    source: Address
+    target: Address
+    port: int
+    retries: int
+    user: int
+    inode: int
+    cgroup_id: int | None
 
 
 class SocketDiagnosis:
@@ -112,13 +133,37 @@ class SocketDiagnosis:
             self._start_over()
             raise SocketsUnavailable(_why(error)) from error
 
+    def attempts(self, retries: int) -> tuple[Attempt, ...]:
+        """Return the connections of both families that are being opened and whose SYN went out again so often.
+
+        The kernel walks all connections of the namespace for it and answers with these alone, of which no more than
+        some thousands are looked at. Raises SocketsUnavailable as `listeners` does.
+        """
+        found: list[Attempt] = []
+        try:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                with contextlib.suppress(FileNotFoundError):  # IPv6 may not be built in
+                    found += self._attempts_of(family, retries)
+        except OSError as error:
+            self._start_over()
+            raise SocketsUnavailable(_why(error)) from error
+        return tuple(found)
+
+    def _attempts_of(self, family: int, retries: int) -> Iterator[Attempt]:
+        answers = self._channel.dump(_question(family, 1 << _SYN_SENT))
+        for number, (kind, answer) in enumerate(answers):
+            if number == _MOST_ATTEMPTS:
+                self._start_over()
+                return
+            if kind == _SOCK_DIAG_BY_FAMILY and answer[_RETRIES : _RETRIES + 1] >= bytes([retries]):
+                yield _attempt(answer)
+
     def close(self) -> None:
         """Close the socket."""
         self._channel.close()
 
     def _dump(self, family: int, states: int = 1 << _LISTEN, chosen: bytes = b"") -> list[bytes]:
-        question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, states) + chosen
-        message = netlink.framed(_SOCK_DIAG_BY_FAMILY, question, netlink.REQUEST | netlink.DUMP)
+        message = _question(family, states, chosen)
         return self._channel.listed(message, _SOCK_DIAG_BY_FAMILY)
 
     def _dump_if_built_in(self, family: int, states: int = 1 << _LISTEN, chosen: bytes = b"") -> list[bytes]:
@@ -188,6 +233,11 @@ def outside(found: Iterable[Listener], holders: Mapping[int, int], ids: Collecti
     )
 
 
+def _question(family: int, states: int, chosen: bytes = b"") -> bytes:
+    question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, 0, states) + chosen
+    return netlink.framed(_SOCK_DIAG_BY_FAMILY, question, netlink.REQUEST | netlink.DUMP)
+
+
 def _open_channel() -> Channel:
     try:
         return Channel(netlink.SOCK_DIAG)
@@ -214,9 +264,27 @@ def _listener(answer: bytes) -> Listener | None:
     size = 4 if answer[0] == socket.AF_INET else 16
     (port,) = _PORT.unpack_from(answer)
     user, inode = _USER_AND_INODE.unpack_from(answer)
+    return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, user, inode, _cgroup(answer))
+
+
+def _attempt(answer: bytes) -> Attempt:
+    if len(answer) < _DIAGNOSIS_SIZE:
+        raise netlink.not_whole("an answer about a socket")
+    size = 4 if answer[0] == socket.AF_INET else 16
+    source, target = (_plain(_address(answer[place : place + size])) for place in (_SOURCE, _TARGET))
+    _, port = _PORTS.unpack_from(answer)
+    user, inode = _USER_AND_INODE.unpack_from(answer)
+    return Attempt(source, target, port, answer[_RETRIES], user, inode, _cgroup(answer))
+
+
+def _plain(address: Address) -> Address:
+    """Return the IPv4 address that a socket of IPv6 has or connects to, where it is one."""
+    return (address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None) or address
+
+
+def _cgroup(answer: bytes) -> int | None:
     cgroup = netlink.attributes(answer[_DIAGNOSIS_SIZE:]).get(_CGROUP_ID, b"")
-    number = _CGROUP_NUMBER.unpack(cgroup)[0] if len(cgroup) == _CGROUP_NUMBER.size else None
-    return Listener(_address(answer[_SOURCE : _SOURCE + size]), port, user, inode, number)
+    return int(_CGROUP_NUMBER.unpack(cgroup)[0]) if len(cgroup) == _CGROUP_NUMBER.size else None
 
 
 def _connection(answer: bytes) -> Connection:

@@ -401,3 +401,38 @@ def test_nobody_elses_listener_is_outside(cgroup: Cgroup) -> None:
         finally:
             process.kill()
             process.wait()
+
+
+def knocking(address: str) -> socket.socket:
+    """A socket whose connection is being opened; nobody is there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    made = socket.socket(family)
+    made.setblocking(False)
+    made.connect_ex((address, 4000))
+    return made
+
+
+def test_connections_that_are_being_opened_are_found_by_how_often_their_syn_went_out_again(network: Network) -> None:
+    node = network["node0"]
+    with inside(node), contextlib.closing(SocketDiagnosis()) as diagnosis, contextlib.ExitStack() as kept:
+        nobody = ("10.77.0.200", "fd77::200", "::ffff:10.77.0.201")
+        inodes = [inode_of(kept.enter_context(knocking(address))) for address in nobody]
+        found = {one.inode: one for one in diagnosis.attempts(0)}
+        assert [(str(found[inode].source), str(found[inode].target)) for inode in inodes] == [
+            (node.ipv4, "10.77.0.200"),
+            (node.ipv6, "fd77::200"),
+            (node.ipv4, "10.77.0.201"),
+        ]
+        assert {one.port for one in found.values()} == {4000}
+        assert {one.user for one in found.values()} == {os.geteuid()}
+        assert diagnosis.attempts(1) == ()
+        time.sleep(1.3)
+        assert {one.inode for one in diagnosis.attempts(1)} == set(inodes)
+
+
+def test_of_connections_without_end_some_are_looked_at(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sock_diag, "_MOST_ATTEMPTS", 20)
+    with inside(network["node0"]), contextlib.closing(SocketDiagnosis()) as diagnosis, contextlib.ExitStack() as kept:
+        for _ in range(300):
+            kept.enter_context(knocking("10.77.0.200"))
+        assert [len(diagnosis.attempts(0)) for _ in range(3)] == [20] * 3
