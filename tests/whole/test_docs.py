@@ -65,6 +65,7 @@ FILES = {
 # What docs/troubleshooting.md has its reader look for.
 QUOTED = (
     "nothing says which hosts they are",
+    "names this host alone",
     "no guard is available to user ",
     "no guard is available in this user namespace",
     "no shield (",
