@@ -32,11 +32,13 @@ from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.linux.processes import Process
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
+from securerun.text import some
 
 # Of looks for what the launcher started before; whoever forks faster than that is found later.
 _ROUNDS = 8
 _MOST_TAKEN_ALONG = 4096
 _PIDS_NAMED = 8
+_PORTS_NAMED = 8
 
 
 def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
@@ -50,6 +52,8 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
     try:
         _begin(lease)
         undo.callback(_undo_record, order.policy.run_id)
+        if not lease.stands:
+            _require_public_reserved(order.policy)
         _add_shield(lease, undo)
         undo.callback(_remove_chains, lease)
         _add_chains(lease)
@@ -115,14 +119,36 @@ def _begin(lease: Lease) -> None:
 
 def _reserve_ports(lease: Lease, directory: int) -> None:
     """Record the run and reserve its ports, the record first: a reaper goes by it. What cannot be reserved is noted."""
+    policy = lease.order.policy
+    # Ports for every host are not planned, and no port of gloo's or NCCL's is to become one by chance.
+    public = (PortRange(first, last, Purpose.PUBLIC) for first, last in policy.ports_for_all())
+    wanted = (*policy.ports, *public)
     try:
-        choice = reserved.choose(directory, lease.order.policy.ports, lease.policy.run_id)
+        choice = reserved.choose(directory, wanted, lease.policy.run_id)
         lease.write_to(directory, reserved=choice.reserved)
         reserved.settle(directory)
         lease.notes += tuple(_too_many(choice.left_out))
     except ReservationUnavailable as error:
         lease.write_to(directory, reserved=())
-        lease.notes += (_unreserved(lease.order.policy.ports, error),)
+        lease.notes += (_unreserved(wanted, error),)
+
+
+def _require_public_reserved(policy: Policy) -> None:
+    """Raise PolicyError where a port that torch, gloo or NCCL gets at random could be a public one."""
+    if not policy.public:
+        return
+    try:
+        lacking = port_ranges.lacking((opening.first, opening.last) for opening in policy.public)
+        first, last = port_ranges.handed_out()
+    except ReservationUnavailable as error:
+        raise PolicyError(f"nothing can be public here, since a random port of the job could be it: {error}") from error
+    if lacking:
+        listed = some([port_ranges.written_ranges((each,)) for each in lacking], _PORTS_NAMED)
+        raise PolicyError(
+            f"public port {listed} is not reserved, and is one that the kernel gives to anybody ({first}-{last}): a "
+            "random port of gloo's or NCCL's could become public by chance; name ports outside of these, or have the "
+            f"host's administrator add it to {port_ranges.NAME}"
+        )
 
 
 def _too_many(ports: tuple[PortRange, ...]) -> Iterator[str]:
@@ -148,6 +174,8 @@ def _take_over(lease: Lease, found: Record) -> None:
     )
     if not lease.order.adopt or found.guard_lives or not same_job:
         raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
+    if found.policy.public != lease.order.policy.public:
+        raise PrivilegeError(f"run {found.run_id} has other public ports, and whoever takes it over keeps them")
     lease.stands = True
     # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)

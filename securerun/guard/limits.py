@@ -90,7 +90,8 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
             raise PolicyError(
                 f"port {port} may not be named by user {caller.user}; this host allows {allowed} ({LIMITS_FILE})"
             )
-    count = sum(last - first + 1 for first, last in policy.joined_ports())
+    # Public ports are reserved as planned ones are.
+    count = sum(last - first + 1 for first, last in (*policy.joined_ports(), *policy.ports_for_all()))
     if count > site.ports_per_run:
         raise PolicyError(
             f"{count} ports are more than the {site.ports_per_run} that a run may name here ({LIMITS_FILE})"

@@ -83,9 +83,10 @@ def is_permitted(document: Any) -> bool:  # noqa: ANN401 - anything at all
     ports = {number for port in policy["ports"] for number in range(port["first"], port["last"] + 1)}
     peers = [ipaddress.ip_network(peer) for peer in policy["peers"]]
     addresses = {version: sum(peer.num_addresses for peer in peers if peer.version == version) for version in (4, 6)}
+    public = policy.get("public", [])
     return (
         all(number >= 1024 for number in ports)
-        and len(ports) <= 256
+        and len(ports) + sum(one["last"] - one["first"] + 1 for one in public if not one["networks"]) <= 256
         and addresses[4] <= 2**24
         and addresses[6] <= 2**112
         and not policy["accept"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ import pytest
 from attacking import Ground
 from checkout import COMMANDS
 from conversation import order
-from holding import Held, held
+from holding import HOLDER, Held, held
 from hosts import Host, Network, eventually, finish
 from probe import reach
 
@@ -134,6 +135,29 @@ def test_what_the_administrator_closed_stays_closed(hosts: Network, backend: str
         for origin in (stranger, known):
             assert eventually(lambda origin=origin: reached(origin, node) == only()), reached(origin, node)  # type: ignore[misc]
     assert node.run([*by_hand, "down"]).returncode == 0
+
+
+def test_no_random_port_of_the_job_becomes_public_by_chance(hosts: Network) -> None:
+    """Public ports are reserved; where they cannot be, those that the kernel gives at random are refused."""
+    node = hosts["node0"]
+    listed = ["cat", "/proc/sys/net/ipv4/ip_local_reserved_ports"]
+    with held(node, "--firewall", "off", "--public", "40000; 40001=10.9.0.0/16; 40010-40019") as lease:
+        found = node.run(listed).stdout
+        assert "40000-40001" in found and "40010-40019" in found
+        lease.let_go()
+    assert eventually(lambda: "40000" not in node.run(listed).stdout)
+    read_only = 'mount --bind /proc/sys /proc/sys; mount -o remount,ro,bind /proc/sys; exec "$@"'
+    for public, refused in (("40000", "public port 40000 is"), ("7001;40000=10.9.0.0/16", "40000"), ("7001", "")):
+        command = ["unshare", "--mount", "sh", "-ec", read_only, "sh", sys.executable, str(HOLDER)]
+        lease = Held(node.popen([*command, "--public", public, "--firewall", "off"], stdin=subprocess.PIPE))
+        assert (refused in lease.start["refused"]) if refused else ("guarding" in lease.start), lease.start
+        if refused:
+            assert "name ports outside of these" in lease.start["refused"]
+            assert lease.process.wait(timeout=30) == 78
+        else:
+            lease.let_go()
+    with held(node, "--firewall", "off") as lease:
+        lease.let_go()
 
 
 def test_the_scripts_of_an_administrator_know_public_ports(hosts: Network) -> None:
