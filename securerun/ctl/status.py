@@ -187,7 +187,7 @@ def _why(policy: Policy, denial: Denial) -> str:
     """Which rule turned somebody away, where it is not that no peer has this address."""
     from securerun.protection import denials  # few runs turn anybody away
 
-    why = denials.reason(policy, denial.source)
+    why = denials.reason(policy, denial.source, port=denial.port)
     return "" if why is denials.Reason.STRANGER else f"; {why.value}"
 
 

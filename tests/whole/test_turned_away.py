@@ -36,7 +36,10 @@ def test_peer_by_another_interface_is_told_of_interfaces_wherever_it_is_told(
     network: Network, tmp_path: Path, scope: str
 ) -> None:
     node, peer, stranger = network
-    options = ["--peers", ",".join(peer.addresses), "--interface", "lo", "--ports", str(PORT), "--scope", scope]
+    for words in ("link add ib0 type bridge", "link set ib0 up", "addr add 10.81.0.1/24 dev ib0"):
+        node.run(["ip", *words.split()], check=True)
+    peers = ",".join((*peer.addresses, "10.81.0.2"))
+    options = ["--peers", peers, "--interface", "ib0", "--ports", str(PORT), "--scope", scope]
     report = tmp_path / "report.json"
     job = started(node, tmp_path, *options, "--report", str(report))
     knock(peer, node.ipv4)
@@ -45,7 +48,7 @@ def test_peer_by_another_interface_is_told_of_interfaces_wherever_it_is_told(
     assert f"{peer.ipv4} → {PORT}, packets: 1; a peer's address, through another interface" in status(node)
     said = ended(job, tmp_path)
     for line in notice_and_summary(said, peer.ipv4):
-        assert "did not come in through lo" in line and "--interface" in line and "--peers" not in line
+        assert "did not come in through ib0" in line and "--interface" in line and "--peers" not in line
     notice, summary = notice_and_summary(said, stranger.ipv4)
     assert "if it is a node of this job, add it with --peers" in notice
     assert "--peers" not in summary
