@@ -66,7 +66,7 @@ class Session:
             plan = plans.understand(job, asked, in_force)
             found = inspection.inspect(plan, self.early, hear)
             with guarded.protected(plan, self.guard, hear, may_leave_job=may_leave_job):
-                inspection.tell(found)
+                inspection.tell(found if plan.task.is_first else ())
                 yield plan
 
     def show(self, job: Job, asked: Options) -> None:

@@ -65,6 +65,7 @@ def inspect(plan: Plan, early: Early, hear: Hear = nobody) -> tuple[Finding, ...
             log_dir=plan.job.log_dir,
             ports=plan.policy.ports,
             meeting_port=_shared_port(plan.job),
+            siblings=plan.task.has_siblings,
             reserved=not plan.options.unprotected,
             peers=plan.policy.peers,
             interfaces=plan.policy.interfaces,

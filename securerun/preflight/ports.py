@@ -41,7 +41,7 @@ def in_use(scene: Scene) -> Iterator[Finding]:
                 for planned in scene.ports
                 if planned.last - planned.first < _WIDEST_RANGE
                 for connection in diagnosis.connections(planned.first, planned.last)
-                if connection.port != scene.meeting_port
+                if connection.port != scene.meeting_port and not _may_be_a_siblings(connection, scene)
             }
     except SocketsUnavailable:
         return
@@ -66,7 +66,13 @@ CHECKS = (unreserved, in_use)
 def _is_in_the_way(listener: Listener, scene: Scene) -> bool:
     if not any(listener.port in planned for planned in scene.ports):
         return False
+    if _may_be_a_siblings(listener, scene):
+        return False
     return not (listener.port == scene.meeting_port and listener.user == os.geteuid())
+
+
+def _may_be_a_siblings(held: Listener | Connection, scene: Scene) -> bool:
+    return scene.siblings and held.user == os.geteuid()
 
 
 def _holders(inodes: Collection[int]) -> dict[int, int]:

@@ -38,7 +38,7 @@ def protected(plan: Plan, guard: Guard | None, hear: Hear = nobody, *, may_leave
     may_leave_job: whether a block that ends well may have left the job running, as with nohup. One that raises is a job
     that failed. Raises PrivilegeError or PolicyError, with nothing installed, when the job cannot be guarded.
     """
-    for warning in plan.peers.warnings:
+    for warning in plan.peers.warnings if plan.task.is_first else ():
         say(warning)
     hear(plan)
     with _whitelisted(plan, may_leave_job) as change_whitelist, _layers(plan, guard, change_whitelist, hear):
@@ -50,11 +50,13 @@ def rely_on(run: Enclosing, asked: Options, job: Job) -> None:
 
     Raises PolicyError for who insists on more than that run has.
     """
+    from securerun.job import tasks
     from securerun.protection import words
 
-    say(words.relying(run.run_id, enclosing.without_effect(asked, run)))
-    for line in words.elsewhere(job):
-        say(line)
+    without_effect = enclosing.without_effect(asked, run)
+    if without_effect or tasks.of_environment(os.environ).is_first:
+        for line in (words.relying(run.run_id, without_effect), *words.elsewhere(job)):
+            say(line)
 
 
 def _layers(
@@ -81,7 +83,8 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
         guard.change_peers(now.networks)
         change_whitelist(now)
         hear(Renewed(before, now))
-        say(words.renewed(before, now))
+        if plan.task.is_first:
+            say(words.renewed(before, now))
 
     renewal = Renewal(plan.peers, change_peers)
     order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command)
@@ -99,7 +102,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
         # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
         with signals.held_back():
             hear(Finished(failed))
-            _say_farewell(guard, plan.policy, policy, failed, hear)
+            _say_farewell(guard, plan, policy, failed, hear)
         guard.require_kept()
 
 
@@ -151,11 +154,13 @@ def _teller(policy: Callable[[], Policy], renewal: Renewal, hear: Hear) -> Calla
     return tell
 
 
-def _say_farewell(guard: Guard, at_start: Policy, now: Policy, failed: bool, hear: Hear) -> None:
+def _say_farewell(guard: Guard, plan: Plan, now: Policy, failed: bool, hear: Hear) -> None:
     from securerun.protection import words
 
     released = guard.release(failed)
     hear(released or Gone())
     denied, more = (released.denied, released.more) if released else (None, 0)
-    for line in words.end(at_start, now, denied, more):
+    if denied == () and not plan.task.is_first:
+        return
+    for line in words.end(plan.policy, now, denied, more):
         say(line)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from securerun.job.entrance import Entrance
     from securerun.job.job import Job
     from securerun.job.peers import Peers
+    from securerun.job.tasks import Task
     from securerun.options import Options
 
 
@@ -26,6 +27,7 @@ class Plan:
 
     whitelist: the addresses that HCCL itself is to accept; empty where it is not asked to.
     umask: the one in force. grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
+    task: which of the node's tasks this launcher is; what all of them would say alike only the first one says.
     """
 
     job: Job
@@ -36,6 +38,7 @@ class Plan:
     whitelist: tuple[str, ...]
     umask: int
     grace: float
+    task: Task
 
 
 def understand(job: Job, asked: Options, umask: int) -> Plan:
@@ -44,7 +47,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     Raises PolicyError or UsageError.
     """
     from securerun import options
-    from securerun.job import entrance, peers, ports
+    from securerun.job import entrance, peers, ports, tasks
     from securerun.job.libraries import Variables
 
     interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
@@ -52,8 +55,10 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     variables = Variables(os.environ)
     public = _Public(asked)
     planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, variables=variables))
+    task = tasks.of_environment(os.environ)
+    tell = say if task.is_first else _keep_quiet
     # Last, since it may wait for names; nothing that is wrong is to be found after that.
-    found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=say)
+    found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=tell)
     if found.ports:
         known = found.ports
         planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known, variables))
@@ -78,6 +83,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
         whitelist=_whitelist(job, asked, found),
         umask=umask,
         grace=grace,
+        task=task,
     )
 
 
@@ -138,6 +144,10 @@ class _Public:
         from securerun.job import public
 
         return public.within(planned, self.openings, self._source)
+
+
+def _keep_quiet(_: str) -> None:
+    """Leave it to the first task of this node to say."""
 
 
 def _everyone() -> Peers:

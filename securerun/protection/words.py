@@ -26,7 +26,12 @@ _SCOPES = {
 
 
 def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
-    """Yield what is closed, by what, and to whom it is open. way: how the guard came by its privilege."""
+    """Yield what is closed, by what, and to whom it is open. way: how the guard came by its privilege.
+
+    Of several tasks of a node only the first says so, and those that are less well guarded than by a shield.
+    """
+    if not plan.task.is_first and guarding.has_shield:
+        return
     run = f"run {plan.policy.run_id}: "
     yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
     public = plan.policy.public
@@ -37,10 +42,23 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
         yield f"{run}{what} closed to all others by {layer}"
     if not guarding.has_shield:
         yield f"{run}scope ports: every other port of this job is closed within 0.2 s of its appearing"
+    if plan.task.is_first and plan.task.has_siblings:
+        yield f"{run}{siblings(plan)}"
     for line in elsewhere(plan.job):
         yield f"{run}{line}"
     for note in guarding.notes:
         yield f"{run}{note}"
+
+
+def siblings(plan: Plan) -> str:
+    """Return what becomes of the other tasks of a node, which take leases of their own."""
+    number = f"{plan.task.of} tasks" if plan.task.of else "several tasks"
+    if plan.policy.close_loopback:
+        return (
+            f"one of {number} of this node, each with a lease of its own, and --loopback job keeps them from each "
+            "other; leave it out, or start one task a node: securerun in place of torchrun"
+        )
+    return f"one of {number} of this node, each with a lease of its own; the others say only what goes wrong"
 
 
 def elsewhere(job: Job) -> Iterator[str]:

@@ -11,6 +11,7 @@ from securerun.firewall.policy import Policy, PortRange
 from securerun.job.entrance import Entrance
 from securerun.job.job import Endpoint, Job
 from securerun.job.peers import Peers
+from securerun.job.tasks import Task
 from securerun.linux.networks import collapse
 from securerun.options import Options
 from securerun.protection.plan import Plan
@@ -26,6 +27,7 @@ def plan(
     ports: tuple[PortRange, ...] = PORTS,
     job: Job | None = None,
     interfaces: tuple[str, ...] = (),
+    task: Task = Task(),  # noqa: B008 - it cannot be changed
     **options: Any,  # noqa: ANN401 - whatever the option holds
 ) -> Plan:
     """The plan of node 0, with these options of securerun's."""
@@ -43,6 +45,7 @@ def plan(
         whitelist=(),
         umask=0o027,
         grace=10.0,
+        task=task,
     )
 
 

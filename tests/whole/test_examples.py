@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,13 @@ import slurm
 import yaml
 from checkout import COMMANDS
 from containers import DOCKER_CAPABILITIES, WRITABLE_CGROUPS, container
-from hosts import Host, Network, eventually, finish_all, require_root_and_tools
+from hosts import Host, Network, eventually, finish, finish_all, require_root_and_tools
 from probe import Probe, reach
 from remains import nothing_left_behind
 from slurm import Cluster
 
 EXAMPLES = jobs.TRAIN.parent
-SLURM_JOB = EXAMPLES / "slurm/job.sh"
+SLURM_JOB, SLURM_TASKS = EXAMPLES / "slurm/job.sh", EXAMPLES / "slurm/tasks.sh"
 # The commands of the tests' own Python, and no other securerun that the machine may have.
 PATH = {"PATH": f"{COMMANDS}:{os.environ['PATH']}"}
 _START_SECONDS = 90.0
@@ -45,6 +46,17 @@ while not (place / "go on").exists():
     time.sleep(0.05)
 dist.barrier()
 dist.destroy_process_group()
+"""
+
+# Says on which port it listens, and waits.
+LISTENER = """
+import os, pathlib, socket, time
+place, number = pathlib.Path({place!r}), os.environ["NUMBER"]
+listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+(place / "new").write_text(str(listener.getsockname()[1]))
+(place / "new").rename(place / f"port {{number}}")
+while not (place / f"end {{number}}").exists():
+    time.sleep(0.05)
 """
 
 
@@ -159,6 +171,53 @@ def test_slurm_job_trains_on_both_nodes_and_the_stranger_reaches_nothing(
     # Their names resolve nowhere: the addresses are Slurm's own, and nobody has named a peer.
     assert said.count(f"open to {nodes[0].ipv4}, {nodes[1].ipv4} (Slurm (SLURM_JOB_NODELIST))") == 2, said
     assert said.count("closed to all others by shield") == 2, said
+
+
+def test_slurm_tasks_without_torchrun_train_closed_to_the_stranger_and_one_a_node_speaks(
+    slurm_network: Network, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    training = Training(tmp_path)
+    stranger = slurm_network["stranger"]
+    with (
+        cluster_of(slurm_network, "linuxproc") as (cluster, nodes),
+        nothing_left_behind(*nodes),
+        no_port_reached(stranger, nodes, ignore=slurm.PORTS),
+    ):
+        small = ("--ntasks-per-node=2", "--overcommit", f"--output={output}")
+        job = cluster.submit(*small, SLURM_TASKS, training.script, env=PATH)
+        try:
+            training.wait_for(4)
+        except AssertionError:
+            raise AssertionError(output.read_text() if output.exists() else cluster.logs()) from None
+        require_open_to_peers_alone(nodes, stranger, ignore=slurm.PORTS)
+        training.go_on()
+        assert cluster.wait_for_end(job, seconds=60) == "COMPLETED", output.read_text()
+    said = output.read_text()
+    assert "rank 0 of 4" in said
+    for line in ("closed to all others by shield", "one of 2 tasks of this node", "umask 0027; guard started"):
+        assert said.count(line) == 2, said
+    assert said.count("nobody was turned away") <= 2 and "in use" not in said
+
+
+def test_slurm_allocation_never_calls_closed_what_slurmstepd_starts(slurm_network: Network, tmp_path: Path) -> None:
+    """The stranger does reach what srun starts; guarded where it starts, nobody does."""
+    node, stranger = slurm_network["sl0"], slurm_network["stranger"]
+    listen = [sys.executable, "-c", LISTENER.format(place=str(tmp_path))]
+    guarded = [str(COMMANDS / "securerunctl"), "exec", "--preflight", "off", "--"]
+    with cluster_of(slurm_network, "linuxproc") as (cluster, _):
+        for number, command in enumerate(([*guarded, "srun", *listen], ["srun", *guarded, *listen])):
+            port = tmp_path / f"port {number}"
+            env = {**PATH, **cluster.environment, "NUMBER": str(number)}
+            job = slurm_network["controller"].popen(["salloc", "--nodelist=sl0", *command], env=env)
+            assert eventually(port.exists, seconds=30), finish(job, timeout=10)
+            target = (node.ipv4, int(port.read_text()))
+            is_open = reach(stranger, [target])[target]
+            (tmp_path / f"end {number}").touch()
+            said = finish(job, timeout=30).stderr
+            assert is_open is (number == 0), said
+            assert ("every TCP port of this job" in said) is not is_open, said
+            assert ("what srun starts is not guarded: slurmstepd starts it" in said) is is_open, said
 
 
 def test_slurm_job_is_open_to_its_nodes_and_scancel_leaves_nothing(slurm_network: Network, tmp_path: Path) -> None:
