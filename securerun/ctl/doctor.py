@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from securerun.finding import Finding
-from securerun.firewall.policy import SHIELD, PortRange, Purpose
+from securerun.firewall.policy import SHIELD, PortRange
 from securerun.host import interfaces, umask
 from securerun.job import environment, ports
+from securerun.job.libraries import Library, may_be_in_use
 from securerun.linux.networks import Network
 from securerun.preflight import abilities, checks
 from securerun.preflight.abilities import Ability
@@ -20,7 +20,6 @@ from securerun.protection.ways import BY_SUDO
 from securerun.text import printable
 
 _STATES = {True: "yes", False: "no", None: "?"}
-_NPU_DEVICES = "davinci*"
 
 
 def examine(*, as_json: bool) -> int:
@@ -71,13 +70,13 @@ def _ports() -> Iterator[PortRange]:
     """Yield the ports of a job started from this shell, HCCL's only where there is an NPU or a word of HCCL."""
     job = environment.describe_job(os.environ, ())
     for planned in ports.plan_ports(job, os.environ, None):
-        if planned.purpose != Purpose.HCCL or _has_npu():
+        if planned.is_asked_for or _may_use_hccl():
             yield planned
 
 
-def _has_npu() -> bool:
+def _may_use_hccl() -> bool:
     named = any(name.startswith(("HCCL_", "ASCEND_")) for name in os.environ)
-    return named or any(Path("/dev").glob(_NPU_DEVICES))
+    return named or may_be_in_use(Library.HCCL, os.environ)
 
 
 def _neighbours() -> Iterator[Network]:

@@ -49,6 +49,7 @@ _PLANNED: Mapping[Purpose | str, Service] = {
     Purpose.ENDPOINT: Service.ENDPOINT,
     Purpose.MASTER_PORT: Service.STATIC,
     Purpose.HCCL: Service.HCCL,
+    Purpose.HCCL_DEFAULT: Service.HCCL,
     Purpose.RANK_TABLE: Service.HCCL,
     Purpose.ADDED: Service.ADDED,
     Purpose.PUBLIC: Service.PUBLIC,

@@ -107,6 +107,8 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
     finished = _last(journal, Finished)
     checked = _last(journal, Checked)
     guarding = installed.guarding if installed else None
+    if plan and guarding:
+        plan = plan.without(guarding.left_out)
     return {
         "format": FORMAT,
         "securerun": packages.version("securerun"),

@@ -98,6 +98,7 @@ class IptablesChains:
 
         Raises PortChainsUnavailable when the tables cannot be read or written.
         """
+        self._found = None
         found = _dispatchers(self._families)
         texts = {family: render_removal(self._run_id, dispatcher) for family, dispatcher in found.items()}
         _restore({family: text for family, text in texts.items() if text})

@@ -12,8 +12,8 @@ import enum
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from securerun.errors import PolicyError
@@ -50,6 +50,7 @@ class Purpose(str, enum.Enum):
     ENDPOINT = "rendezvous endpoint"
     MASTER_PORT = "master port"
     HCCL = "HCCL"
+    HCCL_DEFAULT = "HCCL (default range)"
     RANK_TABLE = "HCCL (rank table)"
     ADDED = "added with --ports"
     PUBLIC = "public to some networks (--public)"
@@ -101,6 +102,11 @@ class PortRange:
         require_ports(self.first, self.last)
         if not _PURPOSE.fullmatch(self.purpose):
             raise PolicyError(f"purpose {self.purpose!r} of port {self.first} is not printable text")
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether the user, a variable or the launch itself names it: HCCL's default range nobody may ever use."""
+        return self.purpose != Purpose.HCCL_DEFAULT
 
     def __contains__(self, port: int) -> bool:
         return self.first <= port <= self.last
@@ -219,6 +225,21 @@ class Policy:
     def ports_for_all(self) -> list[tuple[int, int]]:
         """Return the public ports that every host may connect to, as `joined_ports` does."""
         return joined((opening.first, opening.last) for opening in self.public if opening.is_for_all)
+
+    def unasked_ports(self) -> list[tuple[int, int]]:
+        """Return the ports of the plan that nobody asked for, joined."""
+        asked = joined((port.first, port.last) for port in self.ports if port.is_asked_for)
+        unasked = joined((port.first, port.last) for port in self.ports if not port.is_asked_for)
+        return joined((p, p) for first, last in unasked for p in range(first, last + 1) if not covers(asked, p))
+
+    def without(self, ports: Collection[int]) -> Policy:
+        """Return the policy without those of these ports that nobody asked for."""
+        unasked = self.unasked_ports()
+        if not any(covers(unasked, port) for port in ports):
+            return self
+        kept = joined((p, p) for first, last in unasked for p in range(first, last + 1) if p not in ports)
+        default = (PortRange(first, last, Purpose.HCCL_DEFAULT) for first, last in kept)
+        return replace(self, ports=tuple(sorted((*(port for port in self.ports if port.is_asked_for), *default))))
 
 
 def by_networks(public: Iterable[Opening]) -> dict[tuple[Network, ...], list[tuple[int, int]]]:

@@ -17,14 +17,14 @@ from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
 from securerun.firewall.droplog import DropLog, open_drop_log
-from securerun.firewall.policy import Layer, Policy, PortRange, Purpose
+from securerun.firewall.policy import Layer, Policy, PortRange, Purpose, covers
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import neighbours, reaper, records, reserved, run_directory
+from securerun.guard import neighbours, reaper, records, reserved, run_directory, unasked
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.guard.lease import Lease, first_record, remove_record
-from securerun.guard.limits import SitePolicy
+from securerun.guard.limits import SitePolicy, unasked_beyond
 from securerun.guard.protocol import Order
 from securerun.guard.records import Record
 from securerun.linux import port_ranges, proc, processes
@@ -48,6 +48,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
     with what stands of a run left as it is, when that could not be taken over.
     """
     lease = Lease(order, caller, site)
+    lease.leave_out(unasked_beyond(site, order.policy, caller))
     undo = ExitStack()
     try:
         _begin(lease)
@@ -64,8 +65,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
             )
         if lease.shield is None:
             _require_sight_of_listeners()
-            with run_directory.recording() as directory:
-                neighbours.require_unweakened(lease.record, records.read_briefs(directory))
+            lease.make_unweakened()
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended() and not lease.stands:
             raise _ended(caller)
@@ -112,6 +112,9 @@ def _begin(lease: Lease) -> None:
             )
         neighbours.require_room(lease.record, known, lease.site)
         if lease.order.firewall != "off":
+            if not lease.order.adopt:  # else what listens there may be the job itself
+                lease.leave_out(unasked.in_the_way(lease.record, known))
+            lease.leave_out(unasked.harmful(lease.record, known))
             neighbours.require_harmless(lease.record, known)
         lease.hold()
         _reserve_ports(lease, directory)
@@ -177,6 +180,10 @@ def _take_over(lease: Lease, found: Record) -> None:
     if found.policy.public != lease.order.policy.public:
         raise PrivilegeError(f"run {found.run_id} has other public ports, and whoever takes it over keeps them")
     lease.stands = True
+    # What it left out was told of then.
+    kept = found.policy.joined_ports()
+    planned = (p for first, last in lease.order.policy.unasked_ports() for p in range(first, last + 1))
+    lease.leave_out({port: "" for port in planned if not covers(kept, port)})
     # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)
     more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)
@@ -322,7 +329,7 @@ def _forget_shield(lease: Lease, undo: ExitStack) -> None:
 def _add_chains(lease: Lease) -> None:
     """Add the port chains; with `auto` a host that cannot have them keeps the shield alone, and hears why."""
     order = lease.order
-    if order.firewall == "off" or not order.policy.ports:
+    if order.firewall == "off" or not (order.policy.ports or lease.left_out or lease.shield is None):
         return
     drops = open_drop_log(order.policy.run_id)
     try:
@@ -371,6 +378,9 @@ def _layer(chains: PortChains) -> Layer:
 
 def _install(chains: PortChains, policy: Policy, drops: DropLog | None) -> None:
     """Install with the log group, or without it on kernels that have no NFLOG target."""
+    if not policy.ports:  # none is to be closed yet, and what `begin` saw is old when one is
+        chains.remove()
+        return
     if drops is not None:
         with contextlib.suppress(PortChainsUnavailable):
             chains.install(policy, drops.group)

@@ -21,6 +21,7 @@ from securerun.firewall.policy import (
     Policy,
     PortRange,
     purpose_of,
+    require_ports,
 )
 from securerun.linux.networks import Network
 
@@ -172,6 +173,17 @@ def items(document: Mapping[str, Any], name: str, most: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > most:
         raise ProtocolError(f"{name} is not a list of at most {most}")
     return value
+
+
+def ranges(document: Mapping[str, Any], name: str) -> tuple[tuple[int, int], ...]:
+    """Return the first and last ports in a field. Raises ProtocolError for anything else, or PolicyError."""
+    found = []
+    for pair in items(document, name, MAXIMUM_RECORDED_RANGES):
+        if not isinstance(pair, list) or [type(port) for port in pair] != [int, int]:
+            raise ProtocolError(f"{name} is not a list of first and last ports")
+        require_ports(*pair)
+        found.append((pair[0], pair[1]))
+    return tuple(found)
 
 
 def _read_port(document: object) -> PortRange:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import covers
+from securerun.guard import unasked as unasked_ports
 from securerun.guard.caller import ROOT
 from securerun.guard.lease import Lease
 from securerun.guard.program import LIMITS_FILE
@@ -42,10 +43,11 @@ class Exposure:
         self.left_open: dict[int, str] = {}
         self._lease = lease
         self._diagnosis = SocketDiagnosis()
-        self._planned = lease.order.policy.joined_ports()
         self._for_all = lease.order.policy.ports_for_all()
         self._limit = math.inf if lease.caller.is_root else lease.site.ports_found_per_run
         self._seen: tuple[Listener, ...] = ()
+        self._given_way_to: dict[int, int] = {}
+        self._next_way = 0.0
         self._cgroups: frozenset[int] = frozenset()
         self._next_full_look = 0.0
         self._next_leave = 0.0
@@ -68,7 +70,7 @@ class Exposure:
             left_open = dict.fromkeys(ports, "its socket is not behind the shield, and no chains are set")
             words = self._told(left_open, ())
         else:
-            words = self._settle(exposed, found, now)
+            words = (*self._give_way(exposed, found, now), *self._settle(exposed, found, now))
         self._seen = found
         return words
 
@@ -83,10 +85,31 @@ class Exposure:
         self._cgroups |= sock_diag.cgroup_ids(cgroup.descriptor)
         return sock_diag.outside(reachable, holders, self._cgroups)
 
+    def _give_way(self, exposed: Iterable[Listener], found: Iterable[Listener], now: float) -> tuple[str, ...]:
+        """Let others have the ports of the plan that nobody asked for and on which they listen by now.
+
+        Not those on which the job itself does, with nothing else to close them.
+        """
+        unasked = self._lease.order.policy.unasked_ports()
+        if not unasked or now < self._next_way:
+            return ()
+        own, of_the_job = self._lease.caller.user, {listener.port for listener in exposed}
+        others = {
+            listener.port: listener.user
+            for listener in found
+            if covers(unasked, listener.port) and listener.user != own and not listener.address.is_loopback
+        }
+        others = {port: user for port, user in others.items() if port not in of_the_job}
+        if others == self._given_way_to:
+            return ()
+        self._given_way_to, self._next_way = others, now + _LEAVE_SECONDS
+        return tuple(unasked_ports.told(self._lease.give_way(others)))
+
     def _settle(self, exposed: Iterable[Listener], found: Iterable[Listener], now: float) -> tuple[str, ...]:
         """Close what may be closed, and let go of what the job has left."""
         # By the plan they are closed all along.
-        unplanned = {listener.port for listener in exposed if not covers(self._planned, listener.port)}
+        planned = self._lease.order.policy.joined_ports()
+        unplanned = {listener.port for listener in exposed if not covers(planned, listener.port)}
         self._closed.update((port, now) for port in unplanned if port in self._closed)
         self._harmful = {port: why for port, why in self._harmful.items() if port in unplanned}
         new = unplanned - self._closed.keys()

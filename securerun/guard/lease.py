@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, Purpose, joined, merged
+from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, Purpose, covers, joined, merged
 from securerun.firewall.shield import Shield
-from securerun.guard import neighbours, records, reserved, run_directory
+from securerun.guard import neighbours, records, reserved, run_directory, unasked
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
@@ -33,7 +33,8 @@ class Lease:
     """The layers of one job and its record. Made by `acquire`, undone by `release`.
 
     cgroup: None where the job can have none. shield: None in scope `ports`. chains, drops: None without port chains.
-    notes: what a person should know about the layers that are missing. stands: the job runs behind what stands of the
+    notes: what a person should know about the layers that are missing. left_out: ports of the order that nobody asked
+    for and that are not in its plan any more, with the reasons. stands: the job runs behind what stands of the
     run, which its record names; until then a record that cannot be written is an error.
     """
 
@@ -47,6 +48,7 @@ class Lease:
         self.chains: PortChains | None = None
         self.drops: DropLog | None = None
         self.notes: tuple[str, ...] = ()
+        self.left_out: dict[int, str] = {}
         self.record = first_record(order, caller)
         self.stands = False
         self._is_recorded = False
@@ -67,7 +69,8 @@ class Lease:
             layers.append(Layer(SHIELD, f"{self.shield.name} filter on {self.cgroup.path}"))
         if self.chains is not None:
             layers.append(Layer(self.chains.backend, self.chains.name))
-        return Guarding(tuple(layers), self.notes)
+        left_out = tuple(joined((port, port) for port in self.left_out))
+        return Guarding(tuple(layers), (*self.notes, *unasked.told(self.left_out)), left_out)
 
     def denied(self) -> Denials:
         """Return who was turned away so far, by any layer."""
@@ -82,6 +85,39 @@ class Lease:
         for port in self.policy.ports:
             if port.purpose == Purpose.OPENED_MEANWHILE:
                 yield from range(port.first, port.last + 1)
+
+    def leave_out(self, ports: Mapping[int, str]) -> dict[int, str]:
+        """Take those of these ports out of the plan that nobody asked for; return them, with why. Installs nothing."""
+        planned = self.order.policy.unasked_ports()
+        gone = {port: why for port, why in ports.items() if covers(planned, port)}
+        self.order = dataclasses.replace(self.order, policy=self.order.policy.without(gone))
+        self.policy = self.policy.without(gone)
+        self.record = dataclasses.replace(self.record, policy=self.policy)
+        self.left_out.update(gone)
+        return gone
+
+    def give_way(self, listeners: Mapping[int, int]) -> dict[int, str]:
+        """Open ports that nobody asked for to other users, who listen there by now; return them, and why.
+
+        listeners: each such port, with its user. Raises PortChainsUnavailable, with all of them closed still, or
+        PrivilegeError.
+        """
+        with run_directory.recording() as directory:
+            found = unasked.of_listeners(self.record, records.read_briefs(directory), listeners)
+            if found:
+                self._install(self.policy.without(found))
+                found = self.leave_out(found)
+                self.write_to(directory, policy=self.policy)
+        return found
+
+    def make_unweakened(self) -> None:
+        """Leave out what weakens a run without a shield. Raises PolicyError where that does not help."""
+        with run_directory.recording() as directory:
+            known = records.read_briefs(directory)
+            if self.leave_out(unasked.weakening(self.record, known)):
+                self._install(self.policy)
+                self.write_to(directory, policy=self.policy)
+            neighbours.require_unweakened(self.record, known)
 
     def close_found(self, ports: Collection[int]) -> dict[int, str]:
         """Have the port chains close these ports beside the planned ones, and no others.
@@ -114,8 +150,10 @@ class Lease:
         policy = dataclasses.replace(self.policy, peers=networks)
         require_permitted_peers(self.site, policy, self.caller)
         with run_directory.recording() as directory:
-            run = dataclasses.replace(self.record, policy=policy)
-            neighbours.require_harmless_peers(run, records.read_briefs(directory))
+            known = records.read_briefs(directory)
+            self.leave_out(unasked.harmful(dataclasses.replace(self.record, policy=policy), known))
+            policy = dataclasses.replace(self.policy, peers=networks)
+            neighbours.require_harmless_peers(dataclasses.replace(self.record, policy=policy), known)
         if self.shield is not None:
             self.shield.replace_peers(networks)
         self.policy = policy
@@ -140,7 +178,7 @@ class Lease:
 
     def chains_stand(self) -> bool:
         """Return whether what was installed of port chains is still there. Raises PortChainsUnavailable."""
-        return self.chains is None or self.chains.stand()
+        return self.chains is None or not self.policy.ports or self.chains.stand()
 
     def keep_ports_reserved(self) -> None:
         """Reserve the job's ports again if somebody took them off the list. Raises PrivilegeError."""
@@ -192,6 +230,9 @@ class Lease:
     def _install(self, policy: Policy) -> None:
         """Install the port chains for a policy, under the host's lock, or again for the policy of before."""
         if self.chains is None:
+            return
+        if not policy.ports:
+            self.chains.remove()
             return
         group = self.drops.group if self.drops else None
         try:

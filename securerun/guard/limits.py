@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 from securerun import site_file
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import LAST_PORT, Policy, require_ports
+from securerun.firewall.policy import LAST_PORT, Policy, covers, joined, require_ports
 from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
@@ -79,19 +79,21 @@ def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
 
 
 def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
-    """Raise PrivilegeError or PolicyError for what this caller may not ask for."""
+    """Raise PrivilegeError or PolicyError for what this caller may not ask for.
+
+    What nobody asked for is left out instead (`unasked_beyond`).
+    """
     if caller.is_root:
         return
     _require_user(site, caller)
-    policy = order.policy
+    policy = order.policy.without(unasked_beyond(site, order.policy, caller))
     for port in policy.ports:
         if not any(first <= port.first and port.last <= last for first, last in site.ports):
             allowed = ", ".join(f"{first}-{last}" for first, last in site.ports)
             raise PolicyError(
                 f"port {port} may not be named by user {caller.user}; this host allows {allowed} ({LIMITS_FILE})"
             )
-    # Public ports are reserved as planned ones are.
-    count = sum(last - first + 1 for first, last in (*policy.joined_ports(), *policy.ports_for_all()))
+    count = _count_of_ports(policy)
     if count > site.ports_per_run:
         raise PolicyError(
             f"{count} ports are more than the {site.ports_per_run} that a run may name here ({LIMITS_FILE})"
@@ -100,6 +102,20 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
     _require_permitted_openings(site, policy)
     if policy.accept and not site.accept:
         raise PolicyError(f"--accept is root's, or the site's (accept = true in {LIMITS_FILE}); leave it out")
+
+
+def unasked_beyond(site: SitePolicy, policy: Policy, caller: Caller) -> dict[int, str]:
+    """Return the ports that nobody asked for and this caller may not have in a plan, and why."""
+    if caller.is_root:
+        return {}
+    allowed = joined(site.ports)
+    unasked = [port for first, last in policy.unasked_ports() for port in range(first, last + 1)]
+    why = f"user {caller.user} may not name it, {LIMITS_FILE}"
+    found = {port: why for port in unasked if not covers(allowed, port)}
+    if _count_of_ports(policy.without(found)) > site.ports_per_run:
+        why = f"a run may name {site.ports_per_run} ports, {LIMITS_FILE}"
+        found = {**dict.fromkeys(unasked, why), **found}
+    return found
 
 
 def require_permitted_peers(site: SitePolicy, policy: Policy, caller: Caller) -> None:
@@ -149,6 +165,11 @@ def _require_few_addresses(policy: Policy) -> None:
                 f"{len(peers)} networks such as {largest} have more addresses in sum than a /{widest} of IPv{version}; "
                 f"name the job's nodes, or ask your administrator to allow it (peers in {LIMITS_FILE})"
             )
+
+
+def _count_of_ports(policy: Policy) -> int:
+    # Public ports are reserved as planned ones are.
+    return sum(last - first + 1 for first, last in (*policy.joined_ports(), *policy.ports_for_all()))
 
 
 def _require_user(site: SitePolicy, caller: Caller) -> None:

@@ -39,7 +39,7 @@ def require_harmless(run: Record, known: Iterable[Brief]) -> None:
     if run.root:
         return
     found = _neighbours(run, known)
-    _require_harmless_peers(run, found)
+    _require_harmless_peers(run, known)
     guarded = joined(ports for brief in found for ports in brief.ports())
     planned = run.policy.joined_ports()
     with contextlib.suppress(SocketsUnavailable):
@@ -75,29 +75,41 @@ def harmful_ports(run: Record, ports: Collection[int], known: Iterable[Brief]) -
 def require_harmless_peers(run: Record, known: Iterable[Brief]) -> None:
     """Raise PolicyError for peers that would be let to the ports of another user's job that has no shield."""
     if not run.root:
-        _require_harmless_peers(run, _neighbours(run, known))
+        _require_harmless_peers(run, known)
 
 
 def require_unweakened(run: Record, known: Iterable[Brief]) -> None:
     """Raise PolicyError, for a run without a shield, where another user's run lets its own peers to our ports."""
+    for brief in harming(run, known):
+        raise PolicyError(
+            f"this job has no shield, and run {brief.run_id} of user {brief.user} lets its own peers to ports of "
+            "this plan; choose other ports"
+        )
+
+
+def harmed_by(run: Record, known: Iterable[Brief]) -> Iterator[Brief]:
+    """Yield the runs of other users that have ports of ours and no shield, and would get others than their peers."""
+    for brief in _neighbours(run, known):
+        if brief.is_bare and _would_let_others_in(run, brief):
+            yield brief
+
+
+def harming(run: Record, known: Iterable[Brief]) -> Iterator[Brief]:
+    """Yield the runs of other users that let others than our peers to ports of ours; root may."""
     for brief in _neighbours(run, known):
         peers = None if brief.root else brief.peers()
         if peers is None:
             continue
         if not _are_within((*peers, *_let_to(run.policy.joined_ports(), brief.public())), run.policy.peers):
-            raise PolicyError(
-                f"this job has no shield, and run {brief.run_id} of user {brief.user} lets its own peers to ports of "
-                "this plan; choose other ports"
-            )
+            yield brief
 
 
-def _require_harmless_peers(run: Record, found: Iterable[Brief]) -> None:
-    for brief in found:
-        if brief.is_bare and _would_let_others_in(run, brief):
-            raise PolicyError(
-                f"run {brief.run_id} of user {brief.user} has ports of this plan and no shield, so this job's peers "
-                "could reach it; choose other ports"
-            )
+def _require_harmless_peers(run: Record, known: Iterable[Brief]) -> None:
+    for brief in harmed_by(run, known):
+        raise PolicyError(
+            f"run {brief.run_id} of user {brief.user} has ports of this plan and no shield, so this job's peers "
+            "could reach it; choose other ports"
+        )
 
 
 def _would_let_others_in(run: Record, brief: Brief) -> bool:

@@ -116,10 +116,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Guarding:
-    """The layers that stand, proven. notes: what a person should know about layers that do not."""
+    """The layers that stand, proven. notes: what a person should know about layers that do not.
+
+    left_out: first and last of ports of the order's plan that are not in force, since nobody asked for them.
+    """
 
     layers: tuple[Layer, ...]
     notes: tuple[str, ...] = ()
+    left_out: tuple[tuple[int, int], ...] = ()
 
     @property
     def has_shield(self) -> bool:
@@ -222,7 +226,10 @@ def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Ready):
         return {"version": VERSION, "pid": message.pid}
     if isinstance(message, Guarding):
-        return {"layers": [layer_document(layer) for layer in message.layers], "notes": list(message.notes)}
+        # As `_more`: mostly there is none.
+        left_out = {"left_out": [list(ports) for ports in message.left_out]} if message.left_out else {}
+        layers = [layer_document(layer) for layer in message.layers]
+        return {"layers": layers, "notes": list(message.notes), **left_out}
     if isinstance(message, Notice):
         denied = [denial_document(denial) for denial in message.denied]
         return {"denied": denied, "words": list(message.words), **_more(message.more)}
@@ -281,9 +288,10 @@ def _read_ready(body: Mapping[str, Any]) -> Ready:
 
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:
-    documents.require_fields(body, "layers", "notes")
+    documents.require_fields(body, "layers", "notes", *_LEFT_OUT & body.keys())
     layers = tuple(read_layer(layer) for layer in documents.items(body, "layers", MAXIMUM_TEXT))
-    return Guarding(layers, tuple(documents.entry(note) for note in documents.items(body, "notes", MAXIMUM_TEXT)))
+    notes = tuple(documents.entry(note) for note in documents.items(body, "notes", MAXIMUM_TEXT))
+    return Guarding(layers, notes, documents.ranges(body, "left_out") if "left_out" in body else ())
 
 
 def _read_notice(body: Mapping[str, Any]) -> Notice:
@@ -352,6 +360,7 @@ def _choice(document: Mapping[str, Any], name: str, choices: Sequence[str]) -> s
 
 
 _MORE = {"more"}
+_LEFT_OUT = {"left_out"}
 _NAMES = {
     Order: "order",
     Peers: "peers",

@@ -22,6 +22,7 @@ from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.presence import Presence
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
 from securerun.guard.unanswered import open_unanswered
+from securerun.guard.unasked import told
 from securerun.linux.links import Links
 from securerun.linux.nf_tables import Deletions
 
@@ -245,7 +246,9 @@ class Watch:
         if newest is None:
             return
         self._peers_may_change = time.monotonic() + _PEERS_SECONDS
+        before = set(self._lease.left_out)
         self._lease.change_peers(newest.networks)
+        self._speech.say(*told({port: why for port, why in self._lease.left_out.items() if port not in before}))
         self._speech.log(f"open to {len(newest.networks)} peer networks now")
 
     def _release(self, failed: bool) -> None:

@@ -189,12 +189,29 @@ def _rank_table(question: _Question) -> Peers | None:
     location = ranktable.locate(question.environment, question.notes.append)
     if location is None:
         return None
-    table = ranktable.wait_for(location, question.tell)
-    hosts = table.entries()
+    try:
+        table = ranktable.wait_for(location, question.tell)
+    except PolicyError as error:
+        # Its ports are asked for again by whoever answers (`_with_ports_of_table`), which says the same.
+        _pass_over(location, error, question.notes.append)
+        return None
+    try:
+        hosts = table.entries()
+    except PolicyError as error:
+        _pass_over(location, error, question.notes.append, question.tell)
+        return None
     if not hosts:
         question.notes.append(f"{location.source} has no addresses of hosts")
         return None
     return replace(_peers_of(_List(location.source, hosts, counted=True), question), ports=_ports_of(table))
+
+
+def _pass_over(location: ranktable.Location, error: PolicyError, *told: Tell) -> None:
+    """Leave a table to the next source that nobody named, or that is of a kind which nobody here has heard of."""
+    if location.is_named and not isinstance(error, ranktable.Unknown):
+        raise error
+    for tell in told:
+        tell(f"passed over: {error}")
 
 
 def _site(question: _Question) -> Peers | None:

@@ -47,15 +47,16 @@ def plan_ports(
     """Return the ports of a job, in ascending order, each range once.
 
     The endpoint's port is planned on every node, since any of them may turn out to hold the store; HCCL's ports are
-    planned on every host, with or without NPUs in sight; so is what the job is known to listen on. `extra` is what the
-    user added, in the words of `source`; `known` is what somebody else knows, such as a rank table
-    (`securerun.job.peers.Peers.ports`). variables: hears of HCCL's that are passed over.
+    planned on every host, with or without NPUs in sight (their default range gives way to others); so is what the job
+    is known to listen on. `extra` is what the user added, in the words of `source`; `known` is what somebody else
+    knows, such as a rank table (`securerun.job.peers.Peers.ports`). variables: hears of HCCL's that are passed over.
 
     Raises PolicyError, with the variable or option that is wrong.
     """
     planned: dict[tuple[int, int], PortRange] = {}
     hccl = _hccl(environment, variables or Variables(environment))
-    for ports in (*_endpoint(job), *hccl, *_added(extra, source), *job.known_ports, *known):
+    found = (*_endpoint(job), *hccl, *_added(extra, source), *job.known_ports, *known)
+    for ports in sorted(found, key=lambda ports: not ports.is_asked_for):
         planned.setdefault((ports.first, ports.last), ports)
     return tuple(sorted(planned.values()))
 
@@ -86,7 +87,7 @@ def _added(extra: str | None, source: str) -> Iterator[PortRange]:
 
 
 def _hccl(environment: Mapping[str, str], variables: Variables) -> Iterator[PortRange]:
-    base, named = HCCL_DEFAULT_BASE, tuple[PortRange, ...]()
+    base, named = None, tuple[PortRange, ...]()
     # Read even where the ranges take precedence: HCCL refuses a wrong one too, only later.
     with variables.of(Library.HCCL):
         base = _hccl_base(environment.get(HCCL_BASE, "").strip())
@@ -100,12 +101,13 @@ def _hccl(environment: Mapping[str, str], variables: Variables) -> Iterator[Port
         yield from named
         return
     count = HCCL_PORTS_SINCE_8_3 if _cann_version(environment) >= (8, 3) else HCCL_PORTS
-    yield PortRange(base, min(base + count - 1, LAST_PORT), Purpose.HCCL)
+    first, purpose = (HCCL_DEFAULT_BASE, Purpose.HCCL_DEFAULT) if base is None else (base, Purpose.HCCL)
+    yield PortRange(first, min(first + count - 1, LAST_PORT), purpose)
 
 
-def _hccl_base(text: str) -> int:
+def _hccl_base(text: str) -> int | None:
     if not text:
-        return HCCL_DEFAULT_BASE
+        return None
     if not re.fullmatch(r"[0-9]{1,9}", text) or not HCCL_FIRST_BASE <= int(text) <= HCCL_LAST_BASE:
         raise PolicyError(
             f"{HCCL_BASE}={text} is no port of {HCCL_FIRST_BASE}-{HCCL_LAST_BASE}; "

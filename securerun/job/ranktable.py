@@ -1,7 +1,9 @@
 """Ascend rank tables: the hosts of a job, and the ports that HCCL is told to use on them.
 
 Versions 1.0 and 1.2 (server_list, server_group_list, super_pod_list) and 2.0 (rank_list), as the HCCL documentation,
-MindCluster and MindIE write them. A table may be 1 GB large, so it is read as a stream and never as a whole.
+MindCluster and MindIE write them; the older ones without a version (group_list, with an instance for each device or for
+each pod), as CANN's guides and ModelArts do; and those of separated prefill and decode (prefill_device_list,
+decode_device_list). A table may be 1 GB large, so it is read as a stream and never as a whole.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 import stat
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, TextIO
 
@@ -40,9 +42,12 @@ MOUNTED = (Path("/user/serverid/devindex/config") / _FILE_NAME, Path("/user/conf
 _SERVERS = {"server_list.item", "server_group_list.item.server_list.item"}
 # These lists name servers of the lists above once more, by their server_id.
 _REFERENCES = {"super_pod_list.item.server_list.item", "server_group_list.item.super_pod_list.item.server_list.item"}
+_INSTANCE = "group_list.item.instance_list.item"
+_DEVICES = {"prefill_device_list.item", "decode_device_list.item"}
 _RANK = "rank_list.item"
 _STATUS = "status"
-_WHOLE = _SERVERS | _REFERENCES | {_RANK}
+_WHOLE = _SERVERS | _REFERENCES | _DEVICES | {_INSTANCE, _RANK}
+_LISTS = "server_list, server_group_list, rank_list, group_list nor prefill_device_list"
 
 # What HCCL, MindCluster and MindIE put the address of the host or the pod into; device_ip is the NPU's own.
 _ADDRESSES = ("host_ip", "server_ip", "container_ip")
@@ -55,10 +60,11 @@ _NPU_PORT = re.compile(r"[0-9]+/[0-9]+")
 
 @dataclass(frozen=True)
 class Location:
-    """Where a rank table is. source: for people; what named it, and its path."""
+    """Where a rank table is. source: for people; what named it, and its path. is_named: whether a variable did."""
 
     path: Path
     source: str
+    is_named: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,10 @@ class RankTable:
             )
 
 
+class Unknown(PolicyError):
+    """The file is no rank table of a kind that can be read here; which may be its vendor's newest."""
+
+
 class Unfinished(PolicyError):
     """The table is being written. seconds: how long that may take. advice: what to do if it takes longer."""
 
@@ -149,14 +159,14 @@ def locate(environment: Mapping[str, str], note: Tell) -> Location | None:
         note(f"{variable} names {text}, which is not on this host")
     for path in MOUNTED:
         if entries.is_there(path):
-            return Location(path, f"rank table {path}")
+            return Location(path, f"rank table {path}", is_named=False)
     return None
 
 
 def read(location: Location) -> RankTable:
     """Read a table.
 
-    Raises Unfinished for one that is being written, PolicyError for one that cannot be read or is none.
+    Raises Unfinished for one that is being written, Unknown for what is none, PolicyError for one that cannot be read.
     """
     source = location.source
     try:
@@ -218,6 +228,8 @@ class _Table:
         self._listed: set[str] = set()
         self._known: set[str] = set()
         self._ranks: dict[tuple[str, ...], set[int]] = {}
+        # By server_id and, where there is one, the pod's name: two pods of one host are two nodes of the job.
+        self._instances: dict[str, Server] = {}
         self._lists = 0
 
     def add(self, path: str, value: object) -> None:
@@ -228,13 +240,15 @@ class _Table:
             self._add_server(_members(value, path, self._source))
         elif path in _REFERENCES:
             self._references.append(self._server(_members(value, path, self._source), len(self._references)))
+        elif path == _INSTANCE or path in _DEVICES:
+            self._add_instance(_members(value, path, self._source))
         elif path == _RANK:
             self._add_rank(_members(value, path, self._source))
         elif path == _STATUS:
             self._status = value
 
     def complete(self) -> RankTable:
-        """Raise Unfinished where the status says so, PolicyError where there was no list of a rank table."""
+        """Raise Unfinished where the status says so, Unknown where there was no list of a rank table."""
         if self._status != COMPLETED:
             raise Unfinished(
                 f"{self._source}: the rank table's status is {self._status!r}, not {COMPLETED!r}",
@@ -242,13 +256,13 @@ class _Table:
                 "see what keeps the other nodes of the job",
             )
         if not self._lists:
-            raise PolicyError(
-                f"{self._source}: this is no rank table: it has neither server_list, server_group_list nor rank_list; "
-                "write it anew"
+            raise Unknown(
+                f"{self._source}: this is no rank table that is known here: it has neither {_LISTS}; name the hosts "
+                "with --peers"
             )
         others = [server for server in self._references if server.name not in self._known]
         ranks = [_of_ranks(addresses, ports) for addresses, ports in self._ranks.items()]
-        return RankTable(self._source, (*self._servers, *others, *ranks))
+        return RankTable(self._source, (*self._servers, *others, *self._instances.values(), *ranks))
 
     def _add_server(self, members: Mapping[str, object]) -> None:
         server = self._server(members, len(self._servers))
@@ -260,6 +274,17 @@ class _Table:
         self._listed.add(server.name)
         self._known.add(server.name)
         self._servers.append(server)
+
+    def _add_instance(self, members: Mapping[str, object]) -> None:
+        """Add a pod, a server or a single device, of which several may be of one server."""
+        devices = members.get("devices", [members])
+        server = self._server({**members, "device": devices}, len(self._instances))
+        pod = _text(members.get("pod_name", ""))
+        name = f"{server.name}, pod {pod}" if pod else server.name
+        known = self._instances.get(name, replace(server, name=name))
+        ports = tuple(dict.fromkeys((*known.ports, *server.ports)))
+        addresses = tuple(dict.fromkeys((*known.addresses, *server.addresses)))
+        self._instances[name] = replace(known, addresses=addresses, ports=ports)
 
     def _server(self, members: Mapping[str, object], number: int) -> Server:
         fields = [(field, _text(members[field])) for field in (*_ADDRESSES, _IDENTIFIER) if field in members]

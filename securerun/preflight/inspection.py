@@ -63,7 +63,8 @@ def inspect(plan: Plan, early: Early, hear: Hear = nobody) -> tuple[Finding, ...
             environment=os.environ,
             command=plan.job.command,
             log_dir=plan.job.log_dir,
-            ports=plan.policy.ports,
+            # What nobody asked for is the guard's to leave out, and no reason for anything.
+            ports=tuple(port for port in plan.policy.ports if port.is_asked_for),
             meeting_port=_shared_port(plan.job),
             siblings=plan.task.has_siblings,
             reserved=not plan.options.unprotected,

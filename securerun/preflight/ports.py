@@ -12,6 +12,8 @@ from securerun.linux.sock_diag import Connection, Listener, SocketDiagnosis, Soc
 from securerun.preflight.scene import Scene
 
 _NAMED = 8
+# Below what the kernel gives to connections by default (32768-60999).
+_ANOTHER_BASE = 20000
 # A range as wide as what the kernel gives to connections is for the port chains, and no list of ports to listen on.
 _WIDEST_RANGE = 1024
 
@@ -51,6 +53,14 @@ def in_use(scene: Scene) -> Iterator[Finding]:
         holder = holders.get(held.inode)
         who = f"process {holder} ({_command(holder)})" if holder else "a process"
         use = "in use by" if port in found else "the source of a connection of"
+        if not any(port in planned for planned in scene.ports if planned.is_asked_for):
+            yield Finding(
+                "port-in-use",
+                f"port {port}, of HCCL's default range, is {use} {who} of user {held.user}",
+                "HCCL cannot have it, and securerun leaves it to that program",
+                f"export HCCL_IF_BASE_PORT={_ANOTHER_BASE}",
+            )
+            continue
         yield Finding(
             "port-in-use",
             f"port {port} of the plan is {use} {who} of user {held.user}",

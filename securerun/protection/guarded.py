@@ -89,6 +89,8 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
     renewal = Renewal(plan.peers, change_peers)
     order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command)
     guarding = guard.guard(order, _teller(lambda: policy, renewal, hear))
+    plan = plan.without(guarding.left_out)
+    policy = plan.policy
     hear(Installed(guarding, guard.way))
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(plan.policy.run_id, asked, shield=guarding.has_shield)
     for line in words.start(plan, guarding, guard.way):

@@ -40,6 +40,11 @@ class Plan:
     grace: float
     task: Task
 
+    def without(self, ranges: Iterable[tuple[int, int]]) -> Plan:
+        """Return the plan as it is in force, without ports that nobody asked for and the guard has left out."""
+        ports = {port for first, last in ranges for port in range(first, last + 1)}
+        return replace(self, policy=self.policy.without(ports))
+
 
 def understand(job: Job, asked: Options, umask: int) -> Plan:
     """Make a job's policy. Any doubt is an error here, before anything was started.

@@ -38,7 +38,8 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
     if public:
         yield f"{run}public as far as this host's own rules let it be: port {opened(public)}"
     for layer in guarding.layers:
-        what = _shielded(plan) if layer.is_shield else f"TCP ports {_ports(plan.policy)}"
+        planned = f"TCP ports {_ports(plan.policy)}" if plan.policy.ports else "every port that is found open"
+        what = _shielded(plan) if layer.is_shield else planned
         yield f"{run}{what} closed to all others by {layer}"
     if not guarding.has_shield:
         yield f"{run}scope ports: every other port of this job is closed within 0.2 s of its appearing"

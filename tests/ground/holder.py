@@ -1,9 +1,9 @@
 """Hold a lease and one listener, until the end of input; what is printed is one JSON object a line.
 
-A line of input names the peers from then on, with commas between, or, `listen PORT`, one more port to listen on.
+A line of input names the peers from then on, with commas between, or, `listen PORT [ADDRESS]`, one more to listen on.
 
-    holder.py [--peers A,B] [--ports FIRST-LAST] [--listen PORT] [--firewall B] [--scope S] [--loopback job]
-              [--interface NAMES] [--public PORTS] [--listen-elsewhere]
+    holder.py [--peers A,B] [--ports FIRST-LAST] [--purpose TEXT] [--listen PORT] [--firewall B] [--scope S]
+              [--loopback job] [--interface NAMES] [--public PORTS] [--listen-elsewhere]
 
 {"guarding": [BACKEND, ...], "notes": [...]} once the lease stands and the port listens, {"news": TEXT} for what the
 guard says later. `--listen-elsewhere` makes the listening socket in another cgroup than the job's, as a host does on
@@ -38,7 +38,7 @@ def main() -> None:
     policy = Policy(
         secrets.token_hex(6),
         (
-            PortRange(int(first), int(last or first), "planned"),
+            PortRange(int(first), int(last or first), options.purpose),
             *(PortRange(one.first, one.last, Purpose.PUBLIC) for one in public if not one.is_for_all),
         ),
         networks(options.peers),
@@ -54,7 +54,7 @@ def main() -> None:
         listeners = [listener]
         for line in sys.stdin:
             if line.startswith("listen "):
-                listeners.append(listen(int(line.split()[1])))
+                listeners.append(listen(*line.split()[1:]))
             else:
                 guard.change_peers(networks(line.strip()))
         for listener in listeners:
@@ -74,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--interface", default="")
     parser.add_argument("--peers", default="")
     parser.add_argument("--ports", default="60000-60015")
+    parser.add_argument("--purpose", default="planned")
     parser.add_argument("--listen", type=int, default=60000)
     parser.add_argument("--firewall", default="auto")
     parser.add_argument("--scope", default="auto")
@@ -83,7 +84,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def listen(port: int) -> socket.socket:
+def listen(port: int | str, address: str = "") -> socket.socket:
+    if address:
+        return socket.create_server((address, int(port)))
+    port = int(port)
     return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
 
 

@@ -664,6 +664,57 @@ def test_a_rank_table_without_hosts_means_the_next_source(tmp_path: Path) -> Non
     assert_line_with(str(error.value), [f"({table} has no addresses of hosts)", "export SECURERUN_PEERS=@hostfile.txt"])
 
 
+UNKNOWN = {"version": "3.0", "node_list": [{"ip": "10.0.1.1"}]}
+PLACEHOLDER = {"status": "completed", "server_list": [{"server_id": "n0", "host_ip": "xx.xx.xx.xx"}]}
+
+
+def test_hosts_of_a_rank_table_with_groups_are_peers(tmp_path: Path) -> None:
+    instances = [{"server_id": f"10.0.1.{1 + n // 2}", "rank_id": str(n), "devices": [{}]} for n in range(4)]
+    path = tmp_path / "hccl.json"
+    path.write_text(json.dumps({"status": "completed", "group_list": [{"instance_list": instances}]}))
+    found = find_in({"RANK_TABLE_FILE": str(path)})
+    assert (texts(found), found.warnings) == (["10.0.1.1/32", "10.0.1.2/32"], ())
+
+
+def test_rank_table_of_an_unknown_kind_means_the_next_source_with_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "hccl.json"
+    path.write_text(json.dumps(UNKNOWN))
+    found = find_in({"RANK_TABLE_FILE": str(path)}, options=SITE)
+    assert texts(found) == ["10.9.9.9/32"]
+    (warning,) = found.warnings
+    assert_line_with(warning, [f"RANK_TABLE_FILE={path}", "no rank table that is known here"])
+    assert "anew" not in warning
+    with pytest.raises(PolicyError) as error:
+        find_in({"RANK_TABLE_FILE": str(path)})
+    assert_line_with(str(error.value), ["nothing says which hosts", f"RANK_TABLE_FILE={path}", "known here"])
+
+
+@pytest.mark.parametrize("text", [json.dumps(UNKNOWN), json.dumps(PLACEHOLDER), '{"server_list": "n0"}', "{} {}"])
+def test_rank_table_that_nobody_named_stops_no_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = tmp_path / "hccl.json"
+    path.write_text(text)
+    monkeypatch.setattr(ranktable, "MOUNTED", (path,))
+    told: list[str] = []
+    found = find_peers(SITE, job(), resolve, {}, told.append)
+    assert texts(found) == ["10.9.9.9/32"]
+    (line,) = (*found.warnings, *told)
+    assert_line_with(line, [f"rank table {path}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(json.dumps(PLACEHOLDER), "host_ip 'xx.xx.xx.xx'"), ("{} {}", "no JSON"), ('{"server_list": ["n0"]}', "anew")],
+)
+def test_rank_table_that_a_variable_names_and_that_is_broken_is_an_error(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "hccl.json"
+    path.write_text(text)
+    with pytest.raises(PolicyError) as error:
+        find_in({"RANK_TABLE_FILE": str(path)}, options=SITE)
+    assert_line_with(str(error.value), [f"RANK_TABLE_FILE={path}", words])
+
+
 def test_an_error_names_what_could_not_be_read() -> None:
     environment = {"PBS_NODEFILE": "/nonexistent/aux/7", "RANK_TABLE_FILE": "/nonexistent/table.json"}
     with pytest.raises(PolicyError) as error:

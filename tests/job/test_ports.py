@@ -12,7 +12,7 @@ from securerun.firewall.policy import PortRange, Purpose
 from securerun.job.job import Endpoint, Job
 from securerun.job.ports import plan_ports, ranges
 
-HCCL = PortRange(60000, 60015, "HCCL")
+HCCL = PortRange(60000, 60015, "HCCL (default range)")
 
 
 def job(backend: str = "c10d", host: str = "localhost", port: int | None = 0) -> Job:
@@ -62,7 +62,8 @@ def test_the_endpoint_is_planned_wherever_its_port_is_known(planned_for: Job, ex
 def test_hccl_as_its_documentation_says(environment: dict[str, str], expected: list[str]) -> None:
     plan = plan_ports(RANDOM, environment, None)
     assert [str(ports) for ports in plan] == expected
-    assert {ports.purpose for ports in plan} <= {"HCCL"}
+    named = any(text.strip() for text in environment.values())
+    assert {ports.purpose for ports in plan} <= {"HCCL" if named else "HCCL (default range)"}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,9 @@ def test_hccl_takes_32_ports_from_cann_8_3(tmp_path: Path, file: str, text: str,
     path = tmp_path / file.format(arch=platform.machine())
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
-    assert plan_ports(RANDOM, {"ASCEND_HOME_PATH": str(tmp_path)}, None) == (PortRange(60000, last, "HCCL"),)
+    assert plan_ports(RANDOM, {"ASCEND_HOME_PATH": str(tmp_path)}, None) == (
+        PortRange(60000, last, "HCCL (default range)"),
+    )
 
 
 def test_32_ports_from_the_last_base_end_at_the_last_port(tmp_path: Path) -> None:
@@ -104,8 +107,13 @@ def test_added_ports_are_sorted_in_and_identical_ranges_stand_once() -> None:
         PortRange(7000, 7000, "added with --ports"),
         PortRange(8000, 8010, "added with --ports"),
         PortRange(29400, 29400, "rendezvous store (c10d)"),
-        HCCL,
+        PortRange(60000, 60015, "added with --ports"),
     )
+
+
+def test_the_default_range_by_name_is_asked_for() -> None:
+    for environment in ({"HCCL_IF_BASE_PORT": "60000"}, {"HCCL_HOST_SOCKET_PORT_RANGE": "60000-60015"}):
+        assert plan_ports(RANDOM, environment, None) == (PortRange(60000, 60015, "HCCL"),)
 
 
 def test_what_a_rank_table_knows_is_sorted_in() -> None:

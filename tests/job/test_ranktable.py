@@ -105,9 +105,69 @@ MINDIE = {
 }
 
 
+# As CANN's guides have it for a laboratory: an instance for each device.
+INSTANCE_A_DEVICE = {
+    "board_id": "0x0020",
+    "chip_info": "910",
+    "deploy_mode": "lab",
+    "group_count": "1",
+    "group_list": [
+        {
+            "device_num": "4",
+            "server_num": "2",
+            "group_name": "",
+            "instance_count": "4",
+            "instance_list": [
+                {
+                    "devices": [{"device_id": str(n % 2), "device_ip": f"192.168.0.{n}", "host_port": str(16665 + n)}],
+                    "rank_id": str(n),
+                    "server_id": f"10.0.0.{1 + n // 2}",
+                }
+                for n in range(4)
+            ],
+        }
+    ],
+    "para_plane_nic_location": "device",
+    "para_plane_nic_name": ["eth0", "eth1"],
+    "para_plane_nic_num": "2",
+    "status": "completed",
+}
+# As ModelArts and HCCL-Controller write it: an instance for each pod. Two pods on a host are two nodes of the job.
+INSTANCE_A_POD = {
+    "status": "completed",
+    "group_count": "1",
+    "group_list": [
+        {
+            "group_name": "worker",
+            "device_count": "8",
+            "instance_count": "3",
+            "instance_list": [
+                {"pod_name": f"job-{n}", "server_id": f"10.0.0.{1 + n // 2}", "devices": devices()} for n in range(3)
+            ],
+        }
+    ],
+}
+# As vLLM and MindIE have it where prefill and decode are apart: each device by itself.
+PREFILL_AND_DECODE = {
+    "version": "1.2",
+    "server_count": "2",
+    "prefill_device_list": [
+        {"server_id": "10.0.0.1", "device_id": str(n), "device_ip": f"192.168.0.{n}", "cluster_id": "1"}
+        for n in range(2)
+    ],
+    "decode_device_list": [
+        {"server_id": f"10.0.0.{n}", "device_id": "3", "device_ip": f"192.168.1.{n}", "cluster_id": "2"} for n in (1, 2)
+    ],
+    "status": "completed",
+}
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
+        (INSTANCE_A_DEVICE, [("10.0.0.1",), ("10.0.0.2",)]),
+        (INSTANCE_A_POD, [("10.0.0.1",), ("10.0.0.1",), ("10.0.0.2",)]),
+        (PREFILL_AND_DECODE, [("10.0.0.1",), ("10.0.0.2",)]),
         (HCCL_1_0, [("10.0.0.1",), ("10.0.0.2",)]),
         (MINDCLUSTER, [("10.0.0.1", "10.244.0.1"), ("10.244.0.2",)]),
         (SUPER_PODS, [("10.0.0.1",), ("fd00::1",), ("10.0.0.3",)]),
@@ -134,6 +194,8 @@ def test_the_hosts_of_a_table(write: Write, table: object, expected: list[tuple[
     [
         table_1_0({"server_id": "node_0", "device": devices()}, {"server_id": "node_1", "device": devices()}),
         table_1_0(),
+        {"group_list": [{"instance_list": [{"server_id": "node_0", "devices": devices()}]}]},
+        {"prefill_device_list": [], "decode_device_list": []},
         table_2_0(rank(0, None), rank(1, None)),
         table_2_0(rank(0, "10.0.0.1", addr_type="EID")),
         # An NPU's port is Die/port, whatever else is said of the address.
@@ -177,6 +239,8 @@ def test_a_placeholder_is_no_host(write: Write, table: Table, words: list[str]) 
     [
         (table_1_0({"server_id": "n0"}, {"server_id": "n0"}), ["'n0' stands twice"]),
         ({"server_group_list": [{"server_list": [{"server_id": "n0"}] * 2}]}, ["'n0' stands twice"]),
+        ({"group_list": [{"instance_list": [{"server_id": "n0", "devices": "0"}]}]}, ["device of server 'n0' is no"]),
+        ({"decode_device_list": ["n0"]}, ["decode_device_list.item is str, not an object"]),
         ([], ["no rank table", "server_list"]),
         ({"version": "1.0"}, ["no rank table", "server_list"]),
         ({"server_list": "n0"}, ["no rank table"]),
@@ -235,6 +299,19 @@ def test_the_ports_are_this_host_s_where_the_table_has_this_host(
     write: Write, own: set[str], expected: tuple[int, ...]
 ) -> None:
     assert ranktable.read(write(SUPER_PODS)).ports(lambda: own) == expected
+
+
+@pytest.mark.parametrize(("own", "expected"), [("10.0.0.2", (16667, 16668)), ("10.9.9.9", tuple(range(16665, 16669)))])
+def test_the_ports_of_a_server_s_instances_are_its_own(write: Write, own: str, expected: tuple[int, ...]) -> None:
+    assert ranktable.read(write(INSTANCE_A_DEVICE)).ports(lambda: {own}) == expected
+
+
+@pytest.mark.parametrize("table", [[], {"version": "3.0", "node_list": [{"ip": "10.0.0.1"}]}, {"group_list": []}])
+def test_what_is_unknown_is_told_from_what_is_broken(write: Write, table: object) -> None:
+    with pytest.raises(ranktable.Unknown) as error:
+        ranktable.read(write(table))
+    assert_line_with(str(error.value), ["no rank table that is known here", "group_list", "--peers"])
+    assert "anew" not in str(error.value)
 
 
 def test_ports_of_ranks_are_numbers_and_those_of_an_unknown_host_count_everywhere(write: Write) -> None:
@@ -307,7 +384,7 @@ def test_where_a_table_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ranktable.locate({}, notes.append) is None
     mounted.parent.mkdir()
     mounted.write_text("{}")
-    assert ranktable.locate({}, notes.append) == Location(mounted, f"rank table {mounted}")
+    assert ranktable.locate({}, notes.append) == Location(mounted, f"rank table {mounted}", is_named=False)
     named = tmp_path / "named.json"
     named.write_text("{}")
     both = {"RANK_TABLE_FILE": str(named), "RANK_TABLE_PATH": str(mounted.parent)}
@@ -317,7 +394,7 @@ def test_where_a_table_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ranktable.locate(path_only, notes.append) == Location(mounted, f"RANK_TABLE_PATH={mounted}")
     assert notes == []
     missing = {"RANK_TABLE_FILE": "/nonexistent/table.json"}
-    assert ranktable.locate(missing, notes.append) == Location(mounted, f"rank table {mounted}")
+    assert ranktable.locate(missing, notes.append) == Location(mounted, f"rank table {mounted}", is_named=False)
     assert notes == ["RANK_TABLE_FILE names /nonexistent/table.json, which is not on this host"]
 
 

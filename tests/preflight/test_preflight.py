@@ -397,6 +397,19 @@ def test_planned_port_in_use_is_told_with_the_process_that_has_it(node: Host) ->
     assert apart(lambda: look(60004), host=node) != []
 
 
+def test_port_that_nobody_asked_for_is_told_without_advice_to_kill(node: Host) -> None:
+    """As the doctor looks, on a host of HCCL's; at a launch it is the guard that tells."""
+    default = PortRange(60000, 60015, "HCCL (default range)")
+
+    def look(*plan: PortRange) -> list[Finding]:
+        with socket.create_server(("0.0.0.0", 60003)):  # noqa: S104
+            return made(ports.in_use, scene(plan=plan))
+
+    finding = the_one(apart(lambda: look(default), host=node), "port-in-use", "port 60003", "HCCL's default range")
+    assert finding.fix.startswith("export HCCL_IF_BASE_PORT=") and "kill" not in str(finding)
+    assert "kill" in str(the_one(apart(lambda: look(default, HCCL), host=node), "port-in-use", "of the plan"))
+
+
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_planned_port_that_a_connection_has_for_its_own_is_told(
     node: Host, family: socket.AddressFamily, address: str

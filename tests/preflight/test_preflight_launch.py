@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,13 @@ def test_user_on_a_healthy_host_sees_no_line(network: Network, machine: PrivateM
         done = machine.run(node, [*strict, "--log-dir", "logs", script], user=alice)
     assert (done.returncode, done.stdout) == (0, "ran\n"), done
     assert [line for line in spoken(done.stderr) if not line.startswith("securerun: run ")] == []
+    # What nobody asked for is no finding, though somebody has it.
+    serve = "import socket, sys; s = socket.create_server(('', 60003)); print('listens', flush=True); sys.stdin.read()"
+    other = node.popen([sys.executable, "-c", serve], stdin=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == "listens\n"
+    done = machine.run(node, [*strict, script], user=alice)
+    other.communicate(timeout=10)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done
     # One thing that is not as it should be is told, and it alone.
     machine.place(script).chmod(0o666)
     done = machine.run(node, [*strict, script], user=alice)
