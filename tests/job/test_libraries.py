@@ -10,6 +10,7 @@ import pytest
 from hosts import Host, Network
 
 from securerun.errors import PolicyError
+from securerun.host import interfaces
 from securerun.job import entrance, libraries
 from securerun.job.job import Endpoint, Job
 from securerun.job.libraries import Library, Variables, may_be_in_use
@@ -92,7 +93,8 @@ def test_gloo_is_everywhere(devices: Path) -> None:
 
 
 def test_what_is_wrong_leaves_the_rest_as_it_is(devices: Path) -> None:
-    environment = {"HCCL_IF_BASE_PORT": "65530", "NCCL_SOCKET_IFNAME": "ens17", "GLOO_SOCKET_IFNAME": "lo"}
+    way = interfaces.leading_to(PEERS)[0]
+    environment = {"HCCL_IF_BASE_PORT": "65530", "NCCL_SOCKET_IFNAME": "ens17", "GLOO_SOCKET_IFNAME": way}
     assert [str(ports) for ports in plan_ports(JOB, environment, None)] == ["60000-60015"]
     assert entrance.entrance(Options(), environment, PEERS).reason.startswith("GLOO_SOCKET_IFNAME")
     environment = {"HCCL_IF_BASE_PORT": "7000", "HCCL_HOST_SOCKET_PORT_RANGE": "nonsense"}
