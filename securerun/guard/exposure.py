@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import covers
@@ -113,25 +113,28 @@ class Exposure:
         self._closed.update((port, now) for port in unplanned if port in self._closed)
         self._harmful = {port: why for port, why in self._harmful.items() if port in unplanned}
         new = unplanned - self._closed.keys()
-        refused = {**self._objections(new, exposed, found), **self._harmful}
+        strangers = {} if self._lease.caller.is_root else self._strangers(exposed, found)
+        # Whose listeners are on the loopback alone gives way to who comes later: there it stands in nobody's way.
+        local = self._closed.keys() - {listener.port for listener in exposed if not listener.address.is_loopback}
+        yielded = {port: _shared_with(strangers[port]) for port in local & unplanned & strangers.keys()}
+        refused = {**self._objections(new, strangers), **yielded, **self._harmful}
         wanted = new - refused.keys()
-        gone = {port for port, seen in self._closed.items() if now - seen > _GONE_SECONDS}
+        gone = {port for port, seen in self._closed.items() if now - seen > _GONE_SECONDS or port in yielded}
         if wanted or (gone and now >= self._next_leave):
             self._next_leave = now + _LEAVE_SECONDS
             refused.update(self._change(wanted, gone, now))
         return self._told(refused, sorted(wanted - refused.keys()))
 
-    def _objections(self, new: Iterable[int], exposed: Iterable[Listener], found: Iterable[Listener]) -> dict[int, str]:
+    def _objections(self, new: Iterable[int], strangers: Mapping[int, int]) -> dict[int, str]:
         """Return which of the new ports may not be closed for this job's user, and why. Root may close any."""
         if self._lease.caller.is_root:
             return {}
-        strangers = self._strangers(exposed, found)
         refused, room = {}, self._limit - len(self._closed)
         for port in sorted(new):
             if port < _FIRST_FREE_PORT:
                 refused[port] = f"ports below {_FIRST_FREE_PORT} are closed for root's jobs alone"
             elif port in strangers:
-                refused[port] = f"user {strangers[port]} listens there too"
+                refused[port] = _shared_with(strangers[port])
             elif room <= 0:
                 refused[port] = (
                     f"this host closes {self._limit} such ports a run (ports_found_per_run in {LIMITS_FILE})"
@@ -179,6 +182,10 @@ class Exposure:
         if self._lease.shield is None or not listed:
             return words
         return (*words, f"port {listed} is on a socket that the shield does not cover; the port chains close it")
+
+
+def _shared_with(user: int) -> str:
+    return f"user {user} listens there too"
 
 
 def open_exposure(lease: Lease) -> Exposure | None:

@@ -285,10 +285,11 @@ held = []
 for line in sys.stdin:
     if line == "close\\n":
         held.clear()
-    first, _, last = line.partition("-")
+    ports, _, address = line.strip().partition("@")
+    first, _, last = ports.partition("-")
     for port in range(int(first), int(last) + 1) if last else ():
         try:
-            held.append(socket.create_server(("10.77.0.1", port)))
+            held.append(socket.create_server((address or "10.77.0.1", port), family=10 if ":" in address else 2))
         except OSError:
             pass
     print(len(held), flush=True)
@@ -343,6 +344,42 @@ def test_user_closes_no_more_ports_of_the_host_than_the_site_allows(ground: Grou
         shown = ground.machine.run(ground.node, [COMMANDS / "securerunctl", "status"]).stdout
         assert "to every host: ports 20100-20299" in shown
     assert "20100" in log_of(ground.machine) and "ports_found_per_run" in log_of(ground.machine)
+
+
+def test_user_closes_no_port_of_the_systems_where_users_may_listen_there(ground: Ground) -> None:
+    free = "net.ipv4.ip_unprivileged_port_start"
+    ground.node.run(["sysctl", "-qw", f"{free}=80"], check=True)
+    try:
+        with listeners(ground, ground.alice, *bare()) as tell:
+            assert tell("1020-1027") == 8
+            assert eventually(lambda: closed_for(ground) == [range(1024, 1028)], seconds=5)
+            assert eventually(lambda: left_open(ground) == [[1020, 1023]], seconds=5)
+        assert "ports below 1024" in log_of(ground.machine)
+    finally:
+        ground.node.run(["sysctl", "-qw", f"{free}=1024"], check=True)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.2", "::1"])
+def test_user_closes_no_port_from_the_loopback_for_who_comes_to_listen_there(ground: Ground, address: str) -> None:
+    """One who has each port of 127.0.0.2 or ::1 first could otherwise close all that others serve on from then on."""
+    with listeners(ground, ground.alice, *bare()) as tell, listeners(ground, ground.bob) as tell_bob:
+        assert tell(f"20000-20015@{address}") == 16
+        assert eventually(lambda: closed_for(ground) == [range(20000, 20016)], seconds=5)
+        assert tell_bob("20007-20007") == 1
+        assert eventually(lambda: left_open(ground) == [[20007, 20007]], seconds=5)
+        assert eventually(lambda: all(reach(ground.stranger, [(ground.node.ipv4, 20007)]).values()), seconds=5)
+        assert closed_for(ground) == [range(20000, 20007), range(20008, 20016)]
+
+
+def test_port_that_a_job_had_first_is_not_opened_by_who_comes_to_listen_there(ground: Ground) -> None:
+    """Another user who listens there on another address would otherwise open it to the whole network."""
+    with listeners(ground, ground.alice, *bare()) as tell, listeners(ground, ground.bob) as tell_bob:
+        assert tell("20000-20000") == 1
+        assert eventually(lambda: closed_for(ground) == [range(20000, 20001)], seconds=5)
+        assert tell_bob(f"20000-20000@{ground.node.ipv6}") == 1
+        time.sleep(2.5)
+        assert closed_for(ground) == [range(20000, 20001)]
+        assert not any(reach(ground.stranger, [(ground.node.ipv4, 20000)]).values())
 
 
 def test_ports_that_a_job_no_longer_listens_on_are_the_hosts_again(ground: Ground) -> None:
