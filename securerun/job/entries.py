@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from securerun.errors import PolicyError
-from securerun.job import folded
+from securerun.job import folded, hostfile
 from securerun.linux.networks import Address, Network, collapse
 
 # Takes one line for the user.
@@ -21,8 +21,6 @@ Tell = Callable[[str], None]
 
 # The words of a list that stand for no host of that name.
 ANY, SUBNET = "any", "subnet"
-
-_HOST_FILE_SIZE = 16 * 1024 * 1024
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,252}")
 # getaddrinfo would read 10.77.1 as 10.77.0.1 and 0x7f000001 as 127.0.0.1 (inet_aton(3)): no host is named like that.
@@ -74,16 +72,18 @@ def of_list(text: str, source: str) -> Iterator[Entry]:
             yield Entry((word,), source, is_keyword=word in {ANY, SUBNET})
 
 
-def of_file(name: str, place: str, *, may_be_empty: bool = False) -> Iterator[Entry]:
+def of_file(
+    name: str, place: str, *, may_be_empty: bool = False, read: Callable[[str], bytes] = hostfile.read
+) -> Iterator[Entry]:
     """Yield the hosts in a file, one a line, `#` for comments.
 
     As people, DeepSpeed, Open MPI and PRRTE (`user@host slots=8`), MPICH and Intel MPI (`host:8`) and Grid Engine
     (sge_pe(5): `host 8 all.q@host UNDEFINED`) write them; a folded word stands for all its hosts.
-    may_be_empty: whether it is right that it names none.
+    may_be_empty: whether it is right that it names none. read: how its content is had.
     Raises PolicyError, which begins with `place`, for a file that is none.
     """
     hosts, room = 0, folded.MOST_NODES
-    for number, line in enumerate(_read(name, place).splitlines(), 1):
+    for number, line in enumerate(_read(name, place, read).splitlines(), 1):
         words = re.sub(r"\s*=\s*", "=", line.partition("#")[0]).split()
         if not words:
             continue
@@ -145,18 +145,17 @@ def is_host(network: Network) -> bool:
     return not (nowhere or start.is_loopback or network.is_multicast)
 
 
-def _read(name: str, place: str) -> str:
+def _read(name: str, place: str, read: Callable[[str], bytes]) -> str:
     if not name:
         raise PolicyError(f"{place}: no file after the @; write @hostfile.txt")
     try:
-        with Path(name).expanduser().open("rb") as file:
-            content = file.read(_HOST_FILE_SIZE + 1)
+        content = read(name)
     except (OSError, RuntimeError, ValueError) as error:  # no such file; no such home directory; a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise PolicyError(
             f"{place}: the host file cannot be read ({reason}); name a file with one host a line"
         ) from error
-    if len(content) > _HOST_FILE_SIZE:
+    if len(content) > hostfile.MOST_BYTES:
         raise PolicyError(f"{place}: the host file is larger than 16 MB; name a file with one host a line")
     try:
         text = content.decode("utf-8-sig")

@@ -17,9 +17,11 @@ from typing import Callable
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange, Purpose
+from securerun.guard.documents import MAXIMUM_PEERS
 from securerun.host import interfaces
-from securerun.job import batch, entries, ports, ranktable, resolver
+from securerun.job import batch, entries, growing, ports, ranktable, resolver
 from securerun.job.entries import ANY, Entry, Tell
+from securerun.job.growing import HostFile
 from securerun.job.job import UNKNOWN_NODES, Job
 from securerun.job.resolver import Outcome, Resolver
 from securerun.linux.networks import Network, collapse, is_address
@@ -44,7 +46,8 @@ class Peers:
 
     networks: those that may, collapsed. source: where they come from. warnings: what the user should know about them.
     ports: the TCP ports that a rank table has HCCL listen on, here.
-    fixed, named: what `networks` is made of: networks written out, and those of each host name; see `again`.
+    fixed, files, named: what `networks` is made of: networks written out, host files that may be read again, and the
+        networks of each host name, in a file or not; see `again`. lasting: the names that stand in no such file.
     """
 
     networks: tuple[Network, ...]
@@ -53,11 +56,14 @@ class Peers:
     ports: tuple[PortRange, ...] = ()
     fixed: tuple[Network, ...] = ()
     named: Mapping[str, tuple[Network, ...]] = field(default_factory=dict)
+    files: tuple[HostFile, ...] = ()
+    lasting: frozenset[str] = frozenset()
 
     @property
     def listed(self) -> tuple[Network, ...]:
         """The networks one by one, before `networks` joined neighbours."""
-        return (*self.fixed, *(network for found in self.named.values() for network in found))
+        groups = (self.fixed, *(file.fixed for file in self.files), *self.named.values())
+        return tuple(network for group in groups for network in group)
 
 
 def find_peers(
@@ -89,15 +95,30 @@ def find_peers(
     )
 
 
+def with_files(peers: Peers, files: tuple[HostFile, ...]) -> Peers:
+    """Return the same peers with host files as they are now; new names in them are still to be asked for."""
+    if files == peers.files:
+        return peers
+    lasting = {name: found for name, found in peers.named.items() if name in peers.lasting}
+    in_files = {name: peers.named.get(name, ()) for name in growing.names_of(files)}
+    return replace(peers, files=files, named={**in_files, **lasting})
+
+
 def again(peers: Peers, resolve: Resolver = resolver.addresses_of) -> Peers:
     """Return the same peers with the addresses that their names have now: pods come back with other ones.
 
     A name that has no address any more has none; one that the name service could not be asked for keeps what it had.
     Takes `resolver.SECONDS` at most; it has nothing to ask where `peers.named` is empty.
+    Raises PolicyError where they have become every host, or more than a guard takes.
     """
     outcomes = resolver.ask(peers.named, resolve)
     now = replace(peers, named={name: _now(outcomes[name], before) for name, before in peers.named.items()})
-    return replace(now, networks=collapse(now.listed))
+    networks = collapse(now.listed)
+    if any(network.prefixlen == 0 for network in networks) and not set(EVERY_HOST) & set(peers.networks):
+        raise PolicyError(f"{peers.source}: these networks together are every host")
+    if len(networks) > MAXIMUM_PEERS:
+        raise PolicyError(f"{peers.source}: {len(networks):,} networks are more than the {MAXIMUM_PEERS:,} of a job")
+    return replace(now, networks=networks)
 
 
 @dataclass(frozen=True)
@@ -263,7 +284,9 @@ def _of_option(question: _Question) -> Peers | None:
     options = question.options
     if options.peers is None:
         return None
-    listed = tuple({entry.word: entry for entry in entries.of_list(options.peers, options.peers_source)}.values())
+    # What stands in the list itself stays, whatever becomes of a file that has it too.
+    by_file = sorted(entries.of_list(options.peers, options.peers_source), key=lambda entry: not entry.file)
+    listed = tuple({entry.word: entry for entry in by_file}.values())
     if not listed:
         raise PolicyError(
             f"{options.peers_source}: {options.peers!r} names no host; write node1,node2 or @hostfile.txt"
@@ -322,12 +345,17 @@ def _peers_of(listed: _List, question: _Question) -> Peers:
             f"{listed.source} names this host alone, and the job has {job.nodes}; add the others, or name them with "
             f"{_FLAG}; if all of them are on this host, write {_FLAG} {_THIS_HOST}"
         )
+    files = growing.files_of(listed.entries, listed.counted)
+    growing_names = {file.place for file in files}
+    lasting = [entry for entry in listed.entries if entry.place.rpartition(", line ")[0] not in growing_names]
     return Peers(
         networks,
         listed.source,
         tuple(_too_few(hosts, job, listed)),
-        fixed=tuple(network for found in fixed.values() for network in found),
+        fixed=tuple(network for entry in lasting for network in fixed[entry]),
         named=named,
+        files=files,
+        lasting=frozenset(name for entry in lasting for name in names[entry]),
     )
 
 

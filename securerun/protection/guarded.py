@@ -86,7 +86,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
         if plan.task.is_first:
             say(words.renewed(before, now))
 
-    renewal = Renewal(plan.peers, change_peers)
+    renewal = Renewal(plan.peers, change_peers, say)
     order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command)
     guarding = guard.guard(order, _teller(lambda: policy, renewal, hear))
     plan = plan.without(guarding.left_out)

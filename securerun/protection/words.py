@@ -92,11 +92,16 @@ def news(policy: Policy, notice: Notice) -> Iterator[str]:
 
 
 def renewed(before: Peers, now: Peers) -> str:
-    """Which addresses of the peers' names came and went while the job runs."""
+    """Which addresses of the peers came and went while the job runs."""
     gone = _addresses(sorted(set(before.listed) - set(now.listed), key=_in_order))
     come = _addresses(sorted(set(now.listed) - set(before.listed), key=_in_order))
     changes = (f"{gone} may no longer connect" if gone else "", f"{come} may connect now" if come else "")
-    return f"the names of {now.source} have other addresses: {'; '.join(filter(None, changes))}"
+    what = (
+        f"{now.source} has other hosts"
+        if now.files != before.files
+        else f"the names of {now.source} have other addresses"
+    )
+    return f"{what}: {'; '.join(filter(None, changes))}"
 
 
 def whole(plan: Plan, origin: str) -> str:
