@@ -91,6 +91,11 @@ class Job:
         return None if self.backend in {ETCD, ETCD_V2} else self.endpoint
 
     @property
+    def meets_on_loopback(self) -> bool:
+        """Whether its nodes meet at a loopback address, which is itself to each host."""
+        return self.meeting_point is not None and self.meeting_point.is_loopback
+
+    @property
     def has_one_store(self) -> bool:
         """Whether its workers meet where its agents do: at a store of node 0's, by whatever address others know it."""
         return self.backend in {STATIC, PARALLEL}

@@ -19,7 +19,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange, Purpose
 from securerun.guard.documents import MAXIMUM_PEERS
 from securerun.host import interfaces
-from securerun.job import batch, entries, growing, ports, ranktable, resolver
+from securerun.job import batch, entries, growing, ports, ranktable, resolver, subnet
 from securerun.job.entries import ANY, Entry, Tell
 from securerun.job.growing import HostFile
 from securerun.job.job import UNKNOWN_NODES, Job
@@ -242,7 +242,7 @@ def _site(question: _Question) -> Peers | None:
 def _loopback(question: _Question) -> Peers | None:
     """Nodes that meet on the loopback may all be on this host. torch's stores listen on its other addresses too."""
     job = question.job
-    if not _meets_on_loopback(job):
+    if not job.meets_on_loopback:
         return None
     warning = (
         f"{job.nodes} meet at {job.meeting_point}, which is itself to each host, and nobody is named: no other host "
@@ -340,7 +340,7 @@ def _peers_of(listed: _List, question: _Question) -> Peers:
     networks = collapse(network for host in hosts for network in host.networks)
     if any(network.prefixlen == 0 for network in networks) and not _is_any(listed):
         raise PolicyError(f"{listed.source}: these networks together are every host; write `{ANY}` if you mean that")
-    if job.min_nodes > 1 and not _meets_on_loopback(job) and not _may_grow(listed) and _is_alone(hosts):
+    if job.min_nodes > 1 and not job.meets_on_loopback and not _may_grow(listed) and _is_alone(hosts):
         raise PolicyError(
             f"{listed.source} names this host alone, and the job has {job.nodes}; add the others, or name them with "
             f"{_FLAG}; if all of them are on this host, write {_FLAG} {_THIS_HOST}"
@@ -368,7 +368,7 @@ def _written_out(entry: Entry, listed: _List, question: _Question) -> tuple[Netw
     if entry.is_keyword:
         if entry.word == ANY:
             return EVERY_HOST
-        return _subnet(question.options, question.job, entry.place, question.resolve)
+        return subnet.networks_of(question.options, question.job, entry.place, question.resolve)
     found = [entries.literal(word, entry.place) for word in entry.words]
     networks = tuple(network for network in found if network is not None)
     if listed.counted and any(network.prefixlen != network.max_prefixlen for network in networks):
@@ -488,7 +488,7 @@ def _is_alone(hosts: Iterable[_Host]) -> bool:
 
 def _apart(found: Peers, job: Job) -> Iterator[str]:
     """Warn of nodes on several hosts that meet at the loopback, each at its own."""
-    if job.max_nodes == 1 or not _meets_on_loopback(job) or _is_alone([_Host(found.networks, None)]):
+    if job.max_nodes == 1 or not job.meets_on_loopback or _is_alone([_Host(found.networks, None)]):
         return
     where = "the others have to be given this host's address" if job.node_rank == 0 else "it looks for node 0 here"
     yield (
@@ -505,42 +505,6 @@ def _own_addresses() -> frozenset[str]:
     return frozenset(entry.address.partition("%")[0] for entry in found)
 
 
-def _subnet(options: Options, job: Job, place: str, resolve: Resolver) -> tuple[Network, ...]:
-    """Return the networks of the chosen interfaces, else of the one towards the endpoint, else of the only one."""
-    wanted = interfaces.require(interfaces.parse(options.interface), options.interface_source)
-    wanted = wanted or _interface_to(job, resolve) or interfaces.with_networks()
-    if not options.interface and len(wanted) > 1:
-        raise PolicyError(
-            f"{place}: subnet of which interface? This host has {', '.join(wanted)}; write --interface {wanted[0]} too"
-        )
-    networks = interfaces.networks_of(wanted) or interfaces.networks_of(_seen_as(wanted))
-    if not networks:
-        raise PolicyError(
-            f"{place}: {', '.join(wanted) or 'this host'} is on no network with other hosts, so subnet is nobody; "
-            "write the nodes themselves, as in --peers node1,node2"
-        )
-    if any(network.prefixlen == 0 for network in networks):
-        raise PolicyError(f"{place}: the network of {', '.join(wanted)} is every host; write `any` if you mean that")
-    return networks
-
-
-def _seen_as(wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the bridges, bonds and teams that interfaces are members of: these have their addresses."""
-    try:
-        return tuple(interfaces.seen_as(name)[0] for name in wanted)
-    except OSError:
-        return ()
-
-
-def _interface_to(job: Job, resolve: Resolver) -> tuple[str, ...]:
-    if job.meeting_point is None or _meets_on_loopback(job):
-        return ()
-    host = job.meeting_point.host
-    found = (host,) if is_address(host) else resolver.ask((host,), resolve)[host]
-    name = interfaces.towards(found) if isinstance(found, tuple) else None
-    return (name,) if name else ()
-
-
 def _too_few(hosts: Sequence[_Host], job: Job, listed: _List) -> Iterator[str]:
     """Warn of a job that waits for a node which may not connect. A list may hold this host, or leave it out."""
     counts = [host.hosts for host in hosts]
@@ -554,10 +518,6 @@ def _too_few(hosts: Sequence[_Host], job: Job, listed: _List) -> Iterator[str]:
             f"{listed.source} names {count(others, 'other host')}, and the job may have {job.nodes}: a node that is "
             "not named cannot join; add it there, or name all of them with --peers"
         )
-
-
-def _meets_on_loopback(job: Job) -> bool:
-    return job.meeting_point is not None and job.meeting_point.is_loopback
 
 
 def _in_brackets(notes: Sequence[str]) -> str:
