@@ -69,6 +69,7 @@ QUOTED = (
     "no guard is available to user ",
     "no guard is available in this user namespace",
     "no shield (",
+    "would leave new files open",
 )
 # A variable that a block sets is one that securerun takes.
 AND_TAKE_IT = '\nSECURERUN_PEERS="${SECURERUN_PEERS:-node0}" securerunctl exec --dry-run -- true > /dev/null'
