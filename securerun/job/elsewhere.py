@@ -14,13 +14,17 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePath
 
+from securerun.job.shell_words import simple_commands
 from securerun.text import printable
 
 # Of a script and of what a shell is given; more is not read.
 _MOST_READ = 65_536
-_LONGEST_CALL = 4_096
+_MOST_COMMANDS = 2_000
+# Words of a wrapper's own before its command: each is looked for in PATH, which may be far away.
+_LONGEST_PREFIX = 32
 # Wrappers in wrappers.
 _DEEPEST = 8
 _MOST_NAMED = 4
@@ -114,6 +118,8 @@ _OTHER_HOSTS = {
     name: Client("pdsh starts it", _ON_EVERY_NODE.format(command))
     for name, command in (("deepspeed", "deepspeed --no_ssh --node_rank R …"), ("accelerate", "accelerate launch …"))
 }
+# They are followed by the name of a user, a group or a variable.
+_NAMING = frozenset(("-u", "-g", "-U", "--user", "--group", "--unset"))
 # It takes these to mean that nothing is started elsewhere after all.
 _AFTER_ALL_HERE = {"systemd-run": ("--scope",), "deepspeed": ("--no_ssh",)}
 
@@ -130,43 +136,36 @@ _WRAPPERS = frozenset(
 _SHELLS = frozenset(("sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "fish"))
 _OF_SHELL = re.compile(rb"#![^\n]*\b(?:ba|da|z|k|mk|a|fi)?sh\b")
 _GIVEN = re.compile(r"-[A-Za-z]*c[A-Za-z]*")
-_ITSELF = re.compile(r"(?:securerun|securerunctl)(?:\.exe)?")
-_ITSELF_IN_TEXT = re.compile(r"(?<!-J )(?<!--job-name )(?:^|(?<=[\s/'\"(;&|]))securerun(?:ctl)?(?=[\s'\"]|$)")
-_COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
-_NAMES = "|".join(sorted(map(re.escape, {*_CLIENTS, *_WITH_OPTIONS}), key=len, reverse=True))
-# Where a shell looks for a command: at the start of a line, after what ends one, after its own words, and in what a
-# variable is set to, to be run later (LAUNCHER="srun torchrun").
-_CALL = re.compile(
-    r"(?:^|[;&|({`!]|\b(?:then|do|else|if|while|until|exec|time|nohup|eval|command|env|sudo|export)[ \t])[ \t]*"
-    rf"(?:\w+=[^\s\"']*[ \t]+)*(?:\w+=(?P<quote>[\"']?)\(?)?(?:[\w./-]*/)?(?P<name>{_NAMES})(?=[\s\"']|$)",
-    re.MULTILINE,
-)
+_ITSELF = re.compile(r"(?:^|(?<=[\s/'\"(;&|]))securerun(?:ctl)?(?=[\s'\";&|)]|$)")
+# Before a command, in the words of a shell.
+_KEYWORDS = frozenset(("then", "do", "else", "elif", "if", "while", "until", "!", "{", "eval", "coproc"))
+_DECLARATIONS = frozenset(("export", "declare", "local", "readonly", "typeset"))
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*\+?=(.*)", re.DOTALL)
 
 
 def of_command(command: Sequence[str]) -> tuple[Elsewhere, ...]:
     """Return the clients that a command calls to have others start things, each once; a few of many."""
-    found = {one.name: one for one in _of_words(command, 0)}
+    found = {one.name: one for one in _of_words(command, "", 0)}
     return tuple(found.values())[:_MOST_NAMED]
 
 
-def _of_words(words: Sequence[str], depth: int) -> Iterator[Elsewhere]:
+def _of_words(words: Sequence[str], place: str, depth: int) -> Iterator[Elsewhere]:
+    """Look at a command. place: the script in which it stands, if it does: then no other is looked into."""
     if not words or not words[0] or depth > _DEEPEST:
         return
     name, rest = PurePath(words[0]).name, words[1:]
-    if _ITSELF.fullmatch(name):
+    if _ITSELF.fullmatch(name) or (name == "command" and rest[:1] and rest[0] in ("-v", "-V")):
         return
     client = _client(name, rest)
     if client is not None:
-        if not any(
-            _ITSELF.fullmatch(PurePath(word).name) or _ITSELF_IN_TEXT.search(word) for word in _without_names(rest)
-        ):
-            yield Elsewhere(name, client)
+        if not any(_ITSELF.search(word) for word in _without_names(rest)):
+            yield Elsewhere(name, client, place)
     elif name in _WRAPPERS:
-        yield from _of_words(_wrapped(rest), depth + 1)
+        yield from _of_words(_wrapped(rest), place, depth + 1)
     elif name in _SHELLS:
-        yield from _of_shell(rest)
-    else:
-        yield from _of_script(shutil.which(words[0]) or "", must_say=True)
+        yield from _of_shell(rest, place, depth + 1)
+    elif not place:
+        yield from _of_script(shutil.which(words[0]) or "", depth + 1, must_say=True)
 
 
 def _client(name: str, rest: Sequence[str]) -> Client | None:
@@ -192,32 +191,33 @@ def _without_names(words: Sequence[str]) -> Iterator[str]:
 def _wrapped(words: Sequence[str]) -> Sequence[str]:
     """Return the command that a wrapper is given: it begins with the first word that can be run.
 
-    Which of a wrapper's options take a value is not known here. A value is rarely the name of a program.
+    Which of a wrapper's options take a value is not known here, but for names of users and variables. Any other value
+    is rarely the name of a program.
     """
-    for number, word in enumerate(words):
+    for number, (before, word) in enumerate(zip(("", *words), words[:_LONGEST_PREFIX])):
         name = PurePath(word).name
-        if word.startswith("-") or not name or ("=" in word and "/" not in word.partition("=")[0]):
+        if word.startswith("-") or not name or before in _NAMING or _ASSIGNMENT.fullmatch(word):
             continue
         if name in _CLIENTS or name in _WITH_OPTIONS or name in _WRAPPERS or shutil.which(word):
             return words[number:]
     return ()
 
 
-def _of_shell(words: Sequence[str]) -> Iterator[Elsewhere]:
+def _of_shell(words: Sequence[str], place: str, depth: int) -> Iterator[Elsewhere]:
     for number, word in enumerate(words):
         if _GIVEN.fullmatch(word):
-            yield from _of_text(" ".join(words[number + 1 : number + 2]), "")
+            yield from _of_text(" ".join(words[number + 1 : number + 2]), place, depth)
             return
-        if not word.startswith(("-", "+")) and os.path.isfile(word):  # noqa: PTH113 - a word that may be no path
-            yield from _of_script(word, must_say=False)
+        if not place and not word.startswith(("-", "+")) and os.path.isfile(word):  # noqa: PTH113 - it may be no path
+            yield from _of_script(word, depth, must_say=False)
             return
 
 
-def _of_script(path: str, *, must_say: bool) -> Iterator[Elsewhere]:
+def _of_script(path: str, depth: int, *, must_say: bool) -> Iterator[Elsewhere]:
     """Look into a script. must_say: whether its first line has to name a shell."""
     content = _content(path)
     if not must_say or _OF_SHELL.match(content):
-        yield from _of_text(content.decode(errors="replace"), PurePath(path).name)
+        yield from _of_text(content.decode(errors="replace"), PurePath(path).name, depth)
 
 
 def _content(path: str) -> bytes:
@@ -232,25 +232,26 @@ def _content(path: str) -> bytes:
     return b""
 
 
-def _of_text(text: str, place: str) -> Iterator[Elsewhere]:
-    """Look for clients where a shell would look for commands."""
-    text = _COMMENT.sub("", text[:_MOST_READ]).replace("\\\n", " ")
-    for call in _CALL.finditer(text):
-        name, rest = call["name"], _rest(text, call.end(), call["quote"] or "")
-        client = _client(name, [word.strip("\"'()") for word in rest.split()])
-        if client is not None and not _ITSELF_IN_TEXT.search(rest):
-            yield Elsewhere(name, client, place)
+def _of_text(text: str, place: str, depth: int) -> Iterator[Elsewhere]:
+    """Look at the commands in a shell's text, and at what variables are set to, to be run later."""
+    if depth > _DEEPEST:
+        return
+    for words in islice(simple_commands(text[:_MOST_READ]), _MOST_COMMANDS):
+        yield from _of_simple_command(words, place, depth + 1)
 
 
-def _rest(text: str, start: int, around: str) -> str:
-    """Return the rest of a shell's command, to its end: that is not inside of quotes but those `around` it."""
-    quote = ""
-    for end in range(start, min(len(text), start + _LONGEST_CALL)):
-        character = text[end]
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in f"\n;|&{around}":
-            return text[start:end]
-        elif character in "\"'":
-            quote = character
-    return text[start : start + _LONGEST_CALL]
+def _of_simple_command(words: Sequence[str], place: str, depth: int) -> Iterator[Elsewhere]:
+    for word in words:
+        _, begins, substituted = word.partition("$(")
+        if begins:
+            yield from _of_text(f"({substituted}", place, depth)
+    for number, word in enumerate(words):
+        assigned = _ASSIGNMENT.fullmatch(word)
+        if assigned and " " in assigned.group(1):  # LAUNCHER="srun torchrun"
+            yield from _of_text(assigned.group(1), place, depth)
+        elif not assigned and word not in _KEYWORDS and word not in _DECLARATIONS:
+            command = words[number:]
+            command = command[2:] if command[:2] == ["set", "--"] else command
+            if len(command) > 1:  # else it starts nothing: a pattern of a `case`, the name of a function
+                yield from _of_words(command, place, depth)
+            return

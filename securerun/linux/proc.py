@@ -10,6 +10,7 @@ A process may end while it is looked at: then all of these raise OSError, but fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -284,7 +285,10 @@ def namespace(kind: str, pid: Pid = SELF) -> int:
 
 def is_in_first_user_namespace() -> bool:
     """Return whether user ids and capabilities of this process are those of the host itself."""
-    return namespace("user") == _FIRST_USER_NAMESPACE
+    try:
+        return namespace("user") == _FIRST_USER_NAMESPACE
+    except FileNotFoundError:  # a kernel without any
+        return True
 
 
 def governs_network() -> bool:
@@ -295,10 +299,9 @@ def governs_network() -> bool:
     network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.close(fcntl.ioctl(network, _NS_GET_USERNS))
-    except PermissionError:  # its owner is none of this user namespace and those within (ns_get_owner, kernel/ns)
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        # EPERM: its owner is none of this user namespace and those within (ns_get_owner, kernel/user_namespace.c).
+        return error.errno != errno.EPERM
     finally:
         os.close(network)
     return True
@@ -306,7 +309,11 @@ def governs_network() -> bool:
 
 def outer_user(user: int) -> int | None:
     """Return the number that a user of this user namespace has in the one around it; None where there is none."""
-    for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines():
+    try:
+        mapped = Path("/proc/self/uid_map").read_text(encoding="ascii")
+    except FileNotFoundError:  # a kernel without user namespaces
+        return user
+    for line in mapped.splitlines():
         first, outside, number = map(int, line.split())
         if first <= user < first + number:
             return outside + user - first

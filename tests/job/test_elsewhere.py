@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,18 @@ def found(command: str) -> list[str]:
         ("bash -c 'LAUNCHER=\"srun torchrun\"; $LAUNCHER train.py; securerun other.py'", "srun"),
         ("bash -c 'srun \\\n torchrun train.py\nsecurerun other.py'", "srun"),
         ("srun --job-name securerun torchrun train.py", "srun"),
+        ("sudo -u git srun torchrun train.py", "srun"),
+        ("bash -c 'timeout 10m numactl -m 0 srun torchrun train.py'", "srun"),
+        ("bash -c 'bash -c \"srun torchrun train.py\"'", "srun"),
+        ("bash -c 'set -- srun torchrun train.py; exec \"$@\"'", "srun"),
+        ("bash -c 'run=(srun -N 2 torchrun); \"${run[@]}\" train.py'", "srun"),
+        ("bash -c 'export RUN=\"srun -N 2\"; $RUN torchrun train.py'", "srun"),
+        ("bash -c 'echo \"$(ssh node1 hostname)\"'", "ssh"),
+        ("bash -c 'if ! srun torchrun train.py; then exit 1; fi'", "srun"),
+        ("bash -c '(srun torchrun train.py) &'", "srun"),
+        ("bash -c 'main() { srun torchrun train.py; }; main'", "srun"),
+        ("bash -c 'echo \\# srun; srun torchrun train.py # a comment'", "srun"),
+        ("bash -c 'bash <<END\nsrun torchrun train.py\nEND'", "srun"),
     ],
 )
 def test_what_others_start_for_a_command_is_found(command: str, client: str) -> None:
@@ -70,6 +83,14 @@ def test_what_others_start_for_a_command_is_found(command: str, client: str) -> 
         "bash -c 'echo run it with srun; torchrun train.py'",
         "bash -c '# srun torchrun train.py\ntorchrun train.py'",
         "docker ps",
+        "bash -c 'case $1 in\n srun) torchrun train.py;;\n ssh|pdsh) exit 1;;\nesac'",
+        "bash -c 'srun() { torchrun \"$@\"; }'",
+        "bash -c 'LAUNCHER=srun; torchrun train.py'",
+        "bash -c 'command -v srun > /dev/null; which srun; torchrun train.py'",
+        "bash -c 'cat <<-END\n\tssh node1 by hand\n\tEND\ntorchrun train.py'",
+        "bash -c 'cat <<< \"ssh node1\"; torchrun train.py'",
+        "bash -c 'echo \"it is; srun here\"; torchrun train.py'",
+        "bash -c 'srun securerun train.py & wait'",
         "docker images",
         "kubectl get pods",
         "ray start --head --block",
@@ -124,8 +145,17 @@ def test_a_pipe_in_the_place_of_a_script_is_neither_waited_for_nor_emptied(tmp_p
 
 def test_a_huge_script_and_wrappers_without_end_cost_nothing(tmp_path: Path) -> None:
     script = tmp_path / "huge.sh"
-    script.write_text("A=" * 30_000 + "\n" + ";time " * 20_000 + "\nsrun torchrun\n")
-    assert found(f"bash {script}") == []
+    for text in (
+        "A=" * 30_000 + "\n" + ";time " * 20_000,
+        "$(" * 40_000,
+        "'" * 65_535,
+        "<<A\n" * 20_000,
+        "((" * 32_000,
+    ):
+        script.write_text(text + "\nsrun torchrun\n")
+        began = time.process_time()
+        found(f"bash {script}")
+        assert time.process_time() - began < 2, text[:10]
     assert found("env " * 10_000 + "srun") == []
     script.write_text("\n".join(f"{name} run x" for name in ("srun", "ssh", "docker", "mpirun", "qsub", "pdsh")))
     assert len(found(f"bash {script}")) == 4
