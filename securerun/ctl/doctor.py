@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 
+from securerun.console import say
 from securerun.finding import Finding
 from securerun.firewall.policy import SHIELD, PortRange
 from securerun.host import interfaces, umask
 from securerun.job import environment, ports
-from securerun.job.libraries import Library, may_be_in_use
+from securerun.job.libraries import Library, Variables, may_be_in_use
 from securerun.linux.networks import Network
 from securerun.preflight import abilities, checks
 from securerun.preflight.abilities import Ability
@@ -69,7 +70,11 @@ def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
 def _ports() -> Iterator[PortRange]:
     """Yield the ports of a job started from this shell, HCCL's only where there is an NPU or a word of HCCL."""
     job = environment.describe_job(os.environ, ())
-    for planned in ports.plan_ports(job, os.environ, None):
+    variables = Variables(os.environ)
+    plan = ports.plan_ports(job, os.environ, None, variables=variables)
+    for warning in variables.warnings:
+        say(warning)
+    for planned in plan:
         if planned.is_asked_for or _may_use_hccl():
             yield planned
 

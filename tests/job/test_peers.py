@@ -485,7 +485,10 @@ def test_a_list_that_names_this_host_alone_is_refused_by_whatever_name(text: str
 @pytest.mark.usefixtures("on_node1")
 def test_a_batch_system_and_a_rank_table_that_name_this_host_alone_are_refused(tmp_path: Path) -> None:
     table = table_of(tmp_path, server("a", host_ip="10.0.0.1"))
-    for environment in ({"SLURM_JOB_NODELIST": "node1"}, {"VC_WORKER_HOSTS": "10.0.0.1"}, table):
+    instances = [{"server_id": "10.0.0.1", "rank_id": str(n), "devices": [{}]} for n in range(8)]
+    (tmp_path / "groups.json").write_text(json.dumps({"group_list": [{"instance_list": instances}]}))
+    groups = {"RANK_TABLE_FILE": str(tmp_path / "groups.json")}
+    for environment in ({"SLURM_JOB_NODELIST": "node1"}, {"VC_WORKER_HOSTS": "10.0.0.1"}, table, groups):
         with pytest.raises(PolicyError, match=r"names this host alone.*write --peers localhost"):
             find_in(environment)
         assert find_in(environment, job(2, least=1)).networks

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jobs
 import pytest
+from hosts import Network, finish_all
+from probe import Probe
 
 from securerun.errors import PolicyError
 from securerun.job import ranktable
@@ -430,3 +433,24 @@ def assert_line_with(message: str, words: list[str]) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_two_hosts_of_a_table_with_an_instance_a_device_train(network: Network, tmp_path: Path) -> None:
+    node0, node1, stranger = network
+    table = json.loads(json.dumps(INSTANCE_A_DEVICE).replace("10.0.0.1", node0.ipv4).replace("10.0.0.2", node1.ipv4))
+    path = tmp_path / "rank_table.json"
+    path.write_text(json.dumps(table))
+    options = ["--nnodes", "2", "--nproc-per-node", "2"]
+    with Probe(stranger, node0) as probe:
+        started = [
+            node.popen(
+                [jobs.SECURERUN, *options, *jobs.rendezvous("static", node, rank, node0), jobs.TRAIN],
+                env={"RANK_TABLE_FILE": str(path)},
+            )
+            for rank, node in enumerate((node0, node1))
+        ]
+        done = finish_all(started, timeout=60)
+    assert [one.returncode for one in done] == [0, 0], done
+    assert probe.reached == set()
+    assert f"(RANK_TABLE_FILE={path})" in done[0].stderr
+    assert "TCP ports 16665-16666, 29500, 60000-60015 closed" in done[0].stderr
