@@ -17,6 +17,7 @@ from securerun.job import batch, peers, ranktable, resolver
 from securerun.job.job import Endpoint, Job
 from securerun.job.peers import Peers, find_peers
 from securerun.options import Options
+from securerun.protection import plan
 
 HOSTS = {
     "node0": ["127.0.1.1"],  # this host, as Debian's installer writes it into /etc/hosts
@@ -214,6 +215,15 @@ def test_a_folded_list_is_read_as_clustershell_reads_it() -> None:
         find_peers(Options(peers=text, peers_source=source), job(12), answer)
         racks = [f"rack{rack}n{number}" for rack in (1, 2) for number in ("08", "09", "10", "12")]
         assert sorted(asked) == sorted(["node0i", "node1i", "node2i", *racks, "a1-x.cluster.example"])
+
+
+def test_a_python_caller_s_list_may_be_folded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is a list, with a comma inside of the brackets."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for named in ("10.0.0.[1,3]", ["10.0.0.[1,3]"], ["10.0.0.1", "10.0.0.[3,3]"]):
+        assert [str(network) for network in plan.policy(peers=named).peers] == ["10.0.0.1/32", "10.0.0.3/32"]
+    with pytest.raises(PolicyError, match=r"--peers: 'node\[2-1\]' is no list of nodes"):
+        plan.policy(peers=["node[2-1]"])
 
 
 def test_a_large_folded_list_takes_little_time() -> None:
