@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 from securerun import site_file
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import LAST_PORT, Policy, covers, joined, require_ports
+from securerun.firewall.policy import LAST_PORT, Opening, Policy, PortRange, covers, joined, require_ports
 from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
@@ -87,7 +87,8 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
         return
     _require_user(site, caller)
     policy = order.policy.without(unasked_beyond(site, order.policy, caller))
-    for port in policy.ports:
+    named: tuple[PortRange | Opening, ...] = (*policy.ports, *policy.public)
+    for port in named:
         if not any(first <= port.first and port.last <= last for first, last in site.ports):
             allowed = ", ".join(f"{first}-{last}" for first, last in site.ports)
             raise PolicyError(

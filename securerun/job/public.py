@@ -63,7 +63,7 @@ def within(planned: Iterable[PortRange], public: Sequence[Opening], source: str)
 
 
 def _reached(ports: PortRange) -> str:
-    if ports.purpose == Purpose.HCCL:
+    if ports.purpose in (Purpose.HCCL, Purpose.HCCL_DEFAULT):
         return f"HCCL listens on and only the job's nodes may reach ({HCCL_BASE} or {HCCL_RANGE} would move it)"
     return f"only the job's nodes may reach ({ports.purpose})"
 

@@ -36,6 +36,7 @@ _EXAMPLES = 500
 _DOCUMENTS = 200  # an example
 _REAL = 80
 # Decoding may take a few times what a document of 8 MB takes, and no more of it after 100,000 than after one.
+_LONGEST_BYTES = 8 * 1024 * 1024
 _MEMORY_BYTES = 256 * 1024 * 1024
 
 _TEXTS = (
@@ -86,6 +87,7 @@ def is_permitted(document: Any) -> bool:  # noqa: ANN401 - anything at all
     public = policy.get("public", [])
     return (
         all(number >= 1024 for number in ports)
+        and all(one["first"] >= 1024 for one in public)
         and len(ports) + sum(one["last"] - one["first"] + 1 for one in public if not one["networks"]) <= 256
         and addresses[4] <= 2**24
         and addresses[6] <= 2**112
@@ -115,7 +117,7 @@ def _is_policy(policy: Any) -> bool:  # noqa: ANN401 - anything at all
 # Who gets at one of these has the job.
 _OF_THE_NODES = {
     *("rendezvous store (c10d)", "master port (static rendezvous)", "parallel store (torch_npu_run)"),
-    *("rendezvous endpoint", "master port", "HCCL", "HCCL (rank table)"),
+    *("rendezvous endpoint", "master port", "HCCL", "HCCL (rank table)", "HCCL (default range)"),
 }
 
 
@@ -190,7 +192,8 @@ def mutated(chance: random.Random) -> bytes:
 
 def _make_public(policy: dict[str, Any], chance: random.Random) -> None:
     """Add public ports, mostly such as may be."""
-    policy["public"] = [{"first": 7001, "last": 7001, "networks": []}]
+    first = chance.choice((7001, 7001, 7001, 1023, 6500))
+    policy["public"] = [{"first": first, "last": 7001, "networks": []}]
     if chance.random() < 0.5:
         networks = chance.choice((["10.9.0.0/16", "fd09::/32"], ["0.0.0.0/0"], ["10.9.0.0/15"], ["10.9.0.1/16"]))
         policy["public"] += [{"first": 7003, "last": 7004, "networks": networks}]
@@ -277,7 +280,9 @@ def acted_upon(line: bytes) -> Order | None:
 
 
 def _understood(line: bytes) -> Any:  # noqa: ANN401 - anything at all
-    """The document of a line by Python's own reader; None where it is none, or says something twice."""
+    """The document of a line by Python's own reader; None where it is none, says something twice, or is too long."""
+    if len(line) > _LONGEST_BYTES:
+        return None
     doubled: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def test_a_public_port_that_cannot_be_right_is_refused_in_one_line(text: str, wo
         Purpose.ENDPOINT,
         Purpose.MASTER_PORT,
         Purpose.HCCL,
+        Purpose.HCCL_DEFAULT,
         Purpose.RANK_TABLE,
     ],
 )
