@@ -93,6 +93,10 @@ def test_a_run_does_not_open_what_an_administrators_script_closes(
     script = tmp_path / "ports.sh"
     script.write_text(render(plan, "sh"))
     run_id = None if chosen == "of his own" else lasting_id(plan.policy)
+    # By whose backend all runs of the host go.
+    roots = Conversation(ground.machine, ground.node, None, "direct")
+    roots.say(order(ports=[7000], scope="ports", firewall=backend))
+    assert "guarding" in roots.hear_verdict()
     asked = order(run_id=run_id, ports=[29500, (60000, 60015)], peers=[ground.stranger.ipv4], scope="ports")
     assert ground.node.run(["sh", script, "up"]).returncode == 0
     try:
@@ -100,7 +104,7 @@ def test_a_run_does_not_open_what_an_administrators_script_closes(
         for way in WAYS:
             talk = ground.talk(ground.alice, way)
             talk.say(asked)
-            assert "guarding" in talk.hear_verdict()
+            assert [layer["backend"] for layer in talk.hear_verdict()["guarding"]["layers"]] == [backend]
             with listening(ground.node, 60000) as targets:
                 assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
             talk.release()
@@ -110,6 +114,7 @@ def test_a_run_does_not_open_what_an_administrators_script_closes(
                 assert reach(ground.stranger, targets) == dict.fromkeys(targets, False)
     finally:
         assert ground.node.run(["sh", script, "down"]).returncode == 0
+    roots.release()
 
 
 # --- whom it names ---
