@@ -162,10 +162,16 @@ def _other_user(asked: Options) -> Account | None:
     if asked.run_as is None:
         return None
     from securerun.host import account, imports
+    from securerun.linux import proc
 
     found = account.find_account(asked.run_as, asked.run_as_source)
     if account.is_mine(found):
         return None
+    if proc.outer_user(found.user) is None:
+        raise PrivilegeError(
+            f"{asked.run_as_source} {asked.run_as}: that user has no number in this user namespace, so nobody here can "
+            "become them; leave it out, or start securerun outside"
+        )
     imports.require_own(f"{asked.run_as_source} {asked.run_as}")
     return found
 

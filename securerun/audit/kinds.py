@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 
 from securerun.errors import UsageError
 from securerun.host.permissions import Kind
-from securerun.linux import trust
+from securerun.linux import capabilities, trust
 
 BUILT_IN = Path(__file__).with_name("kinds.txt")
 SITE_FILE = Path("/etc/securerun/kinds")
@@ -50,11 +50,11 @@ def read_rows(patterns: Path | None) -> tuple[Row, ...]:
 
 def _site_rows() -> tuple[Row, ...]:
     try:
-        weakness = trust.weak_point(SITE_FILE)
+        weakness = trust.weak_point(SITE_FILE, trust.roots())
     except (FileNotFoundError, NotADirectoryError):
         return ()
     except OSError as error:
-        raise UsageError(f"{SITE_FILE} cannot be looked at: {error.strerror}; try as root") from error
+        raise UsageError(f"{SITE_FILE} cannot be looked at: {error.strerror}; {capabilities.run_as_root()}") from error
     if weakness is not None:
         raise UsageError(f"{SITE_FILE} decides what may be open, but {weakness}; fix that, or remove {SITE_FILE}")
     return _rows_of(SITE_FILE)

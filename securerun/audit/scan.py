@@ -24,7 +24,7 @@ from securerun.audit.tree import Descent, Root
 from securerun.audit.violations import Batch, Entry, Identity, Problem, Wrong, identity_of
 from securerun.host import permissions
 from securerun.host.permissions import Kind
-from securerun.linux import proc
+from securerun.linux import proc, trust
 from securerun.linux.statx import birth_of
 
 T = TypeVar("T")
@@ -357,7 +357,7 @@ def owner_problems(user: int, group: int, owners: frozenset[int]) -> tuple[tuple
     problems = []
     if user != os.geteuid() and not _has_name(pwd.getpwuid, user):
         problems.append((Problem.MISSING_OWNER, f"user {user}"))
-    elif user != 0 and user not in owners:
+    elif user not in owners | trust.roots():
         problems.append((Problem.FOREIGN_OWNER, pwd.getpwuid(user).pw_name))
     if group not in (os.getegid(), *os.getgroups()) and not _has_name(grp.getgrgid, group):
         problems.append((Problem.MISSING_OWNER, f"group {group}"))

@@ -54,11 +54,9 @@ def suffice_for_guarding(held: Collection[int]) -> bool:
 
 def run_as_root() -> str:
     """Return what to do, in words, for who lacks root's rights: who has user id 0 may be told so as well."""
-    if os.geteuid() != 0:
-        return "run as root"
-    if proc.is_in_first_user_namespace():
-        return "this root has not the capability for it; run as the host's own root"
-    return "root of this user namespace is not root of the host; start it outside"
+    if not proc.is_in_first_user_namespace():
+        return "run as root of the host, outside of this user namespace"
+    return "run as root" if os.geteuid() != 0 else "run as root with more capabilities, as the host's own has"
 
 
 def keep_only(capabilities: Collection[int]) -> None:

@@ -42,6 +42,8 @@ _DELETED = " (deleted)"
 _NS_GET_USERNS = 0xB701
 _NS_GET_PARENT = 0xB702
 _NS_GET_OWNER_UID = 0xB704
+# What the host's own user namespace maps.
+EVERYBODY = "0 0 4294967295"
 # include/linux/proc_ns.h, PROC_USER_INIT_INO
 _FIRST_USER_NAMESPACE = 0xEFFFFFFD
 
@@ -309,11 +311,7 @@ def governs_network() -> bool:
 
 def outer_user(user: int) -> int | None:
     """Return the number that a user of this user namespace has in the one around it; None where there is none."""
-    try:
-        mapped = Path("/proc/self/uid_map").read_text(encoding="ascii")
-    except FileNotFoundError:  # a kernel without user namespaces
-        return user
-    for line in mapped.splitlines():
+    for line in own_user_map().splitlines():
         first, outside, number = map(int, line.split())
         if first <= user < first + number:
             return outside + user - first
@@ -411,7 +409,10 @@ def own_personality() -> int:
 
 def own_user_map() -> str:
     """Read which user ids of outside are which in here (user_namespaces(7))."""
-    return Path("/proc/self/uid_map").read_text(encoding="ascii")
+    try:
+        return Path("/proc/self/uid_map").read_text(encoding="ascii")
+    except FileNotFoundError:  # a kernel without user namespaces
+        return EVERYBODY
 
 
 def set_own_out_of_memory_adjustment(value: int) -> None:

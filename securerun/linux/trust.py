@@ -9,7 +9,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from securerun.linux import proc
+
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_ROOT = 0
+_OVERFLOW_USER = Path("/proc/sys/kernel/overflowuid")
 _MOST_LINKS = 40  # include/linux/namei.h: MAXSYMLINKS
 
 
@@ -25,6 +29,16 @@ class WeakPoint:
         if self.mode is None:
             return f"{self.place} belongs to user {self.owner}"
         return f"{self.place} can be written by others (mode {self.mode:o})"
+
+
+def roots() -> frozenset[int]:
+    """Return which numbers the host's root may have here.
+
+    In a user namespace whoever has no number there has the overflow user's (user_namespaces(7)), the host's root too.
+    """
+    if proc.own_user_map().split() == proc.EVERYBODY.split():
+        return frozenset((_ROOT,))
+    return frozenset((_ROOT, int(_OVERFLOW_USER.read_text(encoding="ascii"))))
 
 
 def weak_point(path: Path, owners: Collection[int] = (0,), writable: int = OTHERS_WRITE) -> WeakPoint | None:

@@ -15,13 +15,12 @@ from pathlib import Path
 from securerun.finding import Finding
 from securerun.guard.program import LIMITS_FILE
 from securerun.job import ranktable
-from securerun.linux import proc, trust
+from securerun.linux import trust
 from securerun.linux.trust import WeakPoint
 from securerun.options import SITE_CONFIG
 from securerun.preflight.scene import Scene
 
 _ROOT = 0
-_OVERFLOW_USER = Path("/proc/sys/kernel/overflowuid")
 # Of the words of a command, those that name an existing file of these names are looked at.
 _CONFIGURATION = re.compile(r".*\.(ya?ml|json|toml|ini|cfg|conf|py|sh)", re.IGNORECASE)
 _KEY = re.compile(r".*\.(pem|key|p12|pfx|jks|keystore)|id_(rsa|dsa|ecdsa|ed25519)", re.IGNORECASE)
@@ -67,7 +66,7 @@ def changeable_configuration(scene: Scene) -> Iterator[Finding]:
     if not SITE_CONFIG.parent.is_dir():
         return
     for path in (SITE_CONFIG, LIMITS_FILE):
-        weakness = _weakness(path, {_ROOT})
+        weakness = _weakness(path, trust.roots())
         if weakness is not None:
             yield _changeable("config", path, weakness, f"whoever can change it decides what {path} says to every job")
 
@@ -202,14 +201,8 @@ def _weakness(path: Path, owners: Collection[int]) -> WeakPoint | None:
 
 
 def _trusted_owners() -> frozenset[int]:
-    """Return who may own what a job runs: root, and the job's user.
-
-    In a user namespace whoever has no number there has the overflow user's (user_namespaces(7)), the host's root too.
-    """
-    owners = {_ROOT, os.geteuid()}
-    if proc.own_user_map().split() != ["0", "0", "4294967295"]:
-        owners.add(int(_OVERFLOW_USER.read_text(encoding="ascii")))
-    return frozenset(owners)
+    """Return who may own what a job runs: root, and the job's user."""
+    return trust.roots() | {os.geteuid()}
 
 
 def _changeable(name: str, path: Path, weakness: WeakPoint, why: str) -> Finding:
