@@ -340,12 +340,14 @@ def _peers_of(listed: _List, question: _Question) -> Peers:
     networks = collapse(network for host in hosts for network in host.networks)
     if any(network.prefixlen == 0 for network in networks) and not _is_any(listed):
         raise PolicyError(f"{listed.source}: these networks together are every host; write `{ANY}` if you mean that")
-    if job.min_nodes > 1 and not job.meets_on_loopback and not _may_grow(listed) and _is_alone(hosts):
+    files = growing.files_of(listed.entries, listed.counted)
+    # A batch system has said all before the job starts; pods come up, and nodes add their lines, meanwhile.
+    may_grow = not listed.counted and (listed.is_service or listed.patience > 0 or files)
+    if job.min_nodes > 1 and not job.meets_on_loopback and not may_grow and _is_alone(hosts):
         raise PolicyError(
             f"{listed.source} names this host alone, and the job has {job.nodes}; add the others, or name them with "
             f"{_FLAG}; if all of them are on this host, write {_FLAG} {_THIS_HOST}"
         )
-    files = growing.files_of(listed.entries, listed.counted)
     growing_names = {file.place for file in files}
     lasting = [entry for entry in listed.entries if entry.place.rpartition(", line ")[0] not in growing_names]
     return Peers(
@@ -467,13 +469,6 @@ def _with_ports_of_table(peers: Peers, question: _Question) -> Peers:
 def _is_elsewhere(host: str) -> bool:
     """Return whether this is written as an address, and another host's."""
     return is_address(host) and not interfaces.may_bind(host)
-
-
-def _may_grow(listed: _List) -> bool:
-    """Return whether others may be added while the job starts: to a host file, or to a name, as pods come up."""
-    if listed.is_service or any(entry.file for entry in listed.entries):
-        return True
-    return not listed.counted and listed.patience > 0
 
 
 def _is_alone(hosts: Iterable[_Host]) -> bool:

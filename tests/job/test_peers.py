@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -498,17 +500,33 @@ def test_a_batch_system_and_a_rank_table_that_name_this_host_alone_are_refused(t
     instances = [{"server_id": "10.0.0.1", "rank_id": str(n), "devices": [{}]} for n in range(8)]
     (tmp_path / "groups.json").write_text(json.dumps({"group_list": [{"instance_list": instances}]}))
     groups = {"RANK_TABLE_FILE": str(tmp_path / "groups.json")}
-    for environment in ({"SLURM_JOB_NODELIST": "node1"}, {"VC_WORKER_HOSTS": "10.0.0.1"}, table, groups):
+    (tmp_path / "nodes").write_text("node1\nnode1\n")
+    files = [{variable: str(tmp_path / "nodes")} for variable in ("PBS_NODEFILE", "PE_HOSTFILE", *batch._OPEN_MPI)]
+    for environment in ({"SLURM_JOB_NODELIST": "node1"}, {"VC_WORKER_HOSTS": "10.0.0.1"}, table, groups, *files):
         with pytest.raises(PolicyError, match=r"names this host alone.*write --peers localhost"):
             find_in(environment)
         assert find_in(environment, job(2, least=1)).networks
+
+
+@contextlib.contextmanager
+def _piped(text: str) -> Iterator[str]:
+    """A host file as a shell's <(...) is."""
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    try:
+        yield f"/proc/self/fd/{reading}"
+    finally:
+        os.close(reading)
 
 
 @pytest.mark.usefixtures("on_node1")
 def test_others_may_yet_be_added_to_a_host_file_and_to_a_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each node may add its own line as it starts; a headless Service has those pods that are up."""
+    """Each node may add its own line as it starts; a headless Service has those pods that are up. A pipe ends."""
+    with pytest.raises(PolicyError, match="names this host alone"), _piped("node1\n") as name:
+        find(f"@{name}")
     (tmp_path / "hosts").write_text("node1\n")
     (warning,) = find(f"@{tmp_path}/hosts").warnings
     assert_line_with(warning, [f"@{tmp_path}/hosts names 0 other hosts", "2 nodes"])
