@@ -70,7 +70,7 @@ class Exposure:
             left_open = dict.fromkeys(ports, "its socket is not behind the shield, and no chains are set")
             words = self._told(left_open, ())
         else:
-            words = (*self._give_way(exposed, found, now), *self._settle(exposed, found, now))
+            words = (*self._settle(exposed, found, now), *self._give_way(exposed, found, now))
         self._seen = found
         return words
 
@@ -102,8 +102,10 @@ class Exposure:
         others = {port: user for port, user in others.items() if port not in of_the_job}
         if others == self._given_way_to:
             return ()
-        self._given_way_to, self._next_way = others, now + _LEAVE_SECONDS
-        return tuple(unasked_ports.told(self._lease.give_way(others)))
+        self._next_way = now + _LEAVE_SECONDS
+        left_out = self._lease.give_way(others) if others else {}
+        self._given_way_to = others
+        return tuple(unasked_ports.told(left_out))
 
     def _settle(self, exposed: Iterable[Listener], found: Iterable[Listener], now: float) -> tuple[str, ...]:
         """Close what may be closed, and let go of what the job has left."""
