@@ -1,14 +1,17 @@
-"""What guard.toml says of public ports, for ordinary users: nothing, or which networks they may be for."""
+"""What the guard permits of public ports: what guard.toml says, and none but its own to who takes a run over."""
 
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from securerun.errors import PolicyError
+from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Opening, Policy, PortRange, Purpose
+from securerun.guard.acquire import _take_over
 from securerun.guard.limits import _understood, require_permitted
 from securerun.guard.protocol import Order
 from securerun.linux.networks import collapse
@@ -72,3 +75,17 @@ def test_public_ports_count_among_those_that_may_be_named() -> None:
 def test_what_cannot_be_understood_serves_nobody(wrong: object) -> None:
     with pytest.raises(ValueError, match=r"public|10\.0\.0\.0/33|node1"):
         _understood({"public": wrong})
+
+
+def test_whoever_takes_a_run_over_has_the_public_ports_that_its_shield_has() -> None:
+    """The shield stays as it is, so an order with others would say what is not so, in chains and record."""
+    asked = replace(order(port=7001), adopt=True)
+    standing = SimpleNamespace(
+        run_id=asked.policy.run_id, launcher=1, launcher_start=2, user=3, guard=4, guard_lives=False
+    )
+    lease = SimpleNamespace(order=asked, caller=SimpleNamespace(pid=1, start=2, user=3), stands=False)
+    for public in ((), (Opening(7002, 7002),)):
+        standing.policy = replace(asked.policy, public=public)
+        with pytest.raises(PrivilegeError, match="has other public ports"):
+            _take_over(lease, standing)  # type: ignore[arg-type]
+    assert not lease.stands
