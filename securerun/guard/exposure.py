@@ -3,12 +3,16 @@
 With a shield that is the exception: a listener made before the job had its cgroup, received from outside, or counted
 as the root cgroup's (net_cls or net_prio before kernel 5.15). In scope `ports` it is how every random port is closed.
 
+And where no peer has an address of one of the two IP versions, the chains answer that one on what the job listens on
+for all addresses (torch's stores): the shield can only drop, and who has a name with addresses of both would wait.
+
 The chains close a port for the whole host, so an ordinary user's job gets no more closed than is its own, and only for
 as long as it listens there.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import time
 from collections import defaultdict
@@ -31,6 +35,9 @@ _GONE_SECONDS = 2.0
 _LEAVE_SECONDS = 2.0
 _FIRST_FREE_PORT = 1024
 _PORTS_NAMED = 8
+# Stores are one or two a job: what has more such listeners is something else, and each costs the host rules.
+_MOST_ANSWERED = 64
+_ANY_ADDRESS = ipaddress.IPv6Address("::")
 
 
 class Exposure:
@@ -64,19 +71,23 @@ class Exposure:
         if found == self._seen and now < self._next_full_look:
             return ()
         self._next_full_look = now + _FULL_LOOK_SECONDS
-        exposed = [listener for listener in self._exposed(found) if not covers(self._for_all, listener.port)]
+        holders = self._holders(found)
+        exposed = [one for one in self._exposed(found, holders) if not covers(self._for_all, one.port)]
         if self._lease.chains is None:
             ports = {listener.port for listener in exposed}
             left_open = dict.fromkeys(ports, "its socket is not behind the shield, and no chains are set")
             words = self._told(left_open, ())
         else:
-            words = (*self._settle(exposed, found, now), *self._give_way(exposed, found, now))
+            answered = self._to_be_answered(found, holders)
+            words = (*self._settle(exposed, answered, found, now), *self._give_way(exposed, found, now))
         self._seen = found
         return words
 
-    def _exposed(self, found: tuple[Listener, ...]) -> tuple[Listener, ...]:
+    def _holders(self, found: Iterable[Listener]) -> dict[int, int]:
         inodes = {listener.inode for listener in found}
-        holders = proc.sockets_of((process.pid for process in self._lease.processes()), inodes)
+        return proc.sockets_of((process.pid for process in self._lease.processes()), inodes)
+
+    def _exposed(self, found: tuple[Listener, ...], holders: Mapping[int, int]) -> tuple[Listener, ...]:
         cgroup = self._lease.cgroup
         if self._lease.shield is None or cgroup is None:
             # On 127.0.0.1 too: route_localnet and DNAT lead there from outside; and chains pass the loopback itself.
@@ -107,17 +118,36 @@ class Exposure:
         self._given_way_to = others
         return tuple(unasked_ports.told(left_out))
 
-    def _settle(self, exposed: Iterable[Listener], found: Iterable[Listener], now: float) -> tuple[str, ...]:
-        """Close what may be closed, and let go of what the job has left."""
+    def _to_be_answered(self, found: Iterable[Listener], holders: Mapping[int, int]) -> list[Listener]:
+        """Return the listeners behind the shield that who uses the IP version of no peer can get to."""
+        policy = self._lease.policy
+        version = policy.answered_version
+        if self._lease.shield is None or version is None:
+            return []
+
+        def takes(listener: Listener) -> bool:
+            # `::` takes both, but for a socket that says otherwise: to that the kernel answers by itself.
+            address = listener.address
+            return not address.is_loopback and (address.version == version or address == _ANY_ADDRESS)
+
+        held = sock_diag.held(found, holders)
+        return [one for one in held if takes(one) and policy.opening_at(one.port) is None][:_MOST_ANSWERED]
+
+    def _settle(
+        self, exposed: Iterable[Listener], answered: Iterable[Listener], found: Iterable[Listener], now: float
+    ) -> tuple[str, ...]:
+        """Close what may be closed, and let go of what the job has left. Of what is merely answered nothing is told."""
+        listeners = (*exposed, *answered)
         # By the plan they are closed all along.
         planned = self._lease.order.policy.joined_ports()
-        unplanned = {listener.port for listener in exposed if not covers(planned, listener.port)}
+        unplanned = {listener.port for listener in listeners if not covers(planned, listener.port)}
+        uncovered = {listener.port for listener in exposed}
         self._closed.update((port, now) for port in unplanned if port in self._closed)
         self._harmful = {port: why for port, why in self._harmful.items() if port in unplanned}
         new = unplanned - self._closed.keys()
-        strangers = {} if self._lease.caller.is_root else self._strangers(exposed, found)
+        strangers = {} if self._lease.caller.is_root else self._strangers(listeners, found)
         # Whose listeners are on the loopback alone gives way to who comes later: there it stands in nobody's way.
-        local = self._closed.keys() - {listener.port for listener in exposed if not listener.address.is_loopback}
+        local = self._closed.keys() - {listener.port for listener in listeners if not listener.address.is_loopback}
         yielded = {port: _shared_with(strangers[port]) for port in local & unplanned & strangers.keys()}
         refused = {**self._objections(new, strangers), **yielded, **self._harmful}
         wanted = new - refused.keys()
@@ -125,7 +155,8 @@ class Exposure:
         if wanted or (gone and now >= self._next_leave):
             self._next_leave = now + _LEAVE_SECONDS
             refused.update(self._change(wanted, gone, now))
-        return self._told(refused, sorted(wanted - refused.keys()))
+        left_open = {port: why for port, why in refused.items() if port in uncovered}
+        return self._told(left_open, sorted((wanted - refused.keys()) & uncovered))
 
     def _objections(self, new: Iterable[int], strangers: Mapping[int, int]) -> dict[int, str]:
         """Return which of the new ports may not be closed for this job's user, and why. Root may close any."""

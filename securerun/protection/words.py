@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from securerun.firewall.policy import Denial, Policy, opened
-from securerun.linux.networks import Network, shown
+from securerun.linux.networks import Network, is_address, shown
 from securerun.protection import denials
 from securerun.protection.ways import DIRECTLY, OF_NAMESPACE, OUTSIDE
 from securerun.text import printable, some
@@ -47,8 +47,23 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
         yield f"{run}{siblings(plan)}"
     for line in elsewhere(plan.job):
         yield f"{run}{line}"
-    for note in guarding.notes:
+    for note in (*_in_silence(plan, guarding), *guarding.notes):
         yield f"{run}{note}"
+
+
+def _in_silence(plan: Plan, guarding: Guarding) -> Iterator[str]:
+    """Yield that nobody answers the IP version which no peer has, where the endpoint's name may have addresses of it.
+
+    Peers that are named by name have all addresses of their names; where there are port chains they answer.
+    """
+    version, endpoint = plan.policy.answered_version, plan.job.endpoint
+    if version is None or endpoint is None or plan.peers.named or not all(one.is_shield for one in guarding.layers):
+        return
+    if not is_address(endpoint.host) and not endpoint.is_loopback:
+        yield (
+            f"no peer has an IPv{version} address, and without port chains nobody answers that: if {endpoint.host} has "
+            "one, a node that tries it first waits for its time-out; name the peers by name, or by addresses of both"
+        )
 
 
 def siblings(plan: Plan) -> str:

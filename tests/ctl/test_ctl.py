@@ -76,6 +76,7 @@ RUN_FIELDS: dict[str, Any] = {
     "layers": list,
     "ports": list,
     "peers": list,
+    "public": list,
     "interface": (str, type(None)),
     "denied": list,
 }

@@ -6,10 +6,12 @@ import ipaddress
 import time
 from dataclasses import replace
 
+import plans
 import pytest
 
-from securerun.firewall.policy import Denial, Opening, Policy, PortRange, Purpose
-from securerun.guard.protocol import Notice
+from securerun.firewall.policy import Denial, Layer, Opening, Policy, PortRange, Purpose
+from securerun.guard.protocol import Guarding, Notice
+from securerun.job.job import Endpoint, Job
 from securerun.linux.networks import Address, collapse
 from securerun.protection import denials, words
 from securerun.protection.denials import Reason
@@ -134,3 +136,22 @@ def test_who_was_turned_away_from_a_public_port_is_told_of_it_and_not_of_the_pee
     lines = list(denials.summary(policy, policy, denied))
     assert ["--public" in line for line in lines] == [True, False, True, False, False]
     assert lines[-1] == "if one of the others is a node of this job, add it with --peers"
+
+
+@pytest.mark.parametrize(
+    ("host", "peers", "layers", "is_said"),
+    [
+        ("node0", ("10.77.0.2",), (), True),
+        ("node0", ("10.77.0.2",), (Layer("iptables", "SECURERUN"),), False),
+        ("node0", ("10.77.0.2", "fd77::2"), (), False),
+        ("10.77.0.1", ("10.77.0.2",), (), False),
+        ("fd77::1", ("fd77::2",), (), False),
+        ("localhost", ("10.77.0.2",), (), False),
+    ],
+)
+def test_that_nobody_answers_is_said_before_the_start_where_the_endpoint_may_have_such_an_address(
+    host: str, peers: tuple[str, ...], layers: tuple[Layer, ...], is_said: bool
+) -> None:
+    plan = plans.plan(peers, job=Job("static", Endpoint(host, PORT), 2, 2, 0, plans.COMMAND))
+    said = list(words.start(plan, Guarding((Layer("shield", "socket filter on /job"), *layers)), "directly"))
+    assert any(f"if {host} has one, a node that tries it first waits" in each for each in said) == is_said
