@@ -46,11 +46,10 @@ _RECORD_SECONDS = 1.0
 # A flush is many deletions, and another firewall's reload fills what it flushed.
 _SETTLE_SECONDS = 0.05
 _ENDING_SECONDS = 0.05
-# Behind a shield an uncovered listener is an exception; in scope `ports` each is open until it is seen.
+# Behind a shield an uncovered listener is an exception, and who is to be answered there tries again after a second; in
+# scope `ports` each is open until it is seen.
 _EXPOSURE_SECONDS = 1.0
 _SOON_SECONDS = 0.05
-# A node that tries the IP version of no peer is answered when its SYN goes out again, a second later.
-_ANSWERED_SECONDS = 0.2
 # Launchers inside of the run that ask whether its guard lives are few.
 _PRESENCE_SECONDS = 1.0
 # A connection that goes nowhere is told of within seconds.
@@ -107,7 +106,7 @@ class Watch:
         self._chores = [self._peers, self._repair, reserving, recording, Chore(_NOTICE_SECONDS, self._notices.look)]
         self._exposure = open_exposure(lease)
         if self._exposure is not None:
-            seconds = _exposure_seconds(lease)
+            seconds = _EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS
             # First of all, since it cannot wait for any of the others.
             self._chores.insert(0, Chore(seconds, self._close_exposed))
         self._interfaces = Chore(_LOOK_FOR_INTERFACES_SECONDS, lease.follow_interfaces)
@@ -294,12 +293,6 @@ class Watch:
             if words not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
                 self._complaints.add(words)
                 self._speech.say(words)
-
-
-def _exposure_seconds(lease: Lease) -> float:
-    if lease.shield is None:
-        return _SOON_SECONDS
-    return _EXPOSURE_SECONDS if lease.chains is None or not lease.policy.peers else _ANSWERED_SECONDS
 
 
 def _listen_for_links(lease: Lease) -> Links | None:
