@@ -94,6 +94,29 @@ class PortChains(Protocol):
         """
 
 
+class Logging:
+    """Whether one run's rules can log what they drop: kernels without the NFLOG target get rules that do not."""
+
+    def __init__(self) -> None:
+        self._missing = False
+        self._proven = False
+
+    def install(self, chains: PortChains, policy: Policy, group: int | None) -> None:
+        """Install with the log group, or without where that cannot be had. Raises PortChainsUnavailable."""
+        if group is None or self._missing:
+            chains.install(policy, None)
+            return
+        try:
+            chains.install(policy, group)
+            self._proven = True
+        except PortChainsUnavailable as error:
+            # What was logged to before is not what is missing now.
+            if self._proven or isinstance(error, TooManyRules):
+                raise
+            chains.install(policy, None)
+            self._missing = True
+
+
 def spoken_versions() -> tuple[int, ...]:
     """Return the IP versions that this kernel speaks: port chains for one of two alone would close nothing.
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
-from securerun.firewall.droplog import DropLog, open_drop_log
+from securerun.firewall.droplog import open_drop_log
 from securerun.firewall.policy import Layer, Policy, PortRange, Purpose, covers
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
@@ -338,7 +338,10 @@ def _add_chains(lease: Lease) -> None:
             chains.begin(adopt=_layer(chains) in lease.record.layers, outlive=lease.shield is None)
             lease.write_to(directory, layers=(*lease.guarding.layers, _layer(chains)))
             lease.chains = chains
-            _install(chains, lease.policy, drops)
+            if lease.policy.ports:
+                lease.logging.install(chains, lease.policy, drops.group if drops else None)
+            else:  # none is to be closed yet, and what `begin` saw is old when one is
+                chains.remove()
             lease.drops = drops
             lease.notes += tuple(_silent(chains, lease.policy))
     except PortChainsUnavailable as error:
@@ -374,18 +377,6 @@ def _choose(order: Order, caller: Caller, directory: int) -> PortChains:
 
 def _layer(chains: PortChains) -> Layer:
     return Layer(chains.backend, chains.name)
-
-
-def _install(chains: PortChains, policy: Policy, drops: DropLog | None) -> None:
-    """Install with the log group, or without it on kernels that have no NFLOG target."""
-    if not policy.ports:  # none is to be closed yet, and what `begin` saw is old when one is
-        chains.remove()
-        return
-    if drops is not None:
-        with contextlib.suppress(PortChainsUnavailable):
-            chains.install(policy, drops.group)
-            return
-    chains.install(policy, None)
 
 
 def _silent(chains: PortChains, policy: Policy) -> Iterator[str]:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from securerun.firewall.chains import PortChains, PortChainsUnavailable
+from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, Purpose, covers, joined, merged
 from securerun.firewall.shield import Shield
@@ -47,6 +47,7 @@ class Lease:
         self.shield: Shield | None = None
         self.chains: PortChains | None = None
         self.drops: DropLog | None = None
+        self.logging = Logging()
         self.notes: tuple[str, ...] = ()
         self.left_out: dict[int, str] = {}
         self.record = first_record(order, caller)
@@ -236,11 +237,11 @@ class Lease:
             return
         group = self.drops.group if self.drops else None
         try:
-            self.chains.install(policy, group)
+            self.logging.install(self.chains, policy, group)
         except PortChainsUnavailable:
             if policy is not self.policy:
                 with contextlib.suppress(PortChainsUnavailable):
-                    self.chains.install(self.policy, group)
+                    self.logging.install(self.chains, self.policy, group)
             raise
 
     def is_over(self) -> bool:

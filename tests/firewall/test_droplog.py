@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+from typing import cast
 
 import pytest
 from cgroups import inside
 from hosts import Network
 
 from securerun.firewall import droplog
+from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog, source_and_port
-from securerun.firewall.policy import Denial
+from securerun.firewall.policy import Denial, Policy
 
 SOURCE4, SOURCE6 = ipaddress.IPv4Address("10.77.0.3"), ipaddress.IPv6Address("fd77::3")
 PORT = 29500
@@ -101,3 +103,35 @@ def test_a_flood_of_sources_is_remembered_up_to_a_bound_and_counted_beyond(netwo
     assert len(found) == droplog._REMEMBERED
     assert found[0] == Denial(ipaddress.IPv4Address(0), PORT, 2)
     assert log.more == 2 * droplog._REMEMBERED
+
+
+class Chains:
+    """Port chains of a kernel that has no NFLOG target, or of one that is busy."""
+
+    def __init__(self, *, can_log: bool) -> None:
+        self.can_log = can_log
+        self.refuses = False
+        self.asked: list[int | None] = []
+
+    def install(self, _policy: Policy, log_group: int | None) -> None:
+        self.asked.append(log_group)
+        if self.refuses or (log_group is not None and not self.can_log):
+            raise PortChainsUnavailable("no such target")
+
+
+def test_without_the_target_nothing_is_logged_and_what_changes_while_the_job_runs_is_installed_all_the_same() -> None:
+    chains, policy, logging = Chains(can_log=False), Policy("0123456789ab", (), ()), Logging()
+    for _ in range(3):
+        logging.install(cast("PortChains", chains), policy, 77)
+    assert chains.asked == [77, None, None, None]
+
+
+def test_a_refusal_in_between_does_not_end_the_logging() -> None:
+    chains, policy, logging = Chains(can_log=True), Policy("0123456789ab", (), ()), Logging()
+    logging.install(cast("PortChains", chains), policy, 77)
+    chains.refuses = True
+    with pytest.raises(PortChainsUnavailable):
+        logging.install(cast("PortChains", chains), policy, 77)
+    chains.refuses = False
+    logging.install(cast("PortChains", chains), policy, 77)
+    assert chains.asked == [77, 77, 77]
