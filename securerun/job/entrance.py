@@ -41,10 +41,14 @@ _LISTED = 12
 
 @dataclass(frozen=True)
 class Entrance:
-    """The interfaces that peers come in through. names: none means any. reason: who says so, in words."""
+    """The interfaces that peers come in through. names: none means any. reason: who says so, in words.
+
+    warnings: what the user should know about them.
+    """
 
     names: tuple[str, ...]
     reason: str
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{', '.join(self.names) or interfaces.ANY} ({self.reason})"
@@ -78,7 +82,9 @@ def _of_option(options: Options, environment: Mapping[str, str], peers: Sequence
         reach = Reach(peers)
         found = {name: _seen_as(name, reach) for name in wanted}
         names = tuple(dict.fromkeys(name for group in found.values() for name in group))
-        _refuse_elsewhere(_readable(environment), environment, reach, Variables(environment))
+        readable = _readable(environment)
+        _refuse_elsewhere(readable, environment, reach, Variables(environment))
+        warnings = (*_of_gloo(readable, reach), *_closed_to(readable, names))
         missed = reach.misses(names) if names else None
     except OSError:  # the routes cannot be told
         return Entrance(wanted, source)
@@ -86,7 +92,7 @@ def _of_option(options: Options, environment: Mapping[str, str], peers: Sequence
         otherwise = f"write --interface {','.join(missed.through)} in its place"
         raise PolicyError(f"{source} {options.interface}: {missed}; {missed.mended(otherwise)}")
     notes = [f"{name} is below {_listed(group)}" for name, group in found.items() if group != (name,)]
-    return Entrance(names, "; ".join((source, *notes)))
+    return Entrance(names, "; ".join((source, *notes)), warnings)
 
 
 def _seen_as(name: str, reach: Reach) -> tuple[str, ...]:
@@ -110,12 +116,34 @@ def _of_variables(
         reach = Reach(peers)
         leading = reach.leading
         _refuse_elsewhere(found, environment, reach, variables)
+        warnings = tuple(_of_gloo(found, reach))
     except OSError as error:
         return Entrance((), f"{source} names {_listed(names)}, and the routes cannot be told: {error}")
     more = tuple(name for name in leading if name not in names)
     if not _fit_a_policy((*names, *more)):
-        return Entrance((), f"{source} and the routes name more than a firewall can be told")
-    return Entrance((*names, *more), f"{source}; {_listed(more)} on the way to peers" if more else source)
+        return Entrance((), f"{source} and the routes name more than a firewall can be told", warnings)
+    reason = f"{source}; {_listed(more)} on the way to peers" if more else source
+    return Entrance((*names, *more), reason, warnings)
+
+
+def _of_gloo(found: Mapping[str, tuple[str, ...]], reach: Reach) -> Iterator[str]:
+    """Warn of gloo's IPv4 address where peers are known by others: it has one for all, and falls back to no other."""
+    for name in found.get(GLOO, ()):
+        if reach.lacks_ipv4(name):
+            yield (
+                f"{GLOO}: gloo takes the IPv4 address of {name}, and peers there are named by IPv6 addresses alone: "
+                "its connections are turned away; name their IPv4 addresses too, or write their names"
+            )
+
+
+def _closed_to(found: Mapping[str, tuple[str, ...]], names: Sequence[str]) -> Iterator[str]:
+    """Warn of gloo on an interface that --interface leaves out."""
+    missing = [name for name in found.get(GLOO, ()) if names and interfaces.seen_as(name)[0] not in names]
+    if missing:
+        yield (
+            f"{GLOO} names {_listed(missing)}, and --interface lets peers in through {_listed(names)} alone: gloo's "
+            f"connections through {_listed(missing)} are turned away; write --interface {','.join((*names, *missing))}"
+        )
 
 
 def _refuse_elsewhere(
@@ -126,11 +154,8 @@ def _refuse_elsewhere(
     gloo connects through each of its interfaces, HCCL and NCCL through one of theirs.
     """
     for variable, names in found.items():
-        if variable == GLOO:
-            problems = [reach.elsewhere([name], reach.version(name)) for name in names]
-        else:
-            problems = [reach.elsewhere(names)]
-        for problem in filter(None, problems):
+        groups = [[name] for name in names] if variable == GLOO else [names]
+        for problem in filter(None, map(reach.elsewhere, groups)):
             with variables.of(_LIBRARIES[variable]):
                 raise PolicyError(
                     f"{variable}={environment[variable].strip()}: {problem}; {problem.mended(f'unset {variable}')}"

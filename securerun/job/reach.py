@@ -9,6 +9,7 @@ all, are left alone.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -63,46 +64,61 @@ class Reach:
 
     def __init__(self, peers: Iterable[Network]) -> None:
         self._routes = Routes()
-        self._peers = tuple(peer for peer in peers if not self._routes.is_own(peer))
+        self._listed = tuple(peers)
+        self._peers = tuple(peer for peer in self._listed if not self._routes.is_own(peer))
         self._names = dict(socket.if_nameindex())
 
     @cached_property
     def leading(self) -> tuple[str, ...]:
-        """The interfaces that lead to a peer by any table, in the kernel's order."""
-        return self._named(self._routes.devices_to(self._peers))
+        """The interfaces that lead to a peer, or to this host's own network, by any table, in the kernel's order.
 
-    def version(self, name: str) -> int | None:
-        """Return the IP version of the first address of an interface, as getifaddrs(3) has them; None without IPv4."""
-        indices = [index for index, known in self._names.items() if known == name]
-        return 4 if any(self._routes.has_address(index, 4) for index in indices) else None
+        This host's own address among the peers says where the others are, as in a host file that they still have to
+        add themselves to.
+        """
+        return self._named(self._routes.devices_to(self._listed))
+
+    def holder(self, address: str) -> str | None:
+        """Return the interface that has an address of this host."""
+        indices = self._routes.holders_of(ipaddress.ip_network(address))
+        return next((name for index, name in self._names.items() if index in indices), None)
+
+    def lacks_ipv4(self, name: str) -> bool:
+        """Return whether an interface has an IPv4 address and leads to peers by their IPv6 addresses alone.
+
+        Of both, getifaddrs(3) has the IPv4 address first. Raises OSError.
+        """
+        indices = {index for index, known in self._names.items() if known == name}
+        if not any(self._routes.has_address(index, 4) for index in indices):
+            return False
+        by_version = [[peer for peer in self._peers if peer.version == version] for version in (4, 6)]
+        leads = [bool(indices & self._routes.devices_to(peers, without_source=True)) for peers in by_version]
+        return leads == [False, True]
 
     def misses(self, names: Sequence[str]) -> Elsewhere | None:
         """Return why no packet of a peer comes in through one of these interfaces; None where some may.
 
         Raises OSError where the kernel does not tell its rules.
         """
-        if set(names) & set(self.leading):
-            return None
+        leading = self._named(self._routes.devices_to(self._peers))
         # The routes of a VRF name its members.
-        if set(names) & {interfaces.seen_as(name)[0] for name in self.leading}:
+        if set(names) & {*leading, *(interfaces.seen_as(name)[0] for name in leading)}:
             return None
         return self._elsewhere(names)
 
-    def elsewhere(self, names: Sequence[str], version: int | None = None) -> Elsewhere | None:
+    def elsewhere(self, names: Sequence[str]) -> Elsewhere | None:
         """Return why no peer has an address where these interfaces are; None where one may have.
 
-        version: the IP version that is to be used there, where that is known.
         Raises OSError where the kernel does not tell its rules.
         """
-        wanted = [peer for peer in self._peers if version in {None, peer.version}]
-        if set(names) & set(self._named(self._routes.devices_to(wanted, without_source=True))):
+        leading = self._named(self._routes.devices_to(self._peers, without_source=True))
+        if not names or set(names) & set(leading):
             return None
         networks = [interfaces.networks_of([name]) for name in names]
         if not all(networks) and _LOOPBACK not in names:
             return None
-        if any(_overlap(network, peer) for group in networks for network in group for peer in wanted):
+        if any(_overlap(network, peer) for group in networks for network in group for peer in self._peers):
             return None
-        return None if self._sends_from(names, wanted) else self._elsewhere(names)
+        return None if self._sends_from(names, self._peers) else self._elsewhere(names)
 
     def _elsewhere(self, names: Sequence[str]) -> Elsewhere | None:
         for peer in self._peers:

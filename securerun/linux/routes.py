@@ -56,7 +56,13 @@ class Routes:
 
     def is_own(self, network: Network) -> bool:
         """Return whether this is an address of this host."""
-        return network.num_addresses == 1 and (network.version, int(network.network_address)) in self._own
+        return bool(self.holders_of(network))
+
+    def holders_of(self, network: Network) -> frozenset[int]:
+        """Return the interfaces, by index, that have this address."""
+        if network.num_addresses > 1:
+            return frozenset()
+        return frozenset(self._own.get((network.version, int(network.network_address)), ()))
 
     def has_address(self, device: int, version: int) -> bool:
         """Return whether an interface has an address of this IP version."""

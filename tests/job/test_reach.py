@@ -6,10 +6,12 @@ say, in a network namespace for each case.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
@@ -17,6 +19,10 @@ import pytest
 import second_network
 from hosts import Host, Network, finish_all
 from sandbox import IN_NAMESPACE, needs_namespace
+
+from securerun.job import meeting
+from securerun.job.job import Endpoint, Job
+from securerun.options import Options
 
 # --- what the routes say
 
@@ -33,11 +39,12 @@ libraries.may_be_in_use = lambda library, environment: in_use or library is libr
 networks = [ipaddress.ip_network(peer) for peer in peers]
 variables = Variables(environment)
 try:
-    print(entrances.entrance(Options(interface=interface), environment, networks, variables))
+    entrance = entrances.entrance(Options(interface=interface), environment, networks, variables)
+    print(entrance)
+    for warning in (*variables.warnings, *entrance.warnings):
+        print("warned:", warning)
 except PolicyError as error:
     print("refused:", error)
-for warning in variables.warnings:
-    print("warned:", warning)
 """
 # eth0 and ib0 are wires, each with a network of its own; docker0 is a bridge, own0 has an address and no network.
 HOST = """
@@ -158,11 +165,32 @@ def test_this_hosts_own_address_on_the_other_network_is_no_peers() -> None:
 
 
 @needs_namespace
-def test_gloo_takes_an_interfaces_ipv4_address_and_peers_that_are_known_by_ipv6_are_elsewhere() -> None:
-    message = said({"GLOO_SOCKET_IFNAME": "ib0"}, "10.77.0.2/32", "fd81::2/128")
-    assert message.startswith("refused: GLOO_SOCKET_IFNAME=ib0: "), message
+def test_gloo_takes_an_interfaces_ipv4_address_and_is_warned_of_peers_that_are_named_by_ipv6() -> None:
+    words = (
+        "warned: GLOO_SOCKET_IFNAME: gloo takes the IPv4 address of ib0, and peers there are named by IPv6 addresses"
+    )
+    assert words in said({"GLOO_SOCKET_IFNAME": "ib0"}, "10.77.0.2/32", "fd81::2/128")
+    assert "warned" not in said({"GLOO_SOCKET_IFNAME": "ib0"}, "10.81.0.2/32", "fd81::2/128")
     without = "ip addr del 10.81.0.1/24 dev ib0"
-    assert "refused" not in said({"GLOO_SOCKET_IFNAME": "ib0"}, "10.77.0.2/32", "fd81::2/128", setup=without)
+    assert "warned" not in said({"GLOO_SOCKET_IFNAME": "ib0"}, "10.77.0.2/32", "fd81::2/128", setup=without)
+
+
+@needs_namespace
+def test_where_this_hosts_own_address_is_those_come_in_who_are_still_to_be_named() -> None:
+    """In a host file that grows only this host may stand yet."""
+    assert said({"GLOO_SOCKET_IFNAME": "ib0"}, "10.77.0.1/32").startswith("ib0, eth0 (")
+
+
+@needs_namespace
+def test_gloo_on_an_interface_that_the_user_leaves_out_is_warned_of() -> None:
+    both = ("10.77.0.2/32", "10.81.0.2/32")
+    message = said({"GLOO_SOCKET_IFNAME": "ib0"}, *both, interface="eth0")
+    assert message.startswith(
+        "eth0 (--interface)\nwarned: GLOO_SOCKET_IFNAME names ib0, and --interface lets peers in "
+    )
+    assert message.endswith("write --interface eth0,ib0")
+    for enough in ("any", "ib0,eth0"):
+        assert "warned" not in said({"GLOO_SOCKET_IFNAME": "ib0"}, *both, interface=enough)
 
 
 @needs_namespace
@@ -188,6 +216,56 @@ def test_the_users_interface_does_not_make_peers_of_gloos_network() -> None:
     for interface in ("any", "eth0", "eth0,ib0"):
         message = said({"GLOO_SOCKET_IFNAME": "ib0"}, *ON_ETH0, interface=interface)
         assert message.startswith("refused: GLOO_SOCKET_IFNAME=ib0: no peer is reached through ib0 "), message
+
+
+# --- peers of one IP version, and an endpoint of two
+
+
+JOB = Job("static", Endpoint("node0", 29500), 2, 2, 0, ("train.py",))
+
+
+@pytest.mark.parametrize(
+    ("host", "peers", "firewall", "words"),
+    [
+        (
+            "node0",
+            ["10.0.0.2"],
+            "off",
+            "the job meets at node0:29500, which is fd00::1 as well, and no peer has an IPv6",
+        ),
+        (
+            "node0",
+            ["fd00::2"],
+            "off",
+            "the job meets at node0:29500, which is 10.0.0.1 as well, and no peer has an IPv4",
+        ),
+        ("fd00::1", ["10.0.0.2"], "auto", "the job meets at [fd00::1]:29500, and no peer has an IPv6 address: "),
+        ("node6", ["10.0.0.2"], "off", "the job meets at node6:29500, and no peer has an IPv6 address: "),
+        # With chains, a reset has a client go on to the other address at once.
+        ("node0", ["10.0.0.2"], "auto", None),
+        ("node0", ["10.0.0.2", "fd00::2"], "off", None),
+        ("node0", [], "off", None),
+        ("10.0.0.1", ["10.0.0.2"], "off", None),
+        # Another host's: it warns there.
+        ("node9", ["10.0.0.2"], "off", None),
+        ("nowhere", ["10.0.0.2"], "off", None),
+    ],
+)
+def test_an_endpoint_with_addresses_that_no_peer_has_one_of(
+    monkeypatch: pytest.MonkeyPatch, host: str, peers: list[str], firewall: str, words: str | None
+) -> None:
+    known = {"node0": ("10.0.0.1", "fd00::1"), "node6": ("fd00::1",), "node9": ("10.0.0.9", "fd00::9")}
+    monkeypatch.setattr("securerun.host.interfaces.may_bind", lambda address: address in known["node0"])
+
+    def resolve(name: str) -> tuple[str, ...]:
+        if name not in known:
+            raise OSError("no such name")
+        return known[name]
+
+    job = replace(JOB, endpoint=Endpoint(host, 29500))
+    networks = [ipaddress.ip_network(peer) for peer in peers]
+    found = list(meeting.warnings(job, Options(firewall=firewall), networks, resolve))
+    assert [line.startswith(words or "") for line in found] == ([True] if words else [])
 
 
 # --- on the wire
@@ -236,6 +314,32 @@ def test_the_plan_of_a_dry_run_is_refused_as_well(nodes: list[Host]) -> None:
     assert "GLOO_SOCKET_IFNAME=ib0: no peer is reached through ib0" in done.stderr
 
 
+@pytest.mark.parametrize("by_name", [False, True], ids=["address", "name"])
+def test_a_job_that_meets_on_a_network_without_a_peer_is_warned_of(
+    nodes: list[Host], tmp_path: Path, by_name: bool
+) -> None:
+    node, peer = nodes
+    on_ib0 = second_network.address(node)
+    for listed, is_said in ((peer.ipv4, True), (f"{peer.ipv4},{second_network.address(peer)}", False)):
+        options = ["--nnodes", "2", "--master-addr", "node0-ib" if by_name else on_ib0, "--peers", listed, "train.py"]
+        command = [jobs.SECURERUN, "--dry-run", *options]
+        done = node.run(second_network.with_hosts_file(tmp_path / "hosts", {"node0-ib": [on_ib0]}, command))
+        assert done.returncode == 0, done
+        assert ("no peer is reached through ib0 by this host's routes" in done.stderr) == is_said, done.stderr
+
+
+def test_a_name_with_two_versions_is_said_where_nothing_answers_the_one_that_no_peer_has(
+    nodes: list[Host], tmp_path: Path
+) -> None:
+    node, peer = nodes
+    options = ["--nnodes", "2", "--master-addr", "node0", "--peers", peer.ipv4, "train.py"]
+    for more, count in (["--firewall", "off"], 1), ([], 0):
+        command = [jobs.SECURERUN, "--dry-run", *more, *options]
+        done = node.run(second_network.with_hosts_file(tmp_path / "hosts", {"node0": node.addresses}, command))
+        assert done.returncode == 0, done
+        assert done.stderr.count(f"node0:29500, which is {node.ipv6} as well, and no peer has an IPv6 address") == count
+
+
 @pytest.mark.parametrize("has_both", [False, True], ids=["names on eth0", "names on both"])
 def test_a_node_list_of_slurms_with_names_in_the_hosts_file(nodes: list[Host], tmp_path: Path, has_both: bool) -> None:
     node, peer = nodes
@@ -247,6 +351,6 @@ def test_a_node_list_of_slurms_with_names_in_the_hosts_file(nodes: list[Host], t
     )
     assert done.returncode == (0 if has_both else 78), done
     if has_both:
-        assert second_network.address(peer) in done.stdout
+        assert all(f"{one}/" in done.stdout for one in (*peer.addresses, second_network.address(peer)))
     else:
         assert " is, through eth0)" in done.stderr

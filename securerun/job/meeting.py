@@ -1,0 +1,80 @@
+"""Where the job meets, and whether the peers that are known can be those that come there.
+
+A peer that comes by another network, or by the other IP version, has an address that nobody named. Clients with both
+versions try IPv6 first: where port chains answer with a reset they go on to IPv4 at once, and where nothing answers
+they wait, for longer than the job does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from securerun.host import interfaces
+from securerun.job import resolver
+from securerun.job.job import Job
+from securerun.job.resolver import Resolver
+from securerun.linux.networks import Network, is_address
+from securerun.options import Options
+from securerun.text import some
+
+_SHOWN = 2
+# torch asks for the same name a moment later, and waits for as long as it takes.
+_SECONDS = 2.0
+
+
+def warnings(
+    job: Job, options: Options, peers: Sequence[Network], resolve: Resolver = resolver.addresses_of
+) -> Iterator[str]:
+    """Yield what the user should know of the endpoint's addresses, on the host that has them."""
+    endpoint = job.meeting_point
+    if not peers or endpoint is None or endpoint.is_loopback or (job.first_node_listens and job.node_rank > 0):
+        return
+    found = _addresses(endpoint.host, resolve)
+    own = [address for address in found if interfaces.may_bind(address)]
+    if own and len(own) == len(found):
+        yield from _of_networks(str(endpoint), own, peers)
+    yield from _of_versions(str(endpoint), found, own, peers, has_chains=options.firewall != "off")
+
+
+def _of_networks(endpoint: str, own: Sequence[str], peers: Sequence[Network]) -> Iterator[str]:
+    """Warn of an endpoint whose addresses are all on networks of this host where no peer is."""
+    from securerun.job.reach import Reach
+
+    try:
+        reach = Reach(peers)
+        problem = reach.elsewhere(tuple(filter(None, map(reach.holder, own))))
+    except OSError:  # the routes cannot be told
+        return
+    if problem:
+        advice = problem.mended("give the rendezvous an address on theirs")
+        yield f"the job meets at {endpoint}: {problem}; {advice}"
+
+
+def _of_versions(
+    endpoint: str, found: Sequence[str], own: Sequence[str], peers: Sequence[Network], *, has_chains: bool
+) -> Iterator[str]:
+    """Warn of an address of an IP version that no peer has one of."""
+    versions = {peer.version for peer in peers}
+    if len(versions) != 1:
+        return
+    other = 6 if versions == {4} else 4
+    others = [address for address in own if (":" in address) == (other == 6)]
+    advice = f"name the peers' IPv{other} addresses too, or write their names"
+    if others and len(others) == len(found):
+        yield (
+            f"the job meets at {endpoint}, and no peer has an IPv{other} address: whoever connects there is turned "
+            f"away; {advice}"
+        )
+    elif others and not has_chains:
+        yield (
+            f"the job meets at {endpoint}, which is {some(others, _SHOWN)} as well, and no peer has an IPv{other} "
+            f"address: a node that tries IPv{other} first waits there, since without port chains (--firewall off) "
+            f"nothing answers it; leave --firewall off out, or {advice}"
+        )
+
+
+def _addresses(host: str, resolve: Resolver) -> tuple[str, ...]:
+    if is_address(host):
+        return (host,)
+    outcome = resolver.ask((host,), resolve, _SECONDS)[host]
+    return outcome if isinstance(outcome, tuple) else ()
