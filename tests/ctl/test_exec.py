@@ -155,7 +155,9 @@ def test_stranger_cannot_reach_any_port_of_a_script_that_calls_torchrun_itself(
 
 def test_peers_reach_every_port_and_ports_of_the_plan_are_closed_before_anything_listens(network: Network) -> None:
     node, peer, stranger = network
-    command = [*EXEC, "--peers", peer.ipv4, "--ports", "7000", "--", sys.executable, "-c", LISTENER.format(port=0)]
+    # Of both IP versions: else what listens at a random port is in the rules too, for the one that no peer has.
+    peers = ["--peers", ",".join(peer.addresses)]
+    command = [*EXEC, *peers, "--ports", "7000", "--", sys.executable, "-c", LISTENER.format(port=0)]
     with nothing_left(node):
         job = node.popen(command, env={"MASTER_PORT": "6000"})
         target = (node.ipv4, int(heard(job)))
