@@ -377,7 +377,8 @@ def test_json_has_the_policy_and_where_each_part_of_it_comes_from() -> None:
 
 
 def test_the_command_reads_a_launch_and_takes_nothing_of_the_script(tmp_path: Path) -> None:
-    arguments = ["--peers", "10.77.0.2", "--nnodes=2", "--master-port=7001", "train.py", "--format", "none"]
+    meeting = ["--nnodes=2", "--node-rank=1", "--master-addr=10.77.0.2", "--master-port=7001"]
+    arguments = ["--peers", "10.77.0.2", *meeting, "train.py", "--format", "none"]
     environment = {"PATH": "/usr/bin:/bin", "SECURERUN_GRACE": "3"}
     done = subprocess.run(
         [SECURERUNCTL, "plan", "--format", "json", *arguments], capture_output=True, text=True, env=environment
