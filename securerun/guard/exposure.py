@@ -122,7 +122,7 @@ class Exposure:
         """Return the listeners behind the shield that who uses the IP version of no peer can get to."""
         policy = self._lease.policy
         version = policy.answered_version
-        if self._lease.shield is None or version is None:
+        if self._lease.shield is None or version is None or (version == 6 and not proc.has_global_ipv6()):
             return []
 
         def takes(listener: Listener) -> bool:

@@ -371,6 +371,15 @@ def mountinfo(pid: Pid = SELF) -> list[str]:
     return os.fsdecode(Path(f"/proc/{pid}/mountinfo").read_bytes()).split("\n")
 
 
+def has_global_ipv6() -> bool:
+    """Return whether this network namespace has an IPv6 address by which hosts beyond the link may know it."""
+    with contextlib.suppress(OSError):  # no IPv6
+        lines = Path("/proc/self/net/if_inet6").read_bytes().split(b"\n")
+        # Address, interface, prefix, scope, flags, name; the scope of a global one is 0 (net/ipv6/addrconf.c).
+        return any(fields[3] == b"00" for fields in map(bytes.split, lines) if len(fields) > 3)
+    return False
+
+
 def root(pid: Pid) -> str:
     """Return the path that leads from here to the root directory of a process."""
     return f"/proc/{pid}/root"

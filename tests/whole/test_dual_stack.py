@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jobs
@@ -93,6 +94,21 @@ def test_store_at_a_random_port_answers_the_version_that_no_peer_has_and_stays_b
     assert found == [41000], "what is on the loopback, or on IPv4 alone, needs no answer"
     assert done.returncode == 0, done
     assert "port 41000 is" not in done.stderr
+
+
+def test_host_without_a_global_ipv6_address_answers_nobody_over_it() -> None:
+    with Network("node", "peer", "stranger") as (node, peer, _), nothing_left_behind(node):
+        node.run(["ip", "-6", "address", "flush", "dev", "eth0", "scope", "global"], check=True)
+        options = ["--peers", peer.ipv4, "--scope", "process"]
+        job = node.popen(
+            [str(COMMANDS / "securerunctl"), "exec", *options, "--", sys.executable, "-c", LISTEN],
+            stdin=subprocess.PIPE,
+        )
+        assert eventually(lambda: _heard(peer, node.ipv4, 41000) == "connected", seconds=20)
+        time.sleep(1.5)  # the guard looks once a second
+        (run,) = json.loads(node.run([str(COMMANDS / "securerunctl"), "status", "--json"]).stdout)["runs"]
+        assert Purpose.OPENED_MEANWHILE not in [port["purpose"] for port in run["ports"]]
+        assert finish(job, text_input="").returncode == 0
 
 
 def _heard(origin: Host, address: str, port: int) -> str:
