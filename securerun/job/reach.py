@@ -48,7 +48,7 @@ class Elsewhere:
         """Return what mends it, in words; the last of the ways is `otherwise`."""
         if not self.networks:
             return otherwise
-        both = ",".join(dict.fromkeys((*self.through, *self.names)))
+        both = ",".join(dict.fromkeys((*self.through, *(name for name in self.names if name != _LOOPBACK))))
         on = some([shown(network) for network in self.networks], _LISTED)
         return (
             f"name the peers' addresses or names on {on} too, with --peers, or let all of these networks in with "
@@ -57,7 +57,7 @@ class Elsewhere:
 
 
 class Reach:
-    """How this host reaches the peers that are not itself, by its routes at this moment.
+    """How this host reaches the peers that are not itself, by its routes at this moment. own: those that are.
 
     Raises OSError where the kernel does not tell its routes.
     """
@@ -66,6 +66,7 @@ class Reach:
         self._routes = Routes()
         self._listed = tuple(peers)
         self._peers = tuple(peer for peer in self._listed if not self._routes.is_own(peer))
+        self.own = tuple(peer for peer in self._listed if self._routes.is_own(peer))
         self._names = dict(socket.if_nameindex())
 
     @cached_property
@@ -81,6 +82,11 @@ class Reach:
         """Return the interface that has an address of this host."""
         indices = self._routes.holders_of(ipaddress.ip_network(address))
         return next((name for index, name in self._names.items() if index in indices), None)
+
+    @property
+    def with_ipv4(self) -> tuple[str, ...]:
+        """The interfaces that have an IPv4 address, the loopback included, in the kernel's order."""
+        return tuple(name for index, name in self._names.items() if self._routes.has_address(index, 4))
 
     def lacks_ipv4(self, name: str) -> bool:
         """Return whether an interface has an IPv4 address and leads to peers by their IPv6 addresses alone.

@@ -52,7 +52,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     Raises PolicyError or UsageError.
     """
     from securerun import options
-    from securerun.job import entrance, meeting, peers, ports, tasks
+    from securerun.job import entrance, meeting, peers, ports, tasks, untold
     from securerun.job.libraries import Variables
 
     interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
@@ -69,8 +69,9 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
         planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known, variables))
     warnings = tuple(entrance.warnings(os.environ, found.networks, variables))
     way_in = entrance.entrance(asked, os.environ, found.listed or found.networks, variables)
-    of_meeting = meeting.warnings(job, asked, found.listed or found.networks)
-    found = replace(found, warnings=(*found.warnings, *warnings, *way_in.warnings, *of_meeting, *variables.warnings))
+    listed = found.listed or found.networks
+    of_addresses = (*meeting.warnings(job, asked, listed), *untold.warnings(job, os.environ, listed))
+    found = replace(found, warnings=(*found.warnings, *warnings, *way_in.warnings, *of_addresses, *variables.warnings))
     policy = Policy(
         run_id=secrets.token_hex(6),
         ports=planned,
