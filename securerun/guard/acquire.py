@@ -115,7 +115,7 @@ def _begin(lease: Lease) -> None:
             if not lease.order.adopt:  # else what listens there may be the job itself
                 lease.leave_out(unasked.in_the_way(lease.record, known))
             lease.leave_out(unasked.harmful(lease.record, known))
-            neighbours.require_harmless(lease.record, known)
+            neighbours.require_harmless(lease.record, known, _closed_already(own))
         lease.hold()
         _reserve_ports(lease, directory)
 
@@ -190,6 +190,13 @@ def _take_over(lease: Lease, found: Record) -> None:
     lease.policy = dataclasses.replace(lease.policy, ports=(*lease.order.policy.ports, *more))
     # And what was closed while the job ran: it would be open until it is found again.
     lease.record = dataclasses.replace(lease.record, policy=lease.policy)
+
+
+def _closed_already(found: Record | None) -> list[tuple[int, int]]:
+    """Return the ports that the chains of a dead guard close; none where it had no chains."""
+    if found is None or not any(layer.backend in backends.NAMES for layer in found.layers):
+        return []
+    return found.policy.joined_ports()
 
 
 def _add_shield(lease: Lease, undo: ExitStack) -> None:

@@ -30,11 +30,14 @@ def require_room(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
         )
 
 
-def require_harmless(run: Record, known: Iterable[Brief]) -> None:
+def require_harmless(run: Record, known: Iterable[Brief], standing: list[tuple[int, int]] | None = None) -> None:
     """Raise PolicyError for port chains by which an ordinary user would take another's service or protection away.
 
     A port on which somebody else listens would be closed to its clients, unless it is a guarded job's as well: then
     the clients that count are passed before any drop.
+
+    standing: what the chains of a guard that died close already. Who came to listen there since is not helped by a job
+    without a guard, and could keep the next one away from it.
     """
     if run.root:
         return
@@ -46,6 +49,8 @@ def require_harmless(run: Record, known: Iterable[Brief]) -> None:
         for listener in sock_diag.listeners():
             # Of user id 0 without root's privilege nobody can tell that a listener of that id is not root's own.
             if (listener.user == run.user != ROOT) or listener.address.is_loopback:
+                continue
+            if covers(standing or [], listener.port):
                 continue
             if covers(planned, listener.port) and not covers(guarded, listener.port):
                 raise PolicyError(

@@ -250,3 +250,22 @@ def test_stranger_to_hccl_trains_beside_another_users_listener(ground: Ground) -
         done = ground.run(ground.alice, [jobs.SECURERUN, "--preflight", "warn", script])
     assert (done.returncode, done.stdout) == (0, "trained\n"), done
     assert "kill" not in done.stderr
+
+
+@pytest.mark.parametrize(("purpose", "scope"), [(DEFAULT, "auto"), ("planned", "auto"), ("planned", "ports")])
+def test_another_users_listener_cannot_keep_the_next_guard_from_a_job(ground: Ground, purpose: str, scope: str) -> None:
+    """Who came to listen on a port of the plan, while its guard died: what nobody asked for is given way soon."""
+    options = ("--ports", "60000-60015", "--purpose", purpose, "--scope", scope, "--listen", "60004")
+    holder = ground.holder(ground.alice, *options)
+    assert holder.process.stdin is not None
+    guard = json.loads(ground.machine.place(f"/run/securerun/{holder.run_id}.json").read_text())["guard"]
+    os.kill(guard, signal.SIGSTOP)
+    with server(ground, ground.bob, 60003):
+        os.kill(guard, signal.SIGKILL)
+        try:
+            assert "another has taken over" in holder.hear()["news"]
+            assert eventually(lambda: is_open(ground) == (purpose == DEFAULT))
+            assert not is_open(ground, 60004)
+        finally:
+            holder.process.stdin.close()
+    assert holder.process.wait(timeout=30) == 0
