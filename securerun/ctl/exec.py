@@ -94,6 +94,7 @@ def _execute(arguments: Sequence[str]) -> int:
     begun = session.begin(command, asked, needs_guard=not asked.dry_run and not asked.unprotected)
     program = _find(command[0])
     job = environment.describe_job(os.environ, command)
+    _require_private_stores(command, asked)
     if asked.dry_run:
         begun.show(job, asked)
         return 0
@@ -105,6 +106,16 @@ def _execute(arguments: Sequence[str]) -> int:
     except _Failed as failed:
         return failed.wait_status
     return 0
+
+
+def _require_private_stores(command: Sequence[str], asked: Options) -> None:
+    """Raise PolicyError where the command says that its job meets at a port that is to be public."""
+    if asked.public is None:
+        return
+    from securerun.job import public, stores
+
+    openings = public.openings(asked.public, asked.public_source)
+    public.within(stores.of_command(command, os.environ), openings, asked.public_source)
 
 
 def _run(program: str, command: Sequence[str], plan: Plan) -> None:

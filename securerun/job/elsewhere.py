@@ -220,6 +220,13 @@ def _of_script(path: str, depth: int, *, must_say: bool) -> Iterator[Elsewhere]:
         yield from _of_text(content.decode(errors="replace"), PurePath(path).name, depth)
 
 
+def shell_script(path: str) -> str:
+    """Return the beginning of a shell's script: a file that says so, by its name or its first line; else ""."""
+    content = _content(path)
+    is_script = path.endswith((".sh", ".bash", ".sbatch", ".slurm")) or _OF_SHELL.match(content) is not None
+    return content.decode(errors="replace") if is_script else ""
+
+
 def _content(path: str) -> bytes:
     """Return the beginning of a regular file; nothing of others: a pipe is not to be emptied, nor waited for."""
     with contextlib.suppress(OSError, ValueError):

@@ -53,10 +53,26 @@ def rely_on(run: Enclosing, asked: Options, job: Job) -> None:
     from securerun.job import tasks
     from securerun.protection import words
 
+    if run.terms.get("public"):
+        _require_apart(run, asked, job)
     without_effect = enclosing.without_effect(asked, run)
     if without_effect or tasks.of_environment(os.environ).is_first:
         for line in (words.relying(run.run_id, without_effect), *words.elsewhere(job)):
             say(line)
+
+
+def _require_apart(run: Enclosing, asked: Options, job: Job) -> None:
+    """Raise PolicyError where what this job's nodes alone may reach is a public port of the run that it is in."""
+    from securerun.errors import PolicyError
+    from securerun.job import ports, public
+
+    source = f"--public of run {run.run_id}"
+    try:
+        openings = public.openings(str(run.terms["public"]), source)
+    except PolicyError:  # of a list that was too long, a digest is known
+        return
+    planned = ports.plan_ports(job, os.environ, asked.ports, asked.ports_source)
+    public.within((each for each in planned if each.is_asked_for), openings, source)
 
 
 def _layers(

@@ -340,6 +340,21 @@ def test_a_launch_with_its_rendezvous_public_is_refused_before_anything_is_start
     assert "--public: port 29500 is among 29500, which only the job's nodes may reach (master port" in line
 
 
+@pytest.mark.parametrize("inner", ["securerun", "exec"])
+def test_a_launcher_inside_of_a_run_does_not_meet_at_a_public_port_of_it(hosts: Network, inner: str) -> None:
+    """Its command line, or a variable that a script sets, says where it meets; the run around knew nothing of it."""
+    node, ctl = hosts["node0"], str(COMMANDS / "securerunctl")
+    launch = {
+        "securerun": f"{jobs.SECURERUN} --master-addr {node.ipv4} --master-port $((7000+1)) --nnodes 1 /bin/never",
+        "exec": f"MASTER_PORT=$((7000+1)) {ctl} exec -- echo it was started",
+    }
+    outer = [ctl, "exec", "--peers", "localhost", "--public", "7001; 7002=10.9.0.0/16", "--", "sh", "-c"]
+    done = node.run([*outer, launch[inner]])
+    assert done.returncode == 78, done
+    assert "--public of run" in done.stderr and "port 7001 is among 7001, which only the job's nodes" in done.stderr
+    assert "it was started" not in done.stdout
+
+
 def test_python_callers_name_public_ports_as_a_text_or_a_list() -> None:
     made = [securerun.policy(["10.0.0.1"], public=public) for public in ("8080=10.9.0.0/16;9100", _AS_A_LIST)]
     assert made[0].public == made[1].public == openings("8080=10.9.0.0/16;9100", "")
