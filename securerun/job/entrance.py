@@ -10,13 +10,15 @@ What leads to no peer at all is refused (`reach`): the peers' connections would 
 What a variable has wrong is refused where its library may be in use on this host (`libraries`), elsewhere passed over.
 
 HCCL: HCCL_IF_IP, HCCL_SOCKET_IFNAME and HCCL_SOCKET_FAMILY in the CANN environment variable reference (8.0 to 8.5).
-gloo: GLOO_SOCKET_IFNAME, whole names (torch, ProcessGroupGloo). NCCL: NCCL_SOCKET_IFNAME in NCCL's user guide.
+gloo: GLOO_SOCKET_IFNAME, whole names, or labels of addresses (torch, ProcessGroupGloo). NCCL: NCCL_SOCKET_IFNAME in
+NCCL's user guide; a port after a name says nothing of sockets (parseStringList in src/misc/utils.cc).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -204,7 +206,7 @@ def _named(environment: Mapping[str, str], variables: Variables) -> Iterator[tup
     pattern = environment.get(NCCL, "").strip()
     if pattern:
         with variables.of(Library.NCCL):
-            yield NCCL, _matching(NCCL, pattern, here)
+            yield NCCL, _matching(NCCL, re.sub(r":[0-9]+(?=\s*(?:,|$))", "", pattern), here)
 
 
 def _matching(variable: str, pattern: str, here: Sequence[str]) -> tuple[str, ...]:
@@ -224,7 +226,7 @@ def _matching(variable: str, pattern: str, here: Sequence[str]) -> tuple[str, ..
 
 
 def _all_of(variable: str, text: str, here: Sequence[str]) -> tuple[str, ...]:
-    words = _words(text)
+    words = tuple(dict.fromkeys((interfaces.labelled(word) or (word,))[0] for word in _words(text)))
     missing = [word for word in words if word not in here]
     if missing or not words:
         raise PolicyError(

@@ -174,7 +174,10 @@ def _host_of(words: Sequence[str], here: str) -> str:
     if not (len(words) == _OF_GRID_ENGINE and words[1].isdecimal()):
         for word in words[1:]:
             if not _SETTING.fullmatch(word):
-                raise PolicyError(f"{here}: {word!r} after the host is no name=value; write one host a line")
+                raise PolicyError(
+                    f"{here}: {folded.shortened(word)!r} after {folded.shortened(words[0])!r} is no name=value; write "
+                    "one host a line, and nothing behind it but # comments and settings such as slots=8"
+                )
     host = _USER.sub("", words[0], count=1)
     slots = _SLOTS.fullmatch(host)
     if slots is not None:
@@ -213,6 +216,8 @@ def _refuse_unusable(network: Network, word: str, place: str) -> None:
 
 
 def _complaint(word: str) -> str:
+    if "," in word:  # lists are split there, so it stands in a file or a table
+        return f"peer {folded.shortened(word)!r} has commas; write one host a line, without commas"
     user = _USER.match(word)
     if user:
         return f"peer {word!r} is a host with a user, and peers have none; write {word[user.end() :]}"

@@ -33,6 +33,8 @@ EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress
 # So long are names asked for again that have no address: those of a batch system, whose nodes may be just starting,
 # and those of pods, which have none before the pod has one.
 NODE_SECONDS, POD_SECONDS = 15.0, 60.0
+# torch asks for the name of the meeting point as well, and waits for as long as it takes.
+_MEETING_SECONDS = 2.0
 # Where the peers of this one launch were named, not those of every launch of a shell or on this host.
 _FLAG, _VARIABLE = "--peers", "SECURERUN_PEERS"
 # As a list by itself: all nodes of the job are on this host.
@@ -255,7 +257,7 @@ def _loopback(question: _Question) -> Peers | None:
 def _this_host(question: _Question, source: str, *warnings: str) -> Peers:
     """Return the peers of a job whose nodes are all on this host: none. Each node is a run of its own."""
     job = question.job
-    if job.min_nodes > 1 and job.meeting_point is not None and _is_elsewhere(job.meeting_point.host):
+    if job.min_nodes > 1 and job.meeting_point is not None and _is_elsewhere(job.meeting_point.host, question):
         raise PolicyError(
             f"{source} names this host alone, and {job.nodes} meet at {job.meeting_point}, which is no address of "
             f"this host; name the others with {_FLAG}"
@@ -466,9 +468,14 @@ def _with_ports_of_table(peers: Peers, question: _Question) -> Peers:
         return replace(peers, warnings=(*peers.warnings, f"the ports of the rank table are not planned: {error}"))
 
 
-def _is_elsewhere(host: str) -> bool:
-    """Return whether this is written as an address, and another host's."""
-    return is_address(host) and not interfaces.may_bind(host)
+def _is_elsewhere(host: str, question: _Question) -> bool:
+    """Return whether this is an address or a name of another host; one in Kubernetes may be a Service of this pod."""
+    if is_address(host):
+        return not interfaces.may_bind(host)
+    if batch.IN_KUBERNETES in question.environment or _is_this_host((host,)):
+        return False
+    outcome = resolver.ask((host,), question.resolve, _MEETING_SECONDS)[host]
+    return isinstance(outcome, tuple) and not any(map(interfaces.may_bind, outcome))
 
 
 def _is_alone(hosts: Iterable[_Host]) -> bool:

@@ -42,16 +42,26 @@ def warnings(
 def _of_gloo(
     environment: Mapping[str, str], peers: Sequence[Network], reach: Reach, resolve: Resolver
 ) -> Iterator[str]:
-    address = None if environment.get(entrance.GLOO, "").strip() else _of_own_name(resolve)
-    if address is None or address.is_loopback:
-        return
-    name = reach.holder(str(address))
-    reason = _turned_away(address, name, peers, reach)
-    if reason:
+    told = environment.get(entrance.GLOO, "").strip()
+    for address in _of_labels(told) if told else _of_own_name(resolve):
+        reason = "" if address.is_loopback else _turned_away(address, reach.holder(str(address)), peers, reach)
+        if not reason:
+            continue
+        if told:
+            yield f"{entrance.GLOO}={told} has gloo take {address}: {reason}"
+            continue
         yield (
             f"{entrance.GLOO} is not set, so gloo, if the job uses it, takes the address of this host's name, "
             f"{address}: {reason}"
         )
+
+
+def _of_labels(told: str) -> Iterator[Address]:
+    """Yield the addresses that gloo is told by their labels; what it takes of an interface is looked at there."""
+    for word in told.split(","):
+        found = interfaces.labelled(word.strip())
+        if found:
+            yield ipaddress.ip_address(found[1])
 
 
 def _turned_away(address: Address, name: str | None, peers: Sequence[Network], reach: Reach) -> str:
@@ -77,11 +87,11 @@ def _turned_away(address: Address, name: str | None, peers: Sequence[Network], r
     )
 
 
-def _of_own_name(resolve: Resolver) -> Address | None:
+def _of_own_name(resolve: Resolver) -> Iterator[Address]:
     name = socket.gethostname()
     outcome = resolver.ask((name,), resolve, _SECONDS)[name]
-    found = outcome if isinstance(outcome, tuple) else ()
-    return next((ipaddress.ip_address(text.partition("%")[0]) for text in found if interfaces.may_bind(text)), None)
+    found = [text for text in outcome if interfaces.may_bind(text)] if isinstance(outcome, tuple) else []
+    yield from (ipaddress.ip_address(text.partition("%")[0]) for text in found[:1])
 
 
 def _of_interfaces(environment: Mapping[str, str], reach: Reach) -> Iterator[str]:

@@ -548,6 +548,17 @@ def test_localhost_by_itself_means_that_all_nodes_are_on_this_host(source: str) 
     assert_line_with(str(error.value), [source, *words])
 
 
+@pytest.mark.usefixtures("on_node1")
+def test_agents_on_one_host_do_not_meet_at_a_name_of_another() -> None:
+    asked = Options(peers="localhost")
+    with pytest.raises(PolicyError) as error:
+        find_peers(asked, job(2, "node2"), resolve)
+    assert_line_with(str(error.value), ["names this host alone", "2 nodes meet at node2:29400", "name the others"])
+    # A Service's address leads to its pods, this one perhaps, and a name that has no address yet may be given one.
+    for host, environment in ("node2", {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}), ("nowhere", {}), ("node1", {}):
+        assert find_peers(asked, job(2, host), resolve, environment).networks == ()
+
+
 def test_agents_on_one_host_cannot_meet_where_the_loopback_is_closed_to_each() -> None:
     for asked in (Options(peers="localhost", loopback="job"), Options(loopback="job")):
         with pytest.raises(PolicyError) as error:

@@ -146,6 +146,10 @@ def test_however_it_is_named(environment: dict[str, str], setup: str) -> None:
         # One of several is enough for NCCL, which takes one that leads there.
         ({"NCCL_SOCKET_IFNAME": "^docker0"}, ON_ETH0, ""),
         ({"NCCL_SOCKET_IFNAME": "eth,ib"}, ON_ETH0, ""),
+        # Addresses with labels are those of the interface; NCCL reads ports after names.
+        ({"GLOO_SOCKET_IFNAME": "eth0:1"}, ON_ETH0, "ip addr add 10.77.0.11/24 dev eth0 label eth0:1"),
+        ({"HCCL_IF_IP": "10.77.0.11"}, ON_ETH0, "ip addr add 10.77.0.11/24 dev eth0 label eth0:1"),
+        ({"NCCL_SOCKET_IFNAME": "=eth0:1,ib9:2"}, ON_ETH0, ""),
         # Nobody but this host is known yet, as in a host file that grows.
         ({"GLOO_SOCKET_IFNAME": "ib0"}, ("10.77.0.1/32",), ""),
         # There is no way to the peers at all.

@@ -38,6 +38,7 @@ ip addr add 10.77.0.1/24 dev eth0
 ip addr add 10.77.0.101/24 dev eth0
 ip addr add fd77::1/64 dev eth0 nodad
 ip addr add 10.81.0.1/24 dev ib0
+ip addr add 10.81.0.101/24 dev ib0 label ib0:1
 ip addr add 10.90.0.1/24 dev b0
 ip link add docker0 type bridge
 ip addr add 172.17.0.1/16 dev docker0
@@ -104,6 +105,14 @@ def test_nothing_is_said_of_an_address_that_peers_may_have(
     peers: tuple[str, ...], own: tuple[str, ...], environment: dict[str, str], nodes: int
 ) -> None:
     assert said(*peers, own=own, environment=environment, nodes=nodes) == ""
+
+
+@needs_namespace
+def test_an_address_that_gloo_is_told_by_its_label_is_looked_at_as_well() -> None:
+    told = {"GLOO_SOCKET_IFNAME": "eth0,ib0:1"}
+    message = said(*ON_ETH0, environment=told)
+    assert message.startswith("GLOO_SOCKET_IFNAME=eth0,ib0:1 has gloo take 10.81.0.101: no peer is reached through ib0")
+    assert said(*ON_ETH0, "10.81.0.101/32", "10.81.0.102/32", environment=told) == ""
 
 
 @needs_namespace
