@@ -120,6 +120,7 @@ _OTHER_HOSTS = {
 }
 # They are followed by the name of a user, a group or a variable.
 _NAMING = frozenset(("-u", "-g", "-U", "--user", "--group", "--unset"))
+_FIND_STARTS = frozenset(("-exec", "-execdir", "-ok", "-okdir"))
 # It takes these to mean that nothing is started elsewhere after all.
 _AFTER_ALL_HERE = {"systemd-run": ("--scope",), "deepspeed": ("--no_ssh",)}
 
@@ -131,6 +132,7 @@ _WRAPPERS = frozenset(
         *("strace", "ltrace", "perf", "nsys", "ncu", "catchsegv", "unshare", "setarch", "salloc", "eatmydata"),
         *("uv", "poetry", "conda", "mamba", "micromamba", "pixi", "dumb-init", "tini", "catatonit", "gosu", "su-exec"),
         *("runuser", "capsh", "setpriv", "systemd-inhibit", "apptainer", "singularity", "enroot", "proot"),
+        *("parallel", "su", "trap", "chroot", "cgexec", "sg"),
     )
 )
 _SHELLS = frozenset(("sh", "bash", "dash", "zsh", "ksh", "mksh", "ash", "fish"))
@@ -140,6 +142,10 @@ _ITSELF = re.compile(r"(?:^|(?<=[\s/'\"(;&|]))securerun(?:ctl)?(?=[\s'\";&|)]|$)
 # Before a command, in the words of a shell.
 _KEYWORDS = frozenset(("then", "do", "else", "elif", "if", "while", "until", "!", "{", "eval", "coproc"))
 _DECLARATIONS = frozenset(("export", "declare", "local", "readonly", "typeset"))
+# How env(1) is told to split a word, in one with it.
+_SPLIT = re.compile(r"^(?:-S|--split-string=)")
+# Where a program is, asked for in its place: `$(which srun) -n 2 ...`.
+_WHERE = re.compile(r"(?:\$\(|`)\s*(?:which|command -v|type -[pP])\s+([\w./-]+)\s*[)`]")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*\+?=(.*)", re.DOTALL)
 
 
@@ -161,7 +167,16 @@ def _of_words(words: Sequence[str], place: str, depth: int) -> Iterator[Elsewher
         if not any(_ITSELF.search(word) for word in _without_names(rest)):
             yield Elsewhere(name, client, place)
     elif name in _WRAPPERS:
-        yield from _of_words(_wrapped(rest), place, depth + 1)
+        wrapped = _wrapped(rest)
+        yield from _of_words(wrapped, place, depth + 1)
+        # `env -S "srun ..."`, `su -c "srun ..."`, `trap "..." EXIT`: a whole command in one word.
+        for word in rest[: min(len(rest) - len(wrapped), _LONGEST_PREFIX)]:
+            if " " in word and not _ASSIGNMENT.fullmatch(word):
+                yield from _of_text(_SPLIT.sub("", word), place, depth + 1)
+    elif name == "find":
+        for number, word in enumerate(rest):
+            if word in _FIND_STARTS:
+                yield from _of_words(rest[number + 1 :], place, depth + 1)
     elif name in _SHELLS:
         yield from _of_shell(rest, place, depth + 1)
     elif not place:
@@ -243,7 +258,7 @@ def _of_text(text: str, place: str, depth: int) -> Iterator[Elsewhere]:
     """Look at the commands in a shell's text, and at what variables are set to, to be run later."""
     if depth > _DEEPEST:
         return
-    for words in islice(simple_commands(text[:_MOST_READ]), _MOST_COMMANDS):
+    for words in islice(simple_commands(_WHERE.sub(r"\1", text[:_MOST_READ])), _MOST_COMMANDS):
         yield from _of_simple_command(words, place, depth + 1)
 
 
