@@ -1,6 +1,6 @@
-"""Where a command that is yet to be started says that its job meets: none of that may be public.
+"""Where a command that is yet to be started says that its job meets, and HCCL listens: none of that may be public.
 
-Looked at is what is certain to be no metric's: the options and variables that launchers of torch's have for it, in the
+Looked at is what is certain to be no metric's: the options and variables of torch's launchers and of HCCL, in the
 command, in what a shell is given by -c, and in the script that is named. What that calls in its turn is not.
 """
 
@@ -14,6 +14,7 @@ from pathlib import PurePath
 from securerun.firewall.policy import LAST_PORT, PortRange, Purpose
 from securerun.job import elsewhere
 from securerun.job.job import C10D_PORT
+from securerun.job.ports import HCCL_BASE, HCCL_PORTS_SINCE_8_3, HCCL_RANGE
 from securerun.job.shell_words import simple_commands
 
 # torch/distributed/run.py; deepspeed and accelerate have the first as well.
@@ -24,6 +25,7 @@ _LAUNCHERS = frozenset(
 _NAMES = re.compile(r"--?(?:master|main-process)-port|(?:pet-)?master-port|--rdzv-endpoint|pet-rdzv-endpoint")
 # `6000`, `node0:6000`, and what a shell takes where nothing else is said: `${MASTER_PORT:-6000}`.
 _PORT = re.compile(r"(?:.*[:=-])?([0-9]{1,5})\}?", re.DOTALL)
+_PORTS = re.compile(r"\b([0-9]{1,5})(?:-([0-9]{1,5}))?\b")
 _MOST_COMMANDS = 20_000
 # A command's own words that may be scripts: each is looked for as a file.
 _MOST_SCRIPTS = 32
@@ -32,13 +34,15 @@ _MOST_SCRIPTS = 32
 def of_command(command: Sequence[str], environment: Mapping[str, str]) -> tuple[PortRange, ...]:
     """Return the ports at which a command says that its job meets; torch's own where a launcher is told none."""
     found: set[int] = set()
+    hccl: set[PortRange] = set()
     launches = False
     for words in islice(_commands(command), _MOST_COMMANDS):
         found.update(_named(words))
+        hccl.update(_of_hccl(words))
         launches = launches or any(PurePath(word).name in _LAUNCHERS for word in words)
     if launches and not found and not environment.get("MASTER_PORT"):
         found.update(_DEFAULTS)
-    return tuple(PortRange(port, port, Purpose.MASTER_PORT) for port in sorted(found))
+    return (*(PortRange(port, port, Purpose.MASTER_PORT) for port in sorted(found)), *sorted(hccl))
 
 
 def _commands(command: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -56,3 +60,13 @@ def _named(words: Sequence[str]) -> Iterator[int]:
         match = _PORT.fullmatch(value if equals else following)
         if match is not None and 0 < int(match.group(1)) <= LAST_PORT:
             yield int(match.group(1))
+
+
+def _of_hccl(words: Sequence[str]) -> Iterator[PortRange]:
+    for word in words:
+        name, _, value = word.partition("=")
+        for match in _PORTS.finditer(value if name in (HCCL_BASE, HCCL_RANGE) else ""):
+            first = int(match.group(1))
+            last = first + HCCL_PORTS_SINCE_8_3 - 1 if name == HCCL_BASE else int(match.group(2) or first)
+            if 0 < first <= last:
+                yield PortRange(min(first, LAST_PORT), min(last, LAST_PORT), Purpose.HCCL)

@@ -36,6 +36,9 @@ def ports(*command: str, **environment: str) -> list[int]:
         (("bash", "-c", "export MASTER_PORT=6004; exec torchrun train.py"), [6004]),
         (("sh", "-c", "cd run\ntorchrun train.py"), [29400, 29500]),
         (("python", "train.py", "--metrics-port", "9100"), []),
+        (("bash", "-c", "export HCCL_IF_BASE_PORT=7000; python train.py"), [7000]),
+        (("env", "HCCL_HOST_SOCKET_PORT_RANGE=7100-7110,7200", "python", "train.py"), [7100, 7200]),
+        (("env", "HCCL_HOST_SOCKET_PORT_RANGE=auto", "HCCL_IF_BASE_PORT=", "python", "train.py"), []),
         (("torchrun", "--master-port", "0", "train.py", "--master-port", "99999"), [29400, 29500]),
         (("torchrun", "--master-port"), [29400, 29500]),
     ],
@@ -54,6 +57,11 @@ def test_a_script_says_it_too_and_other_files_say_nothing(tmp_path: Path) -> Non
 
 def test_torchs_own_ports_are_meant_only_where_nothing_says_another() -> None:
     assert ports("torchrun", "train.py", MASTER_PORT="6000") == []
+
+
+def test_hccls_ports_are_all_that_any_cann_opens_there() -> None:
+    (found,) = of_command(("env", "HCCL_IF_BASE_PORT=7000", "python", "train.py"), {})
+    assert (found.first, found.last, str(found.purpose)) == (7000, 7031, "HCCL")
 
 
 def test_exec_refuses_a_public_port_at_which_its_command_meets(tmp_path: Path) -> None:
