@@ -63,6 +63,7 @@ class Job:
     command: the script, or module, and its arguments. log_dir: where its logs go, if it was told.
     known_ports: ports that it is known to listen on, beside those that the rendezvous, HCCL and the user name.
     ranks: how many this node has; 0 where nobody asked. elsewhere: what the command has others start for it.
+    local_address: what its agent calls this node, if it was told (--local-addr).
     """
 
     backend: str
@@ -75,6 +76,7 @@ class Job:
     known_ports: tuple[PortRange, ...] = ()
     ranks: int = 0
     elsewhere: tuple[Elsewhere, ...] = ()
+    local_address: str | None = None
 
     @property
     def nodes(self) -> str:

@@ -135,6 +135,7 @@ def describe_job(namespace: argparse.Namespace) -> Job:
         command=(*module, namespace.training_script, *namespace.training_script_args),
         log_dir=namespace.log_dir,
         elsewhere=_elsewhere(namespace),
+        local_address=getattr(namespace, "local_addr", None) or None,
     )
 
 

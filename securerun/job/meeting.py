@@ -7,17 +7,20 @@ they wait, for longer than the job does.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 
 from securerun.host import interfaces
 from securerun.job import resolver
-from securerun.job.job import Job
+from securerun.job.job import C10D, ETCD, ETCD_V2, Endpoint, Job
 from securerun.job.resolver import Resolver
 from securerun.linux.networks import Network, is_address
 from securerun.options import Options
 from securerun.text import some
 
 _SHOWN = 2
+# Here the agent of the first node names a store for the workers, and the endpoint is for the agents alone.
+_NAMED_BY_AGENT = {C10D, ETCD, ETCD_V2}
 # torch asks for the same name a moment later, and waits for as long as it takes.
 _SECONDS = 2.0
 
@@ -25,19 +28,50 @@ _SECONDS = 2.0
 def warnings(
     job: Job, options: Options, peers: Sequence[Network], resolve: Resolver = resolver.addresses_of
 ) -> Iterator[str]:
-    """Yield what the user should know of the endpoint's addresses, on the host that has them."""
+    """Yield what the user should know of the addresses where the job meets, on the host that has them."""
+    if not peers:
+        return
+    yield from _of_endpoint(job, options, peers, resolve)
+    if job.backend in _NAMED_BY_AGENT and job.max_nodes != 1:
+        yield from _of_workers_store(job, peers, resolve)
+
+
+def _of_endpoint(job: Job, options: Options, peers: Sequence[Network], resolve: Resolver) -> Iterator[str]:
     endpoint = job.meeting_point
-    if not peers or endpoint is None or endpoint.is_loopback or (job.first_node_listens and job.node_rank > 0):
+    if endpoint is None or endpoint.is_loopback or (job.first_node_listens and job.node_rank > 0):
         return
     found = _addresses(endpoint.host, resolve)
     own = [address for address in found if interfaces.may_bind(address)]
     if own and len(own) == len(found):
-        yield from _of_networks(str(endpoint), own, peers)
+        yield from _of_networks(f"the job meets at {endpoint}", own, peers, "give the rendezvous an address on theirs")
     yield from _of_versions(str(endpoint), found, own, peers, has_chains=options.firewall != "off")
 
 
-def _of_networks(endpoint: str, own: Sequence[str], peers: Sequence[Network]) -> Iterator[str]:
-    """Warn of an endpoint whose addresses are all on networks of this host where no peer is."""
+def _of_workers_store(job: Job, peers: Sequence[Network], resolve: Resolver) -> Iterator[str]:
+    """Warn of the address that the first node's agent tells all others for the store of the workers.
+
+    RendezvousStoreInfo.build in torch/distributed/elastic/rendezvous/api.py; clients try all that the name stands for.
+    """
+    host = job.local_address or socket.gethostname()
+    endpoint = job.meeting_point
+    found = () if endpoint is not None and endpoint.host == host else _addresses(host, resolve)
+    if not found or not all(map(interfaces.may_bind, found)) or any(Endpoint(one, None).is_loopback for one in found):
+        return
+    subject = f"if this node becomes the first, the workers meet at {host}"
+    otherwise = "say --local-addr with this host's address on theirs"
+    said = tuple(_of_networks(subject, found, peers, otherwise))
+    yield from said
+    own_versions = {6 if ":" in address else 4 for address in found}
+    if not said and own_versions.isdisjoint(peer.version for peer in peers):
+        (other,) = own_versions
+        yield (
+            f"{subject}, and no peer has an IPv{other} address: whoever connects there is turned away; name the peers' "
+            f"IPv{other} addresses too, or write their names"
+        )
+
+
+def _of_networks(subject: str, own: Sequence[str], peers: Sequence[Network], otherwise: str) -> Iterator[str]:
+    """Warn of a meeting point whose addresses are all on networks of this host where no peer is."""
     from securerun.job.reach import Reach
 
     try:
@@ -46,8 +80,7 @@ def _of_networks(endpoint: str, own: Sequence[str], peers: Sequence[Network]) ->
     except OSError:  # the routes cannot be told
         return
     if problem:
-        advice = problem.mended("give the rendezvous an address on theirs")
-        yield f"the job meets at {endpoint}: {problem}; {advice}"
+        yield f"{subject}: {problem}; {problem.mended(otherwise)}"
 
 
 def _of_versions(

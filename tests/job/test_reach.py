@@ -272,6 +272,18 @@ def test_an_endpoint_with_addresses_that_no_peer_has_one_of(
     assert [line.startswith(words or "") for line in found] == ([True] if words else [])
 
 
+@pytest.mark.parametrize(("peer", "is_said"), [("10.0.0.2", True), ("fd00::2", False)])
+def test_a_workers_store_of_a_version_that_no_peer_has(
+    monkeypatch: pytest.MonkeyPatch, peer: str, is_said: bool
+) -> None:
+    monkeypatch.setattr("securerun.host.interfaces.may_bind", {"fd00::1"}.__contains__)
+    job = Job("c10d", Endpoint("node9", 29400), 2, 2, 0, ("train.py",), local_address="node6")
+    networks = [ipaddress.ip_network(peer)]
+    found = list(meeting.warnings(job, Options(), networks, lambda host: ["fd00::1" if host == "node6" else "fd00::9"]))
+    said = "if this node becomes the first, the workers meet at node6, and no peer has an IPv6 address: "
+    assert [line.startswith(said) for line in found] == [True] * is_said, found
+
+
 # --- on the wire
 
 

@@ -166,3 +166,24 @@ def test_a_host_whose_name_is_on_a_network_without_a_peer_hears_so_and_trains_as
     done = run_on_both(nodes, tmp_path, "--peers", ",".join((*on_eth0, *on_ib0)))
     assert [node.returncode for node in done] == [0, 0], done
     assert not any(LINK in node.stderr for node in done)
+
+
+def test_c10d_s_first_node_says_where_the_workers_would_meet_on_a_network_without_a_peer(
+    nodes: list[Host], tmp_path: Path
+) -> None:
+    """gloo is told eth0, and the endpoint is there as well: the agent tells the others its host's own name."""
+    node, peer = nodes
+    on_ib0 = second_network.address(node)
+    line = f"if this node becomes the first, the workers meet at {node.name}: no peer is reached through ib0"
+    for address, listed, options, is_said in (
+        (on_ib0, [peer.ipv4], [], True),
+        (on_ib0, [peer.ipv4], ["--local-addr", node.ipv4], False),
+        (on_ib0, [peer.ipv4, second_network.address(peer)], [], False),
+        (node.ipv4, [peer.ipv4], [], False),
+    ):
+        launch = [jobs.SECURERUN, "--dry-run", "--peers", ",".join(listed), "--nnodes", "2", *options]
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{node.ipv4}:{jobs.PORT}", "train.py"]
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', node.name, *launch, *meeting]
+        done = node.run(second_network.with_hosts_file(tmp_path / "hosts", {node.name: [address]}, named))
+        assert done.returncode == 0, done
+        assert (line in done.stderr) == is_said, done.stderr
