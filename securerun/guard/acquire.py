@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 
 from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
@@ -38,6 +39,7 @@ from securerun.text import some
 _ROUNDS = 8
 _MOST_TAKEN_ALONG = 4096
 _PIDS_NAMED = 8
+_RUNS_NAMED = 4
 _PORTS_NAMED = 8
 
 
@@ -111,6 +113,7 @@ def _begin(lease: Lease) -> None:
                 f"{records.DIRECTORY} has something in the place of the record of run {lease.policy.run_id}; remove it"
             )
         neighbours.require_room(lease.record, known, lease.site)
+        lease.notes += tuple(islice(neighbours.closing_public(lease.record, known), _RUNS_NAMED))
         if lease.order.firewall != "off":
             if not lease.order.adopt:  # else what listens there may be the job itself
                 lease.leave_out(unasked.in_the_way(lease.record, known))

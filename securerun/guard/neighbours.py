@@ -17,6 +17,9 @@ from securerun.guard.records import Brief, Record
 from securerun.linux import sock_diag
 from securerun.linux.networks import Network, collapse
 from securerun.linux.sock_diag import SocketsUnavailable
+from securerun.text import some
+
+_PORTS_NAMED = 8
 
 
 def require_room(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
@@ -107,6 +110,26 @@ def harming(run: Record, known: Iterable[Brief]) -> Iterator[Brief]:
             continue
         if not _are_within((*peers, *_let_to(run.policy.joined_ports(), brief.public())), run.policy.peers):
             yield brief
+
+
+def closing_public(run: Record, known: Iterable[Brief]) -> Iterator[str]:
+    """Yield a line for each run whose plan closes, for the whole host, a port that this one has open to every host.
+
+    Those for networks are passed before any drop.
+    """
+    public = run.policy.ports_for_all()
+    for brief in known if public else ():
+        has_chains = any(not layer.is_shield for layer in brief.layers)
+        if brief.run_id == run.run_id or brief.network != run.network or not has_chains:
+            continue
+        theirs = brief.ports()
+        both = [(max(one[0], two[0]), min(one[1], two[1])) for one in public for two in theirs]
+        closed = [str(first) if first == last else f"{first}-{last}" for first, last in both if first <= last]
+        if closed:
+            yield (
+                f"public port {some(closed, _PORTS_NAMED)} is in the plan of run {brief.run_id} of user {brief.user}, "
+                "so it is closed to others until that run ends; have this job listen on another port"
+            )
 
 
 def _require_harmless_peers(run: Record, known: Iterable[Brief]) -> None:

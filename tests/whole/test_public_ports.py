@@ -296,6 +296,21 @@ def test_a_real_launch_has_its_metrics_port_open_and_says_so_wherever_it_speaks(
     assert f"public (--public): open to {known.ipv4}, {known.ipv6} as well" in reports[1].read_text()
 
 
+def test_a_public_port_that_another_run_closes_is_told_of(hosts: Network) -> None:
+    """Its plan closes it for the whole host; what is for networks passes by it."""
+    node, _, known, stranger = hosts
+    beside = ("--listen", "60001", "--public")
+    with held(node, "--public", f"{SOME}={known.ipv4}"):
+        with held(node, *beside, f"{PUBLIC}; {SOME}") as second:
+            (note,) = [note for note in second.start["notes"] if "public" in note]
+            assert f"public port {SOME} is in the plan of run" in note
+            assert "have this job listen on another port" in note
+        with held(node, *beside, f"{SOME}={stranger.ipv4}") as second:
+            assert not [note for note in second.start["notes"] if "public" in note]
+    with held(node, "--public", f"{SOME}={known.ipv4}", "--firewall", "off"), held(node, *beside, str(SOME)) as second:
+        assert not [note for note in second.start["notes"] if "public" in note]
+
+
 def test_any_command_may_have_public_ports_and_launchers_inside_have_those(hosts: Network, tmp_path: Path) -> None:
     """By the environment; what a launcher inside is given besides has no effect, and it says so."""
     node, _, _, stranger = hosts
