@@ -8,7 +8,8 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     │   ├── ReservationUnavailable    linux.port_ranges
     │   └── TooManyWaiting            guard.waiting
     ├── PolicyError                   78
-    │   └── Unfinished                job.ranktable
+    │   ├── Unfinished                job.ranktable
+    │   └── Unknown                   job.ranktable
     ├── Refusal                       protection.client
     └── CommandError                  ctl.exec
     Unavailable                       something cannot be had on this host

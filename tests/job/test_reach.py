@@ -280,8 +280,8 @@ def test_a_workers_store_of_a_version_that_no_peer_has(
     job = Job("c10d", Endpoint("node9", 29400), 2, 2, 0, ("train.py",), local_address="node6")
     networks = [ipaddress.ip_network(peer)]
     found = list(meeting.warnings(job, Options(), networks, lambda host: ["fd00::1" if host == "node6" else "fd00::9"]))
-    said = "if this node becomes the first, the workers meet at node6, and no peer has an IPv6 address: "
-    assert [line.startswith(said) for line in found] == [True] * is_said, found
+    expected = "if this node becomes the first, the workers meet at node6, and no peer has an IPv6 address: "
+    assert [line.startswith(expected) for line in found] == [True] * is_said, found
 
 
 # --- on the wire

@@ -96,8 +96,9 @@ def test_store_at_a_random_port_answers_the_version_that_no_peer_has_and_stays_b
     assert "port 41000 is" not in done.stderr
 
 
-def test_host_without_a_global_ipv6_address_answers_nobody_over_it() -> None:
-    with Network("node", "peer", "stranger") as (node, peer, _), nothing_left_behind(node):
+def test_host_without_a_global_ipv6_address_answers_nobody_over_it(network: Network) -> None:
+    node, peer, _ = network
+    with nothing_left_behind(node):
         node.run(["ip", "-6", "address", "flush", "dev", "eth0", "scope", "global"], check=True)
         options = ["--peers", peer.ipv4, "--scope", "process"]
         job = node.popen(
