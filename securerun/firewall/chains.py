@@ -18,6 +18,9 @@ class TooManyRules(PortChainsUnavailable):
     """A policy would take more rules a family than are written where there are no sets. The message says what to do."""
 
 
+# To sources that are invented, each answer takes a place among the neighbours that the whole machine may look for at
+# once (net.ipv6.neigh.default.gc_thresh3: 1,024), for some three seconds. What is beyond is dropped.
+ANSWERED_A_SECOND = 100
 # What the kernel does not know it refuses at once; another who holds a lock is waited for, and not twice.
 _REFUSED_WITHIN_SECONDS = 3.0
 

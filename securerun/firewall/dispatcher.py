@@ -4,8 +4,9 @@ One dispatcher chain a family, `SECURERUN`, serves all runs of a host. INPUT han
 did not come over loopback; everything else costs one rule. In the dispatcher stand first the pass rules of
 every run, then the drops of every run, so two runs with the same port range and different peers agree.
 A pass is RETURN, in the dispatcher itself: back to the host's own rules. It closes and never opens.
-Of an IP version that none of a run's peers has, a drop is a REJECT with a reset, so that a client with addresses of
-both, which tried that one first, takes the other at once. xt REJECT drops whatever it does not answer.
+Before the drops of an IP version that none of a run's peers has stands a REJECT with a reset, so many a second, so that
+a client with addresses of both, which tried that one first, takes the other at once. xt REJECT drops what it does not
+answer.
 Up to a few peers stand in a rule each; of more, a family's stand in one set (`run_sets`), which one rule names, and
 so do ports that are too many for a few rules.
 
@@ -19,6 +20,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
+from securerun.firewall.chains import ANSWERED_A_SECOND
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.policy import RUN_ID, Policy, by_networks
 from securerun.firewall.run_sets import has_set, has_set_of_ports, port_groups, ports_name, set_name
@@ -161,14 +163,19 @@ def drops(
 
     with_sets, resets: as for `render_install`.
     """
-    target = RESET if resets and policy.answered_version == version else "DROP"
+    is_answered = resets and policy.answered_version == version
     comment = _comment(policy.run_id)
     log = f'-j NFLOG --nflog-prefix "{log_prefix(policy.run_id)}"'
     for ports in _port_matches(policy, with_sets=with_sets):
         if log_group is not None:
-            limit = f"-m limit --limit {LOGGED_A_SECOND}/sec --limit-burst {LOGGED_A_SECOND}"
-            yield f"-A {chain} {ports} {limit} {comment} {log} --nflog-group {log_group}"
-        yield f"-A {chain} {ports} {comment} -j {target}"
+            yield f"-A {chain} {ports} {_limit(LOGGED_A_SECOND)} {comment} {log} --nflog-group {log_group}"
+        if is_answered:
+            yield f"-A {chain} {ports} {_limit(ANSWERED_A_SECOND)} {comment} -j {RESET}"
+        yield f"-A {chain} {ports} {comment} -j DROP"
+
+
+def _limit(packets: int) -> str:
+    return f"-m limit --limit {packets}/sec --limit-burst {packets}"
 
 
 def render_removal(run_id: str, found: Dispatcher) -> str:

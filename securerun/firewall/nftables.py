@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Callable
 
-from securerun.firewall.chains import PortChainsUnavailable, Resets, of_another
+from securerun.firewall.chains import ANSWERED_A_SECOND, PortChainsUnavailable, Resets, of_another
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.policy import Policy, by_networks
@@ -319,12 +319,15 @@ def _drops(place: _Place, run_id: str, log_group: int | None, answered: int | No
     yield f"meta priority {place.token} accept"
     yield 'iifname "lo" accept'
     if log_group is not None:
-        limit = f"limit rate {LOGGED_A_SECOND}/second burst {LOGGED_A_SECOND} packets"
-        yield f'tcp dport @ports {limit} log prefix "{log_prefix(run_id)}" group {log_group}'
+        yield f'tcp dport @ports {_limit(LOGGED_A_SECOND)} log prefix "{log_prefix(run_id)}" group {log_group}'
     if answered is not None:
         # A client with addresses of both IP versions, which tried the one that no peer has, takes the other at once.
-        yield f"meta nfproto ipv{answered} tcp dport @ports counter {RESET}"
+        yield f"meta nfproto ipv{answered} tcp dport @ports {_limit(ANSWERED_A_SECOND)} counter {RESET}"
     yield "tcp dport @ports counter drop"
+
+
+def _limit(packets: int) -> str:
+    return f"limit rate {packets}/second burst {packets} packets"
 
 
 def _range(first: int, last: int) -> str:

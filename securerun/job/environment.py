@@ -37,7 +37,7 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
         command=tuple(command),
         known_ports=_known_ports(environment),
         elsewhere=elsewhere.of_command(command),
-        local_address=_value(environment, "PET_LOCAL_ADDR"),
+        local_address=_value(environment, "PET_LOCAL_ADDR") or None,
     )
 
 

@@ -206,8 +206,10 @@ def test_one_version_is_answered_where_all_peers_are_of_the_other(peers: tuple[s
     for version in (4, 6):
         rules = dispatcher.render_install(policy, version, EMPTY)
         assert rules.count("-j REJECT --reject-with tcp-reset") == (version == answered)
-        assert rules.count("-j DROP") == (version != answered)
+        assert rules.count("-m limit --limit 100/sec ") == (version == answered)
+        assert rules.count("-j DROP") == 1
     text = nftables.render(policy, None)
     assert text.count("counter reject with tcp reset") == (answered is not None)
-    assert text.count(f"meta nfproto ipv{answered} tcp dport @ports counter reject") == (answered is not None)
+    limited = "limit rate 100/second burst 100 packets counter reject"
+    assert text.count(f"meta nfproto ipv{answered} tcp dport @ports {limited}") == (answered is not None)
     assert text.count("counter drop") == 1

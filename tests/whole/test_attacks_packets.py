@@ -160,6 +160,18 @@ def test_stranger_who_invents_sources_gets_a_few_lines_a_minute(network: Network
     assert took < 3, took
 
 
+@pytest.mark.parametrize("backend", ["iptables", "nftables", "legacy"])
+def test_stranger_who_invents_sources_of_a_version_that_is_answered_leaves_the_host_its_neighbours(
+    network: Network, backend: str
+) -> None:
+    """A machine looks for 1,024 neighbours at once: answers to who is not there would take the places of all others."""
+    node, _, stranger = network
+    with job(node, "--firewall", backend), flooded(stranger, node.ipv6):
+        time.sleep(3)
+        neighbours = node.run(["ip", "-6", "neighbour", "show"], check=True).stdout.splitlines()
+    assert 10 < len(neighbours) < 600, "some were answered, and no more than so many a second"
+
+
 @contextlib.contextmanager
 def talked_to(talk: Conversation, document: dict[str, object]) -> Iterator[list[int]]:
     """The guard hears the same thing again and again in the block; yields how often it was sent so far."""
