@@ -333,9 +333,13 @@ def _require_reaped(ground: Ground) -> None:
 
 
 def _require_left_alone(job: LightJob, ground: Ground, cell: Cell) -> None:
-    """The next run comes while the job lives that nobody guards any more, and takes nothing from it."""
+    """The next run comes while the job lives that nobody guards any more, and takes nothing from it.
+
+    A guard that was on its way when the last one died may be there all the same, with chains of its own.
+    """
     _require_reaped(ground)
-    stands = job.record() is not None and ground.has_chains() == cell.chains_outlive_guards
+    is_guarded = bool(ground.guards())
+    stands = job.record() is not None and (is_guarded or ground.has_chains() == cell.chains_outlive_guards)
     require(job.is_over() or stands, f"reaped alive: {[*_differences(ground.before, ground.look())]}; {job.living()}")
 
 
