@@ -7,7 +7,10 @@ that has let go of what was not for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from typing import Callable
 
 from securerun.linux import prctl
@@ -16,6 +19,8 @@ _LetGo = Callable[[], None]
 _to_let_go: list[_LetGo] = []
 _is_secluded = False
 _is_registered = False
+# Held by whoever forks meanwhile.
+_forking = threading.RLock()
 
 
 def begin() -> None:
@@ -32,16 +37,28 @@ def let_go_in_children(let_go: _LetGo) -> None:
     _to_let_go.append(let_go)
 
 
+@contextlib.contextmanager
+def without_forks() -> Iterator[None]:
+    """Have no other thread fork in the block: its child would keep what is being made, and does not know of yet.
+
+    Also the pipe by which Popen hears that its program was executed: it would wait for the child's end.
+    """
+    _register()
+    with _forking:
+        yield
+
+
 def _register() -> None:
     """Once: what is registered cannot be taken back, and what is called last lets others look."""
     global _is_registered
     if not _is_registered:
         _is_registered = True
-        os.register_at_fork(after_in_child=_begin_as_child)
+        os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_begin_as_child)
 
 
 def _begin_as_child() -> None:
     global _is_secluded
+    _forking.release()
     for let_go in _to_let_go:
         let_go()
     if _is_secluded:

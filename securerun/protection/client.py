@@ -173,7 +173,8 @@ class Guard:
                 # look into us then, and whoever has as much as that needs no pipe.
                 seclusion.begin()
             try:
-                self._connection = way.open()
+                with seclusion.without_forks():
+                    self._connection = way.open()
             except OSError as error:
                 self._note(f"{way.name}: {error.strerror or error}")
 
