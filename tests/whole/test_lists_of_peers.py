@@ -100,13 +100,14 @@ def test_the_pods_of_a_kubeflow_trainjob_train_though_one_comes_late(network: Ne
     }
     with Probe(stranger, node0) as probe:
         started = [node0.popen(command, env={**trainjob, "PET_NODE_RANK": "0"})]
-        time.sleep(3)
+        assert started[0].stderr is not None
+        waits = "llm has the addresses of 1 pod so far, and the job has 2 nodes; asking again"
+        assert any(waits in line for line in started[0].stderr)
         with table.open("a") as file:
             file.write(f"{node1.ipv4} llm\n")
         started.append(node1.popen(command, env={**trainjob, "PET_NODE_RANK": "1"}))
         done = finish_all(started, timeout=120)
     assert [one.returncode for one in done] == [0, 0], done
     assert probe.reached == set()
-    assert "llm has the addresses of 1 pod so far, and the job has 2 nodes; asking again" in done[0].stderr, done
     for one in done:
         assert f"open to {node0.ipv4}, {node1.ipv4} (Kubeflow Trainer (PET_MASTER_ADDR))" in one.stderr, done
