@@ -18,6 +18,11 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+def span(first: int, last: int) -> str:
+    """Return a range of numbers, both ends included: `29500`, `60000-60015`."""
+    return str(first) if first == last else f"{first}-{last}"
+
+
 def some(things: Sequence[object], most: int) -> str:
     """Return the first few of a list, and how many more there are."""
     more = f" and {len(things) - most} more" if len(things) > most else ""

@@ -22,7 +22,7 @@ from securerun.guard.documents import denial_document, layer_document, opening_d
 from securerun.guard.records import Record
 from securerun.host.account import name_of
 from securerun.linux import capabilities
-from securerun.text import printable
+from securerun.text import printable, span
 
 if TYPE_CHECKING:
     from securerun.protection.client import Guard
@@ -174,7 +174,7 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
     if record.policy.public:
         yield "public", f"port {opened(record.policy.public)}"
     if record.left_open:
-        ranges = [str(first) if first == last else f"{first}-{last}" for first, last in record.left_open]
+        ranges = [span(first, last) for first, last in record.left_open]
         yield "open", f"to every host: ports {_some(ranges, ', ')}"
     for denial in record.denied[:_NAMED]:
         port = denial.port or "a port that could not be read"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from securerun.firewall.policy import Opening, PortRange, Purpose, by_networks, covers, joined
 from securerun.job.job import Endpoint, Job
 from securerun.linux.networks import Address, shown
+from securerun.text import span
 
 # Which end of a connection is this node.
 IN, OUT, WITHIN = "in", "out", "within"
@@ -159,7 +160,7 @@ def running(
 def _public(public: Sequence[Opening], ends: Ends, found: Sequence[Found] | None = None) -> Iterator[Connection]:
     """Yield a row for each list of networks that public ports are for. found: what listens, if anybody looked."""
     for networks, ranges in by_networks(public).items():
-        ports = tuple(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+        ports = tuple(span(first, last) for first, last in ranges)
         now = None if found is None else tuple(str(one) for one in found if covers(ranges, one.port))
         sources = (*map(shown, networks), *ends.peers) if networks else EVERY_HOST
         yield Connection(Service.PUBLIC, IN, sources, ends.node, ports, now)

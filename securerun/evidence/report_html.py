@@ -11,7 +11,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from securerun.text import printable
+from securerun.text import printable, span
 
 Document = Mapping[str, Any]
 
@@ -321,7 +321,7 @@ def _number(value: object) -> str:
 
 
 def _range(port: Document) -> str:
-    return str(port["first"]) if port["first"] == port["last"] else f"{port['first']}-{port['last']}"
+    return span(port["first"], port["last"])
 
 
 def _moment(text: str) -> str:

@@ -34,6 +34,7 @@ from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.policy import Policy, by_networks
 from securerun.linux import nf_tables
 from securerun.linux.networks import written_address
+from securerun.text import span
 
 # "SRN!" as the two halves of a traffic class: no one sets it by chance.
 TOKEN = "5352:4e21"
@@ -252,7 +253,7 @@ class _PeerSet:
 
 
 def _sets(policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[list[str]]:
-    yield _set("ports", "inet_service", (_range(first, last) for first, last in policy.joined_ports()))
+    yield _set("ports", "inet_service", (span(first, last) for first, last in policy.joined_ports()))
     for each in peers:
         yield _set(each.name, f"ipv{each.version}_addr", each.elements, interval=each.of_networks)
 
@@ -307,7 +308,7 @@ def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterato
         family = "ip" if each.version == 4 else "ip6"
         yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {place.token} accept"
     for networks, ranges in by_networks(policy.public).items():
-        ports = ", ".join(_range(first, last) for first, last in ranges)
+        ports = ", ".join(span(first, last) for first, last in ranges)
         for version, family in ((4, "ip"), (6, "ip6")):
             sources = ", ".join(str(network) for network in networks if network.version == version)
             if sources:
@@ -328,10 +329,6 @@ def _drops(place: _Place, run_id: str, log_group: int | None, answered: int | No
 
 def _limit(packets: int) -> str:
     return f"limit rate {packets}/second burst {packets} packets"
-
-
-def _range(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
 
 
 def _comment(run_id: str) -> str:

@@ -18,7 +18,7 @@ from functools import cached_property
 
 from securerun.errors import PolicyError
 from securerun.linux.networks import Address, Network, collapse, shown, written_address
-from securerun.text import some
+from securerun.text import some, span
 
 FIRST_PORT = 1
 LAST_PORT = 65535
@@ -112,7 +112,7 @@ class PortRange:
         return self.first <= port <= self.last
 
     def __str__(self) -> str:
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+        return span(self.first, self.last)
 
 
 @dataclass(frozen=True, order=True)
@@ -139,7 +139,7 @@ class Opening:
         return not self.networks
 
     def __str__(self) -> str:
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+        return span(self.first, self.last)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def opened(public: Iterable[Opening]) -> str:
     """Return in words who may connect to public ports: `8080, 9090 to 10.0.0.0/8; 9100 to every host`."""
     parts = []
     for networks, ranges in by_networks(public).items():
-        ports = some([str(first) if first == last else f"{first}-{last}" for first, last in ranges], _NAMED)
+        ports = some([span(first, last) for first, last in ranges], _NAMED)
         parts.append(f"{ports} to {some([*map(shown, networks)], _NAMED) or 'every host'}")
     return "; ".join(parts)
 

@@ -185,8 +185,8 @@ def _take_over(lease: Lease, found: Record) -> None:
     lease.stands = True
     # What it left out was told of then.
     kept = found.policy.joined_ports()
-    planned = (p for first, last in lease.order.policy.unasked_ports() for p in range(first, last + 1))
-    lease.leave_out({port: "" for port in planned if not covers(kept, port)})
+    unasked_ports = port_ranges.numbers(lease.order.policy.unasked_ports())
+    lease.leave_out({port: "" for port in unasked_ports if not covers(kept, port)})
     # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
     lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)
     more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)

@@ -22,7 +22,7 @@ from securerun.firewall.policy import LAST_PORT, Opening, Policy, PortRange, cov
 from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
-from securerun.linux import packages, trust
+from securerun.linux import packages, port_ranges, trust
 from securerun.linux.networks import Network
 
 # Peers of more addresses than such a network has are half the world rather than the nodes of a job; and 3,200 networks,
@@ -110,7 +110,7 @@ def unasked_beyond(site: SitePolicy, policy: Policy, caller: Caller) -> dict[int
     if caller.is_root:
         return {}
     allowed = joined(site.ports)
-    unasked = [port for first, last in policy.unasked_ports() for port in range(first, last + 1)]
+    unasked = port_ranges.numbers(policy.unasked_ports())
     why = f"user {caller.user} may not name it, {LIMITS_FILE}"
     found = {port: why for port in unasked if not covers(allowed, port)}
     if _count_of_ports(policy.without(found)) > site.ports_per_run:

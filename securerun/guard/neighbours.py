@@ -17,7 +17,7 @@ from securerun.guard.records import Brief, Record
 from securerun.linux import sock_diag
 from securerun.linux.networks import Network, collapse
 from securerun.linux.sock_diag import SocketsUnavailable
-from securerun.text import some
+from securerun.text import some, span
 
 _PORTS_NAMED = 8
 
@@ -124,7 +124,7 @@ def closing_public(run: Record, known: Iterable[Brief]) -> Iterator[str]:
             continue
         theirs = brief.ports()
         both = [(max(one[0], two[0]), min(one[1], two[1])) for one in public for two in theirs]
-        closed = [str(first) if first == last else f"{first}-{last}" for first, last in both if first <= last]
+        closed = [span(first, last) for first, last in both if first <= last]
         if closed:
             yield (
                 f"public port {some(closed, _PORTS_NAMED)} is in the plan of run {brief.run_id} of user {brief.user}, "

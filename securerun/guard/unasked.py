@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from securerun.firewall.policy import covers, joined
 from securerun.guard import neighbours
 from securerun.guard.records import Brief, Record
-from securerun.linux import sock_diag
+from securerun.linux import port_ranges, sock_diag
 from securerun.linux.sock_diag import SocketsUnavailable
-from securerun.text import some
+from securerun.text import some, span
 
 _REASONS_NAMED = 3
 _PORTS_NAMED = 8
@@ -76,7 +76,7 @@ def told(left_out: Mapping[int, str]) -> Iterator[str]:
 
 
 def _shared(run: Record, others: Iterable[Brief], why: str) -> dict[int, str]:
-    unasked = [port for first, last in run.policy.unasked_ports() for port in range(first, last + 1)]
+    unasked = port_ranges.numbers(run.policy.unasked_ports())
     found: dict[int, str] = {}
     for record in others if unasked else ():
         theirs = record.ports()
@@ -85,4 +85,4 @@ def _shared(run: Record, others: Iterable[Brief], why: str) -> dict[int, str]:
 
 
 def _written(ports: Iterable[int]) -> list[str]:
-    return [str(first) if first == last else f"{first}-{last}" for first, last in joined((p, p) for p in ports)]
+    return [span(first, last) for first, last in joined((port, port) for port in ports)]

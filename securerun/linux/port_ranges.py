@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from securerun.errors import PrivilegeError, Unavailable
+from securerun.text import span
 
 NAME = "net.ipv4.ip_local_reserved_ports"
 LIST = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
@@ -77,7 +78,7 @@ def written(ports: Iterable[int]) -> str:
 
 def written_ranges(joined: Ranges) -> str:
     """Return ranges as the kernel writes them."""
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in joined)
+    return ",".join(span(first, last) for first, last in joined)
 
 
 def understood(text: str) -> Ports:

@@ -134,3 +134,15 @@ def pid_taken(ground: Ground, pid: int, user: int) -> Iterator[None]:
     assert cgroup_of(pid) == place
     taker.stdin.close()
     assert taker.wait(timeout=10) == 0
+
+
+@contextlib.contextmanager
+def server(ground: Ground, user: User | None, port: int, address: str = "") -> Iterator[None]:
+    """Something of a user's that listens, and has nothing to do with securerun."""
+    serve = "import socket, sys, time; s = socket.create_server((sys.argv[2], int(sys.argv[1]))); print(flush=True)"
+    process = ground.popen(user, program(f"{serve}; time.sleep(600)", str(port), address))
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "\n", process.stderr.read()
+    yield
+    process.kill()
+    process.wait()

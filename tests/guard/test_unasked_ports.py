@@ -12,12 +12,11 @@ from typing import Any
 
 import jobs
 import pytest
-from attacking import Ground, program
+from attacking import Ground, server
 from checkout import COMMANDS
 from conversation import Conversation, order
 from hosts import eventually
 from probe import reach
-from users import User
 
 DEFAULT = "HCCL (default range)"
 STORE = {"first": 29500, "last": 29500, "purpose": "master port (static rendezvous)"}
@@ -32,18 +31,6 @@ def asked(*ports: dict[str, Any], **changes: Any) -> dict[str, Any]:  # noqa: AN
     document = order(**changes)
     document["order"]["policy"]["ports"] = [STORE, *ports]
     return document
-
-
-@contextlib.contextmanager
-def server(ground: Ground, user: User | None, port: int, address: str = "") -> Iterator[None]:
-    """Something of a user's that listens, and has nothing to do with securerun."""
-    serve = "import socket, sys, time; s = socket.create_server((sys.argv[2], int(sys.argv[1]))); print(flush=True)"
-    process = ground.popen(user, program(f"{serve}; time.sleep(600)", str(port), address))
-    assert process.stdout is not None and process.stderr is not None
-    assert process.stdout.readline() == "\n", process.stderr.read()
-    yield
-    process.kill()
-    process.wait()
 
 
 @contextlib.contextmanager

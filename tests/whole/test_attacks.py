@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attacking import Ground, cgroup_of, pid_taken, program
+from attacking import Ground, cgroup_of, pid_taken, program, server
 from checkout import CHECKOUT
 from conversation import WAYS, Conversation, guards, log_of, order
 from hosts import eventually, finish, is_alive
 from probe import Probe, reach
 from process_table import name_of, status_of
-from users import CONFIGURATION, GUARD, RECORDS, User, delegated_cgroup
+from users import CONFIGURATION, GUARD, RECORDS, delegated_cgroup
 
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import decode
@@ -827,18 +827,6 @@ def test_shield_cannot_be_detached_by_its_user(ground: Ground, way: str) -> None
 
 
 # --- other users ---
-
-
-@contextlib.contextmanager
-def server(ground: Ground, user: User | None, port: int, address: str = "") -> Iterator[None]:
-    """Something of a user's that listens, and has nothing to do with securerun."""
-    serve = "import socket, sys, time; s = socket.create_server((sys.argv[2], int(sys.argv[1]))); print(flush=True)"
-    process = ground.popen(user, program(f"{serve}; time.sleep(600)", str(port), address))
-    assert process.stdout is not None and process.stderr is not None
-    assert process.stdout.readline() == "\n", process.stderr.read()
-    yield
-    process.kill()
-    process.wait()
 
 
 @pytest.mark.parametrize("way", WAYS)
