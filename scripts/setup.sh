@@ -133,8 +133,32 @@ install_torch_npu() {
     fi
 }
 
+# For the tests of docs/launchers.md: launchers of others, in an environment of their own that sees all of the tests' and
+# changes nothing of it.
+launchers=(accelerate==1.15.0 deepspeed==0.19.8 lightning-fabric==2.6.6 pytorch-lightning==2.6.6 ray==2.60.0 torchx==0.7.0)
+install_launchers() {
+    local directory="$venv/launchers" seen
+    [ "$extra" = test ] || return 0
+    seen="$(torch_version) $PWD ${launchers[*]}"
+    [ "$(cat "$directory/.filled-with" 2> /dev/null)" != "$seen" ] || return 0
+    say "installing launchers of others in $directory"
+    rm -rf "$directory"
+    "$venv/bin/python" -m venv --without-pip "$directory"
+    "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$directory/tests.pth"
+    echo "$PWD" >> "$directory/tests.pth"
+    mv "$directory/tests.pth" "$directory"/lib/python3*/site-packages/
+    # deepspeed is built from its source, by the torch that is there, and compiles nothing then.
+    if DS_BUILD_OPS=0 "$directory/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
+        --no-build-isolation "${launchers[@]}" < /dev/null; then
+        echo "$seen" > "$directory/.filled-with"
+    else
+        say "could not install launchers of others; their tests are skipped (in CI they fail)"
+    fi
+}
+
 install_system_packages
 make_virtual_environment
 install_securerun
 compile_securerun
 install_torch_npu
+install_launchers

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from securerun import run
 from securerun.ending import exit_quickly
 from securerun.errors import UsageError
-from securerun.job import originals
 from securerun.job.launchers import Command, Launcher
 
 
@@ -26,7 +25,9 @@ from securerun.job.launchers import Command, Launcher
 class _Command(Command):
     def run(self) -> None:
         """Run the job as `python -m torch.distributed.launch` does."""
-        originals.call(originals.LAUNCH, "main", list(self.arguments))
+        from torch.distributed import launch
+
+        launch.main(list(self.arguments))
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
-    namespace: argparse.Namespace = originals.call(originals.LAUNCH, "parse_args", arguments)
+    from torch.distributed import launch
+
+    namespace = launch.parse_args(arguments)
     if namespace.no_python and not namespace.use_env:
         raise UsageError("--no-python: --local-rank is an argument for Python scripts; write --use-env as well")
     return namespace, ()

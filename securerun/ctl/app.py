@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 setup = typer.Typer(
-    help="Print what is installed once: ways to a guard, and completion.", no_args_is_help=True, rich_markup_mode=None
+    help="What is installed once: ways to a guard, completion, a torchrun that is securerun.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(setup, name="setup")
 
@@ -220,6 +222,23 @@ def systemd(group: str = typer.Option("securerun", help="The group whose members
     from securerun.ctl.setup import print_systemd
 
     print_systemd(group)
+
+
+@setup.command(short_help="Make a torchrun that is securerun.")
+def torchrun(
+    directory: str = typer.Argument(..., metavar="DIR", help="Where it is to be; made if its parent is there."),
+) -> None:
+    """Make a command torchrun in DIR that is securerun, for scripts and launchers that call torchrun by name.
+
+    DIR has to come first in PATH, and what is printed sees to that: eval "$(securerunctl setup torchrun DIR)".
+    Options of securerun's are then given by SECURERUN_ variables or /etc/securerun/config.toml.
+
+    Only you and root may be able to change DIR. A torchrun there that is not securerun's is left alone. To have
+    torchrun back, remove DIR/torchrun.
+    """
+    from securerun.ctl.torchrun import make
+
+    make(directory)
 
 
 @setup.command(short_help="Print what has a shell complete securerun's options.")

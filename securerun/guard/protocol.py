@@ -116,7 +116,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Guarding:
-    """The layers that stand, proven. notes: what a person should know about layers that do not, or promise less.
+    """The layers that stand, proven. notes: what a person should know about layers that do not.
 
     left_out: first and last of ports of the order's plan that are not in force, since nobody asked for them.
     """

@@ -122,7 +122,11 @@ _OTHER_HOSTS = {
 _NAMING = frozenset(("-u", "-g", "-U", "--user", "--group", "--unset"))
 _FIND_STARTS = frozenset(("-exec", "-execdir", "-ok", "-okdir"))
 # It takes these to mean that nothing is started elsewhere after all.
-_AFTER_ALL_HERE = {"systemd-run": ("--scope",), "deepspeed": ("--no_ssh",)}
+_AFTER_ALL_HERE = {
+    "systemd-run": ("--scope",),
+    "deepspeed": ("--no_ssh",),
+    "torchx": ("local_cwd", "-slocal_cwd", "--scheduler=local_cwd"),
+}
 
 # They start what they are given, here. salloc too, where it is given a command.
 _WRAPPERS = frozenset(

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import IO, Callable, Union
 
 import probe
-from patience import patient
-from process_table import fields_of, signal_if
+from process_table import fields_of
 
 Argument = Union[str, "os.PathLike[str]"]
 Stream = Union[int, IO[str], None]
@@ -318,7 +317,7 @@ def finish_all(
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 10) -> bool:
     """Whether `condition` became true within `seconds`; asked every 20 ms."""
-    end = time.monotonic() + patient(seconds)
+    end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
@@ -381,8 +380,17 @@ def _running(network: Network) -> dict[int, Host]:
 
 def _kill_in_host(pid: int, host: Host) -> None:
     """Kill `pid` if it is in `host` *after* it was pinned down: the number may have passed to another meanwhile."""
-    with contextlib.suppress(ProcessLookupError):
-        signal_if(pid, signal.SIGKILL, lambda: pid in host.processes())
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if pid in host.processes():
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(pidfd)
 
 
 def _release(process: subprocess.Popen[str]) -> None:

@@ -13,7 +13,6 @@ import runpy
 import shlex
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,8 @@ import second_network
 import yaml
 from checkout import CHECKOUT, COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
-from hosts import Host, Network, eventually, finish_all, kill_group, machine_snapshot
+from hosts import Network, eventually, kill_group, machine_snapshot
+from pages import DIRECTORY, Block, Stage, blocks_of
 from users import PrivateMachine
 
 README, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
@@ -47,13 +47,15 @@ ELSEWHERE = {
     ),
     "scripts/quickstart.sh": ("test_docs.py", "test_quickstart_keeps_its_promises"),
 }
+# And pages all of whose commands another test runs.
+PAGES_ELSEWHERE = {
+    "launchers.md": ("test_other_launchers.py", "test_stranger_cannot_reach_any_port_of_what_the_page_has_written"),
+}
 # Commands whose status is 1 where they find something, as on the hosts of the tests.
 FINDS = re.compile(r"securerunctl (doctor|audit)\b")
 # Scripts of the developers': what they do is what runs all this.
 SCRIPTS = re.compile(r"scripts/[\w-]+\.(?:sh|py)")
 
-# Where the private machine has room that no container has a mount over.
-DIRECTORY = "/var/log/job"
 FILES = {
     "train.py": "print('trained')\n",
     "pretrain.sh": "echo trained\n",
@@ -82,43 +84,6 @@ CONNECT = "< /dev/tcp/10.77.0.1/6000"
 OWN_RUN = "mount -t tmpfs -o mode=755 tmpfs /run; "
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page. commands: what it says without comments, a logical line each."""
-
-    page: str
-    line: int
-    language: str
-    text: str
-
-    @property
-    def commands(self) -> tuple[str, ...]:
-        joined = re.sub(r"\\\n\s*", "", self.text)
-        lines = (re.sub(r"(^|\s+)#\s.*", "", line).strip() for line in joined.splitlines())
-        return tuple(line for line in lines if line)
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-def blocks_of(page: Path) -> list[Block]:
-    """The fenced blocks of a page."""
-    found = []
-    lines = page.read_text().splitlines()
-    begin = None
-    for number, line in enumerate(lines):
-        if not line.startswith("```"):
-            continue
-        if begin is None:
-            begin = number
-            continue
-        text = "\n".join(lines[begin + 1 : number])
-        found.append(Block(page.name, begin + 2, lines[begin][3:].strip(), text))
-        begin = None
-    assert begin is None, f"{page}: the block that begins in line {begin} has no end"
-    return found
-
-
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
@@ -128,32 +93,7 @@ def different(language: str) -> list[Block]:
 
 
 def runs_elsewhere(block: Block) -> bool:
-    return block.commands[0].startswith(tuple(ELSEWHERE))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The hosts of one private machine, as the pages have them: node0, node1 and 10.77.0.3, which is no node."""
-
-    machine: PrivateMachine
-    nodes: tuple[Host, ...]
-
-    def start(self, script: str, rank: int) -> subprocess.Popen[str]:
-        """Start a shell script on the node of that rank, as root, where the job's files are."""
-        environment = {"HOME": DIRECTORY, "PATH": f"{COMMANDS}:{os.environ['PATH']}"}
-        shell = ["bash", "-euo", "pipefail", "-c", script]
-        return self.machine.popen(self.nodes[rank], shell, env=environment, cwd=DIRECTORY)
-
-    def run(self, *scripts: str) -> list[str]:
-        """Run a script a node at once, to the good end; what each said on both streams."""
-        done = finish_all([self.start(script, rank) for rank, script in enumerate(scripts)], timeout=100)
-        for one, script in zip(done, scripts):
-            assert one.returncode == 0, (script, one.stdout, one.stderr)
-            assert not re.search(r"^Traceback", one.stderr, re.MULTILINE), (
-                script,
-                one.stderr,
-            )  # torch's own log has some
-        return [one.stdout + one.stderr for one in done]
+    return block.page in PAGES_ELSEWHERE or block.commands[0].startswith(tuple(ELSEWHERE))
 
 
 @pytest.fixture(autouse=True)
@@ -294,7 +234,8 @@ def test_no_page_is_out_of_the_readers_sight() -> None:
 def test_what_other_tests_run_they_do_run() -> None:
     beginnings = {begin for block in different("sh") for begin in ELSEWHERE if block.commands[0].startswith(begin)}
     assert beginnings == set(ELSEWHERE)
-    for file, name in ELSEWHERE.values():
+    assert {page for page in PAGES_ELSEWHERE if (CHECKOUT / "docs" / page).exists()} == set(PAGES_ELSEWHERE)
+    for file, name in (*ELSEWHERE.values(), *PAGES_ELSEWHERE.values()):
         assert f"def {name}(" in (CHECKOUT / "tests/whole" / file).read_text()
 
 
