@@ -7,4 +7,4 @@ bin=${SECURERUN_VENV:-.venv}/bin
 "$bin/ruff" check --quiet .
 "$bin/ruff" format --check --quiet .
 "$bin/mypy"
-"$bin/shellcheck" scripts/*.sh examples/*/*.sh securerun/firewall/by_hand.sh .ci/run
+"$bin/shellcheck" scripts/*.sh tests/ground/*.sh examples/*/*.sh securerun/firewall/by_hand.sh .ci/run

@@ -36,6 +36,12 @@ missing_packages() {
         echo slurm-wlm munge
     # What belongs in a package is what git tracks.
     [ "$extra" != test ] || command -v git > /dev/null || echo git
+    # Machines with older kernels are made and booted (scripts/kernels.sh).
+    [ "$extra" != test ] || command -v qemu-system-x86_64 > /dev/null || echo qemu-system-x86
+    [ "$extra" != test ] || command -v qemu-system-aarch64 > /dev/null || echo qemu-system-arm
+    [ "$extra" != test ] || { command -v cpio && command -v depmod && command -v mke2fs; } > /dev/null ||
+        echo cpio kmod e2fsprogs
+    [ "$extra" != test ] || { command -v xz && command -v zstd; } > /dev/null || echo xz-utils zstd
     # The page of --report is looked at in a browser.
     [ "$extra" != test ] || command -v chromium > /dev/null || echo chromium fonts-noto-core
     # Debian's python3 comes without what makes virtual environments.

@@ -1,0 +1,147 @@
+"""One boot of a machine of the kernel matrix, under QEMU: a command in it, and what it left.
+
+Emulated, not accelerated: it is to work where this runs in a machine itself, and to answer the same everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import kernel_lab
+from kernel_cells import Cell
+from kernel_lab import KernelFiles, LabError
+
+ANSWER_MIB = 32
+# What a machine may take before and after its command, under emulation, beside other work.
+BOOT_SECONDS = 240
+_CONSOLE_LINES = 40
+_QEMU = {
+    # Without what 5.10 does not know: the addresses of 52 bits of `max` end its boot.
+    "arm64": ("qemu-system-aarch64", "-M", "virt,gic-version=3", "-cpu", "cortex-a72"),
+    "amd64": ("qemu-system-x86_64", "-M", "q35", "-cpu", "max"),
+}
+_CONSOLES = {"amd64": "ttyS0", "arm64": "ttyAMA0"}
+_SYSTEMD = {
+    "v2": "systemd.unified_cgroup_hierarchy=1",
+    "hybrid": "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=0",
+    "v1": "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1",
+}
+_LEGACY = "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"  # systemd 256 and newer
+
+
+class MachineError(Exception):
+    """A machine gave no answer. The words end with the last lines of its console."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a machine left: its command's status and output, the kernel's log, and a document where there is one."""
+
+    status: int
+    output: str
+    dmesg: str
+    document: str
+
+
+def run(
+    cell: Cell,
+    kernel: KernelFiles,
+    command: str,
+    *,
+    torch: bool = False,
+    limit: int = 600,
+    memory_mib: int = 2048,
+    processors: int = 1,
+) -> Answer:
+    """Boot, run the command as root in the checkout, for at most `limit` seconds, and turn off.
+
+    What the command writes to /srv/machine/out/document comes back. Raises LabError where something that a machine is
+    made of is not to be had, and MachineError where it gives no answer.
+    """
+    root = kernel_lab.root_image(cell.architecture)
+    site = kernel_lab.site_image(cell.architecture, torch=torch)
+    settings = f"cgroups={cell.cgroups}\nsystemd={int(cell.has_systemd)}\nlimit={limit}\n"
+    with tempfile.TemporaryDirectory(prefix="sr-machine-", dir=kernel_lab.PLACE) as work:
+        place = Path(work)
+        kernel_lab.product_archive(place / "orders", {"settings": settings, "command": f"{command}\n"})
+        with (place / "answer").open("wb") as answer:
+            answer.truncate(ANSWER_MIB << 20)
+        disks = (
+            *_disk("root", root, "snapshot=on"),
+            *_disk("site", site, "snapshot=on"),
+            *_disk("modules", kernel.modules, "readonly=on"),
+            *_disk("orders", place / "orders", "readonly=on"),
+            *_disk("answer", place / "answer", "cache=unsafe"),
+        )
+        words = (
+            *(*_QEMU[cell.architecture], "-accel", "tcg", "-smp", str(processors), "-m", str(memory_mib)),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-serial", f"file:{place / 'console'}", "-device", "virtio-rng-pci"),
+            *("-kernel", str(kernel.image), "-initrd", str(kernel.initramfs), "-append", _command_line(cell), *disks),
+        )
+        said = _until_off(words, place, limit + BOOT_SECONDS)
+        return _answer(cell, place, said)
+
+
+def _disk(name: str, file: Path, option: str) -> tuple[str, ...]:
+    drive = f"file={str(file).replace(',', ',,')},format=raw,if=none,id={name},{option}"
+    return ("-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}")
+
+
+def _command_line(cell: Cell) -> str:
+    words = [f"console={_CONSOLES[cell.architecture]}", "panic=-1", "quiet", "loglevel=4", "net.ifnames=0", "audit=0"]
+    words += ["mitigations=off", "random.trust_cpu=on"]
+    if cell.has_systemd:
+        words += [_SYSTEMD[cell.cgroups], _LEGACY, "systemd.show_status=0"]
+    return " ".join(words)
+
+
+def _until_off(words: tuple[str, ...], place: Path, seconds: float) -> str:
+    """Let it run until it turns itself off, and return what QEMU said; end it after that long."""
+    if shutil.which(words[0]) is None:
+        raise LabError(f"{words[0]} is missing; run scripts/setup.sh test")
+    # Where its throw-away disks are.
+    environment = {**os.environ, "TMPDIR": str(place)}
+    with (place / "qemu").open("w+") as errors:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment, start_new_session=True
+        )
+        ended = "it turned itself off"
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            ended = f"it was still running after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        errors.seek(0)
+        return f"{ended}; {errors.read().strip()}".rstrip("; ")
+
+
+def _answer(cell: Cell, place: Path, said: str) -> Answer:
+    try:
+        with tarfile.open(place / "answer", "r:") as archive:
+            found = {member.name.removeprefix("./"): _text(archive, member) for member in archive if member.isfile()}
+        return Answer(int(found["status"]), found["output"], found["dmesg"], found.get("document", ""))
+    except (tarfile.TarError, KeyError, ValueError) as error:
+        console = _read(place / "console").splitlines()[-_CONSOLE_LINES:]
+        raise MachineError("\n".join([f"{cell} gave no answer ({error}; {said}); its console:", *console])) from error
+
+
+def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read().decode(errors="replace")
+
+
+def _read(file: Path) -> str:
+    return file.read_text(errors="replace") if file.exists() else ""

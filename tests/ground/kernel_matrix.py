@@ -1,0 +1,215 @@
+"""securerun on the kernels that people have: runs cells, keeps what they came to, writes the page.
+
+    kernel_matrix.py                          every cell of tests/ground/kernel_cells.py, all night; then the page
+    kernel_matrix.py '5.10/*' 6.12/arm64/v2   these; * and ? match more
+    kernel_matrix.py --missing                those of which there is no result yet
+    kernel_matrix.py --parts truth,left CELL  only these parts; results of the others stay as they are
+    kernel_matrix.py --kernel DIRECTORY       a kernel of one's own: vmlinuz, release, modules/RELEASE
+    kernel_matrix.py --run CELL COMMAND       boots such a machine, runs a command in its checkout
+    kernel_matrix.py --page | --list          only writes docs/kernels.md | prints the cells
+
+Needs root. A result is docs/kernels/CELL.json, part by part with date and commit, so that cells can be run one at a
+time; docs/kernels.md is made from them. Ends with status 1 if a part was not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kernel_lab
+import kernel_machine
+import kernel_page
+from checkout import CHECKOUT
+from kernel_cells import GROUNDS, KERNELS, Cell, all_cells, parse_cell
+from kernel_lab import KernelFiles, LabError
+from kernel_machine import MachineError
+
+RESULTS = CHECKOUT / "docs/kernels"
+PARTS = ("truth", "one", "two", "kills", "socket", "tests", "net_cls", "left")
+ALL_TESTS = ("tests/firewall", "tests/guard", "tests/linux")
+_TRIAL = "/srv/site/bin/python3 tests/ground/kernel_trial.py"
+# For each of torch's runs and for all tests together, under emulation.
+_SECONDS = 3600
+_MEMORY_MIB, _MEMORY_FOR_TORCH_MIB = 1536, 3584
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be done in a machine. torch: the parts that are torch's own runs."""
+
+    parts: Sequence[str] = PARTS
+    torch: Sequence[str] = ()
+    tests: Sequence[str] = ALL_TESTS
+    seconds: int = _SECONDS
+    processors: int = 1
+
+    def of(self, cell: Cell) -> Trial:
+        """Without what such a machine has not. One launch of torch is enough for aarch64."""
+        has = {"socket": cell.has_systemd, "net_cls": cell.cgroups != "v2"}
+        parts = [part for part in self.parts if has.get(part, True)]
+        torch = [part for part in self.torch if part in parts and (part == "one" or cell.architecture == "amd64")]
+        return Trial(parts, torch, self.tests, self.seconds, self.processors)
+
+    @property
+    def command(self) -> str:
+        torch = [word for part in self.torch for word in ("--torch", part)]
+        tests = [word for test in self.tests for word in ("--tests", test)]
+        return " ".join([_TRIAL, *map(shlex.quote, ["--seconds", str(self.seconds), *torch, *tests, *self.parts])])
+
+
+def try_cell(cell: Cell, kernel: KernelFiles, trial: Trial) -> tuple[dict[str, Any], str]:
+    """What the machine's document says, and its whole output. Raises MachineError where there is none."""
+    trial = trial.of(cell)
+    long_parts = len(trial.torch) + ("tests" in trial.parts)
+    answer = kernel_machine.run(
+        cell,
+        kernel,
+        trial.command,
+        torch=bool(trial.torch),
+        limit=long_parts * trial.seconds + 240 * len(trial.parts),
+        memory_mib=_MEMORY_FOR_TORCH_MIB if trial.torch else _MEMORY_MIB,
+        processors=trial.processors,
+    )
+    if not answer.document:
+        raise MachineError(f"{cell}: the trial ended with status {answer.status}:\n{answer.output[-3000:]}")
+    document: dict[str, Any] = json.loads(answer.document)
+    return document, answer.output
+
+
+def kernel_of(cell: Cell, own: dict[str, Path]) -> KernelFiles:
+    if cell.kernel in own:
+        return kernel_lab.own_kernel(own[cell.kernel], cell.architecture)
+    if cell.kernel not in KERNELS:
+        raise LabError(f"there is no kernel {cell.kernel}; there are {', '.join(KERNELS)}, and --kernel DIRECTORY")
+    return kernel_lab.debian_kernel(cell.kernel, cell.architecture)
+
+
+def keep(results: Path, cell: Cell, document: dict[str, Any]) -> None:
+    """Write the parts that were tried, beside the others of this cell."""
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / cell.file_name
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    when = {"date": datetime.date.today().isoformat(), "commit": commit(), "release": document["release"]}
+    new = {name: {**part, **when} for name, part in document["parts"].items()}
+    parts = {**kept.get("parts", {}), **new}
+    whole = {"cell": str(cell), "release": document["release"], "machine": document["machine"]}
+    ordered = {name: parts[name] for name in PARTS if name in parts}
+    file.write_text(json.dumps({**whole, "parts": ordered}, indent=1, ensure_ascii=False) + "\n")
+
+
+def commit() -> str:
+    """The commit that was tried; with a + where something had been changed."""
+    git = ["git", "-c", f"safe.directory={CHECKOUT}", "-C", str(CHECKOUT)]
+    name = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True).stdout
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "securerun"], check=False).returncode
+    return name.strip() + ("+" if changed else "")
+
+
+def chosen(patterns: Sequence[str], own: dict[str, Path], architecture: str) -> list[Cell]:
+    """The cells that match, in their order."""
+    everything = all_cells(tuple(Cell(name, architecture, ground) for name in own for ground in GROUNDS))
+    if own and not patterns:
+        return [cell for cell in everything if cell.kernel in own]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(str(cell), pattern) for cell in everything):
+            raise LabError(f"no cell matches {pattern}; --list prints them")
+    return [cell for cell in everything if not patterns or any(fnmatch.fnmatchcase(str(cell), one) for one in patterns)]
+
+
+def run_cells(cells: Sequence[Cell], own: dict[str, Path], trial: Trial, results: Path) -> int:
+    """Try them one after another, and keep each. Returns how many were not as they must be."""
+    wrong = 0
+    for cell in cells:
+        begun = time.monotonic()
+        print(f"{cell} ...", flush=True)
+        try:
+            document, output = try_cell(cell, kernel_of(cell, own), trial)
+        except (LabError, MachineError) as error:
+            print(f"{cell}: {error}", flush=True)
+            wrong += 1
+            continue
+        keep(results, cell, document)
+        for name, part in document["parts"].items():
+            print(f"  {'yes' if part['ok'] else 'NO '} {name}: {part['says']} ({part['seconds']} s)", flush=True)
+        if not all(part["ok"] for part in document["parts"].values()):
+            wrong += 1
+            print(output, flush=True)
+        print(f"  {time.monotonic() - begun:.0f} s", flush=True)
+    return wrong
+
+
+def run_command(words: Sequence[str], own: dict[str, Path], seconds: int, processors: int, *, torch: bool) -> int:
+    text, *command = words
+    cell = parse_cell(text)
+    memory = _MEMORY_FOR_TORCH_MIB if torch else _MEMORY_MIB
+    answer = kernel_machine.run(
+        cell,
+        kernel_of(cell, own),
+        " ".join(command),
+        torch=torch,
+        limit=seconds,
+        memory_mib=memory,
+        processors=processors,
+    )
+    print(answer.output, end="")
+    return answer.status
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--tests", action="append", help="a word of pytest's (default: firewall, guard and linux)")
+    parser.add_argument("--torch", default="one,two", help="which parts run torch; '' for none (default: one,two)")
+    parser.add_argument(
+        "--kernel", action="append", default=[], type=Path, help="a directory; its name is the kernel's"
+    )
+    parser.add_argument("--architecture", default="amd64", help="of kernels of one's own (default: amd64)")
+    parser.add_argument("--seconds", type=int, default=_SECONDS, help="for each of torch's runs, and for the tests")
+    parser.add_argument("--processors", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    own = {path.resolve().name.removesuffix(f"-{options.architecture}"): path for path in options.kernel}
+    split = [tuple(filter(None, text.split(","))) for text in (options.parts, options.torch)]
+    trial = Trial(split[0], split[1], options.tests or ALL_TESTS, options.seconds, options.processors)
+    status = 0
+    try:
+        if options.run:
+            return run_command(options.cells, own, options.seconds, options.processors, torch=bool(split[1]))
+        if not options.page:
+            cells = chosen(options.cells, own, options.architecture)
+            if options.missing:
+                cells = [cell for cell in cells if not (options.results / cell.file_name).exists()]
+            if options.list:
+                print(*cells, sep="\n")
+                return 0
+            status = min(run_cells(cells, own, trial, options.results), 1)
+    except (LabError, MachineError, ValueError) as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return 2
+    if options.results == RESULTS:
+        kernel_page.PAGE.write_text(kernel_page.page(RESULTS))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

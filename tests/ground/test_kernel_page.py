@@ -1,0 +1,109 @@
+"""The kernel matrix' cells, judgements and page, without a machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import kernel_cells
+import kernel_page
+import pytest
+from kernel_matrix import RESULTS, Trial, chosen, keep
+from kernel_trial import No, Seen, judgement
+
+
+def test_the_page_is_what_the_kept_results_make() -> None:
+    assert kernel_page.PAGE.read_text() == kernel_page.page(RESULTS), "scripts/kernels.sh --page writes it"
+
+
+def test_every_no_of_the_page_leads_to_its_explanation(tmp_path: Path) -> None:
+    cell = kernel_cells.parse_cell("5.10/amd64/v1")
+    parts = {
+        "truth": {"ok": True, "says": "no shield: net_cls or net_prio is in use; 3 of 9"},
+        "two": {"ok": False, "says": "status [1, 0] | and more"},
+        "tests": {"ok": True, "says": "5 passed, 0 failed, 2 skipped; skipped 2: needs an owner, Linux 5.12"},
+    }
+    _keep(tmp_path, cell, parts)
+    page = kernel_page.page(tmp_path)
+    (row,) = (line for line in page.splitlines() if line.startswith("| 5.10<br>"))
+    references = re.findall(r"no(?:\*\*)? \[(\d)\]", row)
+    assert references == ["1", "2"]
+    assert "5 passed, 0 failed, 2 skipped [3]" in row
+    assert re.findall(r"^(\d)\. ", page, re.MULTILINE) == ["1", "2", "3"]
+    assert "8520e224f547" in page and "status [1, 0] \\| and more" in page
+
+
+def test_a_part_that_is_run_again_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    cell = kernel_cells.parse_cell("6.1/arm64/hybrid")
+    _keep(tmp_path, cell, {"left": {"ok": True, "says": "first"}, "one": {"ok": False, "says": "first"}})
+    _keep(tmp_path, cell, {"one": {"ok": True, "says": "again"}})
+    parts = json.loads((tmp_path / cell.file_name).read_text())["parts"]
+    assert {name: part["says"] for name, part in parts.items()} == {"one": "again", "left": "first"}
+    assert all(part["date"] and part["commit"] for part in parts.values())
+
+
+def test_cells_are_found_by_pattern_and_a_kernel_of_ones_own_has_all_grounds(tmp_path: Path) -> None:
+    assert {str(cell) for cell in chosen(["6.1/*/v2"], {}, "amd64")} == {"6.1/amd64/v2", "6.1/arm64/v2"}
+    own = {"4.19": tmp_path}
+    assert [str(cell) for cell in chosen([], own, "arm64")] == [f"4.19/arm64/{name}" for name in kernel_cells.GROUNDS]
+    with pytest.raises(ValueError, match="write KERNEL/amd64"):
+        kernel_cells.parse_cell("5.10/sparc/v1")
+
+
+def test_a_machine_is_asked_only_for_what_it_has() -> None:
+    whole = Trial(torch=("one", "two"))
+    plain = whole.of(kernel_cells.parse_cell("5.10/arm64/v1"))
+    assert "socket" not in plain.parts and "net_cls" in plain.parts and list(plain.torch) == ["one"]
+    assert "socket" in whole.of(kernel_cells.parse_cell("5.10/amd64/systemd-v1")).parts
+
+
+@pytest.mark.parametrize(
+    ("status", "outcomes", "words"),
+    [
+        (1, ["passed", "failed"], "1 passed, 1 failed, 0 skipped: test_1"),
+        (1, ["passed", "error"], "1 passed, 1 failed"),
+        (None, ["passed"], "and then 60 s were over"),
+        (2, ["passed"], "pytest ended with status 2"),
+    ],
+)
+def test_a_failure_a_timeout_and_an_early_end_of_the_tests_are_a_no(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None, outcomes: list[str], words: str
+) -> None:
+    monkeypatch.setattr("kernel_trial.OUT", tmp_path)
+    (tmp_path / "pytest").write_text("its last words\n")
+    with pytest.raises(No, match=re.escape(words)):
+        judgement(_tally(tmp_path, outcomes), status, 60)
+
+
+def test_passed_and_skipped_tests_are_a_yes_with_the_reasons(tmp_path: Path) -> None:
+    assert judgement(_tally(tmp_path, ["passed", "skipped", "skipped"]), 0, 60) == (
+        "1 passed, 0 failed, 2 skipped; skipped 2: no such map here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seen", "errors"),
+    [
+        (Seen(9, 1, 0.1, False), "run a: every TCP port closed to all others by shield"),
+        (Seen(9, 1, 0.1, True), "run a: scope ports: every other port"),
+        (Seen(9, 1, 5.0, False), "run a: scope ports: every other port"),
+        (Seen(0, 0, 0.0, False), "run a: every TCP port closed to all others by shield"),
+        (Seen(9, 0, 0.0, False), "nothing of the kind"),
+    ],
+)
+def test_what_a_stranger_gets_against_the_words_of_the_start_is_a_no(seen: Seen, errors: str) -> None:
+    with pytest.raises(No):
+        seen.require_kept(errors)
+
+
+def _tally(place: Path, outcomes: list[str]) -> Path:
+    tally = place / "tally"
+    lines = ({"test": f"test_{n}", "outcome": one, "why": "no such map here"} for n, one in enumerate(outcomes))
+    tally.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return tally
+
+
+def _keep(place: Path, cell: kernel_cells.Cell, parts: dict[str, dict[str, Any]]) -> None:
+    keep(place, cell, {"release": "5.10.0-1", "machine": "x86_64", "parts": parts})
