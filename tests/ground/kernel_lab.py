@@ -345,7 +345,8 @@ def _configure(root: Path) -> None:
     (root / "tmp").chmod(0o1777)
     for name in ("passwd", "group"):
         shutil.copy(root / f"usr/share/base-passwd/{name}.master", root / f"etc/{name}")
-    shutil.copy(root / "usr/share/base-files/nsswitch.conf", root / "etc/nsswitch.conf")
+    databases = ("passwd", "group", "shadow", "gshadow")
+    (root / "etc/nsswitch.conf").write_text("".join(f"{name}: files\n" for name in databases) + "hosts: files dns\n")
     for name, shadow in (("passwd", "shadow"), ("group", "gshadow")):
         lines = (root / f"etc/{name}").read_text().splitlines()
         more = ":*:19000:0:99999:7:::" if name == "passwd" else ":*::"
