@@ -1,6 +1,6 @@
 """Jobs without torch for the kernel matrix: they listen, and the nodes of one meet each other.
 
-    kernel_job.py listen SECONDS [FILE]     a port of the kernel's choice every half second, until FILE is there
+    kernel_job.py listen FILE               a port of the kernel's choice every second, eight at most, until FILE exists
     kernel_job.py serve PORT SECONDS        tells who says hello at PORT of another port, and waits there too
     kernel_job.py join ADDRESS PORT SECONDS comes to PORT, and to the port that it is told of
 
@@ -22,12 +22,14 @@ def listener(port: int = 0) -> socket.socket:
     return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
 
 
-def listen(seconds: float, file: str = "") -> None:
-    end = time.monotonic() + seconds
-    kept = []
-    while time.monotonic() < end and not (file and Path(file).exists()):
+def listen(file: str) -> None:
+    kept: list[socket.socket] = []
+    while not Path(file).exists():
         kept.append(listener())
-        time.sleep(0.5)
+        for old in kept[:-8]:
+            old.close()
+        kept = kept[-8:]
+        time.sleep(1)
 
 
 def serve(port: int, seconds: float) -> None:
@@ -74,7 +76,7 @@ def hear(address: str, port: int) -> str:
 def main() -> None:
     what, *words = sys.argv[1:]
     if what == "listen":
-        listen(float(words[0]), *words[1:])
+        listen(words[0])
     elif what == "serve":
         serve(int(words[0]), float(words[1]))
     else:

@@ -55,10 +55,10 @@ PORT = 29500
 BACKENDS = ("iptables", "nftables")
 REFUSED = (77, 78)
 # Emulated: what takes 0.1 s elsewhere takes one or two here.
-_CLEAN_SECONDS, _START_SECONDS, _RUN_SECONDS = 20.0, 60.0, 240.0
+_CLEAN_SECONDS, _START_SECONDS, _RUN_SECONDS = 30.0, 120.0, 300.0
 _PROBE_SECONDS = 3600.0
 # What scope `ports` promises, and how much later than a port a probe of an emulated machine may see it.
-_SEEN_SECONDS, _SLACK_SECONDS = 0.2, 1.0
+_SEEN_SECONDS, _SLACK_SECONDS = 0.2, 5.0
 # As a guard does for itself: the tests' own cgroups are of version 2.
 WITH_VERSION_2 = (
     *(
@@ -114,7 +114,8 @@ class Seen:
         return cls(tried, len(reached), max(ages, default=0.0), any(port == PORT for _, port in reached))
 
     def __str__(self) -> str:
-        return f"a stranger reached {self.reached} of {self.tried} ports"
+        opened = f", the longest for {self.opened:.1f} s" if self.reached else ""
+        return f"a stranger reached {self.reached} of {self.tried} ports{opened}"
 
     def require_kept(self, errors: str) -> None:
         """What was said at the start holds: every port, or each within 0.2 s and the planned ones from the start."""
@@ -125,7 +126,7 @@ class Seen:
         require("scope ports" in errors, f"neither shield nor scope ports was said: {words_of(errors)}")
         require(not self.planned_reached, f"the planned port {PORT} was reached")
         limit = _SEEN_SECONDS + _SLACK_SECONDS
-        require(self.opened <= limit, f"scope ports, and a port was open for {self.opened:.1f} s")
+        require(self.opened <= limit, f"scope ports, and {self}")
 
 
 def is_shielded(errors: str) -> bool:
@@ -162,12 +163,47 @@ def differences(before: Sequence[dict[str, str]], after: Sequence[dict[str, str]
                 yield f"{name}: {' | '.join(sorted(more))[:200]}"
 
 
-def guarded(node: Host, *words: str, peers: str) -> subprocess.Popen[str]:
-    return node.popen([*EXEC, "--peers", peers, *words])
+def guarded(peers: str, *options: str) -> list[str]:
+    """What stands before a command that is to be guarded."""
+    return [*EXEC, "--peers", peers, *options, "--"]
 
 
-def listening(seconds: float, *until: str) -> list[str]:
-    return ["--", sys.executable, JOB, "listen", str(seconds), *until]
+class Listening:
+    """A job that opens one port after the other on a host, and a stranger who tries them. A context manager.
+
+    The job goes on until `end`; then it is known how it ended.
+    """
+
+    def __init__(self, stranger: Host, node: Host, before: Sequence[str]) -> None:
+        self._node = node
+        self._before = before
+        self.probe = trying(stranger, node)
+
+    def __enter__(self) -> Listening:
+        self._place = tempfile.TemporaryDirectory()
+        Path(self._place.name).chmod(0o755)
+        self.probe.__enter__()
+        self._end = Path(self._place.name) / "end"
+        self.process = self._node.popen([*self._before, sys.executable, JOB, "listen", str(self._end)], cwd=Path("/"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.touch()
+        self.probe.__exit__()
+        self._place.cleanup()
+
+    def wait_for_more_ports(self, number: int = 3) -> None:
+        """Until the stranger has tried that many more, or the job has ended."""
+        wanted = len(self.probe.tried) + number
+        eventually(lambda: self.process.poll() is not None or len(self.probe.tried) >= wanted, seconds=_RUN_SECONDS)
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        self._end.touch()
+        return finish(self.process, timeout=_RUN_SECONDS)
+
+    @property
+    def seen(self) -> Seen:
+        return Seen.by([self.probe])
 
 
 def trying(origin: Host, target: Host) -> Probe:
@@ -180,10 +216,10 @@ def trying(origin: Host, target: Host) -> Probe:
 def truth(asked: Asked) -> str:
     """The job first, as on a host where nobody has asked doctor: what doctor looks at may mend it."""
     with hosts("node", "peer", "stranger") as (node, peer, stranger):
-        control = node.popen([sys.executable, JOB, "listen", "4"])
-        with trying(stranger, node) as open_to_all:
-            finish(control, timeout=_RUN_SECONDS)
-        require(bool(open_to_all.reached), "the stranger reaches nothing even without securerun: he proves nothing")
+        with Listening(stranger, node, ()) as open_to_all:
+            open_to_all.wait_for_more_ports()
+            open_to_all.end()
+        require(open_to_all.seen.reached > 0, "the stranger reaches nothing even without securerun: he proves nothing")
         says, doctor = what_is_said_is_true(node, peer, stranger)
         chains = [backend for backend in BACKENDS if chains_hold(node, peer, stranger, backend, doctor[backend])]
         return f"{says}; port chains: {', '.join(chains) or 'none'}"
@@ -191,20 +227,20 @@ def truth(asked: Asked) -> str:
 
 def what_is_said_is_true(node: Host, peer: Host, stranger: Host) -> tuple[str, dict[str, dict[str, Any]]]:
     """What a job says at its start, what a stranger gets of it, and what doctor says then, are the same."""
-    with trying(stranger, node) as probe:
-        done = finish(guarded(node, *listening(6), peers=peer.ipv4), timeout=_RUN_SECONDS)
-    seen = Seen.by([probe])
-    say(f"the job: {done.returncode}, {seen}; {words_of(done.stderr)}")
+    with Listening(stranger, node, guarded(peer.ipv4)) as job:
+        job.wait_for_more_ports(4)
+        done = job.end()
+    say(f"the job: {done.returncode}, {job.seen}; {words_of(done.stderr)}")
     doctor = abilities(node)
     shield = doctor["shield"]
     if done.returncode in REFUSED:
         require(not shield["works"], f"doctor says shield, the job was refused: {words_of(done.stderr)}")
         return f"no shield, refused: {words_of(done.stderr)}", doctor
     require(done.returncode == 0, f"the job ended with status {done.returncode}: {words_of(done.stderr)}")
-    seen.require_kept(done.stderr)
+    job.seen.require_kept(done.stderr)
     agreed = bool(shield["works"]) == is_shielded(done.stderr)
     require(agreed, f"doctor says {shield['what']!r}, and the job {words_of(done.stderr)}")
-    return f"{'shield' if shield['works'] else 'no shield: ' + shield['what']}; {seen}", doctor
+    return f"{'shield' if shield['works'] else 'no shield: ' + shield['what']}; {job.seen}", doctor
 
 
 def abilities(node: Host) -> dict[str, dict[str, Any]]:
@@ -219,9 +255,8 @@ def abilities(node: Host) -> dict[str, dict[str, Any]]:
 
 def chains_hold(node: Host, peer: Host, stranger: Host, backend: str, said: dict[str, Any]) -> bool:
     """Port chains alone close the planned port to the stranger and not to the peer, if doctor says so."""
-    asked = ("--scope", "ports", "--firewall", backend, "--ports", str(PORT))
-    job = ["--", sys.executable, JOB, "serve", str(PORT), "0"]
-    process = guarded(node, *asked, *job, peers=peer.ipv4)
+    before = guarded(peer.ipv4, "--scope", "ports", "--firewall", backend, "--ports", str(PORT))
+    process = node.popen([*before, sys.executable, JOB, "serve", str(PORT), "0"])
     with trying(stranger, node) as probe:
         if eventually(lambda: process.poll() is not None or is_open(node), seconds=_START_SECONDS):
             time.sleep(1)  # for the stranger
@@ -245,8 +280,8 @@ def is_open(host: Host) -> bool:
 def one(asked: Asked) -> str:
     with hosts("node", "stranger") as (node, stranger):
         if "one" not in asked.torch:
-            words = ["--", "sh", "-c", "echo out; echo err >&2; exit 7"]
-            done = finish(guarded(node, *words, peers="localhost"), timeout=_RUN_SECONDS)
+            job = ["sh", "-c", "echo out; echo err >&2; exit 7"]
+            done = node.run([*guarded("localhost"), *job], timeout=_RUN_SECONDS)
             require(
                 (done.returncode, done.stdout) == (7, "out\n"), f"status {done.returncode}: {words_of(done.stderr)}"
             )
@@ -281,7 +316,7 @@ def two(asked: Asked) -> str:
             else:
                 meeting = ((node0, ["serve", str(PORT), "3"]), (node1, ["join", node0.ipv4, str(PORT), "3"]))
                 started = [
-                    guarded(node, "--ports", str(PORT), "--", sys.executable, JOB, *words, peers=peers)
+                    node.popen([*guarded(peers, "--ports", str(PORT)), sys.executable, JOB, *words])
                     for node, words in meeting
                 ]
             done = finish_all(started, timeout=asked.seconds if "two" in asked.torch else _RUN_SECONDS)
@@ -301,29 +336,25 @@ def torch_on(rank: int, master: Host, peers: str) -> list[str]:
 
 
 def kills(asked: Asked) -> str:
-    with hosts("node", "peer", "stranger") as (node, peer, stranger), tempfile.TemporaryDirectory() as work:
-        end = Path(work) / "end"
-        with trying(stranger, node) as probe:
-            process = guarded(node, "--ports", str(PORT), *listening(300, str(end)), peers=peer.ipv4)
+    with hosts("node", "peer", "stranger") as (node, peer, stranger):
+        with Listening(stranger, node, guarded(peer.ipv4, "--ports", str(PORT))) as job:
+            job.wait_for_more_ports(2)
             first = guards_of(node)
-            require(
-                eventually(lambda: bool(probe.tried), seconds=_START_SECONDS), f"no port of the job was seen {first}"
-            )
             for guard in first:
-                os.kill(guard, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(guard, signal.SIGKILL)
             taken_over = eventually(lambda: bool(guards_of(node) - first), seconds=_START_SECONDS)
-            time.sleep(2)  # for the stranger
-            end.touch()
-            done = finish(process, timeout=_RUN_SECONDS)
+            job.wait_for_more_ports(2)
+            done = job.end()
         require(taken_over, f"no guard took over: {words_of(done.stderr)}")
         require(done.returncode == 0, f"after the guard's end status {done.returncode}: {words_of(done.stderr)}")
-        seen = Seen.by([probe])
+        seen = job.seen
         require(seen.reached == 0 or not is_shielded(done.stderr), f"while its guard was killed {seen}")
-        process = guarded(node, *listening(600), peers=peer.ipv4)
-        require(eventually(lambda: bool(node.listening()), seconds=_START_SECONDS), "the second job did not come up")
-        process.kill()
-        process.communicate()
-        gone = eventually(lambda: not node.processes(), seconds=_CLEAN_SECONDS)
+        with Listening(stranger, node, guarded(peer.ipv4)) as job:
+            job.wait_for_more_ports(1)
+            job.process.kill()
+            job.process.communicate()
+            gone = eventually(lambda: JOB not in str(node.processes()), seconds=_CLEAN_SECONDS)
         require(gone, f"after the launcher's end there are {', '.join(node.processes().values())}")
         return f"another guard took over, {seen}; after the launcher's end nothing ran on"
 
@@ -352,15 +383,15 @@ def socket(asked: Asked) -> str:
             stranger = network["stranger"]
             listed = machine.snapshot()
             alice = ["setpriv", "--reuid=alice", "--regid=alice", "--init-groups", "--reset-env", "--"]
-            with trying(stranger, machine) as probe:
-                job = machine.popen([*alice, *EXEC, "--peers", "192.0.2.1", *listening(8)], cwd=Path("/"))
-                done = finish(job, timeout=_RUN_SECONDS)
+            with Listening(stranger, machine, [*alice, *guarded("192.0.2.1")]) as job:
+                job.wait_for_more_ports()
+                done = job.end()
             require(done.returncode == 0, f"status {done.returncode}: {words_of(done.stderr)}")
             require("systemd" in done.stderr, f"its guard came another way: {words_of(done.stderr)}")
-            Seen.by([probe]).require_kept(done.stderr)
+            job.seen.require_kept(done.stderr)
             as_before = eventually(lambda: machine.snapshot() == listed, seconds=_CLEAN_SECONDS)
             require(as_before, f"left: {'; '.join(differences([listed], [machine.snapshot()]))}")
-            return f"alice, by the socket: {Seen.by([probe])}"
+            return f"alice, by the socket: {job.seen}"
     finally:
         _quietly("ip", "netns", "delete", "machine")
 
@@ -445,30 +476,22 @@ def judgement(tally: Path, status: int | None, seconds: float) -> str:
 
 def net_cls(asked: Asked) -> str:
     """Version 1's net_cls comes into use in the middle of a job, beside it and then in it."""
-    with hosts("node", "peer", "stranger") as (node, peer, stranger), tempfile.TemporaryDirectory() as work:
-        end = Path(work) / "end"
-        with trying(stranger, node) as probe:
-            process = guarded(node, "--ports", str(PORT), *listening(300, str(end)), peers=peer.ipv4)
-            require(eventually(lambda: bool(probe.tried), seconds=_START_SECONDS), "no port of the job was seen")
+    with hosts("node", "peer", "stranger") as (node, peer, stranger):
+        with Listening(stranger, node, guarded(peer.ipv4, "--ports", str(PORT))) as job:
+            job.wait_for_more_ports(2)
             with classid() as give_it_to:
-                time.sleep(8)
+                job.wait_for_more_ports(4)
                 for pid, command in node.processes().items():
                     if JOB in command:
                         give_it_to(pid)
-                time.sleep(8)
-                end.touch()
-                done = finish(process, timeout=_RUN_SECONDS)
-        seen = Seen.by([probe])
-        require(done.returncode == 0, f"status {done.returncode}: {words_of(done.stderr)}")
-        require(probe.tried != set(), "the stranger saw no port to try")
-        limit = _SEEN_SECONDS + _SLACK_SECONDS
-        require(
-            not seen.planned_reached and seen.opened <= limit,
-            f"{seen}, one for {seen.opened:.1f} s: {words_of(done.stderr)}",
-        )
-        require(
-            seen.reached == 0 or "scope ports" in done.stderr, f"{seen}, and nothing was said: {words_of(done.stderr)}"
-        )
+                job.wait_for_more_ports(4)
+                done = job.end()
+        seen, words = job.seen, words_of(done.stderr)
+        require(done.returncode == 0, f"status {done.returncode}: {words}")
+        require(seen.tried > 0, "the stranger saw no port to try")
+        in_time = not seen.planned_reached and seen.opened <= _SEEN_SECONDS + _SLACK_SECONDS
+        require(in_time, f"{seen}: {words}")
+        require(seen.reached == 0 or "scope ports" in done.stderr, f"{seen}, and nothing was said: {words}")
         after, _ = what_is_said_is_true(node, peer, stranger)
         return f"{seen}; a job after it: {after}"
 
@@ -583,6 +606,7 @@ def main() -> None:
     )
     parser.add_argument("--tests", action="append", default=[])
     options = parser.parse_args()
+    os.environ.update(PROBE_WATCH_SECONDS="0.1", PROBE_RETRY_SECONDS="0.5")
     asked = Asked(frozenset(options.torch), options.seconds, tuple(options.tests))
     document: dict[str, Any] = {"release": platform.release(), "machine": platform.machine(), "parts": {}}
     for name in options.parts:

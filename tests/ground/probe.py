@@ -25,6 +25,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import selectors
 import socket
 import struct
@@ -54,8 +55,9 @@ _INET_DIAG_SKV6ONLY = 11
 # All addresses of both families, as ss writes it: what torch's stores listen on.
 _DUAL_STACK = "*"
 
-WATCH_SECONDS = 0.01
-RETRY_SECONDS = 0.1
+# An emulated machine has no time for more (tests/ground/kernel_trial.py).
+WATCH_SECONDS = float(os.environ.get("PROBE_WATCH_SECONDS", "0.01"))
+RETRY_SECONDS = float(os.environ.get("PROBE_RETRY_SECONDS", "0.1"))
 CONNECT_SECONDS = 0.5
 # Attempts under way at once: bounds open files and, with CONNECT_SECONDS, the rate.
 PARALLEL = 256

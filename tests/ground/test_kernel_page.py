@@ -88,7 +88,7 @@ def test_passed_and_skipped_tests_are_a_yes_with_the_reasons(tmp_path: Path) -> 
     [
         (Seen(9, 1, 0.1, False), "run a: every TCP port closed to all others by shield"),
         (Seen(9, 1, 0.1, True), "run a: scope ports: every other port"),
-        (Seen(9, 1, 5.0, False), "run a: scope ports: every other port"),
+        (Seen(9, 1, 9.0, False), "run a: scope ports: every other port"),
         (Seen(0, 0, 0.0, False), "run a: every TCP port closed to all others by shield"),
         (Seen(9, 0, 0.0, False), "nothing of the kind"),
     ],
