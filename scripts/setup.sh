@@ -60,7 +60,7 @@ install_system_packages() {
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq < /dev/null
     # shellcheck disable=SC2086 # a list of words
-    without_services apt-get install -y -qq --no-install-recommends $missing < /dev/null > /dev/null
+    without_services apt-get -o DPkg::Lock::Timeout=120 install -y -qq --no-install-recommends $missing < /dev/null > /dev/null
     # Nor at the next start of the machine.
     case " $missing " in *" munge "*) systemctl disable --quiet munge slurmctld slurmd > /dev/null 2>&1 || true ;; esac
 }

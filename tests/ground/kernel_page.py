@@ -39,7 +39,7 @@ _WHY = {
 _HEAD = """\
 # Kernels that it was tried on
 
-Written by `scripts/kernels.sh` from what each cell came to, [kernels/](kernels/); run any of them again:
+Written by `scripts/kernels.sh` from what each cell came to (`docs/kernels/`); run any of them again:
 
 ```text
 scripts/kernels.sh --list

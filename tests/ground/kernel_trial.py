@@ -439,6 +439,7 @@ def tests(asked: Asked) -> str:
             stderr=output,
             env={**os.environ, "KERNEL_TALLY": str(tally), "PYTHONPATH": str(GROUND)},
             cwd=CHECKOUT,
+            text=True,
             start_new_session=True,
         )
         try:
