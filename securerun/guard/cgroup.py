@@ -213,7 +213,7 @@ class JobCgroup:
 
 def path_of_job_cgroup(launcher: int, run_id: str) -> str:
     """Return where a run's cgroup is to be: below the launcher's. Raises CgroupUnavailable where it cannot be."""
-    path = cgroup_of(launcher)
+    path = cgroups.cgroup_once_mounted(launcher)
     if ".." in PurePosixPath(path).parts:
         raise CgroupUnavailable(f"the launcher's cgroup {path} lies outside of what this cgroup namespace shows")
     if len(path) > _LONGEST_PATH:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from typing import Union
 
 from securerun.errors import Obstacle, Unavailable
-from securerun.linux import capabilities, libc, proc
+from securerun.linux import capabilities, proc
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CLONE_NEWNS = 0x00020000
 _VERSION_1, _VERSION_2 = "cgroup", "cgroup2"
-_MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
-_MS_REC_PRIVATE = 16384 | 1 << 18
 # What is mounted where this process is, then where init is: `ip netns exec` hides cgroups from what it runs.
 _VIEWS: tuple[proc.Pid, ...] = (proc.SELF, proc.INIT)
 _REASONS = {
@@ -34,11 +33,12 @@ _REASONS = {
         "a limit on cgroups is reached (cgroup.max.descendants or cgroup.max.depth of a parent)",
         Obstacle.FULL,
     ),
+    errno.ENODEV: ("this kernel has none", Obstacle.OLD_KERNEL),
 }
 
 
-# A directory, and which cgroup that directory is.
-Hierarchy = tuple[str, str]
+# A directory, by its path or a descriptor of it, and which cgroup that directory is.
+Hierarchy = tuple[Union[str, int], str]
 
 
 # Plain classes: making dataclasses of them would take a guard half a millisecond at its start.
@@ -74,7 +74,7 @@ class CgroupUnavailable(Unavailable):
 class Place:
     """Where a cgroup is, or would be: the way `below` the directory `top` of a hierarchy."""
 
-    def __init__(self, top: str, below: PurePosixPath) -> None:
+    def __init__(self, top: str | int, below: PurePosixPath) -> None:
         self._top = top
         self._below = below
 
@@ -84,7 +84,7 @@ class Place:
         Raises OSError.
         """
         with ExitStack() as undo:
-            descriptors = [os.open(self._top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+            descriptors = [self._open_top()]
             undo.callback(os.close, descriptors[0])
             for part in (self._below if with_last else self._below.parent).parts:
                 descriptors.append(os.open(part, DIRECTORY_FLAGS, dir_fd=descriptors[-1]))
@@ -92,24 +92,40 @@ class Place:
             undo.pop_all()
         return tuple(descriptors)
 
+    def _open_top(self) -> int:
+        path, beside = (".", self._top) if isinstance(self._top, int) else (self._top, None)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=beside)
+
 
 def cgroup_of(pid: int) -> str:
-    """Return a process' cgroup in the v2 hierarchy. Raises CgroupUnavailable when it has none."""
+    """Return a process' cgroup in the v2 hierarchy. Raises CgroupUnavailable when it has none, or none is told."""
+    path = _path_of(pid)
+    if path is None:
+        raise CgroupUnavailable("no cgroup of version 2 was mounted since this host booted, so none is told")
+    return path
+
+
+def cgroup_once_mounted(pid: int) -> str:
+    """Return a process' cgroup as `cgroup_of` does, also where none of version 2 was mounted since the host booted.
+
+    The kernel tells of them from their first mount on, whoever made it (cgrp_dfl_visible in cgroup.c): where version 1
+    is all that is mounted, this one is. Raises CgroupUnavailable, also for whoever may not mount.
+    """
+    path = _path_of(pid)
+    if path is not None:
+        return path
     try:
-        lines = proc.cgroups(pid)
+        _unseen()
     except OSError as error:
-        raise refused(f"the cgroup of process {pid} cannot be read", error) from error
-    for line in lines:
-        if line.startswith("0::"):
-            return line[3:]
-    raise CgroupUnavailable("this kernel has no cgroup v2 hierarchy")
+        raise refused("no cgroup of version 2 is mounted here, and none can be", error) from error
+    return cgroup_of(pid)
 
 
 def places_of(path: str) -> Iterator[Place]:
     """Yield where a v2 cgroup may be found by its path in `cgroup_of`, the least intrusive place first.
 
     `ip netns exec` hides /sys/fs/cgroup from what it runs; init's view of it is still there. Where nobody has
-    mounted one, a private mount namespace keeps ours unseen.
+    mounted one, one is mounted that nobody sees.
     """
     for top, root in _hierarchies():
         below = relative(path, root)
@@ -214,9 +230,24 @@ def refused(what: str, error: OSError) -> CgroupUnavailable:
 def _hierarchies() -> Iterator[Hierarchy]:
     for view in _VIEWS:
         yield from ((mount.place, mount.root) for mount in _mounts(view) if mount.shows(""))
-    private = _mount_privately()
-    if private is not None:
-        yield private
+    with contextlib.suppress(OSError):
+        yield _unseen(), "/"
+
+
+@functools.cache
+def _unseen() -> int:
+    """Return a descriptor of the v2 hierarchy's top, kept as long as this process. Raises OSError where it may not."""
+    from securerun.linux import mounts  # few hosts have none mounted
+
+    return mounts.open_unseen(_VERSION_2)
+
+
+def _path_of(pid: int) -> str | None:
+    try:
+        lines = proc.cgroups(pid)
+    except OSError as error:
+        raise refused(f"the cgroup of process {pid} cannot be read", error) from error
+    return next((line[3:] for line in lines if line.startswith("0::")), None)
 
 
 def _paths(pid: proc.Pid) -> Iterator[tuple[str, str]]:
@@ -255,18 +286,6 @@ def _mounts(view: proc.Pid) -> Iterator[_Mount]:
         with contextlib.suppress(OSError):
             if Path(place, "cgroup.procs").exists():
                 yield _Mount(kind, options, place, _unescaped(root))
-
-
-def _mount_privately() -> Hierarchy | None:
-    """Mount cgroup v2 where only this process sees it; None where that is not permitted."""
-    if libc.library.unshare(_CLONE_NEWNS) != 0:
-        return None
-    if libc.library.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
-        return None
-    place = "/sys/fs/cgroup" if Path("/sys/fs/cgroup").is_dir() else "/mnt"
-    if libc.library.mount(b"cgroup2", place.encode(), b"cgroup2", _MS_NOSUID_NODEV_NOEXEC, None) != 0:
-        return None
-    return place, "/"
 
 
 def _members(directory: int) -> set[int]:

@@ -37,6 +37,8 @@ _FIXES_OF_SHIELD = {
     Obstacle.NET_CLS: "reboot with cgroup_no_v1=net_cls,net_prio",
     Obstacle.READ_ONLY_CGROUPS: "docker run --cap-add BPF --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw",
 }
+_FIXES_OF_CGROUP = {Obstacle.OLD_KERNEL: "upgrade to Linux 4.15 or newer"}
+_FIX_OF_CGROUP = "docker run --cap-add SYS_ADMIN (in a container)"
 _FIX_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add BPF (in a container); else start in another cgroup"
 _BACKENDS = {
     "iptables": "apt-get install iptables (dnf install iptables-nft)",
@@ -105,11 +107,27 @@ def _capabilities() -> Ability:
 def _cgroup() -> Ability:
     try:
         path = cgroups.cgroup_of(os.getpid())
+    except CgroupUnavailable:
+        return _untold_cgroup()
+    return Ability("cgroup", True, f"version 2, {path}{_stays()}")
+
+
+def _untold_cgroup() -> Ability:
+    """Tell what a guard finds where version 1 is all that was mounted since the host booted."""
+    if os.geteuid() != 0 or not proc.governs_network():
+        what = "version 2 is not mounted; a guard mounts it for itself alone, and only root can try that"
+        return Ability("cgroup", None, what, "sudo securerunctl doctor")
+    try:
+        path = cgroups.cgroup_once_mounted(os.getpid())
     except CgroupUnavailable as error:
-        return Ability("cgroup", False, str(error), "boot with systemd.unified_cgroup_hierarchy=1")
-    leaves = cgroups.may_leave_shared()
-    stays = "" if leaves else "; a guard of this process' own cannot leave it, and ends with a batch job"
-    return Ability("cgroup", True, f"version 2, {path}{stays}")
+        return Ability("cgroup", False, str(error), _FIXES_OF_CGROUP.get(error.obstacle, _FIX_OF_CGROUP))
+    return Ability("cgroup", True, f"version 2, {path}, which is not mounted: a guard mounts it for itself{_stays()}")
+
+
+def _stays() -> str:
+    if cgroups.may_leave_shared():
+        return ""
+    return "; a guard of this process' own cannot leave it, and ends with a batch job"
 
 
 def _shield() -> Ability:
