@@ -70,7 +70,7 @@ class Obstacle(enum.Enum):
     NO_CGROUP = enum.auto()
     """What was to be a cgroup is none, or was removed."""
     NET_CLS = enum.auto()
-    """Before Linux 5.15 an active net_cls or net_prio has the sockets of every cgroup count as the root's."""
+    """net_cls or net_prio was used, which has the sockets of every cgroup count as the root's on kernels with a fault."""
     PROGRAM_ABOVE = enum.auto()
     """A program on a cgroup above forbids any below, or would be switched off by one."""
     NOT_PROVEN = enum.auto()

@@ -8,52 +8,60 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import socket
 import struct
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Callable
 
 from securerun.errors import Obstacle
 from securerun.firewall.refusals import FORBIDDEN_ABOVE, ShieldUnavailable, explained
+from securerun.linux import net_cgroups, proc
 from securerun.linux.assembler import R0, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Program, programs_on
 
 _PROBE_NAME = "securerun_probe"
 _FORBID_EVERYTHING = (calculate(R0, "=", 0), leave())
 _LONGEST_SEND_SECONDS = 5.0
-# What the child answers: why it could not enter the cgroup, and why it could not send; 0 where it could.
-_ANSWER = struct.Struct("=ii")
+_LONGEST_END_SECONDS = 1.0
+# What the child answers: why it could not enter the cgroups, then, each time, why it could not send; 0 where it could.
+_ANSWER = struct.Struct("=i")
+_QUESTION = b"?"
 
 
-def prove(cgroup: int) -> bool:
+def prove(cgroup: int, like: int | None = None) -> bool:
     """Whether programs on this cgroup really see the packets of sockets that its processes make.
 
-    They do not where sockets count as the root cgroup's (before Linux 5.15, once net_cls or net_prio was in use).
+    They do not where sockets count as the root cgroup's (`securerun.linux.net_cgroups`).
     While this runs, a few milliseconds, nothing in the cgroup can send: prove before the job moves in.
+
+    like: the process that is to move in. What net_cls and net_prio note of a socket goes by where its maker is.
     Raises ShieldUnavailable when it cannot be judged.
     """
-    return egress_is_filtered(cgroup, cgroup)
+    return egress_is_filtered(cgroup, cgroup, like)
 
 
-def egress_is_filtered(attached_to: int, entered: int) -> bool:
+def egress_is_filtered(attached_to: int, entered: int, like: int | None = None) -> bool:
     """Whether a program on one cgroup keeps a new socket of a process that entered the other from sending.
 
     Raises ShieldUnavailable when it cannot be judged.
     """
-    with explained("starting the self-test"):
-        before = _send_from_within(entered)
-    if before == errno.EPERM:
-        raise _cannot_judge("something forbids UDP over the loopback already")
-    if before:
-        raise _cannot_judge(f"no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`")
-    with explained("loading the self-test"):
-        probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
-    with probe, explained("hanging the self-test on the cgroup", FORBIDDEN_ABOVE):
-        probe.attach(attached_to, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
-        try:
-            after = _send_from_within(entered)
-        finally:
-            probe.take_off(attached_to, AttachType.CGROUP_INET_EGRESS)
+    with _started(entered, like) as sender:
+        before = sender.try_to_send()
+        if before == errno.EPERM:
+            raise _cannot_judge("something forbids UDP over the loopback already")
+        if before:
+            raise _cannot_judge(f"no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`")
+        with _forbidding() as probe, explained("hanging the self-test on the cgroup", FORBIDDEN_ABOVE):
+            probe.attach(attached_to, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
+            try:
+                after = sender.try_to_send()
+            finally:
+                probe.take_off(attached_to, AttachType.CGROUP_INET_EGRESS)
+        _require_where(like, sender)
     if after not in (0, errno.EPERM):
         raise _cannot_judge(os.strerror(after))
     return after == errno.EPERM
@@ -66,57 +74,151 @@ def take_off_remains(cgroup: int) -> None:
             probe.take_off(cgroup, AttachType.CGROUP_INET_EGRESS)
 
 
-def _send_from_within(cgroup: int) -> int:
-    """Return the errno of sending over the loopback, from a new socket of a new process in the cgroup; 0: sent."""
-    near, far = socket.socketpair()
-    with near, far:
-        child = os.fork()
-        if not child:
-            near.close()
-            _answer_and_exit(cgroup, far)
-        # Held here too, it would hide the child's death: a batch system kills all of a cgroup, this child included.
-        far.close()
-        answer = _answer_of(child, near)
-    if len(answer) != _ANSWER.size:
-        raise ShieldUnavailable(
-            f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s", Obstacle.NOT_PROVEN
-        )
-    not_entered, not_sent = _ANSWER.unpack(answer)
-    if not_entered:
-        raise ShieldUnavailable(
-            f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}", Obstacle.NOT_PROVEN
-        )
-    return int(not_sent)
+class Sender:
+    """A child in a cgroup that answers, whenever it is asked, whether a new socket of its own could send.
+
+    Raises OSError where there can be no child.
+    """
+
+    def __init__(self, cgroup: int, others: Sequence[int] = ()) -> None:
+        """Start it. others: directories of cgroups of version 1 that it enters as well."""
+        near, far = socket.socketpair()
+        with far, ExitStack() as undo:
+            undo.callback(near.close)
+            self.pid = os.fork()
+            if not self.pid:
+                _live(cgroup, others, far)
+            undo.pop_all()
+        # Held here too, `far` would hide the child's death: a batch system kills all of a cgroup, this child included.
+        self._near = near
+        self._has_entered = False
+
+    def try_to_send(self) -> int:
+        """Return the errno of sending over the loopback from a new socket; 0: sent.
+
+        Raises ShieldUnavailable when it gives no answer, or could not enter the cgroup.
+        """
+        deadline = time.monotonic() + _LONGEST_SEND_SECONDS
+        self.require_entered(deadline)
+        self.ask()
+        return self._answer(deadline)
+
+    def require_entered(self, deadline: float) -> None:
+        """Raise ShieldUnavailable where it could not enter the cgroups, or does not say so until then."""
+        if self._has_entered:
+            return
+        not_entered = self._answer(deadline)
+        if not_entered:
+            raise ShieldUnavailable(
+                f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}", Obstacle.NOT_PROVEN
+            )
+        self._has_entered = True
+
+    def ask(self) -> None:
+        """Have it try to send, without waiting for the answer."""
+        with contextlib.suppress(OSError):  # it has ended, and then has no answer
+            self._near.send(_QUESTION)
+
+    def _answer(self, deadline: float) -> int:
+        self._near.settimeout(max(0.001, deadline - time.monotonic()))
+        answer = b""
+        with contextlib.suppress(OSError):
+            answer = self._near.recv(_ANSWER.size)
+        if len(answer) != _ANSWER.size:
+            raise ShieldUnavailable(
+                f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s", Obstacle.NOT_PROVEN
+            )
+        return int(_ANSWER.unpack(answer)[0])
+
+    def end(self) -> None:
+        """Kill it.
+
+        What is frozen in a cgroup of version 1 does not end, and is not waited for: at the top nothing is frozen.
+        """
+        with contextlib.suppress(ProcessLookupError):  # where SIGCHLD is ignored, the kernel reaps
+            os.kill(self.pid, signal.SIGKILL)
+            if not self._has_ended():
+                with contextlib.suppress(OSError):
+                    net_cgroups.move_to_top(self.pid)
+        if self._has_ended():
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+        self._near.close()
+
+    def _has_ended(self) -> bool:
+        """Return whether its end of the conversation is closed within a moment; with it goes the rest of it."""
+        deadline = time.monotonic() + _LONGEST_END_SECONDS
+        with contextlib.suppress(OSError):
+            while select.select([self._near], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                if not self._near.recv(_ANSWER.size):
+                    return True
+        return False
+
+
+@contextlib.contextmanager
+def _started(cgroup: int, like: int | None) -> Iterator[Sender]:
+    with ExitStack() as undo:
+        places = []
+        with explained("looking where the launcher is", "not permitted"):
+            for name, path in _elsewhere(like).items():
+                places.append(net_cgroups.open_place(name, path))
+                undo.callback(os.close, places[-1])
+        with explained("starting the self-test"):
+            sender = Sender(cgroup, places)
+        undo.callback(sender.end)
+        yield sender
+
+
+def _elsewhere(like: int | None) -> net_cgroups.Memberships:
+    """Return the cgroups of net_cls and net_prio in which a process is and this one is not, where they matter."""
+    if like is None:
+        return {}
+    found = net_cgroups.differing(net_cgroups.of(like), net_cgroups.of(proc.SELF))
+    return found if found and net_cgroups.may_void_filters() else {}
+
+
+def _require_where(like: int | None, sender: Sender) -> None:
+    """Raise ShieldUnavailable where the child is not where the process is: then it tells nothing of it."""
+    if like is None:
+        return
+    with explained("looking where the launcher is"):
+        there, here = net_cgroups.of(like), net_cgroups.of(sender.pid)
+    if net_cgroups.differing(there, here) and net_cgroups.may_void_filters():
+        where = ", ".join(f"{name}:{path}" for name, path in there.items())
+        raise _cannot_judge(f"it could not be made where the launcher is, in {where}")
+
+
+@contextlib.contextmanager
+def _forbidding() -> Iterator[Program]:
+    with explained("loading the self-test"):
+        probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
+    with probe:
+        yield probe
 
 
 def _cannot_judge(reason: str) -> ShieldUnavailable:
     return ShieldUnavailable(f"the self-test cannot judge: {reason}", Obstacle.NOT_PROVEN)
 
 
-def _answer_of(child: int, near: socket.socket) -> bytes:
-    near.settimeout(_LONGEST_SEND_SECONDS)
-    try:
-        return near.recv(_ANSWER.size)
-    except socket.timeout:
-        return b""
-    finally:
-        # The child waits for this, frozen or not, so the pid is still its own.
-        os.kill(child, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, the kernel reaps
-            os.waitpid(child, 0)
-
-
-def _answer_and_exit(cgroup: int, far: socket.socket) -> None:
-    """Live the child's whole life: answer, and then wait to be killed or for the parent's end."""
+def _live(cgroup: int, others: Collection[int], far: socket.socket) -> None:
+    """Live the child's whole life: enter, and answer until the parent's end, or until it is killed."""
     try:
         # The handlers are the guard's, and not for this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        not_entered = _errno_of(lambda: _enter(cgroup))
-        not_sent = 0 if not_entered else _errno_of(_send_to_self)
-        far.sendall(_ANSWER.pack(not_entered, not_sent))
-        far.recv(1)
+        # What else the guard has open ends with the guard: locks, the launcher's pipe, programs.
+        _close_all_but({cgroup, *others, far.fileno()})
+        far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))
+        while far.recv(len(_QUESTION)):
+            far.sendall(_ANSWER.pack(_errno_of(_send_to_self)))
     finally:
         os._exit(0)
+
+
+def _close_all_but(kept: Collection[int]) -> None:
+    for descriptor in proc.own_descriptors():
+        if descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def _errno_of(action: Callable[[], None]) -> int:
@@ -127,13 +229,10 @@ def _errno_of(action: Callable[[], None]) -> int:
     return 0
 
 
-def _enter(cgroup: int) -> None:
-    membership = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup)
-    try:
-        # A file object would hide that the kernel refuses the move, as it does below a threaded cgroup.
-        os.write(membership, b"0")
-    finally:
-        os.close(membership)
+def _enter(cgroup: int, others: Collection[int]) -> None:
+    # Those of version 1 first: once in the job's cgroup it may be kept from doing anything.
+    for directory in (*others, cgroup):
+        net_cgroups.enter(directory)
     # A threaded cgroup lists its threads only; of a process with one thread that is the process.
     if os.getpid() not in _listed(cgroup, "cgroup.procs") | _listed(cgroup, "cgroup.threads"):
         raise OSError(errno.ESRCH, "the move had no effect")

@@ -254,10 +254,10 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
-    if not cgroup.populated() and not selftest.prove(cgroup.descriptor):
+    if not cgroup.populated() and not selftest.prove(cgroup.descriptor, lease.caller.pid):
         raise ShieldUnavailable(
-            "filters on a cgroup do not run on this host (before kernel 5.15 an active net_cls or net_prio cgroup, "
-            "one container start with cgroup v1, switches them off until the next boot)",
+            "filters on a cgroup do not run on this host: one use of net_cls or net_prio, such as the start of a "
+            "container with cgroup v1, switches them off until the next boot (mended in Linux 5.15 and later 5.10.y)",
             Obstacle.NET_CLS,
         )
 

@@ -223,7 +223,7 @@ def outside(found: Iterable[Listener], holders: Mapping[int, int], ids: Collecti
     """Return the listeners that the processes hold and no filter on the cgroups `ids` (from `cgroup_ids`) sees.
 
     A socket belongs for good to the cgroup in which it was made: these were made before joining, received from
-    outside, or fell to the root cgroup since net_cls or net_prio is in use (before 5.15). A kernel that does not
+    outside, or fell to the root cgroup since net_cls or net_prio is in use (net_cgroups.py). A kernel that does not
     tell the cgroup (before 5.9) accuses nobody.
     """
     return tuple(

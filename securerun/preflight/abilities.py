@@ -159,7 +159,9 @@ def _try_shield(policy: Policy) -> str:
         undo.callback(hung.detach)
         if not selftest.prove(made.descriptor):
             raise ShieldUnavailable(
-                "filters on a cgroup do not run here: net_cls or net_prio is in use (before 5.15)", Obstacle.NET_CLS
+                "filters on a cgroup do not run here: net_cls or net_prio was used, which switches them off until the next "
+                "boot (mended in Linux 5.15 and later 5.10.y)",
+                Obstacle.NET_CLS,
             )
         return hung.name
 
