@@ -70,7 +70,7 @@ class Obstacle(enum.Enum):
     NO_CGROUP = enum.auto()
     """What was to be a cgroup is none, or was removed."""
     NET_CLS = enum.auto()
-    """net_cls or net_prio was used, which has the sockets of every cgroup count as the root's on kernels with a fault."""
+    """net_cls or net_prio was used, which on some kernels has the sockets of every cgroup count as the root's."""
     PROGRAM_ABOVE = enum.auto()
     """A program on a cgroup above forbids any below, or would be switched off by one."""
     NOT_PROVEN = enum.auto()

@@ -51,7 +51,8 @@ def _of_run(record: Record) -> list[Connection]:
             f"nsenter --target {record.launcher} --net securerunctl matrix --run {record.run_id}"
         )
     policy = record.policy
-    return matrix.running(policy.ports, _ends(policy), list(_listeners(record)), policy.public)
+    found = list(_listeners(record))
+    return matrix.running(policy.ports, _ends(policy), found, policy.public, record.left_open)
 
 
 def _find(run_id: str | None) -> Record:

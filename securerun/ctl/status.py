@@ -111,6 +111,7 @@ def document(record: Record) -> dict[str, Any]:
         "command": record.command,
         "state": state(record),
         "layers": [layer_document(layer) for layer in record.layers],
+        "void": record.void or None,
         "ports": policy["ports"],
         "peers": policy["peers"],
         "public": [opening_document(opening) for opening in record.policy.public],
@@ -168,6 +169,8 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
         yield "guard", _without_guard(record)
     for layer in record.layers:
         yield "closed by", str(layer)
+    if record.void:
+        yield "shield", f"holds no more: {record.void}"
     if record.policy.ports:
         yield "ports", _some([f"{port} {port.purpose}" for port in record.policy.ports], "; ")
     yield "open to", _open_to(record.policy)

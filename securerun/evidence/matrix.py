@@ -135,15 +135,26 @@ def planned(
 
 
 def running(
-    ports: Sequence[PortRange], ends: Ends, found: Sequence[Found], public: Sequence[Opening] = ()
+    ports: Sequence[PortRange],
+    ends: Ends,
+    found: Sequence[Found],
+    public: Sequence[Opening] = (),
+    left_open: Sequence[tuple[int, int]] = (),
 ) -> list[Connection]:
-    """Return the matrix of a job that runs here: its plan, and what listens now. found: all that its processes hold."""
+    """Return the matrix of a job that runs here: its plan, and what listens now. found: all that its processes hold.
+
+    left_open: first and last of ports that no layer closes to anybody.
+    """
     rows = []
+    open_to_all = joined(left_open)
     plan = [ports for ports in ports if ports.purpose != Purpose.OPENED_MEANWHILE]
     for service, ranges in _by_service(plan):
         texts = tuple(map(str, ranges))
-        now = tuple(str(one) for one in found if any(one.port in ports for ports in ranges))
+        listening = [one for one in found if any(one.port in ports for ports in ranges)]
+        now = tuple(map(str, listening))
         inbound = Connection(service, IN if ends.peers else WITHIN, ends.peers or ends.node, ends.node, texts, now)
+        if any(covers(open_to_all, one.port) for one in listening):
+            inbound = Connection(service, IN, EVERY_HOST, ends.node, texts, now)
         outbound = Connection(service, OUT, ends.node, ends.peers, texts)
         if service not in _STORES:
             rows += [inbound, outbound] if ends.peers else [inbound]
@@ -151,7 +162,7 @@ def running(
             rows.append(inbound if now or not ends.peers else outbound)
     rows += _public(public, ends, found)
     named = joined((*((one.first, one.last) for one in plan), *((one.first, one.last) for one in public)))
-    rows += [_listening(one, ends) for one in found if not covers(named, one.port)]
+    rows += [_listening(one, ends, open_to_all) for one in found if not covers(named, one.port)]
     if ends.peers:
         rows.append(Connection(Service.COLLECTIVE, OUT, ends.node, ends.peers))
     return rows
@@ -195,8 +206,10 @@ def _both_ways(service: Service, ports: tuple[str, ...], ends: Ends) -> list[Con
     ]
 
 
-def _listening(found: Found, ends: Ends) -> Connection:
+def _listening(found: Found, ends: Ends, open_to_all: list[tuple[int, int]]) -> Connection:
     destinations = ends.node if found.address.is_unspecified else (str(found.address),)
+    if covers(open_to_all, found.port):
+        return Connection(found.service, IN, EVERY_HOST, destinations, (str(found.port),), (str(found),))
     from_outside = ends.peers and not found.address.is_loopback
     sources, direction = (ends.peers, IN) if from_outside else (destinations, WITHIN)
     return Connection(found.service, direction, sources, destinations, (str(found.port),), (str(found),))

@@ -27,6 +27,8 @@ _PROBE_NAME = "securerun_probe"
 _FORBID_EVERYTHING = (calculate(R0, "=", 0), leave())
 _LONGEST_SEND_SECONDS = 5.0
 _LONGEST_END_SECONDS = 1.0
+# Mostly it answers in a tenth of a millisecond; who has other things to do asks later.
+_SHORT_ANSWER_SECONDS = 0.005
 # What the child answers: why it could not enter the cgroups, then, each time, why it could not send; 0 where it could.
 _ANSWER = struct.Struct("=i")
 _QUESTION = b"?"
@@ -50,11 +52,7 @@ def egress_is_filtered(attached_to: int, entered: int, like: int | None = None) 
     Raises ShieldUnavailable when it cannot be judged.
     """
     with _started(entered, like) as sender:
-        before = sender.try_to_send()
-        if before == errno.EPERM:
-            raise _cannot_judge("something forbids UDP over the loopback already")
-        if before:
-            raise _cannot_judge(f"no UDP over the loopback ({os.strerror(before)}); `ip link set lo up`")
+        _require_allowed(sender.try_to_send())
         with _forbidding() as probe, explained("hanging the self-test on the cgroup", FORBIDDEN_ABOVE):
             probe.attach(attached_to, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
             try:
@@ -62,9 +60,7 @@ def egress_is_filtered(attached_to: int, entered: int, like: int | None = None) 
             finally:
                 probe.take_off(attached_to, AttachType.CGROUP_INET_EGRESS)
         _require_where(like, sender)
-    if after not in (0, errno.EPERM):
-        raise _cannot_judge(os.strerror(after))
-    return after == errno.EPERM
+    return _is_forbidden(after)
 
 
 def take_off_remains(cgroup: int) -> None:
@@ -80,14 +76,24 @@ class Sender:
     Raises OSError where there can be no child.
     """
 
-    def __init__(self, cgroup: int, others: Sequence[int] = ()) -> None:
-        """Start it. others: directories of cgroups of version 1 that it enters as well."""
+    def __init__(
+        self,
+        cgroup: int,
+        others: Sequence[int] = (),
+        at_end: Callable[[], None] = lambda: None,
+        kept: Sequence[int] = (),
+    ) -> None:
+        """Start it.
+
+        others: directories of cgroups of version 1 that it enters as well. at_end: what it does when this process ends
+        before it. kept: the descriptors that it takes for that.
+        """
         near, far = socket.socketpair()
         with far, ExitStack() as undo:
             undo.callback(near.close)
             self.pid = os.fork()
             if not self.pid:
-                _live(cgroup, others, far)
+                _live(cgroup, others, far, at_end, kept)
             undo.pop_all()
         # Held here too, `far` would hide the child's death: a batch system kills all of a cgroup, this child included.
         self._near = near
@@ -105,30 +111,31 @@ class Sender:
 
     def require_entered(self, deadline: float) -> None:
         """Raise ShieldUnavailable where it could not enter the cgroups, or does not say so until then."""
-        if self._has_entered:
-            return
-        not_entered = self._answer(deadline)
-        if not_entered:
-            raise ShieldUnavailable(
-                f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}", Obstacle.NOT_PROVEN
-            )
-        self._has_entered = True
+        if not self._has_entered:
+            _require_entered(self._answer(deadline))
+            self._has_entered = True
 
     def ask(self) -> None:
         """Have it try to send, without waiting for the answer."""
         with contextlib.suppress(OSError):  # it has ended, and then has no answer
             self._near.send(_QUESTION)
 
-    def _answer(self, deadline: float) -> int:
-        self._near.settimeout(max(0.001, deadline - time.monotonic()))
+    def answer_within(self, seconds: float) -> int | None:
+        """Return its next answer; None where there is none so soon. Raises ShieldUnavailable where none will come."""
+        if not select.select([self._near], [], [], max(0.0, seconds))[0]:
+            return None
         answer = b""
         with contextlib.suppress(OSError):
             answer = self._near.recv(_ANSWER.size)
         if len(answer) != _ANSWER.size:
-            raise ShieldUnavailable(
-                f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s", Obstacle.NOT_PROVEN
-            )
+            raise _no_answer()
         return int(_ANSWER.unpack(answer)[0])
+
+    def _answer(self, deadline: float) -> int:
+        answer = self.answer_within(deadline - time.monotonic())
+        if answer is None:
+            raise _no_answer()
+        return answer
 
     def end(self) -> None:
         """Kill it.
@@ -153,6 +160,62 @@ class Sender:
                 if not self._near.recv(_ANSWER.size):
                     return True
         return False
+
+
+class Repeated:
+    """The proof again and again, in a cgroup where nothing else is and everything is forbidden for good.
+
+    Where something switches filters on cgroups off, it does so for all of them. Raises OSError.
+    """
+
+    def __init__(self, cgroup: int, others: Sequence[int], at_end: Callable[[], None], kept: Sequence[int]) -> None:
+        """Begin, without waiting for anything. The arguments are those of `Sender`."""
+        self._cgroup = cgroup
+        self._sender = Sender(cgroup, others, at_end, kept)
+        self._probe: Program | None = None
+        # First it says whether it could enter, then, with nothing forbidden, whether it can send at all.
+        self._judge: Callable[[int], bool | None] = self._judge_entering
+        self._asked_until = time.monotonic() + _LONGEST_SEND_SECONDS
+        self._is_asked = True
+
+    def look(self) -> bool | None:
+        """Return whether programs on a cgroup run, as was just tried; None while there is no answer yet.
+
+        Raises ShieldUnavailable when it cannot be judged; then it has to be begun anew.
+        """
+        if not self._is_asked:
+            self._sender.ask()
+            self._is_asked, self._asked_until = True, time.monotonic() + _LONGEST_SEND_SECONDS
+        answer = self._sender.answer_within(_SHORT_ANSWER_SECONDS)
+        if answer is None:
+            if time.monotonic() > self._asked_until:
+                raise _no_answer()
+            return None
+        self._is_asked = False
+        return self._judge(answer)
+
+    def end(self) -> None:
+        """End the child and let go of the program, which goes with the cgroup."""
+        self._sender.end()
+        if self._probe is not None:
+            self._probe.close()
+
+    def _judge_entering(self, not_entered: int) -> None:
+        _require_entered(not_entered)
+        self._judge = self._judge_before
+
+    def _judge_before(self, not_sent: int) -> None:
+        _require_allowed(not_sent)
+        with explained("loading the self-test"):
+            self._probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
+        with explained("hanging the self-test on a cgroup", FORBIDDEN_ABOVE):
+            self._probe.attach(self._cgroup, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
+        self._judge = self._judge_sending
+
+    def _judge_sending(self, not_sent: int) -> bool:
+        if not not_sent and self._sender.pid not in _members(self._cgroup):
+            raise _cannot_judge("somebody moved it out of its cgroup")
+        return _is_forbidden(not_sent)
 
 
 @contextlib.contextmanager
@@ -196,20 +259,50 @@ def _forbidding() -> Iterator[Program]:
         yield probe
 
 
+def _require_entered(not_entered: int) -> None:
+    if not_entered:
+        raise ShieldUnavailable(
+            f"the self-test could not enter the job's cgroup: {os.strerror(not_entered)}", Obstacle.NOT_PROVEN
+        )
+
+
+def _require_allowed(not_sent: int) -> None:
+    """Raise ShieldUnavailable where it cannot send with nothing of ours in its way."""
+    if not_sent == errno.EPERM:
+        raise _cannot_judge("something forbids UDP over the loopback already")
+    if not_sent:
+        raise _cannot_judge(f"no UDP over the loopback ({os.strerror(not_sent)}); `ip link set lo up`")
+
+
+def _is_forbidden(not_sent: int) -> bool:
+    if not_sent not in (0, errno.EPERM):
+        raise _cannot_judge(os.strerror(not_sent))
+    return not_sent == errno.EPERM
+
+
+def _no_answer() -> ShieldUnavailable:
+    return ShieldUnavailable(
+        f"the self-test was killed, or gave no answer within {_LONGEST_SEND_SECONDS:g} s", Obstacle.NOT_PROVEN
+    )
+
+
 def _cannot_judge(reason: str) -> ShieldUnavailable:
     return ShieldUnavailable(f"the self-test cannot judge: {reason}", Obstacle.NOT_PROVEN)
 
 
-def _live(cgroup: int, others: Collection[int], far: socket.socket) -> None:
+def _live(
+    cgroup: int, others: Collection[int], far: socket.socket, at_end: Callable[[], None], kept: Collection[int]
+) -> None:
     """Live the child's whole life: enter, and answer until the parent's end, or until it is killed."""
     try:
         # The handlers are the guard's, and not for this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         # What else the guard has open ends with the guard: locks, the launcher's pipe, programs.
-        _close_all_but({cgroup, *others, far.fileno()})
+        _close_all_but({cgroup, *others, *kept, far.fileno()})
         far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))
         while far.recv(len(_QUESTION)):
             far.sendall(_ANSWER.pack(_errno_of(_send_to_self)))
+        at_end()
     finally:
         os._exit(0)
 
@@ -234,8 +327,12 @@ def _enter(cgroup: int, others: Collection[int]) -> None:
     for directory in (*others, cgroup):
         net_cgroups.enter(directory)
     # A threaded cgroup lists its threads only; of a process with one thread that is the process.
-    if os.getpid() not in _listed(cgroup, "cgroup.procs") | _listed(cgroup, "cgroup.threads"):
+    if os.getpid() not in _members(cgroup):
         raise OSError(errno.ESRCH, "the move had no effect")
+
+
+def _members(cgroup: int) -> set[int]:
+    return _listed(cgroup, "cgroup.procs") | _listed(cgroup, "cgroup.threads")
 
 
 def _listed(cgroup: int, name: str) -> set[int]:

@@ -28,7 +28,7 @@ from securerun.guard.lease import Lease, first_record, remove_record
 from securerun.guard.limits import SitePolicy, unasked_beyond
 from securerun.guard.protocol import Order
 from securerun.guard.records import Record
-from securerun.linux import port_ranges, proc, processes
+from securerun.linux import net_cgroups, port_ranges, proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.linux.processes import Process
@@ -68,6 +68,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
         if lease.shield is None:
             _require_sight_of_listeners()
             lease.make_unweakened()
+        lease.notes += tuple(_doubts(lease))
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended() and not lease.stands:
             raise _ended(caller)
@@ -78,6 +79,18 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
         raise
     lease.stands = True
     return lease
+
+
+def _doubts(lease: Lease) -> Iterator[str]:
+    """Yield what is done, or would be, where something may switch the shield off while the job runs."""
+    if lease.void:
+        yield f"the shield holds no more: {lease.void}"
+    elif lease.closes_all:
+        also = "so the port chains close each port of this job as well, within 0.2 s of its appearing"
+        if lease.chains is None:
+            end = "ended" if lease.order.scope == "process" else "open"
+            also = f"and there are no port chains to close its ports then: the job would be {end}, which is said"
+        yield f"net_cls or net_prio of cgroup version 1 is here and may switch the shield off on this kernel, {also}"
 
 
 def _ended(caller: Caller) -> PrivilegeError:
@@ -188,7 +201,10 @@ def _take_over(lease: Lease, found: Record) -> None:
     unasked_ports = port_ranges.numbers(lease.order.policy.unasked_ports())
     lease.leave_out({port: "" for port in unasked_ports if not covers(kept, port)})
     # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
-    lease.record = dataclasses.replace(lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers)
+    lease.record = dataclasses.replace(
+        lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers, void=found.void
+    )
+    lease.void = found.void
     more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)
     lease.policy = dataclasses.replace(lease.policy, ports=(*lease.order.policy.ports, *more))
     # And what was closed while the job ran: it would be open until it is found again.
@@ -241,7 +257,10 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     cgroup = lease.cgroup
     if cgroup is None:
         return
-    if lease.record.is_bare:
+    lease.may_void = net_cgroups.may_void_filters()
+    lease.proven_in = _where(lease.caller)
+    lease.closes_all = lease.may_void and bool(lease.proven_in)
+    if lease.record.is_bare and not lease.void:
         # Proven to be none when nothing was in the cgroup; now nothing can be proven, nor hung before the job is there.
         raise ShieldUnavailable("the guard before this one had none", Obstacle.NOTHING_THERE)
     if lease.order.adopt:
@@ -260,6 +279,14 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
             "container with cgroup v1, switches them off until the next boot (mended in Linux 5.15 and later 5.10.y)",
             Obstacle.NET_CLS,
         )
+
+
+def _where(caller: Caller) -> net_cgroups.Memberships:
+    """Return the launcher's cgroups of net_cls and net_prio, looked at before the proof: who moves then is noticed."""
+    try:
+        return net_cgroups.of(caller.pid)
+    except OSError as error:
+        raise _ended(caller) from error
 
 
 def _move_in(lease: Lease, undo: ExitStack) -> None:
@@ -330,6 +357,7 @@ def _forget_shield(lease: Lease, undo: ExitStack) -> None:
         lease.shield.detach()
         lease.shield.close()
         lease.shield = None
+    lease.may_void = lease.closes_all = False
     try:
         _move_in(lease, undo)
     except CgroupUnavailable:
@@ -339,13 +367,13 @@ def _forget_shield(lease: Lease, undo: ExitStack) -> None:
 def _add_chains(lease: Lease) -> None:
     """Add the port chains; with `auto` a host that cannot have them keeps the shield alone, and hears why."""
     order = lease.order
-    if order.firewall == "off" or not (order.policy.ports or lease.left_out or lease.shield is None):
+    if order.firewall == "off" or not (order.policy.ports or lease.left_out or lease.shield is None or lease.may_void):
         return
     drops = open_drop_log(order.policy.run_id)
     try:
         with run_directory.host_lock() as directory:
             chains = _choose(order, lease.caller, directory)
-            chains.begin(adopt=_layer(chains) in lease.record.layers, outlive=lease.shield is None)
+            chains.begin(adopt=_layer(chains) in lease.record.layers, outlive=lease.shield is None or lease.may_void)
             lease.write_to(directory, layers=(*lease.guarding.layers, _layer(chains)))
             lease.chains = chains
             if lease.policy.ports:

@@ -139,7 +139,7 @@ class JobCgroup:
     def kill(self) -> None:
         """SIGKILL everything in it at once, what is being forked included; before kernel 5.14 one by one."""
         try:
-            _write(self.descriptor, "cgroup.kill", "1")
+            cgroups.write(self.descriptor, "cgroup.kill", "1")
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP):  # a threaded cgroup cannot be killed as one
                 raise
@@ -153,7 +153,7 @@ class JobCgroup:
         is waited for no longer than a moment.
         """
         try:
-            _write(self.descriptor, "cgroup.freeze", "1")
+            cgroups.write(self.descriptor, "cgroup.freeze", "1")
         except OSError:
             yield
             return
@@ -162,7 +162,7 @@ class JobCgroup:
             yield
         finally:
             with contextlib.suppress(OSError):  # it was removed: then nothing is in it
-                _write(self.descriptor, "cgroup.freeze", "0")
+                cgroups.write(self.descriptor, "cgroup.freeze", "0")
 
     def remove(self, seconds: float = _REMOVAL_SECONDS) -> None:
         """Remove the cgroup, and the empty ones that the job made below it.
@@ -205,10 +205,10 @@ class JobCgroup:
         that of its domain.
         """
         if cgroups.read(self.descriptor, "cgroup.type") == "domain invalid":
-            _write(self.descriptor, "cgroup.type", "threaded")
+            cgroups.write(self.descriptor, "cgroup.type", "threaded")
         elif _SLURM_TASK.search(str(PurePosixPath(self.path).parent)):
             with contextlib.suppress(OSError):  # somebody has made domains of their own there
-                _write(self.descriptor, "cgroup.type", "threaded")
+                cgroups.write(self.descriptor, "cgroup.type", "threaded")
 
 
 def path_of_job_cgroup(launcher: int, run_id: str) -> str:
@@ -320,7 +320,7 @@ def _move_to_top(top: cgroups.Top, process: Process) -> None:
 def _move_to(place: str, pid: int) -> None:
     directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _write(directory, "cgroup.procs", str(pid))
+        cgroups.write(directory, "cgroup.procs", str(pid))
     finally:
         os.close(directory)
 
@@ -367,7 +367,7 @@ def _return(pid: int, moved_to: str, home: str | None) -> None:
 
 def _move(directory: int, pid: int) -> None:
     try:
-        _write(directory, "cgroup.procs", str(pid))
+        cgroups.write(directory, "cgroup.procs", str(pid))
     except OSError as error:
         raise refused(f"process {pid} may not be moved between cgroups", error) from error
 
@@ -380,12 +380,3 @@ def _remove_below(directory: int) -> None:
         finally:
             os.close(child)
         os.rmdir(name, dir_fd=directory)
-
-
-def _write(directory: int, name: str, text: str) -> None:
-    # One write(2), whose error cannot be lost in a buffer that fails at close.
-    descriptor = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        os.write(descriptor, text.encode("ascii"))
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
 """Which ports of the job no layer covers yet, looked at while it runs, and closed through the port chains.
 
 With a shield that is the exception: a listener made before the job had its cgroup, received from outside, or counted
-as the root cgroup's (net_cls or net_prio before kernel 5.15). In scope `ports` it is how every random port is closed.
+as the root cgroup's (net_cls or net_prio, on kernels on which they do that). In scope `ports` it is how every random
+port is closed; and where net_cls or net_prio are there and may switch the shield off, what it covers is closed so too.
 
 And where no peer has an address of one of the two IP versions, the chains answer that one on what the job listens on
 for all addresses (torch's stores): the shield can only drop, and who has a name with addresses of both would wait.
@@ -75,13 +76,17 @@ class Exposure:
         exposed = [one for one in self._exposed(found, holders) if not covers(self._for_all, one.port)]
         if self._lease.chains is None:
             ports = {listener.port for listener in exposed}
-            left_open = dict.fromkeys(ports, "its socket is not behind the shield, and no chains are set")
-            words = self._told(left_open, ())
+            uncovered = "the shield holds no more" if self._lease.void else "its socket is not behind the shield"
+            words = self._told(dict.fromkeys(ports, f"{uncovered}, and no chains are set"), ())
         else:
-            answered = self._to_be_answered(found, holders)
-            words = (*self._settle(exposed, answered, found, now), *self._give_way(exposed, found, now))
+            covered = (*self._to_be_answered(found, holders), *self._covered(found, holders, exposed))
+            words = (*self._settle(exposed, covered, found, now), *self._give_way(exposed, found, now))
         self._seen = found
         return words
+
+    def hurry(self) -> None:
+        """Look at everything the next time, whether or not a listener came meanwhile."""
+        self._next_full_look = 0.0
 
     def _holders(self, found: Iterable[Listener]) -> dict[int, int]:
         inodes = {listener.inode for listener in found}
@@ -89,12 +94,22 @@ class Exposure:
 
     def _exposed(self, found: tuple[Listener, ...], holders: Mapping[int, int]) -> tuple[Listener, ...]:
         cgroup = self._lease.cgroup
-        if self._lease.shield is None or cgroup is None:
+        if not self._lease.is_shielded or cgroup is None:
             # On 127.0.0.1 too: route_localnet and DNAT lead there from outside; and chains pass the loopback itself.
             return sock_diag.held(found, holders)
         reachable = [listener for listener in found if not listener.address.is_loopback]
         self._cgroups |= sock_diag.cgroup_ids(cgroup.descriptor)
         return sock_diag.outside(reachable, holders, self._cgroups)
+
+    def _covered(
+        self, found: Iterable[Listener], holders: Mapping[int, int], exposed: Iterable[Listener]
+    ) -> list[Listener]:
+        """Return what the shield covers and is closed by the chains all the same, since it may cease to in a moment."""
+        if not self._lease.closes_all:
+            return []
+        known = {listener.inode for listener in exposed}
+        held = sock_diag.held(found, holders)
+        return [one for one in held if one.inode not in known and not covers(self._for_all, one.port)]
 
     def _give_way(self, exposed: Iterable[Listener], found: Iterable[Listener], now: float) -> tuple[str, ...]:
         """Let others have the ports of the plan that nobody asked for and on which they listen by now.
@@ -122,7 +137,7 @@ class Exposure:
         """Return the listeners behind the shield that who uses the IP version of no peer can get to."""
         policy = self._lease.policy
         version = policy.answered_version
-        if self._lease.shield is None or version is None or (version == 6 and not proc.has_global_ipv6()):
+        if not self._lease.is_shielded or version is None or (version == 6 and not proc.has_global_ipv6()):
             return []
 
         def takes(listener: Listener) -> bool:
@@ -134,10 +149,10 @@ class Exposure:
         return [one for one in held if takes(one) and policy.opening_at(one.port) is None][:_MOST_ANSWERED]
 
     def _settle(
-        self, exposed: Iterable[Listener], answered: Iterable[Listener], found: Iterable[Listener], now: float
+        self, exposed: Iterable[Listener], covered: Iterable[Listener], found: Iterable[Listener], now: float
     ) -> tuple[str, ...]:
-        """Close what may be closed, and let go of what the job has left. Of what is merely answered nothing is told."""
-        listeners = (*exposed, *answered)
+        """Close what may be closed, and let go of what the job has left. Of what the shield covers nothing is told."""
+        listeners = (*exposed, *covered)
         # By the plan they are closed all along.
         planned = self._lease.order.policy.joined_ports()
         unplanned = {listener.port for listener in listeners if not covers(planned, listener.port)}
@@ -212,7 +227,7 @@ class Exposure:
         self.left_open = left_open
         words = tuple(f"port {some(ports, _PORTS_NAMED)} is open to every host: {why}" for why, ports in news.items())
         listed = some(list(closed), _PORTS_NAMED)
-        if self._lease.shield is None or not listed:
+        if not self._lease.is_shielded or not listed:
             return words
         return (*words, f"port {listed} is on a socket that the shield does not cover; the port chains close it")
 

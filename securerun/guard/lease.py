@@ -36,6 +36,10 @@ class Lease:
     notes: what a person should know about the layers that are missing. left_out: ports of the order that nobody asked
     for and that are not in its plan any more, with the reasons. stands: the job runs behind what stands of the
     run, which its record names; until then a record that cannot be written is an error.
+
+    may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
+    there, so the port chains close what the shield does as well; proven_in: the launcher's cgroups of the two when the
+    shield was proven; void: why it holds no more, "" while it does.
     """
 
     def __init__(self, order: Order, caller: Caller, site: SitePolicy) -> None:
@@ -50,6 +54,10 @@ class Lease:
         self.logging = Logging()
         self.notes: tuple[str, ...] = ()
         self.left_out: dict[int, str] = {}
+        self.may_void = False
+        self.closes_all = False
+        self.proven_in: Mapping[str, str] = {}
+        self.void = ""
         self.record = first_record(order, caller)
         self.stands = False
         self._is_recorded = False
@@ -63,15 +71,21 @@ class Lease:
         self._job = JobProcesses(mark_of(order.policy.run_id), caller.user, [launcher], spare=waiting)
 
     @property
+    def is_shielded(self) -> bool:
+        """Whether there is a shield, and nothing is known to have switched it off."""
+        return self.shield is not None and not self.void
+
+    @property
     def guarding(self) -> Guarding:
         """The layers that stand."""
         layers = []
-        if self.shield is not None and self.cgroup is not None:
+        if self.shield is not None and self.cgroup is not None and not self.void:
             layers.append(Layer(SHIELD, f"{self.shield.name} filter on {self.cgroup.path}"))
         if self.chains is not None:
             layers.append(Layer(self.chains.backend, self.chains.name))
         left_out = tuple(joined((port, port) for port in self.left_out))
-        return Guarding(tuple(layers), (*self.notes, *unasked.told(self.left_out)), left_out)
+        notes = (*self.notes, *unasked.told(self.left_out))
+        return Guarding(tuple(layers), notes, left_out, needs_guard=self.may_void)
 
     def denied(self) -> Denials:
         """Return who was turned away so far, by any layer."""
@@ -137,6 +151,15 @@ class Lease:
             self._install(policy)
             self.policy = policy
         return refused
+
+    def note_void(self) -> None:
+        """Record that the shield holds no more, and do what a run without one does. It stays where it is.
+
+        Sockets from before may be behind it still. Raises PrivilegeError, or PolicyError where another user's run lets
+        its own peers to ports of this one.
+        """
+        self.write(layers=self.guarding.layers, void=self.void)
+        self.make_unweakened()
 
     def note_open_ports(self, ports: Iterable[int]) -> None:
         """Record which ports are open to every host, as far as there is room. Raises PrivilegeError."""
@@ -266,6 +289,11 @@ class Lease:
     def _find(self, inside: Collection[Process] = (), *, patient: bool = False) -> frozenset[Process]:
         """Look for the job's processes everywhere. What waits for this guard is none, whoever started it."""
         return self._job.find(inside, self.caller.waiting(), patient=patient)
+
+    @property
+    def strays(self) -> frozenset[Process]:
+        """The job's processes that were elsewhere than in its cgroup when that was last looked at."""
+        return self._strays
 
     def _elsewhere(self) -> frozenset[Process]:
         """Return the job's processes that are not in its cgroup, as they were seen half a second ago at most."""

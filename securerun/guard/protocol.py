@@ -119,11 +119,13 @@ class Guarding:
     """The layers that stand, proven. notes: what a person should know about layers that do not.
 
     left_out: first and last of ports of the order's plan that are not in force, since nobody asked for them.
+    needs_guard: the shield may be switched off on this kernel (securerun.guard.proof), which only a guard notices.
     """
 
     layers: tuple[Layer, ...]
     notes: tuple[str, ...] = ()
     left_out: tuple[tuple[int, int], ...] = ()
+    needs_guard: bool = False
 
     @property
     def has_shield(self) -> bool:
@@ -228,8 +230,9 @@ def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Guarding):
         # As `_more`: mostly there is none.
         left_out = {"left_out": [list(ports) for ports in message.left_out]} if message.left_out else {}
+        needs_guard = {"needs_guard": True} if message.needs_guard else {}
         layers = [layer_document(layer) for layer in message.layers]
-        return {"layers": layers, "notes": list(message.notes), **left_out}
+        return {"layers": layers, "notes": list(message.notes), **left_out, **needs_guard}
     if isinstance(message, Notice):
         denied = [denial_document(denial) for denial in message.denied]
         return {"denied": denied, "words": list(message.words), **_more(message.more)}
@@ -288,10 +291,12 @@ def _read_ready(body: Mapping[str, Any]) -> Ready:
 
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:
-    documents.require_fields(body, "layers", "notes", *_LEFT_OUT & body.keys())
+    documents.require_fields(body, "layers", "notes", *_OF_FEW_RUNS & body.keys())
     layers = tuple(read_layer(layer) for layer in documents.items(body, "layers", MAXIMUM_TEXT))
     notes = tuple(documents.entry(note) for note in documents.items(body, "notes", MAXIMUM_TEXT))
-    return Guarding(layers, notes, documents.ranges(body, "left_out") if "left_out" in body else ())
+    left_out = documents.ranges(body, "left_out") if "left_out" in body else ()
+    needs_guard = "needs_guard" in body and documents.flag(body, "needs_guard")
+    return Guarding(layers, notes, left_out, needs_guard)
 
 
 def _read_notice(body: Mapping[str, Any]) -> Notice:
@@ -360,7 +365,7 @@ def _choice(document: Mapping[str, Any], name: str, choices: Sequence[str]) -> s
 
 
 _MORE = {"more"}
-_LEFT_OUT = {"left_out"}
+_OF_FEW_RUNS = {"left_out", "needs_guard"}
 _NAMES = {
     Order: "order",
     Peers: "peers",

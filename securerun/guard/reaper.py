@@ -75,6 +75,10 @@ def reap(directory: int, record: Record) -> None:
         reserved.give_back(directory, record.run_id)
     else:
         reserved.forget(directory, record)
+    if record.cgroup:
+        from securerun.guard import proof  # few launches reap
+
+        proof.remove_remains(record.cgroup, record.run_id)
     cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
     if cgroup is not None:
         cgroup.remove(_REMOVAL_SECONDS)

@@ -60,6 +60,7 @@ class Known:
     user: int
     root: bool
     cgroup: str
+    void: str
 
     @property
     def owner(self) -> tuple[int, bool]:
@@ -112,7 +113,7 @@ class Record(Known):
     (proc(5), stat field 22), since process ids are used again. boot_id: the boot that these belong to.
     network, processes: the network namespace that the layers are in and the pid namespace in which the pids count
     (inodes, namespaces(7)). times: the time namespace whose start times these are, 0 where none is known.
-    cgroup: the job's, "" where it has none.
+    cgroup: the job's, "" where it has none. void: why its shield holds no more, which then is none of its layers.
     user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
     started: seconds since the epoch. draining: the job is over, not all of it gone.
     reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
@@ -134,6 +135,7 @@ class Record(Known):
     root: bool = False
     times: int = 0
     cgroup: str = ""
+    void: str = ""
     draining: bool = False
     denied: tuple[Denial, ...] = ()
     reserved: tuple[tuple[int, int], ...] = ()
@@ -217,6 +219,7 @@ _PLAIN: dict[str, type] = {
     "started": float,
     "command": str,
     "cgroup": str,
+    "void": str,
     "draining": bool,
 }
 
@@ -374,8 +377,9 @@ def understood(document: Mapping[str, Any]) -> Record:
 
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
-    # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted.
-    whole = {"root": document["user"] == 0, "times": 0, **document}
+    # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted, and
+    # did not look at a shield again.
+    whole = {"root": document["user"] == 0, "times": 0, "void": "", **document}
     plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")

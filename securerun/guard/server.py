@@ -32,7 +32,7 @@ from securerun.guard.program import SOCKET_ARGUMENT
 from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
 from securerun.guard.waiting import Slot, TooManyWaiting
 from securerun.guard.watch import Watch
-from securerun.linux import capabilities, prctl, proc
+from securerun.linux import capabilities, net_cgroups, prctl, proc
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.processes import Process
 
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         slot = _slot(caller)
         answers.send(Ready(os.getpid()))
         backends.prepare()  # while the launcher imports torch
+        net_cgroups.may_void_filters()  # likewise
         order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
             slot.close()

@@ -6,12 +6,12 @@ chores that have to look from time to time.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Callable, Protocol
+from typing import TYPE_CHECKING, Callable, Protocol
 
 from securerun.errors import PrivilegeError
 from securerun.guard.documents import ProtocolError
@@ -25,6 +25,9 @@ from securerun.guard.unanswered import open_unanswered
 from securerun.guard.unasked import told
 from securerun.linux.links import Links
 from securerun.linux.nf_tables import Deletions
+
+if TYPE_CHECKING:
+    from securerun.guard.proof import Proof
 
 _NOTICE_SECONDS = 1.0
 # A list of peers takes the host's lock and up to 100,000 changes: of those that come meanwhile the newest counts.
@@ -50,6 +53,8 @@ _ENDING_SECONDS = 0.05
 # scope `ports` each is open until it is seen.
 _EXPOSURE_SECONDS = 1.0
 _SOON_SECONDS = 0.05
+# Where a shield may be switched off, a port is open from then until it is noticed and closed.
+_PROOF_SECONDS = 0.05
 # Launchers inside of the run that ask whether its guard lives are few.
 _PRESENCE_SECONDS = 1.0
 # A connection that goes nowhere is told of within seconds.
@@ -104,11 +109,13 @@ class Watch:
         self._peers = Chore(math.inf, self._change_peers, math.inf)
         recording = Chore(_RECORD_SECONDS, lease.keep_recorded)
         self._chores = [self._peers, self._repair, reserving, recording, Chore(_NOTICE_SECONDS, self._notices.look)]
+        self._proof = _open_proof(lease)
+        self._proving = Chore(_PROOF_SECONDS if self._proof else math.inf, self._prove_again)
+        self._chores.insert(0, self._proving)
         self._exposure = open_exposure(lease)
-        if self._exposure is not None:
-            seconds = _EXPOSURE_SECONDS if lease.shield else _SOON_SECONDS
-            # First of all, since it cannot wait for any of the others.
-            self._chores.insert(0, Chore(seconds, self._close_exposed))
+        self._closing = Chore(_pace(lease) if self._exposure else math.inf, self._close_exposed)
+        # First of all, since it cannot wait for any of the others.
+        self._chores.insert(0, self._closing)
         self._interfaces = Chore(_LOOK_FOR_INTERFACES_SECONDS, lease.follow_interfaces)
         if lease.shield is not None and lease.policy.interfaces:
             # Before the exposure's look: who has an interface's old number gets in until then.
@@ -126,14 +133,16 @@ class Watch:
 
         In each turn: whether the launcher is there, the chores that are due, and a part of what others caused.
         """
-        while not (self._released and self._lease.is_over()):
-            ready = {descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_wait())}
-            if not self._released:
-                self._hear(ready)
-            self._do_chores()
-            self._take_in(ready)
-            if self._ending is not None:
-                self._attempt(self._ending.go_on)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._end_proof)
+            while not (self._released and self._lease.is_over()):
+                ready = {descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_wait())}
+                if not self._released:
+                    self._hear(ready)
+                self._do_chores()
+                self._take_in(ready)
+                if self._ending is not None:
+                    self._attempt(self._ending.go_on)
 
     def _listen_to(self) -> None:
         lease = self._lease
@@ -169,8 +178,52 @@ class Watch:
         if self._exposure is None:
             return
         self._speech.say(*self._exposure.close())
-        if self._exposure.left_open and self._lease.order.scope == "process":
-            self._give_up(self._exposure.left_open)
+        if self._lease.order.scope == "process" and self._exposure.left_open:
+            port, why = min(self._exposure.left_open.items())
+            self._give_up(f"port {port} is open to every host: {why}")
+
+    def _prove_again(self) -> None:
+        """Go on in scope `ports` when something has switched the shield off."""
+        if self._proof is None:
+            return
+        why = self._proof.look()
+        if why:
+            self._lose_shield(why)
+        elif not self._lease.closes_all and self._proof.is_threatened():
+            self._lease.closes_all = True
+            self._speech.say(
+                "net_cls or net_prio of cgroup version 1 is here now and may switch the shield off on this kernel"
+            )
+            self._close_sooner()
+
+    def _lose_shield(self, why: str) -> None:
+        """Close first, then write it down: that waits for the host's lock."""
+        self._lease.void = why
+        self._end_proof()
+        is_closed = self._lease.chains is not None and self._exposure is not None
+        now = (
+            "scope is ports now: each port of this job is closed by the port chains within 0.2 s of its appearing"
+            if is_closed
+            else "no port chains are set, so every port of this job is open to every host"
+        )
+        self._speech.say(f"the shield holds no more: {why}; {now}")
+        self._close_sooner()
+        self._attempt(self._close_exposed)
+        if not is_closed and self._lease.order.scope == "process":
+            self._give_up(f"the shield holds no more, with no port chains set: {why}")
+        self._attempt(self._lease.note_void)
+
+    def _close_sooner(self) -> None:
+        self._closing.seconds = _pace(self._lease) if self._exposure else math.inf
+        self._closing.due = 0.0
+        if self._exposure is not None:
+            self._exposure.hurry()
+
+    def _end_proof(self) -> None:
+        proof, self._proof = self._proof, None
+        self._proving.seconds = math.inf
+        if proof is not None:
+            self._attempt(proof.end)
 
     def _tell_unanswered(self) -> None:
         """Tell of the job's own connections to which nobody answers."""
@@ -180,13 +233,12 @@ class Watch:
         self._speech.say(*self._unanswered.look())
         self._hanging.seconds = max(_UNANSWERED_SECONDS, self._unanswered.pause)
 
-    def _give_up(self, left_open: Mapping[int, str]) -> None:
-        """Have the launcher end a job that insists on the shield and has ports without; kill it where it does not."""
+    def _give_up(self, reason: str) -> None:
+        """Have the launcher end a job that insists on the shield and is without; kill it where it does not."""
         if self._given_up or self._released:
             return
         self._given_up = True
-        port, why = min(left_open.items())
-        message = f"the job is ended, since --scope process was asked for, and port {port} is open to every host: {why}"
+        message = f"the job is ended, since --scope process was asked for, and {reason}"
         self._speech.log(message)
         self._send(Refused(PrivilegeError.status, f"{message}; with --scope auto it would go on"))
         due = time.monotonic() + self._lease.order.grace + _GIVING_UP_SECONDS
@@ -295,6 +347,20 @@ class Watch:
                 self._speech.say(words)
 
 
+def _pace(lease: Lease) -> float:
+    """Return how often to look for listeners that no layer covers."""
+    return _EXPOSURE_SECONDS if lease.is_shielded and not lease.closes_all else _SOON_SECONDS
+
+
+def _open_proof(lease: Lease) -> Proof | None:
+    """Open what proves a shield again and again, where something may switch it off."""
+    if not lease.may_void or lease.void:
+        return None
+    from securerun.guard.proof import Proof  # on few hosts
+
+    return Proof(lease)
+
+
 def _listen_for_links(lease: Lease) -> Links | None:
     """Listen where the shield goes by interfaces; where the kernel does not tell, they are looked at every second."""
     if lease.shield is None or not lease.policy.interfaces:
@@ -308,7 +374,9 @@ def _listen_for_links(lease: Lease) -> Links | None:
 def _listen_for_deletions(lease: Lease) -> Deletions | None:
     """Listen where rules tell of their deletion: those of nf_tables do, but an owned table is safe."""
     chains = lease.chains
-    if chains is None or chains.backend == "legacy" or (chains.backend == "nftables" and lease.shield is not None):
+    if chains is None or chains.backend == "legacy":
+        return None
+    if chains.backend == "nftables" and lease.shield is not None and not lease.may_void:
         return None
     table, chain = ("filter", "INPUT") if chains.backend == "iptables" else (chains.name, "close")
     try:

@@ -92,6 +92,14 @@ class Place:
             undo.pop_all()
         return tuple(descriptors)
 
+    def open_as_far_as_there_is(self) -> tuple[int, ...]:
+        """Open the directory and those above the last that are there still; the deepest comes last. Raises OSError."""
+        descriptors = [self._open_top()]
+        with contextlib.suppress(OSError):
+            for part in self._below.parent.parts:
+                descriptors.append(os.open(part, DIRECTORY_FLAGS, dir_fd=descriptors[-1]))
+        return tuple(descriptors)
+
     def _open_top(self) -> int:
         path, beside = (".", self._top) if isinstance(self._top, int) else (self._top, None)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=beside)
@@ -185,6 +193,16 @@ def read(directory: int, name: str) -> str:
     descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         return b"".join(iter(lambda: os.read(descriptor, 65536), b"")).decode("ascii").strip()
+    finally:
+        os.close(descriptor)
+
+
+def write(directory: int, name: str, text: str) -> None:
+    """Write a file of the cgroup of this descriptor. Raises OSError."""
+    # One write(2), whose error cannot be lost in a buffer that fails at close.
+    descriptor = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.write(descriptor, text.encode("ascii"))
     finally:
         os.close(descriptor)
 

@@ -84,9 +84,4 @@ def move_to_top(pid: int) -> None:
 
 def enter(directory: int, pid: int = 0) -> None:
     """Move a process, by default this one, to the cgroup of this descriptor. Raises OSError."""
-    membership = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        # One write(2): a file object would hide that the kernel refuses the move.
-        os.write(membership, str(pid).encode("ascii"))
-    finally:
-        os.close(membership)
+    cgroups.write(directory, "cgroup.procs", str(pid))

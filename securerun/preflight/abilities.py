@@ -24,7 +24,7 @@ from securerun.firewall.shield import Shield
 from securerun.guard import cgroup
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import Ready, Refused
-from securerun.linux import capabilities, cgroups, packages, port_ranges, proc, signals
+from securerun.linux import capabilities, cgroups, net_cgroups, packages, port_ranges, proc, signals
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.protection import ways
 from securerun.protection.ways import Way
@@ -144,7 +144,16 @@ def _shield() -> Ability:
         if not proc.is_in_first_user_namespace():
             return Ability(SHIELD, False, "the kernel takes none from a user namespace", ways.OUTSIDE)
         return Ability(SHIELD, False, str(error), _FIXES_OF_SHIELD.get(error.obstacle, _FIX_OF_SHIELD))
-    return Ability(SHIELD, True, f"the {name} filter was hung on a cgroup here, proven, and taken off")
+    return Ability(SHIELD, True, f"the {name} filter was hung on a cgroup here, proven, and taken off{_doubt()}")
+
+
+def _doubt() -> str:
+    if not (net_cgroups.of(proc.SELF) and net_cgroups.may_void_filters()):
+        return ""
+    return (
+        "; net_cls or net_prio of cgroup version 1 is here and may switch it off on this kernel, so a job's port "
+        "chains close each of its ports as well"
+    )
 
 
 def _try_shield(policy: Policy) -> str:
@@ -159,8 +168,8 @@ def _try_shield(policy: Policy) -> str:
         undo.callback(hung.detach)
         if not selftest.prove(made.descriptor):
             raise ShieldUnavailable(
-                "filters on a cgroup do not run here: net_cls or net_prio was used, which switches them off until the next "
-                "boot (mended in Linux 5.15 and later 5.10.y)",
+                "filters on a cgroup do not run here: net_cls or net_prio was used, which switches them off until the "
+                "next boot (mended in Linux 5.15 and later 5.10.y)",
                 Obstacle.NET_CLS,
             )
         return hung.name

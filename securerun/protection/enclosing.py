@@ -39,8 +39,9 @@ _LOOKS, _LOOK_SECONDS = 10, 0.1
 class Enclosing:
     """The run around this process.
 
-    terms: what it was asked for where that is no default; `shield`: whether it has one; `network`: the namespace that
-    its launcher is in (namespaces(7)). Empty for a run that was begun by `securerun.guarded`.
+    terms: what it was asked for where that is no default; `shield`: whether it has one; `needs_guard`: whether that may
+    be switched off; `network`: the namespace that its launcher is in (namespaces(7)). Empty for a run that was begun by
+    `securerun.guarded`.
     """
 
     run_id: str
@@ -57,8 +58,9 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
     if known.get("run") != run_id:
         known = {}
     if _is_in_cgroup_of(run_id):
-        # A shield lasts as long as its cgroup, whoever lives.
-        if known.get("shield") is not True and not _guard_lives(run_id):
+        # A shield lasts as long as its cgroup, whoever lives; one that may be switched off as long as a guard looks.
+        lasts = known.get("shield") is True and known.get("needs_guard") is not True
+        if not lasts and not _guard_lives(run_id):
             return None
     elif not _is_known_by_environment(run_id):
         return None
@@ -69,9 +71,10 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
     return Enclosing(run_id, known)
 
 
-def terms(run_id: str, asked: Options, *, shield: bool) -> str:
+def terms(run_id: str, asked: Options, *, shield: bool, needs_guard: bool = False) -> str:
     """Return what a lease was asked for, as the text of the variable that tells launchers inside of it."""
-    return json.dumps({**_given(asked), "run": run_id, "shield": shield, "network": proc.namespace("net")})
+    has = {"shield": shield, **({"needs_guard": True} if needs_guard else {})}
+    return json.dumps({**_given(asked), "run": run_id, **has, "network": proc.namespace("net")})
 
 
 def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:

@@ -108,7 +108,9 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
     plan = plan.without(guarding.left_out)
     policy = plan.policy
     hear(Installed(guarding, guard.way))
-    os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(plan.policy.run_id, asked, shield=guarding.has_shield)
+    os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(
+        plan.policy.run_id, asked, shield=guarding.has_shield, needs_guard=guarding.needs_guard
+    )
     for line in words.start(plan, guarding, guard.way):
         say(line)
     failed = True

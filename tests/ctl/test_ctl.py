@@ -74,6 +74,7 @@ RUN_FIELDS: dict[str, Any] = {
     "command": str,
     "state": str,
     "layers": list,
+    "void": (str, type(None)),
     "ports": list,
     "peers": list,
     "public": list,

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from typing import Callable
 
 import packets
 import pytest
-from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
-from hosts import Host, Network, cgroup2_mount, eventually
+from cgroups import Cgroup, cgroup_of_version_1, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
+from hosts import Host, Network, cgroup2_mount, eventually, is_alive
 from packets import ACK, CWR, ECE, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
 from shield_field import EGRESS, FAMILIES, INGRESS, PATIENCE_SECONDS, ShieldField, field_of, port_of
 
@@ -28,6 +29,7 @@ from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.selftest import egress_is_filtered, prove
 from securerun.firewall.shield import Shield, adopt, attach_first_of, refuse_conflicts
 from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM, ShieldProgram
+from securerun.linux import net_cgroups
 from securerun.linux.assembler import R0, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, Program, attached
 from securerun.linux.networks import collapse
@@ -529,6 +531,26 @@ def test_the_self_test_needs_nothing_of_its_callers_signal_handlers(field: Field
             return prove(field.job.descriptor)
 
     assert in_child(work)
+
+
+def test_child_that_is_frozen_in_a_cgroup_of_version_1_is_not_waited_for(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL does not end it there; net_cls may be of one hierarchy with freezer, and the cgroup a user's own."""
+    monkeypatch.setattr(selftest, "_LONGEST_SEND_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(selftest, "_LONGEST_END_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(net_cgroups, "_CONTROLLERS", frozenset({"freezer"}))
+    with cgroup_of_version_1("freezer", os.getuid()) as frozen:
+        (frozen / "freezer.state").write_text("FROZEN")
+        place = os.open(frozen, os.O_RDONLY | os.O_DIRECTORY)
+        sender, began = selftest.Sender(field.elsewhere.descriptor, [place]), time.monotonic()
+        with pytest.raises(ShieldUnavailable, match="no answer"):
+            sender.try_to_send()
+        sender.end()
+        os.close(place)
+        assert not is_alive(sender.pid)
+        assert time.monotonic() - began < 5 * PATIENCE_SECONDS
+        assert not (field.elsewhere.path / "cgroup.procs").read_text()
 
 
 # --- programs of others -----------------------------------------------------------------------------

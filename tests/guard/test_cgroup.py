@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import secrets
 import signal
@@ -10,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import namespaces
 import pytest
@@ -23,6 +25,7 @@ from securerun.guard import cgroup
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.linux import cgroups, libc, proc, sock_diag
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
+from securerun.preflight import abilities
 
 _OUR_VIEW_ALONE = {"_VIEWS": (proc.SELF,)}
 
@@ -79,7 +82,7 @@ def test_one_that_does_not_exist_is_not_opened(job: JobCgroup) -> None:
     with pytest.raises(FileNotFoundError):
         cgroups.processes_of(f"{job.path}/none")
     assert proc.own_descriptors() == before
-    # The guard would look in a mount of its own, and so change what this process sees: a child does it.
+    # A guard would keep the mount of its own in which it looks: a child does it.
     assert in_child(lambda: open_job_cgroup("no/absolute/path")) is None
 
 
@@ -147,23 +150,31 @@ def test_a_process_that_is_gone_has_none() -> None:
         cgroup_of(process.pid)
 
 
-@pytest.mark.usefixtures("root_and_tools")
-def test_where_none_is_mounted_a_private_mount_serves() -> None:
-    """Nobody else sees it; and where none may be mounted, that is said."""
-    run_id = secrets.token_hex(6)
+def unmount_all() -> None:
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        if " - cgroup" in line:
+            assert libc.library.umount2(line.split()[4].encode(), 2) == 0
 
-    def unmount_all() -> None:
-        for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
-            if " - cgroup" in line:
-                assert libc.library.umount2(line.split()[4].encode(), 2) == 0
+
+def view() -> tuple[str, str]:
+    """What this process sees mounted, and where that is said."""
+    return str(Path("/proc/self/ns/mnt").readlink()), Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.mark.usefixtures("root_and_tools")
+def test_where_none_is_mounted_one_is_mounted_that_nobody_sees() -> None:
+    """Nor this process, nor what it starts; and where none may be mounted, that is said."""
+    run_id = secrets.token_hex(6)
 
     def work() -> str:
         vars(cgroups).update(_OUR_VIEW_ALONE)
+        before = view()
         made = make_job_cgroup(f"/securerun-{run_id}")
         try:
             assert made.populated() is False
         finally:
             made.remove()
+        assert view() == before
         return made.path
 
     assert apart(work, before=unmount_all) == f"/securerun-{run_id}"
@@ -175,6 +186,72 @@ def test_where_none_is_mounted_a_private_mount_serves() -> None:
         return str(refusal.value)
 
     assert "none may be mounted" in apart(refused, before=unmount_all, user=NOBODY)
+
+
+class VersionOneAlone:
+    """The C library, and /proc/PID/cgroup, of a host on which nobody has mounted version 2 since it booted."""
+
+    def __init__(self) -> None:
+        self._library, self._lines = libc.library, proc.cgroups
+        # A child may be the one that mounts it.
+        self._was_mounted = mmap.mmap(-1, 1)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the library has
+        return getattr(self._library, name)
+
+    def mount(self, source: bytes, place: bytes, kind: bytes, flags: int, data: bytes | None) -> int:
+        result: int = self._library.mount(source, place, kind, flags, data)
+        if kind == b"cgroup2" and result == 0:
+            self._was_mounted[0] = 1
+        return result
+
+    def lines(self, pid: proc.Pid) -> list[str]:
+        return [line for line in self._lines(pid) if self._was_mounted[0] or not line.startswith("0::")]
+
+
+def boot_with_version_1_alone() -> None:
+    """In a child: what it sees from then on."""
+    unmount_all()
+    host = VersionOneAlone()
+    vars(libc).update(library=host)
+    vars(proc).update(cgroups=host.lines)
+    vars(cgroups).update(_OUR_VIEW_ALONE)
+
+
+@pytest.mark.usefixtures("root_and_tools")
+def test_with_version_1_alone_the_launchers_cgroup_is_told_once_version_2_was_mounted() -> None:
+    """The kernel tells none before: /proc/PID/cgroup has no line of it."""
+    run_id = secrets.token_hex(6)
+
+    def work() -> tuple[str, str]:
+        before = view()
+        with pytest.raises(CgroupUnavailable, match="since this host booted"):
+            cgroup_of(os.getpid())
+        made = make_job_cgroup(path_of_job_cgroup(os.getpid(), run_id))
+        made.remove()
+        assert view() == before
+        return made.path, cgroup_of(os.getpid())
+
+    path, own = apart(work, before=boot_with_version_1_alone)
+    assert path == str(PurePosixPath(own) / f"securerun-{run_id}")
+
+    def refused() -> str:
+        with pytest.raises(CgroupUnavailable) as refusal:
+            path_of_job_cgroup(os.getpid(), run_id)
+        return str(refusal.value)
+
+    assert "no cgroup of version 2 is mounted here, and none can be: not permitted" in apart(
+        refused, before=boot_with_version_1_alone, user=NOBODY
+    )
+
+
+@pytest.mark.usefixtures("root_and_tools")
+def test_with_version_1_alone_doctor_has_nothing_to_mend() -> None:
+    ability = apart(abilities._cgroup, before=boot_with_version_1_alone)
+    assert (ability.works, ability.fix) == (True, "")
+    assert "which is not mounted: a guard mounts it for itself" in ability.what
+    ability = apart(abilities._cgroup, before=boot_with_version_1_alone, user=NOBODY)
+    assert (ability.works, ability.fix) == (None, "sudo securerunctl doctor")
 
 
 @pytest.mark.usefixtures("root_and_tools")

@@ -52,6 +52,7 @@ ORDER = Order(POLICY, "auto", "auto", 10.0, "train.py --epochs 3")
         Run({"policy": {"run_id": "0123456789ab"}, "layers": []}),
         Guarding((Layer("shield", "socket"),), ("a note",)),
         Guarding((), ("a note",), ((60000, 60002), (60005, 60005))),
+        Guarding((Layer("shield", "socket"),), (), needs_guard=True),
         Notice((Denial(ipaddress.ip_address("10.0.0.3"), 1, 2),), ("a word",)),
         Refused(77, "why"),
         Refused(77, "why", later=True),
