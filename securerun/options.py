@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,7 +25,6 @@ Value = Union[str, bool]
 Arity = Callable[[str], Optional[int]]
 
 _DAY_SECONDS = 86400
-_HELP_COLUMN = 23
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -402,37 +399,6 @@ def seconds(text: str, source: str) -> float:
     if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) and float(text) <= _DAY_SECONDS:
         return float(text)
     raise UsageError(f"{source}: {text!r} is no number of seconds up to {_DAY_SECONDS}; write 10, or 0.5")
-
-
-def help_text(options: Sequence[Option] = OPTIONS, before: str = "the script") -> str:
-    """Return the block of `--help` that stands beside torch's own, or that of a command which begins `before` another.
-
-    A line an option, so that all of them are seen at once; docs/options.md has the rest.
-    """
-    width = help_width()
-    flags = " and ".join(option.flag for option in OPTIONS if not option.in_file)
-    introduction = (
-        f"securerun options, before {before}, by their full names; each also as an environment variable "
-        f"(SECURERUN_PEERS) and, {flags} aside, as a key in {SITE_CONFIG}. docs/options.md says more of each."
-    )
-    lines = textwrap.wrap(introduction, width, break_on_hyphens=False)
-    for group in GROUPS:
-        lines += ["", f"{group}:"]
-        for option in options:
-            if option.group == group:
-                lines += _help_lines(option, width)
-    return "\n".join(lines) + "\n"
-
-
-def _help_lines(option: Option, width: int) -> list[str]:
-    name = f"  {option.synopsis}"
-    indent = " " * _HELP_COLUMN
-    return textwrap.wrap(option.summary, width, initial_indent=name.ljust(_HELP_COLUMN), subsequent_indent=indent)
-
-
-def help_width() -> int:
-    """How wide a help text is to be, in characters."""
-    return max(60, min(100, shutil.get_terminal_size().columns - 2))
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,13 @@ def _understand(arguments: Sequence[str], only: Launcher | None) -> tuple[Comman
 
 def _parse(launcher: Launcher, rest: Sequence[str]) -> Command:
     """Have the launcher's own parser read its own part; its help is followed by ours."""
-    from securerun import options
-
     try:
         return launcher.parse(rest)
     except SystemExit as done:
         if not done.code:
-            print("\n" + options.help_text(), end="")
+            from securerun import help_text
+
+            print("\n" + help_text.written(), end="")
         raise
 
 

@@ -36,7 +36,7 @@ WINGS = (
     ("host",),
     ("firewall",),
     ("linux",),
-    ("options", "errors", "text", "console", "finding", "site_file", "aside"),
+    ("options", "help_text", "errors", "text", "console", "finding", "site_file", "aside"),
 )
 FLOORS = {name: floor for floor, wing in enumerate(WINGS) for name in wing}
 

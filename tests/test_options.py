@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.distributed.run import get_args_parser
 
 from securerun.errors import UsageError
+from securerun.help_text import written
 from securerun.job.launchers import values_of
-from securerun.options import GROUPS, OPTIONS, Arity, Options, help_text, resolve, take
+from securerun.options import GROUPS, OPTIONS, Arity, Options, resolve, take
 
 PARSER = get_args_parser()
 ARITY = values_of(PARSER)
@@ -311,7 +312,7 @@ def test_one_port_in_the_site_file_may_be_a_number(tmp_path: Path) -> None:
 
 
 def test_help_names_every_option_and_every_choice() -> None:
-    text = help_text()
+    text = written()
     for option in OPTIONS:
         assert option.synopsis in text
 
@@ -322,7 +323,7 @@ def test_help_names_every_option_and_every_choice() -> None:
 
 def test_help_fits_a_screen_and_has_every_option_in_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = help_text().splitlines()
+    lines = written().splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) < 80
     assert [line[:-1] for line in lines if line.endswith(":")] == list(GROUPS)

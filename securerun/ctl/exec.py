@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from securerun import options, session
+from securerun import help_text, options, session
 from securerun.console import say, spoken_errors
 from securerun.errors import SecurerunError, UsageError
 from securerun.guard.protocol import mark_of
@@ -145,9 +145,9 @@ def _understand(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def _print_help() -> None:
-    width = options.help_width()
+    width = help_text.width()
     parts = (part if part[0] == " " else textwrap.fill(part, width) for part in _HELP.split("\n\n"))
-    print(f"usage: {_USAGE}", *parts, options.help_text(_OPTIONS, "the command"), sep="\n\n", end="")
+    print(f"usage: {_USAGE}", *parts, help_text.written(_OPTIONS, "the command"), sep="\n\n", end="")
 
 
 def _find(name: str) -> str:
