@@ -9,10 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import kernel
 import pytest
 from attacking import Ground
 from conversation import nothing_left, permit, socket_unit
 from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
+from patience import wait_for_programs_as_patiently
 from users import PrivateMachine
 
 # How long a guard may take after the last process of its job.
@@ -21,6 +23,7 @@ _GUARD_SECONDS = 5.0
 
 def pytest_configure() -> None:
     hear_signals()
+    wait_for_programs_as_patiently()
     signal.signal(signal.SIGTERM, _stop)
 
 
@@ -35,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and "root" in item.fixturenames:
             item.add_marker("ground")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs of the kernel what it has not got."""
+    for mark in item.iter_markers("kernel"):
+        for need in mark.args:
+            kernel.require(need)
 
 
 @pytest.fixture(scope="session")

@@ -50,13 +50,13 @@ class Shield:
     """The shield of one job. Made by Shield.attach() or adopt(); close() leaves the attachment in place.
 
     name: which program judges: "socket" (from Linux 5.1) or "header" (before), or "socket and loopback" where the
-    policy closes the loopback.
+    policy closes the loopback. shortfall: what that one promises less than the others, "" for nothing.
     """
 
     def __init__(
         self,
         cgroup: int,
-        name: str,
+        kind: ShieldProgram,
         program: Program,
         peers4: Map,
         peers6: Map,
@@ -65,7 +65,8 @@ class Shield:
         *,
         noting: Program | None = None,
     ) -> None:
-        self.name = name
+        self.name = kind.name
+        self.shortfall = kind.shortfall
         self._cgroup = os.dup(cgroup)
         self._program = program
         self._noting = noting
@@ -164,7 +165,7 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
         chosen, program = _load_first_of(suitable, policy, symbols)
         undo.enter_context(program)
         noting = undo.enter_context(_load_noting_program(symbols)) if chosen.closes_loopback else None
-        shield = Shield(cgroup, chosen.name, program, *maps, noting=noting)
+        shield = Shield(cgroup, chosen, program, *maps, noting=noting)
         undo.callback(shield.close)
         shield.follow_interfaces(policy.interfaces)
         with explained("filling in the shield's peers"):
@@ -188,9 +189,9 @@ def adopt(cgroup: int) -> Shield:
     """
     with explained("looking for the shield of an earlier guard", CANNOT_OPEN):
         selftest.take_off_remains(cgroup)
-        names = {program.kernel_name: program.name for program in PROGRAMS}
-        for program in programs_on(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(names)):
-            return _adopt_program(cgroup, program, names)
+        kinds = {kind.kernel_name: kind for kind in PROGRAMS}
+        for program in programs_on(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(kinds)):
+            return _adopt_program(cgroup, program, kinds)
         _find_noting_program(cgroup, ())
     raise ShieldUnavailable("no shield hangs on this cgroup", Obstacle.NOTHING_THERE)
 
@@ -297,7 +298,7 @@ def _index_or_none(interface: str) -> int | None:
         return None
 
 
-def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shield:
+def _adopt_program(cgroup: int, program: Program, kinds: dict[str, ShieldProgram]) -> Shield:
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as others:
         undo.enter_context(program)
         information = program.information()
@@ -313,7 +314,7 @@ def _adopt_program(cgroup: int, program: Program, names: dict[str, str]) -> Shie
             (undo if opened.shape.name in kept else others).enter_context(opened)
             maps[opened.shape.name] = opened
         asked = [maps[name] for name in (*wanted, INTERFACES.name) if name in maps]
-        shield = Shield(cgroup, names[information.name], program, *asked, noting=noting)
+        shield = Shield(cgroup, kinds[information.name], program, *asked, noting=noting)
         undo.pop_all()
     return shield
 

@@ -86,17 +86,25 @@ _IPV4_FRAGMENT_OFFSET = socket.htons(0x1FFF)
 _IPV6_FRAGMENT_OFFSET = socket.htons(0xFFF8)
 _MAPPED_MARKER = int.from_bytes(b"\x00\x00\xff\xff", "little", signed=True)
 
-# The stack, from r10 downwards. The key of a denial is source and port; the source of an IPv6 packet
-# is also the end of the key for the trie.
-_PORT = -4
-_SOURCE = -20
-_IPV6_KEY = -24
-_IPV4_SOURCE = -8
-_IPV4_KEY = -32
+# The stack, from r10 downwards. The key of a denial is source and port; the source of an IPv6 packet is also the end of
+# the keys for the tries. What is stored at a multiple of 8 the verifier keeps in mind ("spilled"), be it 8 bytes or the
+# first of 8, and to CAP_BPF alone it then refuses to have a part of these 8 overwritten, by a helper neither (5.10 to
+# 6.7; kernel/bpf/verifier.c, check_stack_write_fixed_off(): "attempt to corrupt spilled pointer on stack"). So what is
+# written more than once there is written whole, and what a store begins a helper has filled in before.
+_PORT = -8
+_SOURCE = -24
+_IPV4_SOURCE = -12
+# Both headers from their beginning up to their source, which comes to lie where the keys have it.
+_IPV4_BEGINNING, _IPV4_BEGINNING_SIZE = _IPV4_SOURCE - 12, 16
+_IPV6_BEGINNING, _IPV6_BEGINNING_SIZE = _SOURCE - 8, 24
+_BEFORE_SOURCE = _SOURCE - 8
+_IPV6_KEY = _SOURCE - 4
+# For IPv4 the 8 bytes before the source are the key.
+_IPV4_KEY = _BEFORE_SOURCE
 # The key for the networks of public ports: its length, their group and the packet's protocol stand before the source.
-_PUBLIC_KEY = -32
-_FIRST_PACKET = -40
-_HEADER_OFFSET = -44
+_PUBLIC_KEY = _BEFORE_SOURCE - 4
+_FIRST_PACKET = -48
+_HEADER_OFFSET = -52
 # Where the header was found, which is over when it is judged.
 _INTERFACE_KEY = _HEADER_OFFSET
 _HEADER = -88
@@ -125,14 +133,15 @@ class ShieldProgram:
     """One way to judge packets.
 
     name: what the job's layer is called. kernel_name: what the kernel's lists of programs show.
-    needs: the kernel it was made for. build: makes its statements.
-    closes_loopback: over the loopback it lets in only what noting_program() has noted, else everybody.
+    needs: the kernel it was made for. build: makes its statements. shortfall: what it promises less than the others,
+    for a person. closes_loopback: over the loopback it lets in only what noting_program() has noted, else everybody.
     """
 
     name: str
     kernel_name: str
     needs: str
     build: Build
+    shortfall: str = ""
     closes_loopback: bool = False
 
 
@@ -214,14 +223,15 @@ def noting_program() -> tuple[Statement, ...]:
 def header_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
     """Judge packets that open a TCP connection (SYN without ACK) by source, for kernels without skb->sk (4.15-5.0).
 
-    It has to find the TCP header itself, and drops what it cannot walk. No loops (Linux 5.3), no direct packet
+    It has to find the TCP header itself, and drops what it cannot walk. All other packets of a stranger pass, so that a
+    handshake from before it can be completed, and a bare ACK gets an RST. No loops (Linux 5.3), no direct packet
     access (4.20), no 32-bit jumps (5.1).
     """
     return (
         calculate(R6, "=", R1),
         load(R2, 4, R6, _CONTEXT_INTERFACE),
         jump_if(R2, "==", _LOOPBACK, "pass"),
-        store(4, R10, _PORT, 0),
+        store(8, R10, _PORT, 0),
         load(R9, 4, R6, _CONTEXT_PROTOCOL),
         jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6"),
         jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop"),
@@ -235,7 +245,7 @@ def header_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) ->
         jump_if(R2, "!=", _SYN, "pass"),
         load(R2, 2, R10, _HEADER + 2),
         from_network_order(R2, 2),
-        store(4, R10, _PORT, R2),
+        store(8, R10, _PORT, R2),
         *_pass_public(public),
         *_judge(interfaces),
     )
@@ -245,7 +255,14 @@ SOCKET_PROGRAM = ShieldProgram("socket", "securerun_sock", "from Linux 5.1", soc
 CLOSED_LOOPBACK_PROGRAM = ShieldProgram(
     "socket and loopback", "securerun_own", "from Linux 5.1", closed_loopback_program, closes_loopback=True
 )
-HEADER_PROGRAM = ShieldProgram("header", "securerun_head", "for Linux 4.15 to 5.0", header_program)
+HEADER_PROGRAM = ShieldProgram(
+    "header",
+    "securerun_head",
+    "for Linux 4.15 to 5.0",
+    header_program,
+    shortfall="before Linux 5.1 the shield judges opening packets alone, by their headers: what was being opened "
+    "before it stood may still be completed, and to other packets a stranger hears resets",
+)
 # Before Linux 5.1 closing the loopback would mean to search every packet of the job for its TCP header, both ways.
 PROGRAMS = (SOCKET_PROGRAM, CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM)
 
@@ -294,12 +311,12 @@ def _note_source_and_listener() -> Iterator[Statement]:
     """Leave the packet's protocol in r9."""
     yield Remark("the listener's port and the packet's source, as 16 bytes, to the stack")
     yield load(R2, 4, R7, _SOCKET_PORT)
-    yield store(4, R10, _PORT, R2)
+    yield store(8, R10, _PORT, R2)
     yield load(R9, 4, R6, _CONTEXT_PROTOCOL)
     yield jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6")
     yield jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop")
-    yield from _mark_source_as_mapped()
     yield from _load_packet(offset=12, place=_IPV4_SOURCE, size=4, otherwise="drop")
+    yield from _mark_source_as_mapped()
     yield jump("judge")
     yield Label("ipv6")
     yield from _load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop")
@@ -332,8 +349,10 @@ def _pass_public(public: Sequence[Opening]) -> Iterator[Statement]:
         yield Label("public to some")
         yield Remark("is the source in one of its networks?")
         yield store(4, R10, _PUBLIC_KEY, PUBLIC_KEY_BITS)
-        yield store(4, R10, _PUBLIC_KEY + 4, R3)
-        yield store(4, R10, _PUBLIC_KEY + 8, R9)
+        yield calculate(R2, "=", R9)
+        yield calculate(R2, "<<=", 32)
+        yield calculate(R2, "|=", R3)
+        yield store(8, R10, _BEFORE_SOURCE, R2)
         yield from _look_up(PUBLIC, _PUBLIC_KEY)
         yield jump_if(R0, "!=", 0, "pass")
     yield Label("not public")
@@ -384,15 +403,13 @@ def _load_flow(otherwise: str) -> Iterator[Statement]:
 
 def _find_tcp_in_ipv4() -> Iterator[Statement]:
     """Leave the offset of the TCP header in r7 and go to `tcp`."""
+    yield from _load_packet(offset=0, place=_IPV4_BEGINNING, size=_IPV4_BEGINNING_SIZE, otherwise="drop")
+    yield load(R7, 1, R10, _IPV4_BEGINNING)
+    yield load(R2, 2, R10, _IPV4_BEGINNING + 6)
+    yield load(R3, 1, R10, _IPV4_BEGINNING + 9)
     yield from _mark_source_as_mapped()
-    yield from _load_packet(offset=0, place=_HEADER, size=_IPV4_HEADER, otherwise="drop")
-    yield load(R2, 4, R10, _HEADER + 12)
-    yield store(4, R10, _IPV4_SOURCE, R2)
-    yield load(R2, 2, R10, _HEADER + 6)
     yield jump_if(R2, "&", _IPV4_FRAGMENT_OFFSET, "deny")
-    yield load(R2, 1, R10, _HEADER + 9)
-    yield jump_if(R2, "!=", _TCP, "pass")
-    yield load(R7, 1, R10, _HEADER)
+    yield jump_if(R3, "!=", _TCP, "pass")
     yield calculate(R7, "&=", 0x0F)
     yield calculate(R7, "<<=", 2)
     yield jump_if(R7, "<", _IPV4_HEADER, "deny")
@@ -401,11 +418,8 @@ def _find_tcp_in_ipv4() -> Iterator[Statement]:
 
 def _find_tcp_in_ipv6() -> Iterator[Statement]:
     """Leave the offset of the TCP header in r7 and fall through to `tcp`; r8 is the kind of the header there."""
-    yield from _load_packet(offset=0, place=_HEADER, size=_IPV6_HEADER, otherwise="drop")
-    for offset in range(0, 16, 4):
-        yield load(R2, 4, R10, _HEADER + 8 + offset)
-        yield store(4, R10, _SOURCE + offset, R2)
-    yield load(R8, 1, R10, _HEADER + 6)
+    yield from _load_packet(offset=0, place=_IPV6_BEGINNING, size=_IPV6_BEGINNING_SIZE, otherwise="drop")
+    yield load(R8, 1, R10, _IPV6_BEGINNING + 6)
     yield calculate(R7, "=", _IPV6_HEADER)
     for number in range(1, _MOST_EXTENSION_HEADERS + 1):
         yield from _step_over_extension_header(number)
@@ -454,13 +468,16 @@ def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
     yield Remark("is the source one of the peers?")
     yield jump_if(R9, "==", _ETHERTYPE_IPV6, "judge6")
     yield load(R2, 4, R10, _IPV4_SOURCE)
-    yield store(4, R10, _IPV4_KEY + 4, R2)
-    yield store(4, R10, _IPV4_KEY, 32)
+    yield calculate(R2, "<<=", 32)
+    yield calculate(R2, "|=", 32)
+    yield store(8, R10, _IPV4_KEY, R2)
     yield from _look_up(PEERS4, _IPV4_KEY)
     yield jump_if(R0, "==", 0, "deny")
     yield jump("pass")
     yield Label("judge6")
-    yield store(4, R10, _IPV6_KEY, 128)
+    yield calculate(R2, "=", 128)
+    yield calculate(R2, "<<=", 32)
+    yield store(8, R10, _BEFORE_SOURCE, R2)
     yield from _look_up(PEERS6, _IPV6_KEY)
     yield jump_if(R0, "==", 0, "deny")
     yield Label("pass")
@@ -507,9 +524,8 @@ def _look_up(name: Symbol, key: int) -> Iterator[Statement]:
 
 
 def _mark_source_as_mapped() -> Iterator[Statement]:
-    """Make the place for an IPv4 source the end of ::ffff:a.b.c.d."""
-    yield store(4, R10, _SOURCE, 0)
-    yield store(4, R10, _SOURCE + 4, 0)
+    """Make an IPv4 source, which is there already, the end of ::ffff:a.b.c.d."""
+    yield store(8, R10, _SOURCE, 0)
     yield store(4, R10, _SOURCE + 8, _MAPPED_MARKER)
 
 

@@ -239,6 +239,8 @@ def _add_shield(lease: Lease, undo: ExitStack) -> None:
     if lease.shield is None and lease.policy.close_loopback:
         reason = "; ".join(lease.notes) or "--scope ports leaves it out"
         raise PrivilegeError(f"only the shield can close the loopback, and there is none: {reason}; use --loopback any")
+    if lease.shield is not None and lease.shield.shortfall:
+        lease.notes += (lease.shield.shortfall,)
 
 
 def _add_cgroup(lease: Lease, undo: ExitStack) -> None:

@@ -33,9 +33,9 @@ class Lease:
     """The layers of one job and its record. Made by `acquire`, undone by `release`.
 
     cgroup: None where the job can have none. shield: None in scope `ports`. chains, drops: None without port chains.
-    notes: what a person should know about the layers that are missing. left_out: ports of the order that nobody asked
-    for and that are not in its plan any more, with the reasons. stands: the job runs behind what stands of the
-    run, which its record names; until then a record that cannot be written is an error.
+    notes: what a person should know about layers that are missing, or promise less. left_out: ports of the order that
+    nobody asked for and that are not in its plan any more, with the reasons. stands: the job runs behind what stands of
+    the run, which its record names; until then a record that cannot be written is an error.
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
     there, so the port chains close what the shield does as well; proven_in: the launcher's cgroups of the two when the

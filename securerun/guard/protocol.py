@@ -116,7 +116,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Guarding:
-    """The layers that stand, proven. notes: what a person should know about layers that do not.
+    """The layers that stand, proven. notes: what a person should know about layers that do not, or promise less.
 
     left_out: first and last of ports of the order's plan that are not in force, since nobody asked for them.
     needs_guard: the shield may be switched off on this kernel (securerun.guard.proof), which only a guard notices.

@@ -30,7 +30,6 @@ from securerun.protection import ways
 from securerun.protection.ways import Way
 
 _LEAST_KERNEL = (4, 15)
-_SOCKET_KERNEL = (5, 1)
 # Without the others a guard works too, but adopts no shield, raises no limit, or sees and ends no processes of others.
 _INDISPENSABLE = ("CAP_NET_ADMIN", "CAP_BPF")
 _FIXES_OF_SHIELD = {
@@ -86,8 +85,7 @@ def _kernel() -> Ability:
         return Ability(
             "kernel", False, f"Linux {release} is older than 4.15: no shield", "upgrade to Linux 4.15 or newer"
         )
-    judged = "the socket" if version >= _SOCKET_KERNEL else "each packet's headers"
-    return Ability("kernel", True, f"Linux {release}: the shield judges {judged}")
+    return Ability("kernel", True, f"Linux {release}")
 
 
 def _capabilities() -> Ability:
@@ -135,7 +133,7 @@ def _shield() -> Ability:
     policy = Policy(secrets.token_hex(6), (), (_EXAMPLE_PEER,), ())
     try:
         with signals.held_back():  # what is made goes again
-            name = _try_shield(policy)
+            name, shortfall = _try_shield(policy)
     except (CgroupUnavailable, ShieldUnavailable) as error:
         if not proc.governs_network():
             return Ability(SHIELD, None, "only a guard from outside of this user namespace can hang one")
@@ -144,7 +142,8 @@ def _shield() -> Ability:
         if not proc.is_in_first_user_namespace():
             return Ability(SHIELD, False, "the kernel takes none from a user namespace", ways.OUTSIDE)
         return Ability(SHIELD, False, str(error), _FIXES_OF_SHIELD.get(error.obstacle, _FIX_OF_SHIELD))
-    return Ability(SHIELD, True, f"the {name} filter was hung on a cgroup here, proven, and taken off{_doubt()}")
+    less = f"; {shortfall}" if shortfall else ""
+    return Ability(SHIELD, True, f"the {name} filter was hung on a cgroup here, proven, and taken off{less}{_doubt()}")
 
 
 def _doubt() -> str:
@@ -156,8 +155,11 @@ def _doubt() -> str:
     )
 
 
-def _try_shield(policy: Policy) -> str:
-    """Return the name of the program that the kernel took. Raises CgroupUnavailable or ShieldUnavailable."""
+def _try_shield(policy: Policy) -> tuple[str, str]:
+    """Return the name of the program that the kernel took, and what that promises less than the others.
+
+    Raises CgroupUnavailable or ShieldUnavailable.
+    """
     with contextlib.ExitStack() as undo:
         made = cgroup.make_job_cgroup(cgroup.path_of_job_cgroup(os.getpid(), policy.run_id))
         undo.callback(made.close)
@@ -172,7 +174,7 @@ def _try_shield(policy: Policy) -> str:
                 "next boot (mended in Linux 5.15 and later 5.10.y)",
                 Obstacle.NET_CLS,
             )
-        return hung.name
+        return hung.name, hung.shortfall
 
 
 def _port_chains() -> Iterator[Ability]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import kernel
 import packets
 import probe
 import pytest
@@ -139,6 +140,7 @@ def held(
     host: Host, *policies: Policy, log_group: int | None = None, children: bool = False
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """The tables of these policies, each held by a process of its own."""
+    kernel.require(kernel.OWNED_TABLES)
     with contextlib.ExitStack() as stack:
         holders = []
         for wanted in policies:
@@ -333,6 +335,7 @@ def test_a_stranger_cannot_bring_the_token_along(hosts: tuple[Host, Host, Host])
             assert forged.stdout == "timeout\n"
 
 
+@kernel.needing(kernel.OWNED_TABLES)
 def test_ten_thousand_peers_go_in_at_once(hosts: tuple[Host, Host, Host]) -> None:
     node0, node1, stranger = hosts
     # Every other address, so that none of them collapse.
@@ -491,6 +494,7 @@ def test_one_runs_end_leaves_the_others_closed(hosts: tuple[Host, Host, Host]) -
         assert reached(node1, node0) == all_of(node0)
 
 
+@kernel.needing(kernel.OWNED_TABLES)
 def test_installing_again_changes_ports_and_peers_of_the_standing_table(hosts: tuple[Host, Host, Host]) -> None:
     node0, node1, stranger = hosts
     wider = (*PORTS, PortRange(UNPLANNED, UNPLANNED, "found listening"))
@@ -511,6 +515,7 @@ def test_installing_again_changes_ports_and_peers_of_the_standing_table(hosts: t
     assert reached(node1, node0) == all_of(node0)
 
 
+@kernel.needing(kernel.OWNED_TABLES)
 def test_no_packet_slips_through_while_the_table_is_changed(hosts: tuple[Host, Host, Host]) -> None:
     node0, node1, stranger = hosts
     with inside(node0):
@@ -623,6 +628,7 @@ def test_a_kernel_without_owners_is_told_by_its_version(network: Network, monkey
     assert not has_table(node0)
 
 
+@kernel.needing(kernel.OWNED_TABLES)
 def test_success_without_the_rules_is_noticed(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     """libnftables 1.0.6 reports success for `create table` with chains in its block, and makes none."""
     run = Nftables.run

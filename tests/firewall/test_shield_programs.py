@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import kernel
 import packets
 import pytest
 from cgroups import Cgroup, in_child, inside, new_cgroup
@@ -25,12 +26,22 @@ from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import refusals
 from securerun.firewall.policy import Denial, Policy
 from securerun.firewall.shield import Shield, adopt, attach_first_of
-from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM, ShieldProgram, describe
+from securerun.firewall.shield_program import (
+    CLOSED_LOOPBACK_PROGRAM,
+    HEADER_PROGRAM,
+    SOCKET_PROGRAM,
+    ShieldProgram,
+    describe,
+)
 from securerun.linux.assembler import Instruction, assemble
 from securerun.linux.bpf import verifier_log
 from securerun.linux.networks import collapse
 
-PROGRAMS = (SOCKET_PROGRAM, HEADER_PROGRAM)
+SEES_SOCKETS = kernel.needing(kernel.SOCKETS_IN_PROGRAMS)
+BY_SOCKET = pytest.param(SOCKET_PROGRAM, marks=SEES_SOCKETS, id=SOCKET_PROGRAM.name)
+BY_HEADERS = pytest.param(HEADER_PROGRAM, id=HEADER_PROGRAM.name)
+WITH_LOOPBACK = pytest.param(CLOSED_LOOPBACK_PROGRAM, marks=SEES_SOCKETS, id=CLOSED_LOOPBACK_PROGRAM.name)
+PROGRAMS = (BY_SOCKET, BY_HEADERS)
 HERE4, HERE6 = ipaddress.ip_address("10.77.0.1"), ipaddress.ip_address("fd77::1")
 PEER4, PEER6 = ipaddress.ip_address("10.77.0.2"), ipaddress.ip_address("fd77::2")
 STRANGER4, STRANGER6 = ipaddress.ip_address("10.77.0.3"), ipaddress.ip_address("fd77::3")
@@ -102,6 +113,7 @@ def test_frames_that_are_not_ip_are_dropped(judge: Judge) -> None:
     assert not judge.passes_frame(arp)
 
 
+@SEES_SOCKETS
 def test_a_socket_that_does_not_listen_gets_everything(host: Host) -> None:
     # The socket of a test run is in no state.
     with judging(SOCKET_PROGRAM, policy()) as by_socket:
@@ -354,7 +366,7 @@ def test_a_flood_of_invented_sources_is_counted_in_bounded_room(judge: Judge) ->
 # --- the programs themselves ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_the_programs_fit_old_kernels(host: Host, program: ShieldProgram) -> None:
     names = ("eth0",)
     statements = program.build(names)
@@ -386,19 +398,25 @@ def test_the_program_for_old_kernels_uses_nothing_that_they_lack() -> None:
     assert all(offset >= 0 for opcode, _, offset, _ in offsets if opcode & 0x07 == 0x05), "loops came with Linux 5.3"
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+@kernel.needing(kernel.CAP_BPF)
+@pytest.mark.parametrize("program", (*PROGRAMS, WITH_LOOPBACK))
 def test_the_shield_needs_cap_bpf_and_cap_net_admin_and_no_more(host: Host, program: ShieldProgram) -> None:
+    """With all that a policy can have in it: a verifier that lacks CAP_PERFMON is stricter (5.10 to 6.7)."""
     script = (
         "import ipaddress, os, sys\n"
         "from securerun.firewall import refusals, selftest, shield\n"
-        "from securerun.firewall.policy import Policy\n"
-        "from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM\n"
+        "from securerun.firewall.policy import Opening, Policy, PortRange, Purpose\n"
+        "from securerun.firewall.shield_program import PROGRAMS\n"
         "assert [line.split()[1] for line in open('/proc/self/status') if line.startswith('CapEff')] == [sys.argv[3]]\n"
         "cgroup = os.open(sys.argv[1], os.O_RDONLY)\n"
         "peers = (ipaddress.ip_network('10.0.0.0/8'), ipaddress.ip_network('fd00::/8'))\n"
-        "program = [each for each in (SOCKET_PROGRAM, HEADER_PROGRAM) if each.name == sys.argv[2]]\n"
+        "program, = [each for each in PROGRAMS if each.name == sys.argv[2]]\n"
+        "public = (Opening(8080, 8090, peers), Opening(9090, 9090, peers[:1]), Opening(9100, 9100, ()))\n"
+        "ports = tuple(PortRange(one.first, one.last, Purpose.PUBLIC) for one in public[:2])\n"
+        "closed = program.closes_loopback\n"
+        "of = Policy('0123456789ab', ports, peers, ('eth0',), close_loopback=closed, public=public)\n"
         "try:\n"
-        "    held = shield.attach_first_of(program, cgroup, Policy('0123456789ab', (), peers, ('eth0',)))\n"
+        "    held = shield.attach_first_of([program], cgroup, of)\n"
         "except refusals.ShieldUnavailable as error:\n"
         "    print('unavailable:', error)\n"
         "else:\n"

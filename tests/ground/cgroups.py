@@ -17,6 +17,7 @@ from typing import Any, Callable, TypeVar
 import namespaces
 import pytest
 from hosts import NAMESPACES, Host, cgroup2_mount, eventually
+from patience import patient
 
 Result = TypeVar("Result")
 
@@ -72,6 +73,18 @@ def enter(directory: Path) -> None:
         os.close(membership)
 
 
+def end_all(directory: Path) -> None:
+    """SIGKILL all that is in a cgroup and below it: at once where the kernel can, as batch systems do it."""
+    together = directory / "cgroup.kill"
+    if together.exists():
+        together.write_text("1")
+        return
+    for listed in directory.rglob("cgroup.procs"):
+        with contextlib.suppress(OSError):
+            for pid in listed.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def inside(host: Host) -> Iterator[None]:
     """This thread in the host's network namespace; sockets made meanwhile stay there."""
@@ -101,7 +114,7 @@ def in_child(work: Callable[[], Result]) -> Result:
         os._exit(0)
     os.close(writing)
     try:
-        assert select.select([reading], [], [], CHILD_SECONDS)[0], "the child gives no answer"
+        assert select.select([reading], [], [], patient(CHILD_SECONDS))[0], "the child gives no answer"
         with os.fdopen(reading, "rb") as answer:
             result, failure = pickle.loads(answer.read())  # noqa: S301 - our own child wrote it
     finally:

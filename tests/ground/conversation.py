@@ -24,6 +24,7 @@ from typing import Any
 
 from cgroups import Cgroup
 from hosts import Host, eventually, machine_snapshot
+from patience import patient
 from process_table import name_of
 from users import GUARD, GUARD_NAME, PrivateMachine, User
 
@@ -89,7 +90,7 @@ class Conversation:
     def hear(self, seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
         """The next answer, by the one key that names it; {} at the end. Fails when there is none in time."""
         assert self.process.stdout is not None
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patient(seconds)
         while b"\n" not in self._pending:
             remaining = max(0.0, deadline - time.monotonic())
             assert select.select([self.process.stdout], [], [], remaining)[0], f"no answer within {seconds} s"

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import IO, Callable, Union
 
 import probe
-from process_table import fields_of
+from patience import patient
+from process_table import fields_of, signal_if
 
 Argument = Union[str, "os.PathLike[str]"]
 Stream = Union[int, IO[str], None]
@@ -317,7 +318,7 @@ def finish_all(
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 10) -> bool:
     """Whether `condition` became true within `seconds`; asked every 20 ms."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > end:
             return False
@@ -380,17 +381,8 @@ def _running(network: Network) -> dict[int, Host]:
 
 def _kill_in_host(pid: int, host: Host) -> None:
     """Kill `pid` if it is in `host` *after* it was pinned down: the number may have passed to another meanwhile."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if pid in host.processes():
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(pidfd)
+    with contextlib.suppress(ProcessLookupError):
+        signal_if(pid, signal.SIGKILL, lambda: pid in host.processes())
 
 
 def _release(process: subprocess.Popen[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import kernel
 import packets
 from cgroups import new_cgroup
 from programs import result_of
@@ -29,6 +30,7 @@ class Judge:
         return self.passes_frame(packets.frame(content))
 
     def passes_frame(self, frame: bytes) -> bool:
+        kernel.require(kernel.TEST_RUNS)
         return result_of(self.program, frame, self.interface) == 1
 
     def denials(self) -> set[tuple[str, int, int]]:
@@ -37,6 +39,7 @@ class Judge:
 
 @contextmanager
 def judging(program: ShieldProgram, of: Policy) -> Iterator[Judge]:
+    kernel.require(kernel.TEST_RUNS)
     with new_cgroup() as cgroup:
         hung_up = attach_first_of((program,), cgroup.descriptor, of)
         (identifier,) = attached(cgroup.descriptor, AttachType.CGROUP_INET_INGRESS).program_ids

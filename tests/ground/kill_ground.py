@@ -17,6 +17,7 @@ from checkout import GROUND
 from containers import READ_ONLY_CGROUPS
 from hosts import NAMESPACES, RECORDS, Host, Network, cgroup2_mount, is_alive
 from kill_cells import PROTECTIONS
+from process_table import signal_if
 
 # At these marks the light job waits for an answer.
 QUESTIONS = ("before policy", "guarded", "rendezvous", "training")
@@ -236,13 +237,7 @@ class LightJob:
 
 def send(host: Host, pid: int, number: signal.Signals) -> None:
     """Send a signal to `pid` if it runs in `host`. Raises ProcessLookupError if it is gone."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        # Pinned first: between the look and the signal the number may have gone to another process.
-        if _is_in(host, pid):
-            signal.pidfd_send_signal(pidfd, number)
-    finally:
-        os.close(pidfd)
+    signal_if(pid, number, lambda: _is_in(host, pid))
 
 
 def _is_in(host: Host, pid: int) -> bool:

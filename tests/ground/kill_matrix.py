@@ -47,6 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from cgroups import end_all
 from gains import Deaf, Gain, gains
 from hosts import Network, eventually, hear_signals, is_alive
 from kill_cells import SIGNALS, Cell, all_cells
@@ -217,7 +218,7 @@ def strike(job: LightJob, ground: Ground, cell: Cell, chance: random.Random, pro
             _let_the_stranger_try(probe, chance)
     if cell.victim == "cgroup" and cell.signal in ("KILL", "STOPKILL"):
         with contextlib.suppress(OSError):  # as batch systems do it: what is being forked too
-            (job.cgroup / "cgroup.kill").write_text("1")
+            end_all(job.cgroup)
 
 
 def _victims(job: LightJob, cell: Cell, chance: random.Random) -> list[int]:

@@ -143,9 +143,11 @@ class Probe:
 
 def reach(origin: Host, targets: Iterable[Endpoint], *, seconds: float = CONNECT_SECONDS) -> dict[Endpoint, bool]:
     """For each (address, port), whether a connect() from `origin` completes."""
+    from patience import patient  # where this is a program, it has but itself
+
     request = json.dumps(sorted(set(targets)))
     answer = origin.run(
-        _program("once", "--connect-seconds", str(seconds)), text_input=request + "\n", check=True
+        _program("once", "--connect-seconds", str(patient(seconds))), text_input=request + "\n", check=True
     ).stdout
     results = (json.loads(line) for line in answer.splitlines())
     return {(address, port): result == "connected" for address, port, result, _ in results}

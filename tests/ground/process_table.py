@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 from pathlib import Path
+from typing import Callable
 
 
 def name_of(pid: int) -> str:
@@ -31,3 +35,23 @@ def fields_of(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state, its third, on. Raises OSError when the process is gone."""
     # The name before them, in parentheses, may hold anything.
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+
+
+def signal_if(pid: int, number: signal.Signals, is_it: Callable[[], bool]) -> None:
+    """Signal a process if it is the one that is meant after it was pinned down: numbers are used again.
+
+    Raises ProcessLookupError when it is gone.
+    """
+    try:
+        held = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        if is_it():  # a kernel without pidfd_open(2), where nothing pins it down
+            os.kill(pid, number)
+        return
+    try:
+        if is_it():
+            signal.pidfd_send_signal(held, number)
+    finally:
+        os.close(held)

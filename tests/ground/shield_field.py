@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 from cgroups import Cgroup, new_cgroup
 from hosts import Host, Network
+from patience import patient
 
 from securerun.linux.bpf import AttachType
 
@@ -18,7 +19,7 @@ FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["ipv4", "ipv6"])
 INGRESS, EGRESS = AttachType.CGROUP_INET_INGRESS, AttachType.CGROUP_INET_EGRESS
 
 # Nothing on these wires takes a millisecond; a machine that is busy with other tests may.
-PATIENCE_SECONDS = 0.5
+PATIENCE_SECONDS = patient(0.5)
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Callable
 
-from cgroups import Cgroup, new_cgroup
+from cgroups import Cgroup, end_all, new_cgroup
 from checkout import CHECKOUT, COMMANDS
 from hosts import FAREWELL_SECONDS, NAMESPACES, Argument, Host, Stream, eventually, finish, kill_group
-from process_table import name_of, users_of
+from process_table import name_of, signal_if, users_of
 
 import securerun
 
@@ -373,13 +373,7 @@ class PrivateMachine:
         found = [pid for pid in self.processes() if whom(pid)]
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
-                pidfd = os.pidfd_open(pid)
-                try:
-                    # Only if it is of this machine after it was pinned down: numbers are used again.
-                    if pid in self.processes() and whom(pid):
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                finally:
-                    os.close(pidfd)
+                signal_if(pid, signal.SIGKILL, lambda pid=pid: pid in self.processes() and whom(pid))  # type: ignore[misc]
         return found
 
 
@@ -393,7 +387,7 @@ def delegated_cgroup(user: User) -> Iterator[Cgroup]:
             yield cgroup
         finally:
             eventually(lambda: _removed_below(cgroup.path), seconds=_LEAVE_SECONDS)
-            (cgroup.path / "cgroup.kill").write_text("1")
+            end_all(cgroup.path)
             eventually(lambda: _removed_below(cgroup.path))
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 
+import kernel
 import pytest
 from cgroups import in_child, leave_for_a_new_network
 from sandbox import NOBODY
@@ -30,7 +31,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("has_pidfds", [True, False])
+@pytest.mark.parametrize("has_pidfds", [pytest.param(True, marks=kernel.needing(kernel.PIDFDS)), False])
 def test_a_process_that_ended_is_served_no_more(
     process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, has_pidfds: bool
 ) -> None:

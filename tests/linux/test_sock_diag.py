@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import kernel
 import pytest
 from cgroups import Cgroup, in_child, inside, leave_for_a_new_network, new_cgroup, socket_made_in
 from headless import HEADLESS
@@ -28,6 +29,7 @@ from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavaila
 IPPROTO_MPTCP = 262
 IPPROTO_SCTP = 132
 MANY = 10_000
+TELLS_CGROUPS = kernel.needing(kernel.CGROUPS_OF_SOCKETS)
 NOT_WHOLE = "not whole|without its header"
 
 
@@ -287,12 +289,14 @@ def test_descriptors_are_found_after_the_first_thread_has_exited() -> None:
 # Which cgroup it belongs to
 
 
+@TELLS_CGROUPS
 def test_a_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")):
         with socket_made_in(cgroup, lambda family=family, address=address: listener(family, address)) as made:  # type: ignore[misc]
             assert found_of(made)[0].cgroup_id == sock_diag.cgroup_id(cgroup.descriptor)
 
 
+@TELLS_CGROUPS
 def test_an_mptcp_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
     try:
         made = socket_made_in(cgroup, lambda: listener(protocol=IPPROTO_MPTCP))
@@ -312,6 +316,7 @@ def test_the_number_is_the_one_that_the_kernel_opens_the_directory_by(cgroup: Cg
     assert struct.unpack_from("=Q", handle, 8)[0] == sock_diag.cgroup_id(cgroup.descriptor)
 
 
+@TELLS_CGROUPS
 def test_cgroups_below_count_as_the_jobs(cgroup: Cgroup) -> None:
     with new_cgroup(cgroup) as below, new_cgroup(below) as deepest, new_cgroup() as foreign:
         ids = sock_diag.cgroup_ids(cgroup.descriptor)
@@ -321,6 +326,7 @@ def test_cgroups_below_count_as_the_jobs(cgroup: Cgroup) -> None:
             assert sock_diag.outside(found_of(inner, other), holders, ids) == tuple(found_of(other))
 
 
+@TELLS_CGROUPS
 def test_a_socket_outlives_the_directory_of_its_cgroup_and_keeps_its_number(cgroup: Cgroup) -> None:
     with new_cgroup(cgroup) as below:
         ids = sock_diag.cgroup_ids(cgroup.descriptor)
@@ -354,6 +360,7 @@ def test_made_inside_then_moved_out_is_covered(cgroup: Cgroup) -> None:
         assert port_of(made) not in outside_of(cgroup, os.getpid())
 
 
+@TELLS_CGROUPS
 def test_made_before_joining_is_outside(cgroup: Cgroup) -> None:
     def work() -> tuple[set[int], int, int]:
         with listener() as before:
@@ -366,6 +373,7 @@ def test_made_before_joining_is_outside(cgroup: Cgroup) -> None:
     assert after not in reported
 
 
+@TELLS_CGROUPS
 def test_received_from_outside_is_outside(cgroup: Cgroup) -> None:
     near, far = socket.socketpair()
 

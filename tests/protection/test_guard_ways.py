@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+from cgroups import end_all
 from conversation import SOCKET, WAYS, Conversation, guards, log_of, nothing_left, order, permit, socket_unit
 from holding import Held, hold_as
 from hosts import Host, Network, eventually, finish, finish_all, is_alive
@@ -375,7 +376,7 @@ def test_guard_outlives_the_batch_systems_kill_by_cgroup_and_cleans_up(
         assert job.stdout is not None
         assert job.stdout.readline() == "ready\n"
         (guard,) = guards(machine)
-        (cgroup.path / "cgroup.kill").write_text("1")
+        end_all(cgroup.path)
         assert job.wait(timeout=10) == -signal.SIGKILL
         assert eventually(lambda: not is_alive(guard), seconds=5)
     assert log_of(machine).count(": released") == 1

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import kernel
 import pytest
 from attacking import Ground, cgroup_of, pid_taken, program, server
 from checkout import CHECKOUT
@@ -632,6 +633,7 @@ def test_sudo_that_is_killed_at_any_moment_leaves_nothing(ground: Ground) -> Non
 _MOVE_INWARDS = 'mkdir "$C/inner"; echo $$ > "$C/inner/cgroup.procs"'
 
 
+@kernel.needing(kernel.KILLING_CGROUPS, kernel.FREEZING_CGROUPS)
 @pytest.mark.parametrize("way", WAYS)
 def test_cgroup_that_is_delegated_to_the_user_does_not_hold_the_guard(ground: Ground, way: str) -> None:
     """In his own subtree a user may freeze and kill root's processes: the guard is not there."""
@@ -652,7 +654,13 @@ def test_cgroup_that_is_delegated_to_the_user_does_not_hold_the_guard(ground: Gr
     assert log_of(ground.machine).count(": released") == 1
 
 
-@pytest.mark.parametrize("what", ["cgroup.kill", "cgroup.freeze"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("cgroup.kill", marks=kernel.needing(kernel.KILLING_CGROUPS)),
+        pytest.param("cgroup.freeze", marks=kernel.needing(kernel.FREEZING_CGROUPS)),
+    ],
+)
 def test_guard_that_is_killed_while_it_starts_leaves_nothing(ground: Ground, what: str) -> None:
     """Until it has left the user's subtree a guard can be stopped there; until then it has done nothing."""
     for moment in range(10):

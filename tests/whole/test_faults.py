@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import kernel
 import pytest
 from holding import HOLDER, Held, held
 from hosts import Host, Network, cgroup2_mount, eventually, finish_all, machine_snapshot
@@ -227,6 +228,7 @@ def test_guard_is_small_and_in_a_session_of_its_own(network: Network) -> None:
         assert "torch" not in maps
 
 
+@kernel.needing(kernel.FREEZING_CGROUPS)
 def test_guard_sleeps_while_nothing_happens_and_after_something_did(network: Network) -> None:
     """Something that is never read wakes poll(2) for ever; how often a process reads is what proc(5) counts."""
     node, _, _ = network
