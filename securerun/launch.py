@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from securerun import run
 from securerun.ending import exit_quickly
 from securerun.errors import UsageError
+from securerun.job import originals
 from securerun.job.launchers import Command, Launcher
 
 
@@ -25,9 +26,7 @@ from securerun.job.launchers import Command, Launcher
 class _Command(Command):
     def run(self) -> None:
         """Run the job as `python -m torch.distributed.launch` does."""
-        from torch.distributed import launch
-
-        launch.main(list(self.arguments))
+        originals.call(originals.LAUNCH, "main", list(self.arguments))
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
-    from torch.distributed import launch
-
-    namespace = launch.parse_args(arguments)
+    namespace: argparse.Namespace = originals.call(originals.LAUNCH, "parse_args", arguments)
     if namespace.no_python and not namespace.use_env:
         raise UsageError("--no-python: --local-rank is an argument for Python scripts; write --use-env as well")
     return namespace, ()

@@ -20,6 +20,8 @@ from securerun.errors import UsageError
 from securerun.session import Session
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from securerun.job.job import Job
     from securerun.job.launchers import Command, Launcher
     from securerun.options import Options
@@ -43,6 +45,33 @@ def command() -> None:
     """Be the command `securerun`: `main`, and a quick end."""
     main()
     exit_quickly()
+
+
+def run(args: Namespace) -> None:
+    """Run the job of a namespace as `torch.distributed.run.run` would, its network closed to strangers.
+
+    The namespace is of this module's `get_args_parser`, which takes securerun's options, or of torch's own. Raises and
+    exits as `main` does.
+    """
+    from securerun import options
+    from securerun.job import command_line, originals
+    from securerun.job.launchers import LAUNCHERS, Command
+
+    if originals.is_calling(originals.RUN, "run") or originals.is_calling(originals.LAUNCH, "main"):
+        originals.own(originals.RUN, "run")(args)  # it was put in torch's place, and the job has its lease by now
+        return
+    with spoken_errors():
+        asked = options.resolve(command_line.taken_from(args), os.environ)
+        begun = session.begin(sys.argv, asked, needs_guard=not (asked.dry_run or asked.unprotected))
+        _import_torch()
+        _carry_out(begun, Command(LAUNCHERS["torchrun"], args, ()), asked)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module holds
+    """Return what else `torch.distributed.run` has, so that this module can be put in its place."""
+    from securerun.job import command_line
+
+    return command_line.named(name)
 
 
 def start(args: Sequence[str] | None, only: Launcher | None = None, *, recorded: bool = True) -> None:
@@ -75,12 +104,17 @@ def _launch(begun: Session, arguments: Sequence[str], only: Launcher | None, *, 
         understood, asked = _understand(arguments, only)
         if as_command:
             sys.argv[1:] = understood.arguments
-        job = _job(understood, asked)
-        if asked.dry_run:
-            begun.show(job, asked)
-            return
-        with begun.protect(job, asked), closing_what_frames_hold():
-            _run(understood, asked)
+        _carry_out(begun, understood, asked)
+
+
+def _carry_out(begun: Session, understood: Command, asked: Options) -> None:
+    """Run the job under its lease, or show what would be done."""
+    job = _job(understood, asked)
+    if asked.dry_run:
+        begun.show(job, asked)
+        return
+    with begun.protect(job, asked), closing_what_frames_hold():
+        _run(understood, asked)
 
 
 def _begin(arguments: Sequence[str], *, needs_guard: bool) -> Session:
@@ -117,14 +151,10 @@ def _understand(arguments: Sequence[str], only: Launcher | None) -> tuple[Comman
 
 def _parse(launcher: Launcher, rest: Sequence[str]) -> Command:
     """Have the launcher's own parser read its own part; its help is followed by ours."""
-    try:
-        return launcher.parse(rest)
-    except SystemExit as done:
-        if not done.code:
-            from securerun import help_text
+    from securerun.job import command_line
 
-            print("\n" + help_text.written(), end="")
-        raise
+    with command_line.followed_by_ours():
+        return launcher.parse(rest)
 
 
 def _job(understood: Command, asked: Options) -> Job:

@@ -1,6 +1,6 @@
 """What is being launched, and by which of torch's launchers: its command line, read by its own parser, as data.
 
-The rules are those of `torch.distributed.run` from 2.1 to 2.13: `run`, `config_from_args` and
+The rules are those of `torch.distributed.run` from 2.1 to 2.14: `run`, `config_from_args` and
 `get_rdzv_endpoint`, and of the rendezvous handlers under `torch/distributed/elastic/rendezvous`; for torch_npu_run,
 those of `torch_npu.distributed.run` and `torch_npu.distributed.rendezvous`.
 Everything comes from the parsed command line (PET_* variables included, the parser reads them); WORLD_SIZE and RANK
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import UsageError
+from securerun.job import originals
 from securerun.job.job import C10D, C10D_PORT, ETCD, ETCD_V2, PARALLEL, STATIC, Endpoint, Job
 from securerun.options import Arity
 
@@ -71,10 +72,8 @@ class Command:
 
     def run(self) -> None:
         """Run the job to its end, in this process; raises what torch raises."""
-        from torch.distributed.run import run
-
         with _command_line(self.arguments) if self.launcher.reads_argv else contextlib.nullcontext():
-            run(self.namespace)
+            originals.call(originals.RUN, "run", self.namespace)
 
 
 def choose(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Launcher:
@@ -89,9 +88,7 @@ def choose(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str])
 
 def parser_of_all() -> argparse.ArgumentParser:
     """Return a parser that knows every launcher's options, to tell which launcher a command line is for."""
-    from torch.distributed.run import get_args_parser
-
-    parser: argparse.ArgumentParser = get_args_parser()
+    parser: argparse.ArgumentParser = originals.call(originals.RUN, "get_args_parser")
     parser.add_argument(f"--{_TIERED}")
     return parser
 
@@ -131,7 +128,7 @@ def describe_job(namespace: argparse.Namespace) -> Job:
         endpoint=endpoint,
         min_nodes=min_nodes,
         max_nodes=max_nodes,
-        node_rank=namespace.node_rank,
+        node_rank=getattr(namespace, "node_rank", 0),  # torch does not ask for it either, but in static rendezvous
         command=(*module, namespace.training_script, *namespace.training_script_args),
         log_dir=namespace.log_dir,
         elsewhere=_elsewhere(namespace),
@@ -267,9 +264,8 @@ def _settings(rdzv_conf: str, name: str) -> Iterable[str]:
 
 def _torchrun(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
     """torch.distributed.run.main, up to its `run`."""
-    from torch.distributed.run import get_args_parser
-
-    return get_args_parser().parse_args(arguments), ()
+    parser: argparse.ArgumentParser = originals.call(originals.RUN, "get_args_parser")
+    return parser.parse_args(arguments), ()
 
 
 def _torch_npu_run(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:

@@ -1,4 +1,4 @@
-"""`python -m securerun.launch` against `python -m torch.distributed.launch`: the same jobs, guarded."""
+"""`python -m securerun.launch` against `python -m torch.distributed.launch`, and torch's names in Python: guarded."""
 
 from __future__ import annotations
 
@@ -95,3 +95,64 @@ def test_help_has_torchs_options_its_own_and_ours(node: Host) -> None:
     assert done.returncode == 0
     for option in ("--use-env", "--nproc-per-node", "--peers"):
         assert option in done.stdout
+
+
+# How programs that launch by Python come to securerun's.
+PUT = """
+import sys
+import torch.distributed.launch, torch.distributed.run
+import securerun.launch, securerun.run
+if __name__ == "__main__":
+    {put}
+"""
+IN_TORCHS_PLACE = {
+    "torch's run": "torch.distributed.run.run = securerun.run.run; "
+    "torch.distributed.run.run(torch.distributed.run.parse_args(sys.argv[1:]))",
+    "torch's main": "torch.distributed.run.main = securerun.run.main; torch.distributed.run.main(sys.argv[1:])",
+    "torch's launch": "torch.distributed.launch.main = securerun.launch.main; "
+    "torch.distributed.launch.main(['--use-env', *sys.argv[1:]])",
+    "a wrapper": "torch.distributed.run.run = lambda args: securerun.run.run(args); "
+    "torch.distributed.run.run(securerun.run.parse_args(sys.argv[1:]))",
+    "the module, for workers of its own": "sys.modules['torch.distributed.run'] = securerun.run; "
+    "from torch.distributed.run import parse_args, run; "
+    "run(parse_args(['--peers', '10.77.0.2', '--run-path', *sys.argv[1:]]))",
+}
+
+
+@pytest.mark.parametrize("how", IN_TORCHS_PLACE)
+def test_ours_in_torchs_place_runs_the_job_guarded_and_does_not_call_itself(
+    node: Host, script: str, tmp_path: Path, how: str
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PUT.format(put=IN_TORCHS_PLACE[how]))
+    done = node.run([sys.executable, str(program), script, "a"], timeout=60)
+    assert done.returncode == 0, done
+    assert [json.loads(line)[0] for line in done.stdout.splitlines()] == [["a"]]
+    assert done.stderr.count("every TCP port of this job closed to all others by shield") == 1
+    assert "Traceback" not in done.stderr
+    assert ("open to 10.77.0.2 (--peers)" in done.stderr) == (how == "the module, for workers of its own")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "status", "words"),
+    [
+        ({"securerun_peers": "no.such.host.invalid"}, 78, "no.such.host.invalid"),
+        ({"securerun_firewall": "ufw"}, 2, "ufw"),
+        ({"securerun_peers": ["10.77.0.2"]}, 2, "securerun_peers"),
+        ({"securerun_dry_run": True}, 0, ""),
+    ],
+    ids=["unknown peer", "no such firewall", "a list", "dry run"],
+)
+def test_namespace_that_cannot_be_guarded_is_one_line_and_starts_nothing(
+    node: Host, script: str, attributes: dict[str, object], status: int, words: str
+) -> None:
+    call = (
+        "import sys; from securerun.run import parse_args, run; "
+        f"namespace = parse_args(['--nnodes=2', '--master-addr=10.77.0.1', '--peers=10.77.0.2', {script!r}]); "
+        f"vars(namespace).update({attributes!r}); run(namespace)"
+    )
+    done = node.run([sys.executable, "-c", call])
+    assert done.returncode == status, done
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("# shield" in done.stdout) == (status == 0)
