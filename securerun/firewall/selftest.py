@@ -19,10 +19,11 @@ from typing import Callable
 
 from securerun.errors import Obstacle
 from securerun.firewall.refusals import FORBIDDEN_ABOVE, ShieldUnavailable, explained
-from securerun.linux import net_cgroups, proc
+from securerun.linux import net_cgroups, prctl, proc
 from securerun.linux.assembler import R0, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Program, programs_on
 
+_NAME = "securerun-proof"
 _PROBE_NAME = "securerun_probe"
 _FORBID_EVERYTHING = (calculate(R0, "=", 0), leave())
 _LONGEST_SEND_SECONDS = 5.0
@@ -173,6 +174,7 @@ class Repeated:
         self._cgroup = cgroup
         self._sender = Sender(cgroup, others, at_end, kept)
         self._probe: Program | None = None
+        self._may_send_outside = False
         # First it says whether it could enter, then, with nothing forbidden, whether it can send at all.
         self._judge: Callable[[int], bool | None] = self._judge_entering
         self._asked_until = time.monotonic() + _LONGEST_SEND_SECONDS
@@ -206,6 +208,7 @@ class Repeated:
 
     def _judge_before(self, not_sent: int) -> None:
         _require_allowed(not_sent)
+        self._may_send_outside = not _errno_of(_send_to_self)
         with explained("loading the self-test"):
             self._probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
         with explained("hanging the self-test on a cgroup", FORBIDDEN_ABOVE):
@@ -215,6 +218,9 @@ class Repeated:
     def _judge_sending(self, not_sent: int) -> bool:
         if not not_sent and self._sender.pid not in _members(self._cgroup):
             raise _cannot_judge("somebody moved it out of its cgroup")
+        # A rule of the host's that came meanwhile would forbid it too, and hide that no filter does.
+        if not_sent and self._may_send_outside:
+            _require_allowed(_errno_of(_send_to_self))
         return _is_forbidden(not_sent)
 
 
@@ -297,6 +303,7 @@ def _live(
     try:
         # The handlers are the guard's, and not for this process.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        prctl.set_name(_NAME)
         # What else the guard has open ends with the guard: locks, the launcher's pipe, programs.
         _close_all_but({cgroup, *others, *kept, far.fileno()})
         far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))

@@ -43,7 +43,7 @@ class Proof:
         self._room: _Room | None = None
         self._repeated: selftest.Repeated | None = None
         self._must_prove_launcher = lease.order.adopt
-        self._proven_at = time.monotonic()
+        self._unproven_since: float | None = None
         self._next_begin = 0.0
         self._next_look = 0.0
 
@@ -70,15 +70,23 @@ class Proof:
         except (ShieldUnavailable, OSError) as error:
             self.end()
             self._next_begin = time.monotonic() + _AGAIN_SECONDS
-            return f"it cannot be proven any more ({error})" if self._is_overdue() else ""
+            return self._why_overdue(str(error))
         if runs is False:
             return SWITCHED_OFF
         if runs:
-            self._proven_at = time.monotonic()
-        return "it cannot be proven any more (no answer of the self-test)" if self._is_overdue() else ""
+            self._unproven_since = None
+            return ""
+        return self._why_overdue("no answer of the self-test")
 
-    def _is_overdue(self) -> bool:
-        return time.monotonic() - self._proven_at > _LONGEST_UNPROVEN_SECONDS
+    def _why_overdue(self, reason: str) -> str:
+        """Return that the shield counts as none where nobody could tell for too long; "" before that.
+
+        Counted from look to look: what kept this guard from looking is no fault of the shield's.
+        """
+        now = time.monotonic()
+        self._unproven_since = self._unproven_since or now
+        overdue = now - self._unproven_since > _LONGEST_UNPROVEN_SECONDS
+        return f"it cannot be proven any more ({reason})" if overdue else ""
 
     def _runs(self) -> bool | None:
         """Return whether filters on a cgroup run; None while that is not known. Raises ShieldUnavailable or OSError."""

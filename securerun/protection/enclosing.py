@@ -83,7 +83,9 @@ def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
     Raises PolicyError for those that insist on more protection than the run has.
     """
     known = enclosing.terms
-    if asked.scope == "process" and known.get("shield") is not True:
+    # Who insists on it has the job ended when a shield that may be switched off is.
+    insists = known.get("needs_guard") is not True or known.get("scope") == "process"
+    if asked.scope == "process" and not (known.get("shield") is True and insists):
         raise PolicyError(_too_weak("--scope process", enclosing, "it is not certain to have a shield"))
     if asked.loopback == "job" and known.get("loopback") != "job":
         raise PolicyError(_too_weak("--loopback job", enclosing, "its loopback is open to this host"))

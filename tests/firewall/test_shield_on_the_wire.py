@@ -564,6 +564,50 @@ def test_child_that_is_frozen_in_a_cgroup_of_version_1_is_not_waited_for(
         assert not (field.elsewhere.path / "cgroup.procs").read_text()
 
 
+@contextlib.contextmanager
+def repeated(field: Field) -> Iterator[selftest.Repeated]:
+    """The proof that is made again and again, which has told once that filters run."""
+    with inside(field.host):
+        proof = selftest.Repeated(field.elsewhere.descriptor, (), lambda: None, ())
+        try:
+            assert eventually(proof.look)  # type: ignore[arg-type]
+            yield proof
+        finally:
+            proof.end()
+
+
+def looked(proof: selftest.Repeated) -> bool:
+    """What it tells next."""
+    while (answer := proof.look()) is None:
+        pass
+    return answer
+
+
+def test_proof_is_repeated_until_a_filter_does_not_run(field: Field) -> None:
+    with repeated(field) as proof:
+        assert [looked(proof) for _ in range(20)] == [True] * 20
+        (identifier,) = attached(field.elsewhere.descriptor, EGRESS).program_ids
+        with Program.open(identifier) as program:
+            program.take_off(field.elsewhere.descriptor, EGRESS)
+        assert looked(proof) is False
+
+
+def test_rule_of_the_hosts_that_forbids_as_the_filter_does_is_no_repeated_proof(field: Field) -> None:
+    rule = "add table inet t; add chain inet t o { type filter hook output priority 0; policy drop; }"
+    with repeated(field) as proof:
+        field.host.run(["nft", rule], check=True)
+        with pytest.raises(ShieldUnavailable, match="forbids UDP over the loopback"):
+            looked(proof)
+
+
+def test_child_that_somebody_moved_out_of_its_cgroup_proves_nothing(field: Field) -> None:
+    with repeated(field) as proof:
+        (child,) = (field.elsewhere.path / "cgroup.procs").read_text().split()
+        (field.job.path / "cgroup.procs").write_text(child)
+        with pytest.raises(ShieldUnavailable, match="moved it out"):
+            looked(proof)
+
+
 # --- programs of others -----------------------------------------------------------------------------
 
 
