@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import kernel
 import probe
 import pytest
 from checkout import COMMANDS
@@ -41,6 +42,7 @@ RUN = "0123456789ab"
 PORT = 29500
 COMMAND = "train.py --name 'a b'"
 BACKENDS = ("iptables", "nftables", "legacy")
+BESIDE_A_SHIELD = ("iptables", kernel.OWNED_NFTABLES, "legacy")
 NOBODY = 65534
 
 # A lease for a job of one listener; on `leave` it starts a process that outlives it, at its end of input it is over.
@@ -225,7 +227,7 @@ def dead(run_id: str = RUN, **changes: Any) -> Record:  # noqa: ANN401
 # --- real runs
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BESIDE_A_SHIELD)
 def test_a_run_is_shown_from_its_start_to_its_end(network: Network, backend: str) -> None:
     node, peer, stranger = network
     legacy = backend == "legacy"
@@ -265,7 +267,7 @@ def test_a_run_is_shown_from_its_start_to_its_end(network: Network, backend: str
     assert machine_snapshot() == machine
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BESIDE_A_SHIELD)
 def test_what_a_double_kill_leaves_is_shown_and_cleaned(network: Network, backend: str) -> None:
     node = network["node0"]
     legacy = backend == "legacy"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kernel
 import plans
 import pytest
 from checkout import COMMANDS
@@ -221,7 +222,7 @@ def test_scripts_of_two_jobs_with_other_peers_and_a_common_port_agree(
     assert node.snapshot() == before
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES])
 @pytest.mark.parametrize("first", ["script", "run"])
 @pytest.mark.parametrize("first_to_end", ["script", "run"])
 def test_a_run_lets_nobody_in_whom_a_script_keeps_out_whichever_comes_or_ends_first(
@@ -326,6 +327,7 @@ def test_the_iptables_form_is_what_the_tools_load(network: Network) -> None:
     assert_closed(network)
 
 
+@kernel.needing(kernel.OWNED_TABLES)
 def test_the_nft_form_is_what_libnftables_loads(network: Network, tmp_path: Path) -> None:
     node = network["node0"]
     before = node.snapshot()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import kernel
 import plans
 import pytest
 from hosts import Host, Network
@@ -19,7 +20,7 @@ from securerun.firewall.policy import Policy, PortRange
 from securerun.linux.networks import collapse
 
 RUN, OTHER = "0123456789ab", "ba9876543210"
-BACKENDS = ("iptables", "nftables", "legacy")
+BACKENDS = ("iptables", kernel.OWNED_NFTABLES, "legacy")
 CLOSED, OPEN = 29500, 29501
 OPENED, REFUSED, SILENT = "opened", "refused", "silent"
 EMPTY = dispatcher.Dispatcher(exists=False, rules=(), jumps=(), jumped_to_first=False)

@@ -117,3 +117,6 @@ CAP_BPF = Need("capability of its own for bpf(2) (CAP_BPF)", _know_cap_bpf)
 CGROUPS_OF_SOCKETS = Need("word on which cgroup a socket belongs to", _find_cgroup_of_listener)
 KILLING_CGROUPS = Need("way to end a cgroup at once (cgroup.kill)", _file_of_cgroups("cgroup.kill"))
 FREEZING_CGROUPS = Need("way to freeze a cgroup (cgroup.freeze)", _file_of_cgroups("cgroup.freeze"))
+
+# The backend of a run that has a shield: its tables belong to its guard.
+OWNED_NFTABLES = pytest.param("nftables", marks=needing(OWNED_TABLES))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jobs
+import kernel
 import pytest
 from attacking import Ground, server
 from checkout import COMMANDS
@@ -53,7 +54,7 @@ def is_open(ground: Ground, port: int = 60003) -> bool:
     return reach(ground.stranger, [(ground.node.ipv4, port)])[ground.node.ipv4, port]
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES])
 @pytest.mark.parametrize("scope", ["auto", "ports"])
 def test_listener_of_another_user_stays_open_and_refuses_nobody(ground: Ground, backend: str, scope: str) -> None:
     document = asked(hccl(), firewall=backend, scope=scope)
@@ -81,7 +82,7 @@ def test_ports_beside_the_one_that_is_left_out_are_closed(ground: Ground) -> Non
         holder.let_go()
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES])
 @pytest.mark.parametrize("scope", ["auto", "ports"])
 def test_who_listens_there_later_is_let_be_as_well(ground: Ground, backend: str, scope: str) -> None:
     """That is the race, too: between the guard's look and its rules somebody may begin to listen."""
@@ -155,7 +156,7 @@ def test_what_the_site_does_not_let_a_user_name_is_left_out(ground: Ground, limi
         assert "may not be named" in ground.refusal(ground.alice, asked(hccl("HCCL")))
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES])
 def test_job_without_a_shield_whose_whole_plan_is_left_out_has_its_ports_closed(ground: Ground, backend: str) -> None:
     options = ("--ports", "60003", "--purpose", DEFAULT, "--scope", "ports", "--firewall", backend)
     with backend_of_root(ground, backend), server(ground, ground.bob, 60003):

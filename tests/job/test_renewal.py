@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import kernel
 import pytest
 from checkout import COMMANDS
 from hosts import Host, Network, eventually, finish
@@ -59,7 +60,13 @@ def is_turned_away(origin: Host, target: Host) -> bool:
     return not any(reach(origin, [(address, PORT) for address in target.addresses]).values())
 
 
-@pytest.mark.parametrize("options", [(), ("--firewall", "nftables")], ids=["iptables", "nftables"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="iptables"),
+        pytest.param(("--firewall", "nftables"), id="nftables", marks=kernel.needing(kernel.OWNED_TABLES)),
+    ],
+)
 def test_a_pod_that_comes_back_with_another_address_may_connect_and_its_old_one_no_more(
     network: Network, tmp_path: Path, options: tuple[str, ...]
 ) -> None:

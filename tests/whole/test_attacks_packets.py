@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable
 
+import kernel
 import pytest
 from attacking import Ground, program
 from checkout import COMMANDS, GROUND
@@ -160,7 +161,7 @@ def test_stranger_who_invents_sources_gets_a_few_lines_a_minute(network: Network
     assert took < 3, took
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables", "legacy"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES, "legacy"])
 def test_stranger_who_invents_sources_of_a_version_that_is_answered_leaves_the_host_its_neighbours(
     network: Network, backend: str
 ) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import kernel
 import pytest
 from attacking import Ground
 from checkout import COMMANDS
@@ -128,8 +129,9 @@ def test_clean_takes_nothing_from_a_run_that_is_being_acquired(network: Network)
     with tempfile.TemporaryDirectory() as place:
         end = Path(place, "end")
         cleaner = node.popen(["sh", "-c", script, COMMANDS / "securerunctl", end])
+        owned = not kernel.lack_of(kernel.OWNED_TABLES)
         for backend in ("iptables", "nftables", "legacy"):
-            for scope in ("auto", "ports"):
+            for scope in ("auto", "ports") if owned or backend != "nftables" else ("ports",):
                 with held(node, "--scope", scope, "--firewall", backend, "--listen", "60000") as holder:
                     assert backend in holder.start["guarding"]
                     assert RECORDS.joinpath(f"{holder.run_id}.json").exists()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import kernel
 import pytest
 from checkout import CHECKOUT
 
@@ -130,6 +131,8 @@ def test_a_bar_of_ports_has_as_many_squares_as_there_were_ports() -> None:
 
 @pytest.mark.parametrize("layer", [*layers.LAYERS, "nft -f", "iptables-restore", "one iptables call a rule"])
 def test_a_layer_is_measured_there_and_back(root_and_tools: None, layer: str) -> None:
+    if layer in ("nftables", "nft -f"):
+        kernel.require(kernel.OWNED_TABLES)
     policy = Policy(layers.RUN, layers.PORTS, collapse(layers.addresses(40, "random")))
     with Network("alone") as network:
         seconds = layers.measure_one(network["alone"], {**layers.LAYERS, **layers.OTHERS}[layer], policy)

@@ -54,7 +54,7 @@ def test_ports_scope_without_a_cgroup_knows_the_job_by_its_descent(network: Netw
     assert eventually(lambda: node.snapshot() == before and machine_snapshot() == machine, seconds=2)
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables", "legacy"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES, "legacy"])
 def test_listener_that_the_shield_does_not_see_is_closed_by_the_chains_and_named(
     network: Network, backend: str
 ) -> None:
@@ -70,7 +70,7 @@ def test_listener_that_the_shield_does_not_see_is_closed_by_the_chains_and_named
         assert reach(peer, [endpoint(node, 7001)]) == {endpoint(node, 7001): True}
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables", "legacy", "off"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES, "legacy", "off"])
 def test_a_peer_that_comes_is_let_in_and_one_that_goes_is_not(network: Network, backend: str) -> None:
     """A pod that is started anew has another address; the job need not be."""
     node, peer, stranger = network
@@ -101,7 +101,7 @@ _FLUSHES = {
 
 
 @pytest.mark.parametrize("what", _FLUSHES)
-@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES])
 def test_shield_holds_whatever_happens_to_the_hosts_firewall(network: Network, what: str, backend: str) -> None:
     node, peer, stranger = network
     holder = Held(
@@ -197,6 +197,7 @@ def test_run_that_cannot_be_recorded_is_refused_whole(network: Network, prepare:
     assert (node.snapshot(), machine_snapshot()) == (before, machine)
 
 
+@kernel.needing(kernel.OWNED_TABLES)
 def test_two_backends_on_one_host_are_refused_since_they_collide(network: Network) -> None:
     node, _, _ = network
     with held(node, "--firewall", "nftables"):
@@ -250,6 +251,7 @@ def _reads_of(pid: int) -> int:
     return int(line.split()[1])
 
 
+@kernel.needing(kernel.OWNED_TABLES)
 def test_guard_of_a_killed_launcher_ends_what_is_left_and_cleans(network: Network) -> None:
     node, _, stranger = network
     with held(node, "--firewall", "nftables") as holder, Probe(stranger, node) as probe:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jobs
+import kernel
 import plans
 import pytest
 from attacking import Ground
@@ -73,7 +74,7 @@ def guard_of(run_id: str) -> int:
     [
         ("process", "off"),
         ("process", "iptables"),
-        ("process", "nftables"),
+        pytest.param("process", "nftables", marks=kernel.needing(kernel.OWNED_TABLES)),
         ("ports", "iptables"),
         ("ports", "nftables"),
         ("ports", "legacy"),
@@ -120,7 +121,7 @@ def test_with_a_closed_loopback_a_probe_of_the_same_host_reaches_what_is_public_
         assert eventually(lambda: reach(node, targets, seconds=0.5) == expected)
 
 
-@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+@pytest.mark.parametrize("backend", ["iptables", kernel.OWNED_NFTABLES])
 def test_what_the_administrator_closed_stays_closed(hosts: Network, backend: str) -> None:
     """By rules of their own, and by a script of `plan --format sh`."""
     node, peer, known, stranger = hosts
