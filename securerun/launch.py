@@ -39,7 +39,11 @@ class _Launcher(Launcher):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a job as `torch.distributed.launch.main` would, its network closed to strangers; see `securerun.run.main`."""
-    run.start(args, _Launcher("torch.distributed.launch", _read), recorded=False)
+    _start(args, goes_on=True)
+
+
+def _start(args: Sequence[str] | None, *, goes_on: bool) -> None:
+    run.start(args, _Launcher("torch.distributed.launch", _read), recorded=False, goes_on=goes_on)
 
 
 def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
@@ -50,5 +54,5 @@ def _read(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    _start(None, goes_on=False)
     exit_quickly()

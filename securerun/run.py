@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def command() -> None:
     """Be the command `securerun`: `main`, and a quick end."""
-    main()
+    start(None, goes_on=False)
     exit_quickly()
 
 
@@ -74,14 +74,17 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module holds
     return command_line.named(name)
 
 
-def start(args: Sequence[str] | None, only: Launcher | None = None, *, recorded: bool = True) -> None:
+def start(
+    args: Sequence[str] | None, only: Launcher | None = None, *, recorded: bool = True, goes_on: bool = True
+) -> None:
     """Do what `main` does for any launcher of torch's. only: this one, whatever the options say.
 
-    recorded: whether what it raises is written to error files (torch.distributed.elastic's `record`).
+    recorded: whether what it raises is written to error files (torch.distributed.elastic's `record`). goes_on: whether
+    this process may go on after the job.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     with spoken_errors():
-        begun = _begin(arguments, needs_guard=not _NEED_NO_GUARD.intersection(arguments))
+        begun = _begin(arguments, needs_guard=not _NEED_NO_GUARD.intersection(arguments), goes_on=goes_on)
         record = _import_torch()
     launch = record(_launch) if recorded else _launch
     launch(begun, arguments, only, as_command=args is None)
@@ -92,7 +95,7 @@ def plan(arguments: Sequence[str]) -> Plan:
 
     Raises SecurerunError where the launch would be refused, and SystemExit where torch's own parser refuses it.
     """
-    begun = _begin(arguments, needs_guard=False)
+    begun = _begin(arguments, needs_guard=False, goes_on=True)
     _import_torch()
     understood, asked = _understand(arguments, None)
     return begun.plan(_job(understood, asked), asked)
@@ -117,12 +120,13 @@ def _carry_out(begun: Session, understood: Command, asked: Options) -> None:
         _run(understood, asked)
 
 
-def _begin(arguments: Sequence[str], *, needs_guard: bool) -> Session:
+def _begin(arguments: Sequence[str], *, needs_guard: bool, goes_on: bool) -> Session:
     """Begin with what matters before torch's parser is there."""
     from securerun import options
 
     taken = {**options.take_early(arguments, "run_as"), **options.take_early(arguments, "preflight")}
-    return session.begin([*sys.argv[:1], *arguments], options.resolve(taken, os.environ), needs_guard=needs_guard)
+    asked = options.resolve(taken, os.environ)
+    return session.begin([*sys.argv[:1], *arguments], asked, needs_guard=needs_guard, goes_on=goes_on)
 
 
 def _run(understood: Command, asked: Options) -> None:

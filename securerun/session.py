@@ -20,7 +20,7 @@ from securerun.errors import PrivilegeError, UsageError
 from securerun.host import system, umask
 from securerun.preflight import inspection
 from securerun.preflight.inspection import Early
-from securerun.protection import enclosing, guarded
+from securerun.protection import client, enclosing, guarded
 from securerun.protection import plan as plans
 from securerun.protection.client import Guard
 from securerun.protection.enclosing import Enclosing
@@ -58,6 +58,7 @@ class Session:
         """
         in_force = self._settle(asked)
         if self.around is not None:
+            guarded.require_same_peers(self.around, asked, lambda: plans.understand(job, asked, in_force))
             guarded.rely_on(self.around, asked, job)
             inspection.tell(inspection.inspect_inner(job, asked, self.early))
             yield None
@@ -113,10 +114,11 @@ class Session:
             yield journal.hear
 
 
-def begin(command: Sequence[str], asked: Options, *, needs_guard: bool) -> Session:
+def begin(command: Sequence[str], asked: Options, *, needs_guard: bool, goes_on: bool = True) -> Session:
     """Do what comes before torch. asked: as far as it is known yet. needs_guard: whether anything is to be guarded.
 
-    Raises SecurerunError for a system that is not supported, and for a user that this process cannot become.
+    goes_on: whether this process may go on when the job has ended. Raises SecurerunError for a system that is not
+    supported, for a user that this process cannot become, and for a process that is still in a run that has ended.
     """
     began = time.time()
     system.require_supported()
@@ -127,10 +129,12 @@ def begin(command: Sequence[str], asked: Options, *, needs_guard: bool) -> Sessi
     # Before anything is made: no file of the job or of the way to its guard is ever open to others, however it ends.
     shells_umask = umask.current()
     umask.tighten(f"{umask.LEAST:04o}")
+    if needs_guard:
+        client.require_parted()
     # Before a guard is started: who is in a run already needs none, and must not pay for one.
     around = enclosing.find(os.environ)
     # Before --run-as: a guard gets its privilege from who this process still is, and comes up while torch is imported.
-    guard = Guard() if needs_guard and around is None else None
+    guard = Guard(goes_on=goes_on) if needs_guard and around is None else None
     # Before --run-as as well: only root may read the host's rules.
     early = inspection.begin(asked, shells_umask, reads_rules=guard is not None)
     # Before torch, and whatever it loads from places that the user can write: none of that is root's business.

@@ -51,7 +51,8 @@ AS_ROOT = {
 # All of securerun that runs as root, by wing. Who adds a module adds it here, and so says so.
 LOADED_BY_THE_GUARD = {
     "guard": "acquire caller cgroup channel documents ending exposure inherited lease limits log neighbours notices "
-    "presence program protocol reaper records refusals reserved run_directory server unanswered unasked waiting watch",
+    "parting presence program protocol reaper records refusals reserved run_directory server unanswered unasked "
+    "waiting watch",
     "firewall": "backends chains droplog policy refusals selftest shield shield_maps shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock libc links local_sockets net_cgroups netlink "
     "networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",

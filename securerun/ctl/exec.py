@@ -91,7 +91,8 @@ def _execute(arguments: Sequence[str]) -> int:
     asked, command = _understand(arguments)
     if not command:
         return 0
-    begun = session.begin(command, asked, needs_guard=not asked.dry_run and not asked.unprotected)
+    needs_guard = not asked.dry_run and not asked.unprotected
+    begun = session.begin(command, asked, needs_guard=needs_guard, goes_on=False)
     program = _find(command[0])
     job = environment.describe_job(os.environ, command)
     _require_private_stores(command, asked)

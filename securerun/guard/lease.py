@@ -34,8 +34,9 @@ class Lease:
 
     cgroup: None where the job can have none. shield: None in scope `ports`. chains, drops: None without port chains.
     notes: what a person should know about layers that are missing, or promise less. left_out: ports of the order that
-    nobody asked for and that are not in its plan any more, with the reasons. stands: the job runs behind what stands of
-    the run, which its record names; until then a record that cannot be written is an error.
+    nobody asked for and that are not in its plan any more, with the reasons. has_parted: the launcher lives on, and is
+    none of the job's any more. stands: the job runs behind what stands of the run, which its record names; until then a
+    record that cannot be written is an error.
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
     there, so the port chains close what the shield does as well; proven_in: the launcher's cgroups of the two when the
@@ -59,6 +60,7 @@ class Lease:
         self.proven_in: Mapping[str, str] = {}
         self.void = ""
         self.record = first_record(order, caller)
+        self.has_parted = False
         self.stands = False
         self._is_recorded = False
         self._held: int | None = None
@@ -275,7 +277,14 @@ class Lease:
             self._look_elsewhere(patient=False)
             return not self._elsewhere() and not self.cgroup.populated()
         # A look is no snapshot: a child may get a pid that the look has passed already, so look twice.
-        return self.caller.has_ended() and not self._find() and not self._find()
+        return (self.has_parted or self.caller.has_ended()) and not self._find() and not self._find()
+
+    def forget_launcher(self) -> None:
+        """Have the launcher be none of the job's processes any more, nor what it starts from now on."""
+        self.has_parted = True
+        launcher = Process(self.caller.pid, self.caller.start)
+        self._job.forget(launcher)
+        self._strays -= {launcher}
 
     def processes(self) -> frozenset[Process]:
         """Return what runs of the job: in its cgroup, and what is elsewhere by run id and descent.

@@ -2,7 +2,8 @@
 
     launcher → guard   order      the policy and which layers to install; the first line, once
                        peers      while the job runs: who may connect from now on
-                       release    the job is over, and whether it failed; then end of input
+                       release    the job is over, whether it failed, and whether the launcher's process goes on; then
+                                  end of input
                        report     instead of an order, any number of times: which runs has this user?
     guard → launcher   ready      the guard is up and takes its order
                        runs       how many `run` messages follow, each with one record of /run/securerun
@@ -10,7 +11,7 @@
                        notice     while the job runs: who was turned away, and what else a person should know
                        refused    the exit status and one line why: nothing stands, or the job that runs is to end now,
                                   since what it insists on cannot be kept
-                       released   who was turned away
+                       released   who was turned away, and why a launcher that goes on is in the job still, if it is
 
 The guard may run with more privilege than whoever talks to it: what is not exactly one of these is refused whole, as
 `securerun.guard.documents` reads it.
@@ -83,9 +84,10 @@ class Peers:
 
 @dataclass(frozen=True)
 class Release:
-    """The job is over. failed: it did not end well."""
+    """The job is over. failed: it did not end well. goes_on: the launcher's process does, and wants to be out of it."""
 
     failed: bool
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,11 +165,13 @@ class Refused:
 class Released:
     """The lease ends with the job's last process.
 
-    denied: who was turned away so far; more: how many packets of others, of whom there were too many.
+    denied: who was turned away so far; more: how many packets of others, of whom there were too many. stays: why a
+    launcher that goes on is in the job still, "" where it is out of it.
     """
 
     denied: tuple[Denial, ...]
     more: int = 0
+    stays: str = ""
 
 
 Message = Union[Order, Peers, Release, Report, Ready, Runs, Run, Guarding, Notice, Refused, Released]
@@ -218,7 +222,7 @@ def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Peers):
         return {"networks": [str(network) for network in message.networks]}
     if isinstance(message, Release):
-        return {"failed": message.failed}
+        return {"failed": message.failed, **({"goes_on": True} if message.goes_on else {})}
     if isinstance(message, Report):
         return {}
     if isinstance(message, Runs):
@@ -238,7 +242,8 @@ def _body(message: Message) -> dict[str, Any]:
         return {"denied": denied, "words": list(message.words), **_more(message.more)}
     if isinstance(message, Refused):
         return {"status": message.status, "message": message.message, **({"later": True} if message.later else {})}
-    return {"denied": [denial_document(denial) for denial in message.denied], **_more(message.more)}
+    stays = {"stays": message.stays} if message.stays else {}
+    return {"denied": [denial_document(denial) for denial in message.denied], **_more(message.more), **stays}
 
 
 def _more(number: int) -> dict[str, int]:
@@ -265,8 +270,8 @@ def _read_peers(body: Mapping[str, Any]) -> Peers:
 
 
 def _read_release(body: Mapping[str, Any]) -> Release:
-    documents.require_fields(body, "failed")
-    return Release(documents.flag(body, "failed"))
+    documents.require_fields(body, "failed", *_GOES_ON & body.keys())
+    return Release(documents.flag(body, "failed"), "goes_on" in body and documents.flag(body, "goes_on"))
 
 
 def _read_report(body: Mapping[str, Any]) -> Report:
@@ -316,9 +321,9 @@ def _read_refused(body: Mapping[str, Any]) -> Refused:
 
 
 def _read_released(body: Mapping[str, Any]) -> Released:
-    documents.require_fields(body, "denied", *_MORE & body.keys())
+    documents.require_fields(body, "denied", *(_MORE | _STAYS) & body.keys())
     denied = tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS))
-    return Released(denied, _read_more(body))
+    return Released(denied, _read_more(body), documents.text(body, "stays") if "stays" in body else "")
 
 
 def _read_more(body: Mapping[str, Any]) -> int:
@@ -366,6 +371,8 @@ def _choice(document: Mapping[str, Any], name: str, choices: Sequence[str]) -> s
 
 _MORE = {"more"}
 _OF_FEW_RUNS = {"left_out", "needs_guard"}
+_GOES_ON = {"goes_on"}
+_STAYS = {"stays"}
 _NAMES = {
     Order: "order",
     Peers: "peers",

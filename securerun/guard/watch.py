@@ -19,6 +19,7 @@ from securerun.guard.ending import Ending
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
+from securerun.guard.parting import part
 from securerun.guard.presence import Presence
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
 from securerun.guard.unanswered import open_unanswered
@@ -257,7 +258,7 @@ class Watch:
         message = self._last_word() if has_ended else self._read_order()
         self._has_more_to_hear = message is not None
         if isinstance(message, Release):
-            self._say_farewell()
+            self._say_farewell(self._part() if message.goes_on else "")
             self._release(message.failed)
         elif has_ended or self._orders.ended:
             self._release(failed=True)
@@ -277,9 +278,16 @@ class Watch:
                 break
         return message
 
-    def _say_farewell(self) -> None:
+    def _part(self) -> str:
+        """Let a launcher out that goes on; return why it stays, where it does."""
+        try:
+            return part(self._lease)
+        except EXPECTED as error:
+            return f"it cannot be let out ({error})"
+
+    def _say_farewell(self, stays: str) -> None:
         denied = self._notices.denied()
-        self._send(Released(denied.listed, more=denied.more))
+        self._send(Released(denied.listed, denied.more, stays))
 
     def _read_order(self) -> Message | None:
         """Read what the launcher says. After anything out of place nothing more from there is believed."""

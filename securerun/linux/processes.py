@@ -95,6 +95,11 @@ class JobProcesses:
         self._others.update((pid, listed[pid]) for pid in look.for_good_others())
         return self._known
 
+    def forget(self, process: Process) -> None:
+        """Have a process be none of the job's any more, nor what it starts from now on."""
+        self._known -= {process}
+        self.kin -= {process}
+
 
 class _Look:
     """One look at processes, for those of a user's job.

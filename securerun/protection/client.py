@@ -9,10 +9,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Callable
 
-from securerun.errors import PrivilegeError, SecurerunError
+from securerun.errors import PolicyError, PrivilegeError, SecurerunError
 from securerun.firewall.policy import Policy
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
@@ -31,7 +31,7 @@ from securerun.guard.protocol import (
     Runs,
 )
 from securerun.linux import proc, seclusion, signals
-from securerun.linux.networks import Network
+from securerun.linux.networks import Network, collapse
 from securerun.protection.ways import DIRECTLY, Connection, Way, advice, ways
 
 _READY_SECONDS = 30.0
@@ -49,6 +49,10 @@ DEFAULT_GRACE_SECONDS = 10.0
 
 Tell = Callable[[Notice], None]
 
+# The runs that this process began: those that have not ended, and why it could not leave those that have.
+_running: dict[str, Guard] = {}
+_stays: dict[str, str] = {}
+
 
 class Refusal(SecurerunError):
     """The guard's own refusal, with the status and the words that it gave."""
@@ -62,9 +66,14 @@ class Guard:
     """The guard of one job, whichever process it is at the time.
 
     Made early: it comes up while torch is being imported, and installs nothing before it has its order.
+
+    goes_on: whether this process may go on after the job, and then is to be out of it. has_parted: whether it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, goes_on: bool = True) -> None:
+        self.has_parted = False
+        self._goes_on = goes_on
+        self._run_before: str | None = None
         self._untried: list[Way] = []
         self._obstacles: list[str] = []
         self._connection: Connection | None = None
@@ -104,7 +113,9 @@ class Guard:
             answer = self._replace()
             if answer is None:
                 raise PrivilegeError(f"the guard ended without an answer: {reason}")
+        self._run_before = os.environ.get(RUN_ID_VARIABLE)
         os.environ[RUN_ID_VARIABLE] = order.policy.run_id
+        _running[order.policy.run_id] = self
         self._listen()
         return answer
 
@@ -141,13 +152,28 @@ class Guard:
     def release(self, failed: bool) -> Released | None:
         """Say that the job is over; who was turned away, or None when no guard answers any more."""
         with self._change:
-            self._releasing = Release(failed)
+            self._releasing = Release(failed, self._goes_on)
             self._hurry.set()
-            if self._connection is None:
-                return self._released
-            self._connection.send(self._releasing)
-        self._farewell.wait(_FAREWELL_SECONDS)
+            connection = self._connection
+            if connection is not None:
+                connection.send(self._releasing)
+        if connection is not None:
+            self._farewell.wait(_FAREWELL_SECONDS)
+        self._part()
         return self._released
+
+    def _part(self) -> None:
+        """Put the environment back if this process is out of the job, and note it if it is not."""
+        run_id = self._order.policy.run_id if self._order is not None else ""
+        if not self._goes_on or _running.pop(run_id, None) is None:
+            return
+        stays = "its guard was gone when it ended" if self._released is None else self._released.stays
+        if stays:
+            _stays[run_id] = stays
+            return
+        self.has_parted = True
+        put_back(RUN_ID_VARIABLE, self._run_before)
+        self._hang_up()
 
     def _start_over(self) -> None:
         """Begin with the first way that can be tried.
@@ -313,6 +339,45 @@ class Guard:
         return "guards die again and again" if tried else ""
 
 
+def put_back(variable: str, value: str | None) -> None:
+    """Have a variable of the environment be as it was; None where there was none."""
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
+
+
+def require_parted() -> None:
+    """Raise PolicyError in a process that is still in a run of its own which has ended.
+
+    What it starts now would be behind the layers of that one as well, which know other peers.
+    """
+    for run_id, why in _stays.items():
+        raise PolicyError(
+            f"run {run_id} of this process has ended, and the process cannot leave it: {why}; start each run in a "
+            "process of its own"
+        )
+
+
+def peers_in_force() -> Mapping[str, tuple[Network, ...]]:
+    """Return the peers of the runs that this process began and that have not ended, by their ids."""
+    guards = dict(_running)
+    return {run_id: guard._order.policy.peers for run_id, guard in guards.items() if guard._order is not None}
+
+
+def are_within(peers: Iterable[Network], others: Collection[Network]) -> bool:
+    """Whether whoever is one of the peers is one of the others as well."""
+    return collapse((*peers, *others)) == collapse(others)
+
+
+def in_the_way(run_id: str) -> str:
+    """Say that a run of this process keeps another one with other peers from being started in it."""
+    return (
+        f"run {run_id} of this process has not ended and has other peers; wait for its end, or start each run in a "
+        "process of its own"
+    )
+
+
 def _every_now_and_then(obstacle: str) -> str:
     return f"{obstacle}; what stands stays, and another guard is tried every {_PAUSE_SECONDS:.0f} s"
 
@@ -354,11 +419,18 @@ def guarded(
 ) -> Iterator[Guarding]:
     """Hold a lease on this process, and on all that it starts, for a policy (`securerun.policy` makes one).
 
-    It lasts beyond the block: until the last process that was in it has ended, this one included.
+    It lasts beyond the block: until the last process that was started in it has ended. This one is out of it then, and
+    what it made in the block stays behind the shield. Where that cannot be, as without a shield while it still listens,
+    it stays in, and the next lease is refused.
 
     grace: seconds between SIGTERM and SIGKILL for what is left when the block raises or this process is killed.
-    Raises PrivilegeError, with nothing installed, when the job cannot be guarded.
+    Raises PrivilegeError, with nothing installed, when the job cannot be guarded, and PolicyError in a process that is
+    in a run of its own which has other peers.
     """
+    require_parted()
+    for run_id, peers in peers_in_force().items():
+        if not are_within(policy.peers, peers):
+            raise PolicyError(in_the_way(run_id))
     guard = Guard()
     guarding = guard.guard(Order(policy, firewall, scope, grace, command), tell)
     failed = True

@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Callable
 
 from securerun.console import say
+from securerun.errors import PolicyError
 from securerun.guard.protocol import Notice, Order
 from securerun.job.renewal import Renewal
 from securerun.linux import signals
-from securerun.protection import enclosing
+from securerun.protection import client, enclosing
 from securerun.protection.client import Guard
 from securerun.protection.enclosing import Enclosing
 from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed, nobody
@@ -61,9 +62,23 @@ def rely_on(run: Enclosing, asked: Options, job: Job) -> None:
             say(line)
 
 
+def require_same_peers(run: Enclosing, asked: Options, plan: Callable[[], Plan]) -> None:
+    """Raise PolicyError where this process is in a run of its own, not over yet, that has other peers than the plan.
+
+    Of two launches in two threads each is to have its own. What is launched within `securerun.guarded` has the peers
+    that were given there, unless it names some.
+    """
+    peers = client.peers_in_force().get(run.run_id)
+    is_launch = bool(run.terms)
+    if peers is None or not (is_launch or asked.peers):
+        return
+    wanted = plan().policy.peers
+    if not client.are_within(wanted, peers) or (is_launch and not client.are_within(peers, wanted)):
+        raise PolicyError(client.in_the_way(run.run_id))
+
+
 def _require_apart(run: Enclosing, asked: Options, job: Job) -> None:
     """Raise PolicyError where what this job's nodes alone may reach is a public port of the run that it is in."""
-    from securerun.errors import PolicyError
     from securerun.job import ports, public
 
     source = f"--public of run {run.run_id}"
@@ -108,6 +123,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
     plan = plan.without(guarding.left_out)
     policy = plan.policy
     hear(Installed(guarding, guard.way))
+    terms_before = os.environ.get(enclosing.TERMS_VARIABLE)
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(
         plan.policy.run_id, asked, shield=guarding.has_shield, needs_guard=guarding.needs_guard
     )
@@ -123,6 +139,8 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
         with signals.held_back():
             hear(Finished(failed))
             _say_farewell(guard, plan, policy, failed, hear)
+            if guard.has_parted:
+                client.put_back(enclosing.TERMS_VARIABLE, terms_before)
         guard.require_kept()
 
 

@@ -46,6 +46,7 @@ ORDER = Order(POLICY, "auto", "auto", 10.0, "train.py --epochs 3")
         ORDER,
         Peers(POLICY.peers),
         Release(failed=True),
+        Release(failed=False, goes_on=True),
         Report(),
         Ready(4711),
         Runs(1),
@@ -57,6 +58,7 @@ ORDER = Order(POLICY, "auto", "auto", 10.0, "train.py --epochs 3")
         Refused(77, "why"),
         Refused(77, "why", later=True),
         Released((Denial(ipaddress.ip_address("fd00::3"), 29500, 12),)),
+        Released((), 3, "it still listens on port 7002"),
     ],
     ids=lambda message: type(message).__name__,
 )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import pytest
 from cgroups import in_child
 
-from securerun.errors import PrivilegeError
+from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Layer, Policy
 from securerun.guard.protocol import (
     RUN_ID_VARIABLE,
@@ -30,6 +30,7 @@ from securerun.guard.protocol import (
     Runs,
     encode,
 )
+from securerun.linux.networks import collapse
 from securerun.protection import client, ways
 from securerun.protection.client import Guard, Refusal
 from securerun.protection.ways import Way
@@ -49,6 +50,8 @@ def say(*messages: Message) -> str:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
     """What the next guards do, one text each; the last one's is that of all after it."""
     monkeypatch.setenv(RUN_ID_VARIABLE, "")
+    monkeypatch.setattr(client, "_running", {})
+    monkeypatch.setattr(client, "_stays", {})
     scripts: queue.Queue[str] = queue.Queue()
     last = [DIE]
 
@@ -267,6 +270,62 @@ def is_open(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+# A process that goes on
+
+
+@pytest.mark.parametrize(
+    ("answer", "stays"),
+    [
+        (say(Released(())), ""),
+        (say(Released((), stays="it still listens on port 7002")), "it still listens on port 7002"),
+        (DIE, "its guard was gone when it ended"),
+    ],
+    ids=["is out", "stays", "the guard died"],
+)
+def test_process_that_cannot_leave_its_run_begins_no_other(
+    stand_in: queue.Queue[str], monkeypatch: pytest.MonkeyPatch, answer: str, stays: str
+) -> None:
+    monkeypatch.setattr(client, "_PAUSE_SECONDS", 0.1)
+    will(stand_in, [say(Ready(1)), READ, say(GUARDING), READ, answer], [DIE])
+    guard = Guard()
+    guard.guard(ORDER, lambda _: None)
+    assert client.peers_in_force() == {ORDER.policy.run_id: ORDER.policy.peers}
+    guard.release(failed=False)
+    assert client.peers_in_force() == {}
+    assert guard.has_parted == (not stays)
+    assert os.environ[RUN_ID_VARIABLE] == (ORDER.policy.run_id if stays else "")
+    if not stays:
+        client.require_parted()
+        return
+    with pytest.raises(PolicyError, match=f"run {ORDER.policy.run_id} .* has ended.*: {stays}; start each"):
+        client.require_parted()
+
+
+def test_a_command_that_ends_with_its_job_does_not_ask_to_be_let_out(stand_in: queue.Queue[str]) -> None:
+    asked = [f"release = {READ}", 'assert "goes_on" not in release, release', say(Released(()))]
+    will(stand_in, [say(Ready(1)), READ, say(GUARDING), *asked])
+    guard = Guard(goes_on=False)
+    guard.guard(ORDER, lambda _: None)
+    assert guard.release(failed=False) == Released(())
+    assert not guard.has_parted
+
+
+@pytest.mark.parametrize(
+    ("peers", "others", "within"),
+    [
+        ([], [], True),
+        ([], ["10.0.0.1"], True),
+        (["10.0.0.1"], [], False),
+        (["10.0.0.1", "fd00::1"], ["10.0.0.0/8", "fd00::/64"], True),
+        (["10.0.0.0/8"], ["10.0.0.0/9", "10.128.0.0/9"], True),
+        (["10.0.0.1", "fd00::1"], ["0.0.0.0/0"], False),
+    ],
+)
+def test_peers_are_within_others_address_by_address(peers: list[str], others: list[str], within: bool) -> None:
+    first, second = (collapse(map(ipaddress.ip_network, each)) for each in (peers, others))
+    assert client.are_within(first, second) == within
 
 
 @pytest.mark.parametrize("answer", ["pass", say(Ready(2)), say(Runs(2)) + "\n" + say(Run({"run": 1}))])

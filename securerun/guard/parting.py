@@ -1,0 +1,58 @@
+"""How a launcher leaves its job when that is over and its process goes on: a notebook, or a script of several runs.
+
+It goes back to the cgroup that it came from, alone: what it started in the job stays there. What it still holds of the
+job's sockets stays behind the shield all the same, and after the cgroup is gone: a socket is of the cgroup that it was
+made in, and the cgroup's programs last as long as its sockets (kernel/bpf/cgroup.c, cgroup_bpf_get). Port chains end
+with the lease, so who listens where they alone close stays in the job, and with it the lease.
+"""
+
+from __future__ import annotations
+
+from securerun.guard.lease import Lease
+from securerun.linux import proc, sock_diag
+from securerun.linux.cgroups import cgroup_of, relative
+from securerun.linux.sock_diag import Listener, SocketDiagnosis
+from securerun.text import some
+
+_PORTS_NAMED = 4
+# Of a listener's cgroup: before kernel 5.9 it is not told, and to the top of all (kernfs numbers from 1) falls what is
+# made while net_cls or net_prio is in use, before 5.15.
+_UNTOLD = (None, 1)
+# One may be missed in a look (sock_diag.py).
+_LOOKS = 2
+
+
+def part(lease: Lease) -> str:
+    """Let the launcher out of the job; return why it stays, where it does.
+
+    Raises SocketsUnavailable or CgroupUnavailable where that cannot be told, and it stays then too.
+    """
+    caller = lease.caller
+    if caller.has_ended():
+        return ""
+    if not caller.is_unchanged():
+        return "it became another user's"
+    ports = sorted({listener.port for listener in _closed_by_the_lease_alone(lease)})
+    if ports:
+        return f"it still listens on port {some(ports, _PORTS_NAMED)}, which only that run closes to others"
+    if lease.cgroup is not None:
+        lease.cgroup.expel(caller)
+        if relative(cgroup_of(caller.pid), lease.cgroup.path) is not None:
+            return f"it cannot be moved out of the cgroup {lease.cgroup.path}"
+    lease.forget_launcher()
+    return ""
+
+
+def _closed_by_the_lease_alone(lease: Lease) -> set[Listener]:
+    """Return the launcher's listeners that would be open once the lease has ended."""
+    diagnosis = SocketDiagnosis()
+    try:
+        found = {listener for _ in range(_LOOKS) for listener in diagnosis.listeners()}
+    finally:
+        diagnosis.close()
+    holders = proc.sockets_of([lease.caller.pid], {listener.inode for listener in found})
+    held = set(sock_diag.held(found, holders))
+    if not lease.is_shielded or lease.may_void:
+        return held
+    # Of another cgroup is what it made before the job, or in an earlier one, whose shield it has.
+    return {one for one in held if one.cgroup_id in _UNTOLD and not one.address.is_loopback}
