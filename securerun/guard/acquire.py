@@ -87,9 +87,9 @@ def _doubts(lease: Lease) -> Iterator[str]:
         yield f"the shield holds no more: {lease.void}"
     elif lease.closes_all:
         also = "so the port chains close each port of this job as well, within 0.2 s of its appearing"
-        if lease.chains is None:
+        if lease.chains is None or not _sees_listeners():
             end = "ended" if lease.order.scope == "process" else "open"
-            also = f"and there are no port chains to close its ports then: the job would be {end}, which is said"
+            also = f"and no port chains can close its ports then: the job would be {end}, which is said"
         yield f"net_cls or net_prio of cgroup version 1 is here and may switch the shield off on this kernel, {also}"
 
 
@@ -101,6 +101,14 @@ def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
     """Look a first time, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
     with contextlib.suppress(OSError):  # `acquire` says what is wrong with the records
         neighbours.require_room(first_record(order, caller), records.read_briefs_of_host(), site)
+
+
+def _sees_listeners() -> bool:
+    try:
+        SocketDiagnosis().close()
+    except SocketsUnavailable:
+        return False
+    return True
 
 
 def _require_sight_of_listeners() -> None:
