@@ -32,7 +32,8 @@ accept = false
 
 Tab completes them, with torchrun's own and their values, in every bash that begins after this (zsh: `setup
 completion zsh`, into `_securerun` in a directory of `$fpath`). It is made for the torch that is installed.
-`securerunctl` itself is completed by `securerunctl --install-completion`.
+`securerunctl` itself is completed by `securerunctl --install-completion`. From torch 2.14 on, and with the package
+shtab, `securerun --print-completion SHELL` prints torch's kind of script: more shells, the same options, fewer values.
 
 ```sh
 mkdir -p ~/.local/share/bash-completion/completions

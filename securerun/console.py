@@ -26,6 +26,17 @@ def say(words: str) -> None:
         os.write(2, text.encode(errors="backslashreplace"))
 
 
+def write_out(text: str) -> None:
+    """Write on standard output; end quietly, with status 1, where nobody reads it any more, as behind `| head`."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer would be complained of at the exit.
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - not a path
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        sys.exit(1)
+
+
 @contextlib.contextmanager
 def spoken_errors() -> Iterator[None]:
     """One line and a status for what a person can mend; anything else is a defect and keeps its traceback."""

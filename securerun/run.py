@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., None]], Callable[..., Any]]
 
-_NEED_NO_GUARD = {"-h", "--help", "--dry-run", "--dry_run", "--unprotected"}
+_NEED_NO_GUARD = {
+    *("-h", "--help", "--dry-run", "--dry_run", "--unprotected"),
+    *("--print-completion", "--print_completion"),
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -84,7 +87,8 @@ def start(
     """
     arguments = list(sys.argv[1:] if args is None else args)
     with spoken_errors():
-        begun = _begin(arguments, needs_guard=not _NEED_NO_GUARD.intersection(arguments), goes_on=goes_on)
+        names = {argument.partition("=")[0] for argument in arguments}
+        begun = _begin(arguments, needs_guard=not _NEED_NO_GUARD & names, goes_on=goes_on)
         record = _import_torch()
     launch = record(_launch) if recorded else _launch
     launch(begun, arguments, only, as_command=args is None)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from securerun import aside
-from securerun.console import say
+from securerun.console import say, write_out
 from securerun.errors import PrivilegeError, UsageError
 from securerun.host import system, umask
 from securerun.preflight import inspection
@@ -151,11 +151,11 @@ def _print(plan: Plan) -> None:
         say(warning)
     obstacles = {way.name: way.obstacle for way in ways.ways()}
     origin = words.origin(obstacles, may_leave=cgroups.may_leave_shared())
-    print(words.whole(plan, origin), end="")
+    write_out(words.whole(plan, origin))
     if plan.whitelist:
         from securerun.job import hccl_whitelist
 
-        print(f"\n# {hccl_whitelist.FILE}\n{hccl_whitelist.content(plan.whitelist)}")
+        write_out(f"\n# {hccl_whitelist.FILE}\n{hccl_whitelist.content(plan.whitelist)}\n")
 
 
 def _other_user(asked: Options) -> Account | None:

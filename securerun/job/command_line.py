@@ -16,7 +16,7 @@ from typing import Any
 
 from securerun import options
 from securerun.errors import UsageError
-from securerun.job import launchers, originals
+from securerun.job import completing, launchers, originals
 from securerun.options import OPTIONS, Option, Value
 
 # In a namespace, so that no `interface` or `ports` of another program's is taken for ours.
@@ -39,6 +39,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         taken, rest = _take(parser, list(sys.argv[1:] if args is None else args))
+        if completing.is_asked_for(rest):
+            completing.prepare(parser)
         found, unknown = parse(rest, namespace)
         for option in OPTIONS:
             if option.key in taken or not hasattr(found, PREFIX + option.key):

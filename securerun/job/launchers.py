@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import UsageError
-from securerun.job import originals
+from securerun.job import completing, originals
 from securerun.job.job import C10D, C10D_PORT, ETCD, ETCD_V2, PARALLEL, STATIC, Endpoint, Job
 from securerun.options import Arity
 
@@ -265,6 +265,8 @@ def _settings(rdzv_conf: str, name: str) -> Iterable[str]:
 def _torchrun(arguments: Sequence[str]) -> tuple[argparse.Namespace, Sequence[str]]:
     """torch.distributed.run.main, up to its `run`."""
     parser: argparse.ArgumentParser = originals.call(originals.RUN, "get_args_parser")
+    if completing.is_asked_for(arguments):
+        completing.prepare(parser)
     return parser.parse_args(arguments), ()
 
 

@@ -7,7 +7,9 @@ import contextlib
 import io
 import os
 import sys
+import types
 from collections.abc import Iterator
+from typing import Callable
 
 import pytest
 import torch.distributed.launch as torchs_launch
@@ -109,11 +111,87 @@ def test_our_help_follows_nothing_else(monkeypatch: pytest.MonkeyPatch, argument
     assert argparse.ArgumentParser.format_help.__module__ == "argparse"
 
 
-def printed(arguments: list[str]) -> str:
-    """What reading this command line prints, as the command securerun reads it."""
+def of_command(arguments: list[str]) -> object:
+    """Read a command line as the command securerun does, once its own options are taken out."""
+    return securerun.run._parse(launchers.LAUNCHERS["torchrun"], arguments)
+
+
+def printed(arguments: list[str], read: Callable[[list[str]], object] = of_command) -> str:
+    """What reading this command line prints."""
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
-        securerun.run._parse(launchers.LAUNCHERS["torchrun"], arguments)
+        read(arguments)
     return output.getvalue()
+
+
+# torch's script for a shell
+
+
+class _PrintCompletion(argparse.Action):
+    """As torch 2.14 has it (torch/distributed/run.py, _PrintCompletionAction)."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: object, option: str | None = None) -> None:
+        import shtab  # type: ignore[import-not-found]
+
+        parser.prog = "torchrun"
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
+
+
+@pytest.fixture
+def of_torch_2_14(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A parser with the option, and the package that writes the script."""
+    torchs = torchrun.get_args_parser
+
+    def get_args_parser() -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = torchs()
+        if "--print-completion" not in parser._option_string_actions:
+            spellings = ("--print-completion", "--print_completion")
+            parser.add_argument(*spellings, action=_PrintCompletion, choices=["bash", "zsh"])
+        return parser
+
+    def complete(parser: argparse.ArgumentParser, shell: str) -> str:
+        known = sorted(parser._option_string_actions)
+        files = [action.dest for action in parser._actions if getattr(action, "complete", None) is shtab.FILE]
+        return f"{shell} {parser.prog} {files} {known}"
+
+    shtab = types.ModuleType("shtab")
+    vars(shtab).update(FILE={}, complete=complete)
+    monkeypatch.setitem(sys.modules, "shtab", shtab)
+    monkeypatch.setattr(torchrun, "get_args_parser", get_args_parser)
+    return shtab
+
+
+@pytest.mark.usefixtures("of_torch_2_14")
+@pytest.mark.parametrize("called", ["securerun", "torchrun", "__main__.py"])
+@pytest.mark.parametrize("asked", [["--print-completion", "bash"], ["--print_completion=bash"], ["--print-c", "bash"]])
+def test_torchs_script_for_a_shell_is_for_what_was_called_and_has_our_options(
+    monkeypatch: pytest.MonkeyPatch, called: str, asked: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/usr/bin/{called}", *asked])
+    command = "torchrun" if called == "torchrun" else "securerun"
+    for said in (printed(asked), printed(asked, parse_args)):
+        (line,) = said.splitlines()  # and no help behind it
+        assert line.startswith(f"bash {command} ['report'] ")
+        for spelling in ("--nproc-per-node", *(option.flag for option in OPTIONS), "--no-seal-logs"):
+            assert f"'{spelling}'" in line
+
+
+@pytest.mark.usefixtures("of_torch_2_14")
+def test_without_the_package_that_writes_the_script_it_is_said_what_does_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--print-completion", "zsh"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install shtab" in line and "securerunctl setup completion" in line
+
+
+@pytest.mark.usefixtures("of_torch_2_14")
+def test_the_option_is_torchs_where_no_script_is_asked_for() -> None:
+    assert taken_from(parse_args(["--peers", "any", "train.py", "--print-completion", "bash"])) == {"peers": "any"}
+    assert "--print-completion" in printed(["--help"])
 
 
 # Ours in torch's place

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+from checkout import COMMANDS
 from hosts import Host, eventually, finish, finish_all, machine_snapshot
 
 _TWO_NODES = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "10.77.0.1", "--master-port", "29500")
@@ -96,6 +97,31 @@ def test_help_shows_torchs_options_and_ours(node: Host) -> None:
     assert done.returncode == 0
     for option in ("--nproc-per-node", "--rdzv-backend", "--peers", "--dry-run", "--unprotected", "SECURERUN_PEERS"):
         assert option in done.stdout
+
+
+# Reads nothing, and says with which status its writer ended.
+UNREAD = '"$@" | true; exit "${PIPESTATUS[0]}"'
+
+
+def unread(node: Host, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command whose reader is gone before it has anything to say, as `head` is when it has its lines."""
+    return node.run(["bash", "-c", UNREAD, "bash", *command])
+
+
+def test_help_whose_reader_goes_away_ends_as_torchruns_does(node: Host) -> None:
+    theirs, ours = (unread(node, command, "--help") for command in (jobs.TORCHRUN, jobs.SECURERUN))
+    assert (ours.returncode, ours.stderr) == (theirs.returncode, theirs.stderr)
+    assert "Traceback" not in ours.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["securerun --dry-run", "securerunctl plan --", "securerunctl exec --dry-run --peers localhost -- bash"]
+)
+def test_plan_whose_reader_goes_away_ends_without_a_word_of_it(node: Host, script: str, command: str) -> None:
+    name, *options = command.split()
+    done = unread(node, str(COMMANDS / name), *options, script)
+    assert done.returncode == 1, done
+    assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
 
 
 def test_everything_after_the_script_is_the_scripts(node: Host, script: str) -> None:
