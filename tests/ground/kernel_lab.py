@@ -217,11 +217,15 @@ def debian_kernel(name: str, architecture: str) -> KernelFiles:
         for package in packages:
             # Lists name kernels whose packages have been replaced.
             with contextlib.suppress(LabError):
+                # From 7.1 on the image and the modules are packages of their own.
+                for part in ("linux-binary", "linux-modules", "linux-base"):
+                    for name in apt.newest(re.escape(package.replace("linux-image", part))):
+                        apt.fetch(name, tree)
                 apt.fetch(package, tree)
                 break
         else:
             raise LabError(f"{kernel.suite} has no kernel that matches {kernel.pattern} for {architecture}")
-        (image,) = (tree / "boot").glob("vmlinuz-*")
+        (image,) = (*tree.glob("boot/vmlinuz-*"), *tree.glob("usr/lib/modules/*/vmlinuz"))
         modules = next(path for path in (tree / "lib/modules", tree / "usr/lib/modules") if path.is_dir())
         (of_release,) = modules.iterdir()
         _make_kernel(place, architecture, of_release.name, image, of_release)

@@ -18,6 +18,7 @@ import argparse
 import datetime
 import fnmatch
 import json
+import resource
 import shlex
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def run_cells(cells: Sequence[Cell], own: dict[str, Path], trial: Trial, results
     """Try them one after another, and keep each. Returns how many were not as they must be."""
     wrong = 0
     for cell in cells:
-        begun = time.monotonic()
+        begun, worked = time.monotonic(), _processor_seconds()
         print(f"{cell} ...", flush=True)
         try:
             document, output = try_cell(cell, kernel_of(cell, own), trial)
@@ -145,8 +146,13 @@ def run_cells(cells: Sequence[Cell], own: dict[str, Path], trial: Trial, results
         if not all(part["ok"] for part in document["parts"].values()):
             wrong += 1
             print(output, flush=True)
-        print(f"  {time.monotonic() - begun:.0f} s", flush=True)
+        print(f"  {time.monotonic() - begun:.0f} s, {_processor_seconds() - worked:.0f} of a processor", flush=True)
     return wrong
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run_command(words: Sequence[str], own: dict[str, Path], seconds: int, processors: int, *, torch: bool) -> int:
