@@ -37,7 +37,7 @@ from kernel_lab import KernelFiles, LabError
 from kernel_machine import MachineError
 
 RESULTS = CHECKOUT / "docs/kernels"
-PARTS = ("truth", "one", "two", "kills", "socket", "tests", "net_cls", "left")
+PARTS = ("truth", "chains", "one", "two", "kills", "socket", "tests", "net_cls", "left")
 ALL_TESTS = ("tests/firewall", "tests/guard", "tests/linux")
 _TRIAL = "/srv/site/bin/python3 tests/ground/kernel_trial.py"
 # For each of torch's runs and for all tests together, under emulation.

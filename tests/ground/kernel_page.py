@@ -14,6 +14,7 @@ from kernel_cells import ARCHITECTURES, Cell, all_cells, parse_cell
 PAGE = CHECKOUT / "docs/kernels.md"
 _COLUMNS = {
     "truth": "doctor is right",
+    "chains": "port chains",
     "one": "one node",
     "two": "two nodes",
     "kills": "kill -9",
@@ -49,8 +50,8 @@ scripts/kernels.sh --kernel DIRECTORY      a kernel of your own
 
 Each row is a machine that QEMU emulates: Debian's kernel, and cgroups as an init mounts them, or systemd itself. In it
 
-- **doctor is right**: what `securerunctl doctor` says of the shield and of each backend is what a stranger in another
-  network namespace finds, who tries the random and the planned ports of a guarded process;
+- **doctor is right**: what `securerunctl doctor` says of the shield is what a stranger in another network namespace
+  finds, who tries the random ports of a guarded process; **port chains**: likewise of each backend by itself;
 - **one node**, **two nodes**: a run's status and output are its command's, and the stranger reaches no port; *torch*
   where torch trained, else light jobs behind `securerunctl exec`;
 - **kill -9** of the guard, after which another takes over, and of the launcher, after which nothing of the job runs on;
@@ -112,6 +113,8 @@ def _word(name: str, part: dict[str, Any] | None, notes: list[str]) -> str:
         return "-"
     if not part["ok"]:
         return f"**no** {_reference(part['says'], notes)}"
+    if name == "chains":
+        return str(part["says"])
     if name == "tests":
         figures, _, skips = part["says"].partition("; ")
         return f"{figures} {_reference(skips, notes)}" if skips else str(figures)

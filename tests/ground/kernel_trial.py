@@ -2,7 +2,8 @@
 
     kernel_trial.py [--torch PART]... [--seconds N] [--tests WORD]... PART...
 
-    truth    what a stranger reaches of a guarded process' ports, and whether doctor says so; each backend by itself
+    truth    what a stranger reaches of a guarded process' ports, and whether doctor says so
+    chains   the same of each backend of the port chains by itself
     one      a run of one node: its status, its output
     two      a run of two nodes, and a stranger who tries every port of both
     kills    kill -9 of the guard, then of the launcher, in the middle of a job
@@ -220,12 +221,18 @@ def truth(asked: Asked) -> str:
             open_to_all.wait_for_more_ports()
             open_to_all.end()
         require(open_to_all.seen.reached > 0, "the stranger reaches nothing even without securerun: he proves nothing")
-        says, doctor = what_is_said_is_true(node, peer, stranger)
-        chains = [backend for backend in BACKENDS if chains_hold(node, peer, stranger, backend, doctor[backend])]
-        return f"{says}; port chains: {', '.join(chains) or 'none'}"
+        return what_is_said_is_true(node, peer, stranger)
 
 
-def what_is_said_is_true(node: Host, peer: Host, stranger: Host) -> tuple[str, dict[str, dict[str, Any]]]:
+def chains(asked: Asked) -> str:
+    """Each backend by itself is there and closes where doctor says so, and is refused where not."""
+    with hosts("node", "peer", "stranger") as (node, peer, stranger):
+        doctor = abilities(node)
+        held = [backend for backend in BACKENDS if chains_hold(node, peer, stranger, backend, doctor[backend])]
+        return ", ".join(held) or "none"
+
+
+def what_is_said_is_true(node: Host, peer: Host, stranger: Host) -> str:
     """What a job says at its start, what a stranger gets of it, and what doctor says then, are the same."""
     with Listening(stranger, node, guarded(peer.ipv4)) as job:
         job.wait_for_more_ports(4)
@@ -235,12 +242,12 @@ def what_is_said_is_true(node: Host, peer: Host, stranger: Host) -> tuple[str, d
     shield = doctor["shield"]
     if done.returncode in REFUSED:
         require(not shield["works"], f"doctor says shield, the job was refused: {words_of(done.stderr)}")
-        return f"no shield, refused: {words_of(done.stderr)}", doctor
+        return f"no shield, refused: {words_of(done.stderr)}"
     require(done.returncode == 0, f"the job ended with status {done.returncode}: {words_of(done.stderr)}")
     job.seen.require_kept(done.stderr)
     agreed = bool(shield["works"]) == is_shielded(done.stderr)
     require(agreed, f"doctor says {shield['what']!r}, and the job {words_of(done.stderr)}")
-    return f"{'shield' if shield['works'] else 'no shield: ' + shield['what']}; {job.seen}", doctor
+    return f"{'shield' if shield['works'] else 'no shield: ' + shield['what']}; {job.seen}"
 
 
 def abilities(node: Host) -> dict[str, dict[str, Any]]:
@@ -258,7 +265,7 @@ def chains_hold(node: Host, peer: Host, stranger: Host, backend: str, said: dict
     before = guarded(peer.ipv4, "--scope", "ports", "--firewall", backend, "--ports", str(PORT))
     process = node.popen([*before, sys.executable, JOB, "serve", str(PORT), "0"])
     with trying(stranger, node) as probe:
-        if eventually(lambda: process.poll() is not None or is_open(node), seconds=_START_SECONDS):
+        if eventually(lambda: process.poll() is not None or knows(probe), seconds=_START_SECONDS):
             time.sleep(1)  # for the stranger
         if process.poll() is None:
             peer.run([sys.executable, JOB, "join", node.ipv4, str(PORT), "0"], timeout=_RUN_SECONDS)
@@ -272,9 +279,9 @@ def chains_hold(node: Host, peer: Host, stranger: Host, backend: str, said: dict
     return True
 
 
-def is_open(host: Host) -> bool:
-    """Whether the planned port listens; asked of the host itself, so that nobody is disturbed."""
-    return any(port == PORT for _, port in host.listening())
+def knows(probe: Probe) -> bool:
+    """Whether the planned port listens."""
+    return any(port == PORT for _, port in probe.seen)
 
 
 def one(asked: Asked) -> str:
@@ -493,7 +500,7 @@ def net_cls(asked: Asked) -> str:
         in_time = not seen.planned_reached and seen.opened <= _SEEN_SECONDS + _SLACK_SECONDS
         require(in_time, f"{seen}: {words}")
         require(seen.reached == 0 or "scope ports" in done.stderr, f"{seen}, and nothing was said: {words}")
-        after, _ = what_is_said_is_true(node, peer, stranger)
+        after = what_is_said_is_true(node, peer, stranger)
         return f"{seen}; a job after it: {after}"
 
 
@@ -564,7 +571,7 @@ def _quietly(*words: str) -> str:
 
 
 PARTS: dict[str, Callable[[Asked], str]] = {
-    part.__name__: part for part in (truth, one, two, kills, socket, tests, net_cls, left)
+    part.__name__: part for part in (truth, chains, one, two, kills, socket, tests, net_cls, left)
 }
 
 
