@@ -15,6 +15,9 @@ GROUNDS = ("v2", "hybrid", "v1", "systemd-v2", "systemd-v1")
 # Of these the suite has a cell each (tests/whole/test_kernels.py), so that none of this can rot.
 OF_THE_SUITE = ("5.10/amd64/v1", "6.12/amd64/v2", "5.10/arm64/v1")
 
+# Begins a line of a machine's console with what is known of it until then.
+DOCUMENT = "machine-document "
+
 
 @dataclass(frozen=True)
 class Kernel:

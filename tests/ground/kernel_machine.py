@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kernel_lab
-from kernel_cells import Cell
+from kernel_cells import DOCUMENT, Cell
 from kernel_lab import KernelFiles, LabError
 
 ANSWER_MIB = 32
@@ -38,7 +38,11 @@ _LEGACY = "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"  # systemd 256 and newer
 
 
 class MachineError(Exception):
-    """A machine gave no answer. The words end with the last lines of its console."""
+    """A machine gave no answer. The words end with the last lines of its console; `document` is what it said before."""
+
+    def __init__(self, words: str, document: str = "") -> None:
+        super().__init__(words)
+        self.document = document
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,11 @@ def _answer(cell: Cell, place: Path, said: str) -> Answer:
             found = {member.name.removeprefix("./"): _text(archive, member) for member in archive if member.isfile()}
         return Answer(int(found["status"]), found["output"], found["dmesg"], found.get("document", ""))
     except (tarfile.TarError, KeyError, ValueError) as error:
-        console = _read(place / "console").splitlines()[-_CONSOLE_LINES:]
-        raise MachineError("\n".join([f"{cell} gave no answer ({error}; {said}); its console:", *console])) from error
+        console = _read(place / "console").splitlines()
+        documents = [line.removeprefix(DOCUMENT) for line in console if line.startswith(DOCUMENT)]
+        shown = [line for line in console if not line.startswith(DOCUMENT)][-_CONSOLE_LINES:]
+        words = "\n".join([f"{cell} gave no answer ({error}; {said}); its console:", *shown])
+        raise MachineError(words, documents[-1] if documents else "") from error
 
 
 def _text(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -139,6 +139,8 @@ def run_cells(cells: Sequence[Cell], own: dict[str, Path], trial: Trial, results
         except (LabError, MachineError) as error:
             print(f"{cell}: {error}", flush=True)
             wrong += 1
+            if isinstance(error, MachineError) and error.document:
+                keep(results, cell, json.loads(error.document))
             continue
         keep(results, cell, document)
         for name, part in document["parts"].items():

@@ -47,6 +47,7 @@ from hosts import (
     kill_group,
     machine_snapshot,
 )
+from kernel_cells import DOCUMENT
 from probe import Probe
 
 OUT = Path("/srv/machine/out")
@@ -577,8 +578,12 @@ PARTS: dict[str, Callable[[Asked], str]] = {
 
 def say(words: str) -> None:
     print(words, flush=True)
+    _to_console(f"machine: {words}")
+
+
+def _to_console(line: str) -> None:
     with contextlib.suppress(OSError), Path("/dev/console").open("w") as console:
-        console.write(f"machine: {words}\n")
+        console.write(f"{line}\n")
 
 
 def try_part(name: str, asked: Asked) -> dict[str, Any]:
@@ -620,7 +625,10 @@ def main() -> None:
     for name in options.parts:
         document["parts"][name] = try_part(name, asked)
         OUT.mkdir(parents=True, exist_ok=True)
-        (OUT / "document").write_text(json.dumps(document))
+        text = json.dumps(document)
+        (OUT / "document").write_text(text)
+        # A machine that is cut off later has said so much.
+        _to_console(f"{DOCUMENT}{text}")
 
 
 if __name__ == "__main__":
