@@ -22,7 +22,14 @@ from process_table import fields_of
 from securerun.linux.bpf import AttachType, Program, attached
 
 # A guard that is started so finds no BTF of the kernel.
-UNTOLD = ("unshare", "--mount", "sh", "-c", 'mount --no-mtab -t tmpfs none /sys/kernel/btf && exec "$@"', "sh")
+UNTOLD = (
+    "unshare",
+    "--mount",
+    "sh",
+    "-c",
+    '[ ! -d /sys/kernel/btf ] || mount --no-mtab -t tmpfs none /sys/kernel/btf; exec "$@"',
+    "sh",
+)
 _FIRST_CGROUP_NAMESPACE = 0xEFFFFFFB  # include/linux/proc_ns.h
 # Moves itself to a cgroup of version 1, then becomes the command.
 FROM_WITHIN = ("sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"')

@@ -31,13 +31,15 @@ from net_cls import (
     switch_all_off,
     switch_off,
 )
+from patience import patient
 from probe import reach
 
+from securerun.linux import net_cgroups
 from securerun.linux.bpf import AttachType
 
 CTL = str(COMMANDS / "securerunctl")
 # What is promised of scope `ports`, twice: the tests have two processors for all of it.
-CLOSED_SECONDS = 0.4
+CLOSED_SECONDS = patient(0.4)
 
 
 def recorded(run_id: str) -> dict[str, object]:
@@ -95,6 +97,7 @@ def test_proof_beside_a_job_forbids_it_nothing_and_goes_with_it(network: Network
         assert eventually(lambda: not room_of(holder.run_id).exists() and not is_alive(int(inside)), seconds=2)
 
 
+@pytest.mark.skipif(net_cgroups.may_void_filters(), reason="this kernel does not say that nothing switches filters off")
 def test_kernel_that_says_that_nothing_switches_filters_off_is_believed(network: Network) -> None:
     with held(network["node0"]) as holder:
         time.sleep(0.3)
