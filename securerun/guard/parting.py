@@ -16,7 +16,7 @@ from securerun.text import some
 
 _PORTS_NAMED = 4
 # Of a listener's cgroup: before kernel 5.9 it is not told, and to the top of all (kernfs numbers from 1) falls what is
-# made while net_cls or net_prio is in use, before 5.15.
+# made while net_cls or net_prio is in use, on some kernels (net_cgroups.py).
 _UNTOLD = (None, 1)
 # One may be missed in a look (sock_diag.py).
 _LOOKS = 2
