@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
+from pathlib import PurePosixPath
 
 from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
@@ -315,21 +316,25 @@ def _take_along(lease: Lease, cgroup: JobCgroup, home: str, undo: ExitStack) -> 
     """Move in what the launcher has started already, such as a forkserver: what that starts is the job's too.
 
     home: the launcher's cgroup until now. Who is elsewhere was put there by somebody, and stays, as does who is not the
-    user's own; what these listen on is found later. What forks meanwhile is found in the next round, and what is within
-    has its children within.
+    user's own; what these listen on is found later. But a run of this launcher's that it has parted from is no place to
+    stay: what is forked there has the peers of that one. What forks meanwhile is found in the next round, and what is
+    within has its children within.
     """
     seen: set[Process] = set()
     spare = {os.getpid(), *lease.caller.waiting()}
+    homes: frozenset[str] = frozenset()
     for _ in range(_ROUNDS):
         new = processes.descendants(lease.caller.pid, spare) - seen
         if not new or len(seen) > _MOST_TAKEN_ALONG:
             break
         seen |= new
+        homes = homes or frozenset({home, *_parted_from(lease, home)})
         for process in new:
             with contextlib.suppress(CgroupUnavailable, PrivilegeError):
-                if cgroup_of(process.pid) == home:
+                before = cgroup_of(process.pid)
+                if before in homes:
                     whom = Relative(process, lease.caller.user)
-                    undo.callback(cgroup.expel, whom)
+                    undo.callback(_put_back, cgroup, whom, before)
                     cgroup.enter(whom)
     left = sorted(process.pid for process in seen - cgroup.members() if processes.lives(process))
     if left:
@@ -338,6 +343,30 @@ def _take_along(lease: Lease, cgroup: JobCgroup, home: str, undo: ExitStack) -> 
             f"processes that were started before stay outside of the job's cgroup ({named}): their ports are closed as "
             "they are found, within a second",
         )
+
+
+def _parted_from(lease: Lease, home: str) -> Iterator[str]:
+    """Yield the cgroups of the launcher's earlier runs: it can be in one of its own alone, and that would be its home.
+
+    home: its cgroup, below which it had those as well.
+    """
+    caller = lease.caller
+    with contextlib.suppress(OSError):
+        for run in records.read_briefs_of_host():
+            is_own = (run.launcher, run.launcher_start, run.user) == (caller.pid, caller.start, caller.user)
+            is_earlier = is_own and run.run_id != lease.policy.run_id
+            if is_earlier and run.cgroup and str(PurePosixPath(run.cgroup).parent) == home:
+                yield run.cgroup
+
+
+def _put_back(cgroup: JobCgroup, whom: Relative, before: str) -> None:
+    """Move a process back to where it was; where that is an earlier run's cgroup and gone, to where that was made."""
+    earlier = open_job_cgroup(before) if records.run_of(before) is not None else None
+    if earlier is not None:
+        with contextlib.suppress(CgroupUnavailable, PrivilegeError):
+            earlier.enter(whom)
+        earlier.close()
+    cgroup.expel(whom)  # who is still there
 
 
 class Relative:

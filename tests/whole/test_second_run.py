@@ -79,6 +79,41 @@ def _reaches(host: Host, target: tuple[str, int]) -> bool:
     return reach(host, [target])[target]
 
 
+# What it starts by way of a server that multiprocessing keeps is in the run of the moment.
+FORKSERVER = """
+import multiprocessing, sys
+from pathlib import Path
+from securerun import guarded, policy
+
+def say_where():
+    print(Path("/proc/self/cgroup").read_text().split("securerun-")[-1].strip(), flush=True)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    for peer in sys.argv[1:]:
+        with guarded(policy(peers=[peer])) as guarding:
+            say_where()
+            child = context.Process(target=say_where)
+            child.start()
+            child.join()
+            print(*(note for note in guarding.notes if "stay outside" in note), flush=True)
+"""
+
+
+def test_what_a_server_of_an_earlier_run_forks_is_in_the_next_one(network: Network, tmp_path: Path) -> None:
+    node, first, second = network
+    program = tmp_path / "program.py"
+    program.write_text(FORKSERVER)
+    machine = machine_snapshot()
+    done = node.run([sys.executable, str(program), first.ipv4, second.ipv4])
+    assert done.returncode == 0, done
+    one, of_one, notes, other, of_other, more_notes = done.stdout.splitlines()
+    assert (of_one, of_other) == (one, other)
+    assert one != other
+    assert (notes, more_notes) == ("", "")
+    assert eventually(lambda: machine_snapshot() == machine, seconds=2)
+
+
 # Waits until it is reached, and says by whom.
 WAIT = """
 import socket, sys
