@@ -86,6 +86,7 @@ def test_stranger_cannot_reach_any_port_of_a_script_that_calls_torchrun_by_name(
         assert len({port for _, port in probe.tried}) >= 4
 
 
+@pytest.mark.slow
 def test_what_is_printed_puts_it_first_in_path(place: Path) -> None:
     """It is found, and is not looked for, in an environment that nobody activated."""
     script = 'eval "$("$0" setup torchrun "$1")" && command -v torchrun && "$0" setup torchrun "$1"'
@@ -101,6 +102,7 @@ def test_what_is_printed_puts_it_first_in_path(place: Path) -> None:
     assert "in this PATH it is torchrun already" in done.stderr
 
 
+@pytest.mark.slow
 def test_help_is_torchruns_with_ours_behind(place: Path) -> None:
     done = subprocess.run([place / "torchrun", "--help"], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: torchrun ")
@@ -164,6 +166,7 @@ def test_torchs_own_torchrun_is_not_run_when_the_interpreter_is_gone(
     assert "/no/such/python" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_securerun_it_says_so_in_a_line(place: Path) -> None:
     """As when it was installed in another environment, or is run by another interpreter."""
     done = subprocess.run(
@@ -173,6 +176,7 @@ def test_without_securerun_it_says_so_in_a_line(place: Path) -> None:
     assert re.fullmatch(r"torchrun: \S+ has no module \w+; install securerun there with pip, or .*\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_nothing_that_lies_beside_it_is_imported(place: Path) -> None:
     for name in ("securerun.py", "torch.py", "typing_extensions.py"):
         (place / name).write_text("raise SystemExit('imported from beside')")
@@ -186,6 +190,7 @@ def test_nothing_that_lies_beside_it_is_imported(place: Path) -> None:
     assert done.returncode == 0, done
 
 
+@pytest.mark.slow
 def test_it_is_for_all_to_run_and_for_one_to_change(tmp_path: Path) -> None:
     directory = tmp_path / "commands"
     old = os.umask(0o077)

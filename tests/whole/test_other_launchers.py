@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -190,6 +191,31 @@ def test_stranger_cannot_reach_any_port_of_a_cluster_of_rays_own(stage: Stage) -
         assert "every TCP port of this job closed to all others by shield" in words
         assert probe.reached == set()
         assert len({port for _, port in probe.tried}) >= 4, probe.tried
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("run", "accelerate.commands.accelerate_cli import main; main() launch --multi_gpu --num_processes 2"),
+        ("main", "lightning_fabric.cli import _main; _main() run --devices 2"),
+    ],
+    ids=["accelerate", "fabric"],
+)
+def test_stranger_cannot_reach_a_job_of_a_launcher_that_gets_securerun_in_torchs_place(
+    stage: Stage, name: str, command: str
+) -> None:
+    module, _, options = command.partition("() ")
+    program = (
+        f"import torch.distributed.run as theirs, securerun.run as ours; theirs.{name} = ours.{name}\nfrom {module}()"
+    )
+    stage.machine.write(f"{DIRECTORY}/train.py", TRAIN)
+    node, _, stranger = stage.nodes
+    with Probe(stranger, node) as probe:
+        (said,) = stage.run(f"python -c {shlex.quote(program)} {options} train.py")
+    assert "2 workers, all-reduce right" in said
+    assert "every TCP port of this job closed to all others by shield" in said
+    assert probe.reached == set()
+    assert len({port for _, port in probe.tried}) >= 4, probe.tried
 
 
 def _started(stage: Stage, command: str, rank: int) -> subprocess.Popen[str]:
