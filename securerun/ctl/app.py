@@ -6,7 +6,7 @@ import io
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -49,6 +49,10 @@ class PlanFormat(str, Enum):
     TABLE, JSON, IPTABLES, NFT, SH = "table", "json", "iptables", "nft", "sh"
 
 
+# Not as Annotated, which typer does not see in Python 3.9 where annotations are texts.
+_PLAN_FORMAT = typer.Option(PlanFormat.TABLE, "--format", help="For people, or to install.")
+
+
 @app.command(
     context_settings=_PASS_ON,
     short_help="Print the plan of a launch and start nothing.",
@@ -56,7 +60,7 @@ class PlanFormat(str, Enum):
 )
 def plan(
     context: typer.Context,
-    form: Annotated[PlanFormat, typer.Option("--format", help="For people, or to install.")] = PlanFormat.TABLE,
+    form: PlanFormat = _PLAN_FORMAT,
 ) -> None:
     """Print the plan of a launch and start nothing. After `--` come securerun's own options and the script.
 
@@ -80,6 +84,10 @@ class MatrixFormat(str, Enum):
     TABLE, MD, CSV, JSON = "table", "md", "csv", "json"
 
 
+_LANGUAGE = typer.Option(MatrixLanguage.EN, "--lang", help="The language of its words.")
+_MATRIX_FORMAT = typer.Option(MatrixFormat.TABLE, "--format", help="For a terminal, a document, a sheet or a program.")
+
+
 @app.command(
     context_settings=_PASS_ON,
     short_help="Print the communication matrix of a launch, or of a job that runs.",
@@ -87,10 +95,8 @@ class MatrixFormat(str, Enum):
 )
 def matrix(
     context: typer.Context,
-    language: Annotated[MatrixLanguage, typer.Option("--lang", help="The language of its words.")] = MatrixLanguage.EN,
-    form: Annotated[
-        MatrixFormat, typer.Option("--format", help="For a terminal, a document, a sheet or a program.")
-    ] = MatrixFormat.TABLE,
+    language: MatrixLanguage = _LANGUAGE,
+    form: MatrixFormat = _MATRIX_FORMAT,
     run: str = typer.Option("", "--run", help="The run to look at, where several jobs run here.", metavar="RUN_ID"),
 ) -> None:
     """Print the communication matrix with the columns of Ascend's security notes: who connects to which port of whom.

@@ -365,6 +365,8 @@ def _missing(name: str, rendered: str) -> list[str]:
 
 def _create(owner: Nftables, name: str, text: str) -> None:
     try:
+        if _OWNER in text:
+            owner.read(_bare(name))
         owner.run(text)
     except NftablesError as error:
         if _OWNER not in text:
@@ -378,12 +380,16 @@ def _reason(owner: Nftables, name: str, error: NftablesError) -> str:
         if nf_tables.table_exists(nf_tables.INET, name):
             return f"a table inet {name} exists already, and this process did not make it"
     try:
-        owner.run(f"create table inet {name} {{ {_OWNER}; }}")
+        owner.run(_bare(name))
     except NftablesError as bare:
         if _NOT_PERMITTED in str(bare):
             return f"nf_tables needs CAP_NET_ADMIN: {bare}"
         return f"no table with an owner can be made here (kernel 5.12 and nftables 0.9.9 are the first): {bare}"
     return str(error)
+
+
+def _bare(name: str) -> str:
+    return f"create table inet {name} {{ {_OWNER}; }}"
 
 
 def _delete(owner: Nftables, name: str) -> None:

@@ -24,7 +24,7 @@ from cgroups import in_child, inside
 from hosts import Host, Network, eventually, is_alive
 from packets import ACK, CWR, ECE, FIN, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
 
-from securerun.firewall import libnftables
+from securerun.firewall import libnftables, nftables
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.libnftables import Nftables, NftablesError
 from securerun.firewall.nftables import TOKEN, NftablesChains, render, table_name
@@ -626,6 +626,36 @@ def test_a_kernel_without_owners_is_told_by_its_version(network: Network, monkey
     with inside(node0):
         assert "kernel 5.12" in refusal_of(NftablesChains(RUN))
     assert not has_table(node0)
+
+
+def test_what_an_old_library_may_not_know_is_read_alone_first(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libnftables 0.9.8 (Debian 11) knows no owner, and dies of the word in a block with sets, the guard with it."""
+    monkeypatch.setattr(nftables, "_OWNER", "flags unheard")
+    run, heard = Nftables.run, []
+
+    def hear(nftables: Nftables, text: str) -> str:
+        heard.append(text)
+        return run(nftables, text)
+
+    monkeypatch.setattr(Nftables, "run", hear)
+    node0, *_ = network
+    with inside(node0):
+        assert "kernel 5.12 and nftables 0.9.9 are the first" in refusal_of(NftablesChains(RUN))
+    assert set(heard) == {f"create table inet {TABLE} {{ flags unheard; }}"}
+    assert not has_table(node0)
+
+
+def test_what_is_read_is_not_run(network: Network) -> None:
+    node0, *_ = network
+    with inside(node0):
+        owner = Nftables()
+        owner.read(f"create table inet {TABLE}")
+        assert owner.run("list tables") == ""
+        owner.run(f"create table inet {TABLE}")
+        assert TABLE in owner.run("list tables")
+        owner.close()
 
 
 @kernel.needing(kernel.OWNED_TABLES)

@@ -75,6 +75,7 @@ _BY_NATURE: tuple[tuple[str, str], ...] = (
     (rf"\b(torchelastic|UUID|none|{RUN_ID})_[a-z0-9_]{{8}}\b", r"\1_RANDOM"),
     # The moment and the process at the head of a log line: torch/_logging.
     (r"^([EIW])\d{4} [0-9:.]+ \d+ ", r"\1 "),
+    (r"^\[\d{4}-\d\d-\d\d [0-9:,]+\] ", "[WHEN] "),  # before torch 2.4
     (r"^  time      : .*$", "  time"),
     (r"\b\d+(\.\d+)?(e-\d+)? seconds\b", "N seconds"),
     # Pids.

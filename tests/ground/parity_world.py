@@ -47,7 +47,7 @@ def world() -> dict[str, object]:
     """All that a process has from whoever started it."""
     return {
         "arguments": sys.argv,
-        "command": sys.orig_argv,
+        "command": getattr(sys, "orig_argv", None),  # Python 3.10
         "python": (sys.executable, repr(sys.flags), sys.path),
         "collects garbage": gc.isenabled(),
         "directory": str(Path.cwd()),
