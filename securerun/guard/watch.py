@@ -10,6 +10,7 @@ import contextlib
 import math
 import select
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Protocol
 
@@ -178,7 +179,13 @@ class Watch:
         """Close, by the port chains, listeners of the job that no layer covers."""
         if self._exposure is None:
             return
-        self._speech.say(*self._exposure.close())
+        self._tell_exposed(self._exposure.close())
+
+    def _tell_exposed(self, words: Iterable[str]) -> None:
+        """Say what was closed, or could not be; a job that insists on the shield is ended for that."""
+        self._speech.say(*words)
+        if self._exposure is None:
+            return
         if self._lease.order.scope == "process" and self._exposure.left_open:
             port, why = min(self._exposure.left_open.items())
             self._give_up(f"port {port} is open to every host: {why}")
@@ -192,24 +199,28 @@ class Watch:
             self._lose_shield(why)
         elif not self._lease.closes_all and self._proof.is_threatened():
             self._lease.closes_all = True
+            self._close_sooner()
+            self._attempt(self._close_exposed)
             self._speech.say(
                 "net_cls or net_prio of cgroup version 1 is here now and may switch the shield off on this kernel"
             )
-            self._close_sooner()
 
     def _lose_shield(self, why: str) -> None:
-        """Close first, then write it down: that waits for the host's lock."""
+        """Close first; the rest waits: for a launcher that does not read, a child's end, the host's lock."""
         self._lease.void = why
-        self._end_proof()
         is_closed = self._lease.chains is not None and self._exposure is not None
         now = (
             "scope is ports now: each port of this job is closed by the port chains within 0.2 s of its appearing"
             if is_closed
             else "no port chains are set, so every port of this job is open to every host"
         )
-        self._speech.say(f"the shield holds no more: {why}; {now}")
         self._close_sooner()
-        self._attempt(self._close_exposed)
+        words = [f"the shield holds no more: {why}; {now}"]
+        if self._exposure is not None:
+            exposure = self._exposure
+            self._attempt(lambda: words.extend(exposure.close()))
+        self._tell_exposed(words)
+        self._end_proof()
         if not is_closed and self._lease.order.scope == "process":
             self._give_up(f"the shield holds no more, with no port chains set: {why}")
         self._attempt(self._lease.note_void)

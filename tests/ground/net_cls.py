@@ -11,12 +11,14 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from holding import HOLDER, Held
 from hosts import Host, cgroup2_mount, eventually, machine_snapshot
+from patience import patient
 from process_table import fields_of
 
 from securerun.linux.bpf import AttachType, Program, attached
@@ -120,13 +122,19 @@ def switch_all_off(run_id: str) -> None:
 
 
 def is_proven_again(run_id: str) -> bool:
-    """Whether the proof beside a job has got so far that it tells something."""
+    """Whether the proof beside a job has got so far that it tells something: its filter stays."""
+    first = _filters_of_proof(run_id)
+    time.sleep(patient(0.1))
+    return first != () and first == _filters_of_proof(run_id)
+
+
+def _filters_of_proof(run_id: str) -> tuple[int, ...]:
     try:
         directory = os.open(room_of(run_id), os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        return False
+        return ()
     try:
-        return bool(attached(directory, AttachType.CGROUP_INET_EGRESS).program_ids)
+        return attached(directory, AttachType.CGROUP_INET_EGRESS).program_ids
     finally:
         os.close(directory)
 
