@@ -68,7 +68,7 @@ _BY_NATURE: tuple[tuple[str, str], ...] = (
     # Where a traceback of the launcher's leads through: other functions on the way to torch's.
     (r"^  File \".*\n(    .*\n)*", ""),
     # Who calls a function that warns: the line where it does, and that line's text.
-    (r"^\S+:\d+: (FutureWarning: (.*\n)*?)  \S+\(.*\)\n", r"\1"),
+    (r"^\S+:\d+: (FutureWarning: (.*\n)*?)  (return )?\S+\(.*\)\n", r"\1"),
     # A run without an id of its own gets a random one: torch/distributed/run.py, run().
     (r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID"),
     # tempfile.mkdtemp()

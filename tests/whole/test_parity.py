@@ -242,6 +242,8 @@ def test_logs_lie_where_torchrun_puts_them(pair: Pair) -> None:
         *("--local-ranks-filter", "0,2", "--duplicate-stdout-filters", "apple", "--rdzv-id", RUN_ID, *_MASTER),
     )
     seen = pair.run(*options, JOB, "streams", env={"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${role_name} ${rank}] "})
+    if any("unrecognized arguments: " in line for line in seen.errors):
+        pytest.skip("this torch has not all of these options")
     assert seen.status == [0]
     assert "[default 2] line 1 of 2: pear" in seen.output
     directory = f"logs/{RUN_ID}_RANDOM/attempt_0"
