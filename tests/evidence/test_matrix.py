@@ -167,6 +167,18 @@ def test_a_port_that_was_closed_meanwhile_is_shown_as_what_listens_there() -> No
         assert matrix.running(ports, ENDS, [found])[0].service == "collective"
 
 
+def test_a_port_that_no_layer_closes_is_open_to_every_host() -> None:
+    """As after the shield was switched off where there are no port chains; planned or not."""
+    planned_port = PortRange(29500, 29500, Purpose.STATIC_STORE)
+    found = [matrix.Found(ipaddress.ip_address("::"), port, of_launcher=True) for port in (29500, 40000, 40001)]
+    connections = matrix.running([planned_port], ENDS, found, left_open=[(29500, 29500), (40000, 40000)])
+    inbound = {row["destination_port"]: row for row in rows([row for row in connections if row.direction == "in"])}
+    for port in ("29500", "40000"):
+        assert inbound[port]["source_ip"] == "0.0.0.0/0, ::/0"
+        assert "securerun lets only the peers connect" not in inbound[port]["remarks"]
+    assert inbound["40001"]["source_ip"] == ", ".join(ENDS.peers)
+
+
 def test_a_job_that_is_open_to_every_host_is_not_called_closed() -> None:
     every = Ends(ENDS.node, ("0.0.0.0/0", "::/0"))
     for row in rows([row for row in planned(STATIC, HCCL, ends=every) if row.direction == "in"]):
