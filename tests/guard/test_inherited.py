@@ -30,7 +30,7 @@ def read_back(what: str) -> list[dict[str, Any]]:
         start_new_session=True,
     )
     if done.stderr.startswith(f"{what}: "):
-        pytest.skip(f"not taken here: {done.stderr.strip()}")
+        pytest.skip(f"this kernel does not take it: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found

@@ -59,7 +59,7 @@ def test_guard_has_nothing_that_its_caller_handed_down(ground: Ground, way: str,
     answer = talk.hear()
     if not answer and f"{what}: " in (errors := talk.errors()):
         plain.hang_up()
-        pytest.skip(f"not taken here: {errors.strip()}")
+        pytest.skip(f"this kernel does not take it: {errors.strip()}")
     found = seen(answer["ready"]["pid"])
     assert found == expected
     assert found["timer slack"] == "1\n" and found["session"]
