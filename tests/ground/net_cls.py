@@ -82,6 +82,7 @@ def cgroup_in(place: Path, class_id: int = 0) -> Path:
 @contextlib.contextmanager
 def doubted(node: Host, *options: str, before: tuple[str, ...] = ()) -> Iterator[Held]:
     """A lease on a kernel that does not say; afterwards the node and the machine are as before."""
+    _top()
     rules, machine = node.snapshot(), machine_snapshot()
     holder = Held(node.popen([*UNTOLD, *before, sys.executable, HOLDER, *options], stdin=subprocess.PIPE))
     yield holder
@@ -152,7 +153,8 @@ def _of_first_cgroup_namespace(pid: int) -> Path | None:
 
 def _top() -> Path:
     mount = cgroup2_mount()
-    assert mount is not None
+    if mount is None:
+        pytest.skip("no cgroup of version 2 is mounted here, for a test to look into")
     return mount
 
 
