@@ -177,7 +177,7 @@ def test_signals_to_workers_are_the_workers_business(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ((), 2, "the following arguments are required: training_script, training_script_args"),
+        ((), 2, "the following arguments are required: training_script"),
         (("--bogus", WORLD), 2, "unrecognized arguments: --bogus"),
         (("--rdzv", "c10d", WORLD), 2, "ambiguous option: --rdzv could match --rdzv-backend"),
         (("--nproc-per-node", "many", WORLD), 1, "ValueError: Unsupported nproc_per_node value: many"),
