@@ -58,8 +58,8 @@ LOADED_BY_THE_GUARD = {
     "networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
     "": "errors site_file text",
 }
-# And this while the launcher imports torch, for `--firewall auto`.
-LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux": "commands ip_set"}
+# And this while the launcher imports torch, for `--firewall auto`, and to tell whether something may void a shield.
+LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux": "commands ip_set kernel_types"}
 
 MOST_LINES = 549
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -85,6 +85,8 @@ import securerun.guard.server
 first = set(sys.modules)
 from securerun.firewall import backends
 backends.prepare()
+from securerun.linux import net_cgroups
+net_cgroups.may_void_filters()
 for name, module in sys.modules.items():
     print(name, name in first, getattr(module, "__file__", None) or "built in", sep="\\t")
 """
