@@ -59,6 +59,7 @@ REFUSED = (77, 78)
 # Emulated: what takes 0.1 s elsewhere takes one or two here.
 _CLEAN_SECONDS, _START_SECONDS, _RUN_SECONDS = 30.0, 120.0, 300.0
 _PROBE_SECONDS = 3600.0
+_PATIENCE = "8"  # tests/ground/patience.py
 # What scope `ports` promises, and how much later than a port a probe of an emulated machine may see it.
 _SEEN_SECONDS, _SLACK_SECONDS = 0.2, 5.0
 # As a guard does for itself: the tests' own cgroups are of version 2.
@@ -445,7 +446,12 @@ def tests(asked: Asked) -> str:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, "KERNEL_TALLY": str(tally), "PYTHONPATH": str(GROUND)},
+            env={
+                **os.environ,
+                "KERNEL_TALLY": str(tally),
+                "PYTHONPATH": str(GROUND),
+                "SECURERUN_TESTS_PATIENCE": _PATIENCE,
+            },
             cwd=CHECKOUT,
             text=True,
             start_new_session=True,
