@@ -117,6 +117,9 @@ def _word(name: str, part: dict[str, Any] | None, notes: list[str]) -> str:
         return str(part["says"])
     if name == "tests":
         figures, _, skips = part["says"].partition("; ")
+        if "of" in part:
+            notes_of = "Only " + ", ".join(f"`{test}`" for test in part["of"]) + "."
+            figures = f"{figures}, of some {_reference(notes_of, notes)}"
         return f"{figures} {_reference(skips, notes)}" if skips else str(figures)
     torch = " (torch)" if part["says"].startswith("torch") else ""
     return f"yes{torch}"

@@ -1,0 +1,47 @@
+"""securerun on a kernel that people have, in a machine of its own; scripts/kernels.sh has all of them.
+
+What machines are made of is fetched and made once (`.kernels` in the checkout, or SECURERUN_KERNELS); then a cell is a
+boot under emulation and some two minutes of a processor. torch stays out: what a kernel changes is the shield, the
+chains and the guard.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import kernel_matrix
+import pytest
+from kernel_cells import OF_THE_SUITE, parse_cell
+from kernel_matrix import Trial
+
+# Those that ask the kernel most in the least time: programs that it has to take and to run, cgroups that it has to
+# make, and sockets that it has to tell.
+TESTS = (
+    "tests/linux/test_bpf.py",
+    "tests/linux/test_sock_diag.py",
+    "tests/firewall/test_shield_programs.py",
+    "tests/guard/test_cgroup.py",
+)
+PARTS = ("truth", "tests", "left")
+# Some minutes are enough on an idle machine; on one that has ten other things to do it was five.
+SECONDS = 1200
+
+
+@pytest.fixture(scope="module")
+def emulator(root: None) -> None:
+    missing = [name for name in ("qemu-system-x86_64", "cpio", "depmod", "mke2fs") if shutil.which(name) is None]
+    if missing and "CI" not in os.environ:
+        pytest.skip(f"{', '.join(missing)} not found; scripts/setup.sh test installs what machines are made with")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_THE_SUITE)
+def test_the_shield_is_there_and_holds_on_a_kernel_that_people_have(emulator: None, name: str) -> None:
+    cell = parse_cell(name)
+    trial = Trial(PARTS, tests=TESTS, seconds=SECONDS)
+    document, output = kernel_matrix.try_cell(cell, kernel_matrix.kernel_of(cell, {}), trial)
+    parts = document["parts"]
+    assert [name for name, part in parts.items() if not part["ok"]] == [], output[-8000:]
+    assert set(parts) == set(PARTS)
+    assert parts["truth"]["says"].startswith("shield;"), parts["truth"]["says"]
