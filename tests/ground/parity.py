@@ -58,9 +58,11 @@ _BY_NATURE: tuple[tuple[str, str], ...] = (
     (r"^(usage: )?(torchrun|securerun|run\.py|launch\.py|__main__\.py)(: error:| \[-h\])", r"\1LAUNCHER\3"),
     # Securerun's own words, which it says on standard error behind its name.
     (r"^securerun: .*\n", ""),
+    # The moment at the head of a log line, before torch 2.4.
+    (r"^\[\d{4}-\d\d-\d\d [0-9:,]+\] ", "[WHEN] "),
     # Which of two nodes leaves first; the store at which they meet goes with one of them.
     (
-        r"^W.* The node '.*' has failed to (shutdown|send a keep-alive heartbeat to) the rendezvous .* "
+        r"^(W|\[WHEN\]).* The node '.*' has failed to (shutdown|send a keep-alive heartbeat to) the rendezvous .* "
         r"RendezvousConnectionError\.\n",
         "",
     ),
@@ -75,7 +77,6 @@ _BY_NATURE: tuple[tuple[str, str], ...] = (
     (rf"\b(torchelastic|UUID|none|{RUN_ID})_[a-z0-9_]{{8}}\b", r"\1_RANDOM"),
     # The moment and the process at the head of a log line: torch/_logging.
     (r"^([EIW])\d{4} [0-9:.]+ \d+ ", r"\1 "),
-    (r"^\[\d{4}-\d\d-\d\d [0-9:,]+\] ", "[WHEN] "),  # before torch 2.4
     (r"^  time      : .*$", "  time"),
     (r"\b\d+(\.\d+)?(e-\d+)? seconds\b", "N seconds"),
     # Pids.
