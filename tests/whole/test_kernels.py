@@ -30,7 +30,8 @@ SECONDS = 1200
 
 @pytest.fixture(scope="module")
 def emulator(root: None) -> None:
-    missing = [name for name in ("qemu-system-x86_64", "cpio", "depmod", "mke2fs") if shutil.which(name) is None]
+    tools = ("qemu-system-x86_64", "qemu-system-aarch64", "cpio", "depmod", "mke2fs")
+    missing = [name for name in tools if shutil.which(name) is None]
     if missing and "CI" not in os.environ:
         pytest.skip(f"{', '.join(missing)} not found; scripts/setup.sh test installs what machines are made with")
 
