@@ -34,9 +34,9 @@ _GROUNDS = {
 _WHY = {
     r"net_cls or net_prio": "The kernel has version 1's net_cls and net_prio in use and not the fix 8520e224f547, so "
     "filters on a cgroup do not run for new sockets ([backends.md](backends.md)).",
-    r"the longest for .* nothing was said": "The kernel has not the fix 8520e224f547: net_cls switched the shield off in "
-    "the middle of the job, and each new port was closed by the port chains once it was seen, emulated later than the "
-    "0.2 s of scope `ports`. The job's last lines did not say so.",
+    r"the longest for .* nothing was said": "The kernel has not the fix 8520e224f547: net_cls switched the shield off "
+    "in the middle of the job, and each new port was closed by the port chains once it was seen, emulated later than "
+    "the 0.2 s of scope `ports`. The job's last lines did not say so.",
     r"flags owner|owner.*5\.12": "A table that belongs to its guard needs Linux 5.12; iptables is as good.",
     r"and then \d+ s were over": "The tests were cut short: emulated they take more than an hour.",
 }
