@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from checkout import CHECKOUT, COMMANDS
-from hosts import Network, finish_all
+from hosts import Network
 from pages import DIRECTORY, Block, Stage, blocks_of
 from probe import Probe
 from users import PrivateMachine
@@ -22,8 +21,7 @@ from users import PrivateMachine
 pytestmark = pytest.mark.slow
 
 LAUNCHERS = Path(sys.prefix) / "launchers"
-WRITTEN = [block for block in blocks_of(CHECKOUT / "docs/launchers.md") if block.language == "sh"]
-BLOCKS = [block for block in WRITTEN if "ray start" not in block.text]
+BLOCKS = [block for block in blocks_of(CHECKOUT / "docs/launchers.md") if block.language == "sh"]
 # What is many in the page, and one a node here.
 FEWER = (
     ("--nproc-per-node 8", "--nproc-per-node 1"),
@@ -89,8 +87,6 @@ assert len(set(ray.get([worker.train.remote(rank, address, port) for rank, worke
 ray.shutdown()
 """.replace("TRAIN,", f"{TRAIN!r},")
 RAY_ALONE = RAY.replace("ALONE", "num_cpus=2, include_dashboard=False, object_store_memory=80_000_000")
-# It finds the cluster by itself.
-RAY_JOINING = RAY.replace("ALONE", "")
 SPAWN = f"""{MEET}
 import os
 
@@ -175,24 +171,6 @@ def test_stranger_cannot_reach_any_port_of_what_the_page_has_written(stage: Stag
         assert len({port for _, port in probe.tried}) >= case.ports, probe.tried
 
 
-def test_stranger_cannot_reach_any_port_of_a_cluster_of_rays_own(stage: Stage) -> None:
-    (block,) = (block for block in WRITTEN if "ray start" in block.text)
-    head, joining, job = block.commands
-    stage.machine.write(f"{DIRECTORY}/train.py", RAY_JOINING)
-    node0, node1, stranger = stage.nodes
-    with Probe(stranger, node0) as at_node0, Probe(stranger, node1) as at_node1:
-        cluster = [_started(stage, head, 0), _started(stage, joining, 1)]
-        (said,) = stage.run(RAYS_FILES + job)
-        for one in cluster:
-            one.send_signal(signal.SIGTERM)
-        done = finish_all(cluster, timeout=60)
-    assert "2 workers, all-reduce right" in said
-    for words, probe in zip([one.stderr for one in done], (at_node0, at_node1)):
-        assert "every TCP port of this job closed to all others by shield" in words
-        assert probe.reached == set()
-        assert len({port for _, port in probe.tried}) >= 4, probe.tried
-
-
 @pytest.mark.parametrize(
     ("name", "command"),
     [
@@ -216,14 +194,6 @@ def test_stranger_cannot_reach_a_job_of_a_launcher_that_gets_securerun_in_torchs
     assert "every TCP port of this job closed to all others by shield" in said
     assert probe.reached == set()
     assert len({port for _, port in probe.tried}) >= 4, probe.tried
-
-
-def _started(stage: Stage, command: str, rank: int) -> subprocess.Popen[str]:
-    """One node of the cluster; it says so when there is something to join."""
-    node = stage.start(RAYS_FILES + command, rank)
-    assert node.stdout is not None
-    assert any("Ray runtime started" in line for line in node.stdout), node.communicate()
-    return node
 
 
 def _on_node(block: Block, rank: int) -> str:
