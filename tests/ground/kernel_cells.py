@@ -13,7 +13,7 @@ ARCHITECTURES = {"amd64": "x86-64", "arm64": "aarch64"}
 # What an init mounts at /sys/fs/cgroup; with systemd- in front systemd itself does, and the socket unit is tried.
 GROUNDS = ("v2", "hybrid", "v1", "systemd-v2", "systemd-v1")
 # The suite has these (tests/whole/test_kernels.py), so that none of this can rot.
-OF_THE_SUITE = ("5.10/amd64/v1", "5.10/arm64/v1")
+OF_THE_SUITE = ("5.10/amd64/v1", "5.10/arm64/v1", "6.12/amd64/v2")
 
 # Begins a line of a machine's console with what is known of it until then.
 DOCUMENT = "machine-document "
