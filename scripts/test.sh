@@ -24,6 +24,6 @@ fi
 
 scripts/lint.sh
 if [ $# = 0 ] && [ "$(id -u)" = 0 ]; then
-    set -- --dist loadfile --tx "$(nproc)*popen//python=$PWD/scripts/isolated.sh $python"
+    set -- --dist loadfile --no-loadscope-reorder --tx "$(nproc)*popen//python=$PWD/scripts/isolated.sh $python"
 fi
 exec "$python" -m pytest "$@" < /dev/null

@@ -34,7 +34,11 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what asks for root, itself or by way of its fixtures: `scripts/test.sh --fast` leaves it out."""
+    """Mark what asks for root, itself or by way of its fixtures: `scripts/test.sh --fast` leaves it out.
+
+    Machines come first: a file of few tests that take minutes each must not be what all others wait for at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("machine") is None)
     for item in items:
         if isinstance(item, pytest.Function) and "root" in item.fixturenames:
             item.add_marker("ground")

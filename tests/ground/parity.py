@@ -198,7 +198,11 @@ class Pair:
 
     def end(self) -> Seen:
         """Wait for the end of all that holds the streams, and return what was seen, which was the same."""
-        of_torchrun, of_securerun = self.end_differently()
+        return self.same(*self.end_differently())
+
+    @staticmethod
+    def same(of_torchrun: Seen, of_securerun: Seen) -> Seen:
+        """Return what was seen, which was the same."""
         expected = _under_umask_and_sealed(of_torchrun)
         differences = list(unified_diff(expected.text(), of_securerun.text(), "torchrun", "securerun", lineterm=""))
         assert not differences, "\n".join(differences)

@@ -37,6 +37,7 @@ def emulator(root: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.machine
 @pytest.mark.parametrize("name", OF_THE_SUITE)
 def test_the_shield_is_there_and_holds_on_a_kernel_that_people_have(emulator: None, name: str) -> None:
     cell = parse_cell(name)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from hosts import Host, Network, eventually
-from parity import JOB, RUN_ID, WORLD, Pair
+from parity import JOB, RUN_ID, WORLD, Pair, Seen
 
 _MASTER = ("--master-addr", "10.77.0.1", "--master-port", "29500")
 # How two nodes meet, by --nnodes: each node's options.
@@ -299,7 +299,17 @@ def test_two_nodes_form_the_group_that_torchrun_forms(pair: Pair, nnodes: str) -
     assert seen.output == [f"worker {rank} says ['{rank // 2}']" for rank in range(4)]
 
 
-def test_nodes_come_and_go_as_under_torchrun(pair: Pair) -> None:
+def test_nodes_come_and_go_as_under_torchrun(
+    networks: tuple[Network, Network], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tries = (_come_and_go(Pair(tmp_path_factory.mktemp("pair"), networks)) for _ in range(3))
+    seen = next(filter(None, tries), None)
+    assert seen is not None, "torch aborts each time"
+    assert seen.status == [0, 1]
+
+
+def _come_and_go(pair: Pair) -> Seen | None:
+    """Return what was seen; None where an agent of torch's aborted, as it may when it gets SIGTERM."""
     # torchrun 2.13 cannot grow while the workers use its own store: both agents wait for MASTER_ADDR.
     env = {**_PEERS, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     first, second = (("--nnodes", "1:2", "--max-restarts", "1", *meeting) for meeting in _MEETINGS["1:2"])
@@ -311,5 +321,7 @@ def test_nodes_come_and_go_as_under_torchrun(pair: Pair) -> None:
     pair.touch("fail.0")
     pair.wait_for("1.0.1")
     pair.touch("over")
-    seen = pair.end()
-    assert seen.status == [0, 1]
+    both = pair.end_differently()
+    # A thread of its store's that nobody joins is still there when the process ends, now and then (torch 2.13).
+    aborted = any("terminate called without an active exception" in seen.errors for seen in both)
+    return None if aborted else pair.same(*both)
