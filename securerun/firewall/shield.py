@@ -16,7 +16,6 @@ import contextlib
 import errno
 import itertools
 import os
-import resource
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -156,7 +155,6 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
     symbols: dict[str, int] = {}
     for name in policy.interfaces:
         _require_interface(name)
-    _raise_memory_limit()
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as loading:
         maps = [undo.enter_context(_create(shape)) for shape in map_shapes(policy)]
         # Nobody but the programs needs these.
@@ -252,13 +250,6 @@ def _changes(trie: Map, wanted: set[bytes]) -> tuple[Map, set[bytes], set[bytes]
 
 def _most_packets_first(denial: Denial) -> tuple[int, int, int, int]:
     return (-denial.packets, denial.source.version, int(denial.source), denial.port)
-
-
-def _raise_memory_limit() -> None:
-    # Before Linux 5.11 maps count as locked memory, and creating one fails with EPERM beyond the limit.
-    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
 
 
 def _load_first_of(

@@ -11,7 +11,9 @@ import contextlib
 import ctypes
 import enum
 import errno
+import functools
 import os
+import resource
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -196,6 +198,7 @@ class Map(_Descriptor):
 
         Raises OSError, EPERM: no privilege, or before Linux 5.11 the limit on locked memory (RLIMIT_MEMLOCK).
         """
+        _raise_memory_limit()
         # kernel/bpf/lpm_trie.c: a trie without BPF_F_NO_PREALLOC is refused.
         flags = _MAP_FLAG_NO_PREALLOC if shape.kind is MapType.LPM_TRIE else 0
         sizes = (shape.kind, shape.key_size, shape.value_size, shape.entries)
@@ -406,7 +409,20 @@ def verifier_log(name: str, code: bytes) -> str:
     return log.value.decode("ascii", "replace")
 
 
+@functools.cache
+def _raise_memory_limit() -> None:
+    """Let this process have as many programs and maps as it likes; without CAP_SYS_RESOURCE, as many as it may.
+
+    Before Linux 5.11 they count as locked memory, all of a user's together, and one that is beyond the limit of whoever
+    makes it fails with EPERM (kernel/bpf/syscall.c, __bpf_prog_charge()).
+    """
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+
+
 def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None) -> int:
+    _raise_memory_limit()
     instructions = _copy(code)
     # The programs call no helper that is reserved for GPL programs, and say nothing about their licence.
     licence = _copy(b"\0")

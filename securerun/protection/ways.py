@@ -16,7 +16,7 @@ from typing import Callable
 
 from securerun.guard import program
 from securerun.guard.documents import MAXIMUM_BYTES
-from securerun.guard.protocol import Message, decode, encode
+from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode
 from securerun.linux import capabilities, local_sockets, prctl, proc
 
 DIRECTLY, BY_SUDO, BY_SYSTEMD = "directly", "by sudo", "by systemd"
@@ -25,6 +25,9 @@ _PROGRAM = "securerun-guard"
 _SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")))
 # sudo's messages are looked at, so they are to be in one language; nothing else is for it.
 _SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": "C"}
+# SUDO_UID of the shell that this root came from would mean another way; and by the id of its run a guard that replaces
+# another, with all that it starts, would count among the job's processes, and wait for its own end.
+_NOT_FOR_GUARDS = {"SUDO_UID", RUN_ID_VARIABLE}
 _ROOT = 0
 # Whoever has no number in a user namespace (user_namespaces(7)): in a container mostly the host's root.
 _UNMAPPED = 65534
@@ -210,8 +213,7 @@ def _obstacle_to_socket() -> str:
 
 def _open_directly() -> Connection:
     with capabilities.handed_on(capabilities.FOR_GUARDING.values()):
-        # SUDO_UID of the shell that this root came from would mean another way.
-        return _start(program.command(), {name: value for name, value in os.environ.items() if name != "SUDO_UID"})
+        return _start(program.command(), {name: os.environ[name] for name in os.environ.keys() - _NOT_FOR_GUARDS})
 
 
 def _open_by_sudo() -> Connection:

@@ -213,6 +213,16 @@ def test_guard_that_takes_over_goes_on_proving(network: Network) -> None:
         assert is_closed(stranger, node, 7001)
 
 
+def test_nothing_is_left_of_a_run_whose_guard_was_replaced_when_its_job_has_ended(network: Network) -> None:
+    with doubted(network["node0"]) as holder:
+        assert eventually(lambda: is_proven_again(holder.run_id))
+        os.kill(int(str(recorded(holder.run_id)["guard"])), signal.SIGKILL)
+        holder.hear_of("another has taken over")
+        assert eventually(lambda: is_proven_again(holder.run_id))
+    assert eventually(lambda: not (RECORDS / f"{holder.run_id}.json").exists(), seconds=patient(5))
+    assert not room_of(holder.run_id).exists()
+
+
 @pytest.mark.parametrize("with_its_child", [False, True], ids=["guard", "guard and its child"])
 def test_proof_of_a_run_that_was_killed_whole_is_gone(network: Network, with_its_child: bool) -> None:
     node = network["node0"]
