@@ -17,6 +17,12 @@ hierarchy=$(findmnt -n -t cgroup2 -o TARGET | tail -n 1)
 if [ -z "$hierarchy" ]; then
     exec unshare --mount sh -e -c "$inside" "" "$@"
 fi
+# Whoever was killed could not remove theirs.
+for left in "$hierarchy"/securerun-tests-*; do
+    if ! kill -0 "${left##*-}" 2> /dev/null; then
+        find "$left" -depth -type d -exec rmdir {} + 2> /dev/null || true
+    fi
+done
 cgroup=$hierarchy/securerun-tests-$$
 mkdir "$cgroup"
 # shellcheck disable=SC2329 # called at the end
