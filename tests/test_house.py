@@ -54,8 +54,8 @@ LOADED_BY_THE_GUARD = {
     "parting presence program protocol reaper records refusals reserved run_directory server unanswered unasked "
     "waiting watch",
     "firewall": "backends chains droplog policy refusals selftest shield shield_maps shield_program",
-    "linux": "assembler attributes bpf capabilities cgroups file_lock libc links local_sockets net_cgroups netlink "
-    "networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
+    "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets net_cgroups "
+    "netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
     "": "errors site_file text",
 }
 # And this while the launcher imports torch, for `--firewall auto`, and to tell whether something may void a shield.

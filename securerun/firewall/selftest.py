@@ -19,7 +19,7 @@ from typing import Callable
 
 from securerun.errors import Obstacle
 from securerun.firewall.refusals import FORBIDDEN_ABOVE, ShieldUnavailable, explained
-from securerun.linux import net_cgroups, prctl, proc
+from securerun.linux import forked, net_cgroups, prctl, proc
 from securerun.linux.assembler import R0, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Program, programs_on
 
@@ -45,6 +45,16 @@ def prove(cgroup: int, like: int | None = None) -> bool:
     Raises ShieldUnavailable when it cannot be judged.
     """
     return egress_is_filtered(cgroup, cgroup, like)
+
+
+def require_proof(cgroup: int, like: int | None = None) -> None:
+    """Raise ShieldUnavailable where `prove` says no, or where it cannot be judged."""
+    if not prove(cgroup, like):
+        raise ShieldUnavailable(
+            "filters on a cgroup do not run on this host: one use of net_cls or net_prio, such as the start of a "
+            "container with cgroup v1, switches them off until the next boot (mended in Linux 5.15 and later 5.10.y)",
+            Obstacle.NET_CLS,
+        )
 
 
 def egress_is_filtered(attached_to: int, entered: int, like: int | None = None) -> bool:
@@ -89,15 +99,7 @@ class Sender:
         others: directories of cgroups of version 1 that it enters as well. at_end: what it does when this process ends
         before it. kept: the descriptors that it takes for that.
         """
-        near, far = socket.socketpair()
-        with far, ExitStack() as undo:
-            undo.callback(near.close)
-            self.pid = os.fork()
-            if not self.pid:
-                _live(cgroup, others, far, at_end, kept)
-            undo.pop_all()
-        # Held here too, `far` would hide the child's death: a batch system kills all of a cgroup, this child included.
-        self._near = near
+        self.pid, self._near = forked.fork(lambda far: _live(cgroup, others, far, at_end, kept))
         self._has_entered = False
 
     def try_to_send(self) -> int:
@@ -300,18 +302,13 @@ def _live(
     cgroup: int, others: Collection[int], far: socket.socket, at_end: Callable[[], None], kept: Collection[int]
 ) -> None:
     """Live the child's whole life: enter, and answer until the parent's end, or until it is killed."""
-    try:
-        # The handlers are the guard's, and not for this process.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        prctl.set_name(_NAME)
-        # What else the guard has open ends with the guard: locks, the launcher's pipe, programs.
-        _close_all_but({cgroup, *others, *kept, far.fileno()})
-        far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))
-        while far.recv(len(_QUESTION)):
-            far.sendall(_ANSWER.pack(_errno_of(_send_to_self)))
-        at_end()
-    finally:
-        os._exit(0)
+    prctl.set_name(_NAME)
+    # What else the guard has open ends with the guard: locks, the launcher's pipe, programs.
+    _close_all_but({cgroup, *others, *kept, far.fileno()})
+    far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))
+    while far.recv(len(_QUESTION)):
+        far.sendall(_ANSWER.pack(_errno_of(_send_to_self)))
+    at_end()
 
 
 def _close_all_but(kept: Collection[int]) -> None:

@@ -106,8 +106,8 @@ def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
 
 def _sees_listeners() -> bool:
     try:
-        SocketDiagnosis().close()
-    except SocketsUnavailable:
+        _require_sight_of_listeners()
+    except PrivilegeError:
         return False
     return True
 
@@ -284,12 +284,8 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
-    if not cgroup.populated() and not selftest.prove(cgroup.descriptor, lease.caller.pid):
-        raise ShieldUnavailable(
-            "filters on a cgroup do not run on this host: one use of net_cls or net_prio, such as the start of a "
-            "container with cgroup v1, switches them off until the next boot (mended in Linux 5.15 and later 5.10.y)",
-            Obstacle.NET_CLS,
-        )
+    if not cgroup.populated():
+        selftest.require_proof(cgroup.descriptor, lease.caller.pid)
 
 
 def _where(caller: Caller) -> net_cgroups.Memberships:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from securerun.firewall.policy import (
@@ -33,7 +33,6 @@ MAXIMUM_PORT_RANGES = 1024
 MAXIMUM_RECORDED_RANGES = MAXIMUM_PORT_RANGES + 32768
 MAXIMUM_INTERFACES = 64
 MAXIMUM_TEXT = 4096
-_PUBLIC = {"public"}
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}", re.ASCII)
 
 
@@ -66,8 +65,8 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
 
     most_ranges: how many ranges of ports it may have.
     """
-    optional = _PUBLIC & document.keys()
-    require_fields(document, "run_id", "ports", "peers", "interfaces", "accept", "close_loopback", *optional)
+    names = ("run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
+    require_fields(document, *names, may={"public"})
     return Policy(
         run_id=text(document, "run_id"),
         ports=tuple(_read_port(port) for port in items(document, "ports", most_ranges)),
@@ -125,10 +124,10 @@ def read_network(document: object) -> Network:
     return ipaddress.IPv4Network((_packed(address), int(length)))
 
 
-def require_fields(document: Mapping[str, Any], *names: str) -> None:
-    """Raise ProtocolError for a document that has not exactly these fields."""
-    if document.keys() != set(names):
-        raise ProtocolError(f"fields other than {', '.join(names)}")
+def require_fields(document: Mapping[str, Any], *names: str, may: Set[str] = frozenset()) -> None:
+    """Raise ProtocolError for a document that has not exactly these fields. may: those that it has mostly not."""
+    if document.keys() - may != set(names):
+        raise ProtocolError(f"fields other than {', '.join((*names, *sorted(may & document.keys())))}")
 
 
 def mapping(document: object, what: str) -> Mapping[str, Any]:

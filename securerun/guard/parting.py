@@ -11,7 +11,7 @@ from __future__ import annotations
 from securerun.guard.lease import Lease
 from securerun.linux import proc, sock_diag
 from securerun.linux.cgroups import cgroup_of, relative
-from securerun.linux.sock_diag import Listener, SocketDiagnosis
+from securerun.linux.sock_diag import Listener
 from securerun.text import some
 
 _PORTS_NAMED = 4
@@ -45,11 +45,7 @@ def part(lease: Lease) -> str:
 
 def _closed_by_the_lease_alone(lease: Lease) -> set[Listener]:
     """Return the launcher's listeners that would be open once the lease has ended."""
-    diagnosis = SocketDiagnosis()
-    try:
-        found = {listener for _ in range(_LOOKS) for listener in diagnosis.listeners()}
-    finally:
-        diagnosis.close()
+    found = {listener for _ in range(_LOOKS) for listener in sock_diag.listeners()}
     holders = proc.sockets_of([lease.caller.pid], {listener.inode for listener in found})
     held = set(sock_diag.held(found, holders))
     if not lease.is_shielded or lease.may_void:

@@ -222,7 +222,7 @@ def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Peers):
         return {"networks": [str(network) for network in message.networks]}
     if isinstance(message, Release):
-        return {"failed": message.failed, **({"goes_on": True} if message.goes_on else {})}
+        return {"failed": message.failed, **_given(goes_on=message.goes_on)}
     if isinstance(message, Report):
         return {}
     if isinstance(message, Runs):
@@ -232,23 +232,21 @@ def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Ready):
         return {"version": VERSION, "pid": message.pid}
     if isinstance(message, Guarding):
-        # As `_more`: mostly there is none.
-        left_out = {"left_out": [list(ports) for ports in message.left_out]} if message.left_out else {}
-        needs_guard = {"needs_guard": True} if message.needs_guard else {}
         layers = [layer_document(layer) for layer in message.layers]
-        return {"layers": layers, "notes": list(message.notes), **left_out, **needs_guard}
+        few = _given(left_out=[list(ports) for ports in message.left_out], needs_guard=message.needs_guard)
+        return {"layers": layers, "notes": list(message.notes), **few}
     if isinstance(message, Notice):
         denied = [denial_document(denial) for denial in message.denied]
-        return {"denied": denied, "words": list(message.words), **_more(message.more)}
+        return {"denied": denied, "words": list(message.words), **_given(more=message.more)}
     if isinstance(message, Refused):
-        return {"status": message.status, "message": message.message, **({"later": True} if message.later else {})}
-    stays = {"stays": message.stays} if message.stays else {}
-    return {"denied": [denial_document(denial) for denial in message.denied], **_more(message.more), **stays}
+        return {"status": message.status, "message": message.message, **_given(later=message.later)}
+    denied = [denial_document(denial) for denial in message.denied]
+    return {"denied": denied, **_given(more=message.more, stays=message.stays)}
 
 
-def _more(number: int) -> dict[str, int]:
-    """Return the field of a number that is mostly 0, and then left out: a version without it understands the rest."""
-    return {"more": number} if number else {}
+def _given(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON's own types
+    """Return the fields that are not 0, false or empty, as mostly they are: a version without them reads the rest."""
+    return {name: value for name, value in fields.items() if value}
 
 
 def _read_order(body: Mapping[str, Any]) -> Order:
@@ -270,8 +268,8 @@ def _read_peers(body: Mapping[str, Any]) -> Peers:
 
 
 def _read_release(body: Mapping[str, Any]) -> Release:
-    documents.require_fields(body, "failed", *_GOES_ON & body.keys())
-    return Release(documents.flag(body, "failed"), "goes_on" in body and documents.flag(body, "goes_on"))
+    documents.require_fields(body, "failed", may={"goes_on"})
+    return Release(documents.flag(body, "failed"), _flag_if_given(body, "goes_on"))
 
 
 def _read_report(body: Mapping[str, Any]) -> Report:
@@ -296,34 +294,33 @@ def _read_ready(body: Mapping[str, Any]) -> Ready:
 
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:
-    documents.require_fields(body, "layers", "notes", *_OF_FEW_RUNS & body.keys())
+    documents.require_fields(body, "layers", "notes", may={"left_out", "needs_guard"})
     layers = tuple(read_layer(layer) for layer in documents.items(body, "layers", MAXIMUM_TEXT))
     notes = tuple(documents.entry(note) for note in documents.items(body, "notes", MAXIMUM_TEXT))
     left_out = documents.ranges(body, "left_out") if "left_out" in body else ()
-    needs_guard = "needs_guard" in body and documents.flag(body, "needs_guard")
-    return Guarding(layers, notes, left_out, needs_guard)
+    return Guarding(layers, notes, left_out, _flag_if_given(body, "needs_guard"))
 
 
 def _read_notice(body: Mapping[str, Any]) -> Notice:
-    documents.require_fields(body, "denied", "words", *_MORE & body.keys())
+    documents.require_fields(body, "denied", "words", may={"more"})
     denied = tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS))
     words = tuple(documents.entry(line) for line in documents.items(body, "words", MAXIMUM_TEXT))
     return Notice(denied, words, _read_more(body))
 
 
-_LATER = {"later"}
-
-
 def _read_refused(body: Mapping[str, Any]) -> Refused:
-    documents.require_fields(body, "status", "message", *_LATER & body.keys())
-    later = "later" in body and documents.flag(body, "later")
-    return Refused(documents.number(body, "status"), documents.text(body, "message"), later)
+    documents.require_fields(body, "status", "message", may={"later"})
+    return Refused(documents.number(body, "status"), documents.text(body, "message"), _flag_if_given(body, "later"))
 
 
 def _read_released(body: Mapping[str, Any]) -> Released:
-    documents.require_fields(body, "denied", *(_MORE | _STAYS) & body.keys())
+    documents.require_fields(body, "denied", may={"more", "stays"})
     denied = tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS))
     return Released(denied, _read_more(body), documents.text(body, "stays") if "stays" in body else "")
+
+
+def _flag_if_given(body: Mapping[str, Any], name: str) -> bool:
+    return name in body and documents.flag(body, name)
 
 
 def _read_more(body: Mapping[str, Any]) -> int:
@@ -369,10 +366,6 @@ def _choice(document: Mapping[str, Any], name: str, choices: Sequence[str]) -> s
     return value
 
 
-_MORE = {"more"}
-_OF_FEW_RUNS = {"left_out", "needs_guard"}
-_GOES_ON = {"goes_on"}
-_STAYS = {"stays"}
 _NAMES = {
     Order: "order",
     Peers: "peers",

@@ -6,7 +6,6 @@ chores that have to look from time to time.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import select
 import time
@@ -135,8 +134,7 @@ class Watch:
 
         In each turn: whether the launcher is there, the chores that are due, and a part of what others caused.
         """
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._end_proof)
+        try:
             while not (self._released and self._lease.is_over()):
                 ready = {descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_wait())}
                 if not self._released:
@@ -145,6 +143,8 @@ class Watch:
                 self._take_in(ready)
                 if self._ending is not None:
                     self._attempt(self._ending.go_on)
+        finally:
+            self._end_proof()
 
     def _listen_to(self) -> None:
         lease = self._lease

@@ -9,9 +9,8 @@ import signal
 import socket
 import struct
 from pathlib import Path
-from typing import NoReturn
 
-from securerun.linux import libc
+from securerun.linux import forked, libc
 
 _CLONE_NEWNS = 0x00020000
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
@@ -28,13 +27,8 @@ def open_unseen(kind: str, options: str = "") -> int:
     A child mounts it, in a mount namespace of its own, and hands the descriptor over: what this process sees, and
     whatever it starts, stays as it is. The mount lasts as long as something is open in it (umount2(2), MNT_DETACH).
     """
-    near, far = socket.socketpair()
-    with near, far:
-        child = os.fork()
-        if not child:
-            near.close()
-            _mount_and_exit(far, kind, options)
-        far.close()
+    child, near = forked.fork(lambda far: _hand_over(far, kind, options))
+    with near:
         near.settimeout(_SECONDS)
         try:
             answer, descriptors, _, _ = socket.recv_fds(near, _ANSWER.size, 1)
@@ -49,18 +43,13 @@ def open_unseen(kind: str, options: str = "") -> int:
     return descriptors[0]
 
 
-def _mount_and_exit(far: socket.socket, kind: str, options: str) -> NoReturn:
+def _hand_over(far: socket.socket, kind: str, options: str) -> None:
     try:
-        # The handlers are the parent's, and not for this process.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            socket.send_fds(far, [_ANSWER.pack(0)], [_mounted(kind, options)])
-        except OSError as error:
-            far.sendall(_ANSWER.pack(error.errno or errno.EIO))
-        # Until the parent has taken the descriptor and kills.
-        far.recv(1)
-    finally:
-        os._exit(0)
+        socket.send_fds(far, [_ANSWER.pack(0)], [_mounted(kind, options)])
+    except OSError as error:
+        far.sendall(_ANSWER.pack(error.errno or errno.EIO))
+    # Until the parent has taken the descriptor and kills.
+    far.recv(1)
 
 
 def _mounted(kind: str, options: str) -> int:

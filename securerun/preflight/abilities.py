@@ -168,12 +168,7 @@ def _try_shield(policy: Policy) -> tuple[str, str]:
         hung = Shield.attach(made.descriptor, policy)
         undo.callback(hung.close)
         undo.callback(hung.detach)
-        if not selftest.prove(made.descriptor):
-            raise ShieldUnavailable(
-                "filters on a cgroup do not run here: net_cls or net_prio was used, which switches them off until the "
-                "next boot (mended in Linux 5.15 and later 5.10.y)",
-                Obstacle.NET_CLS,
-            )
+        selftest.require_proof(made.descriptor)
         return hung.name, hung.shortfall
 
 

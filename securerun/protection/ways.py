@@ -213,7 +213,9 @@ def _obstacle_to_socket() -> str:
 
 def _open_directly() -> Connection:
     with capabilities.handed_on(capabilities.FOR_GUARDING.values()):
-        return _start(program.command(), {name: os.environ[name] for name in os.environ.keys() - _NOT_FOR_GUARDS})
+        return _start(
+            program.command(), {name: text for name, text in os.environ.items() if name not in _NOT_FOR_GUARDS}
+        )
 
 
 def _open_by_sudo() -> Connection:
