@@ -433,6 +433,8 @@ def test_command_that_an_interrupt_ends_looks_interrupted_to_the_shell(node: Hos
     loop = f"for i in 1 2 3; do {' '.join(ALONE)} -- sh -c 'echo up; sleep 60'; done; echo not reached"
     with nothing_left(node), Seat(node, ["bash", "-c", loop]) as terminal:
         terminal.show("up")
+        # Before that the shell's child is the shell still, which takes the interrupt for its own and then waits.
+        assert eventually(lambda: "sleep 60" in node.processes().values())
         terminal.type("\x03")
         assert terminal.end() == -signal.SIGINT
         assert "not reached" not in terminal.shown
