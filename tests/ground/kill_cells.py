@@ -59,7 +59,8 @@ class Cell:
     @property
     def has_to_be_remembered(self) -> bool:
         """The launcher ends under its guard, and nothing tells what it has only forked but a look from before."""
-        return self.protection == "nocgroup" and self.victim in ("launcher", "group", "worker")
+        launcher_ends = self.victim in ("launcher", "group", "worker", "both")
+        return self.protection == "nocgroup" and launcher_ends and not self.ends_a_guard
 
     @property
     def chains_outlive_guards(self) -> bool:
