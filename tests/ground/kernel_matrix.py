@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,21 @@ _MEMORY_MIB, _MEMORY_FOR_TORCH_MIB = 1536, 3584
 
 @dataclass(frozen=True)
 class Trial:
-    """What is to be done in a machine. torch: the parts that are torch's own runs."""
+    """What is to be done in a machine. torch: the parts that are torch's own runs. limit: seconds for all of it."""
 
     parts: Sequence[str] = PARTS
     torch: Sequence[str] = ()
     tests: Sequence[str] = ALL_TESTS
     seconds: int = _SECONDS
     processors: int = 1
+    limit: int | None = None
 
     def of(self, cell: Cell) -> Trial:
         """Without what such a machine has not. One launch of torch is enough for aarch64."""
         has = {"socket": cell.has_systemd, "net_cls": cell.cgroups != "v2"}
         parts = [part for part in self.parts if has.get(part, True)]
         torch = [part for part in self.torch if part in parts and (part == "one" or cell.architecture == "amd64")]
-        return Trial(parts, torch, self.tests, self.seconds, self.processors)
+        return replace(self, parts=parts, torch=torch)
 
     @property
     def command(self) -> str:
@@ -78,7 +79,7 @@ def try_cell(cell: Cell, kernel: KernelFiles, trial: Trial) -> tuple[dict[str, A
         kernel,
         trial.command,
         torch=bool(trial.torch),
-        limit=long_parts * trial.seconds + 240 * len(trial.parts),
+        limit=trial.limit or long_parts * trial.seconds + 240 * len(trial.parts),
         memory_mib=_MEMORY_FOR_TORCH_MIB if trial.torch else _MEMORY_MIB,
         processors=trial.processors,
     )
@@ -191,6 +192,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--architecture", default="amd64", help="of kernels of one's own (default: amd64)")
     parser.add_argument("--seconds", type=int, default=_SECONDS, help="for each of torch's runs, and for the tests")
+    parser.add_argument("--limit", type=int, help="seconds for a cell; what was done until then is kept")
     parser.add_argument("--processors", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -200,7 +202,8 @@ def main() -> int:
     options = parse()
     own = {path.resolve().name.removesuffix(f"-{options.architecture}"): path for path in options.kernel}
     split = [tuple(filter(None, text.split(","))) for text in (options.parts, options.torch)]
-    trial = Trial(split[0], split[1], options.tests or ALL_TESTS, options.seconds, options.processors)
+    tests = options.tests or ALL_TESTS
+    trial = Trial(split[0], split[1], tests, options.seconds, options.processors, options.limit)
     status = 0
     try:
         if options.run:

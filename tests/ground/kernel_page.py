@@ -34,9 +34,8 @@ _GROUNDS = {
 _WHY = {
     r"net_cls or net_prio": "The kernel has version 1's net_cls and net_prio in use and not the fix 8520e224f547, so "
     "filters on a cgroup do not run for new sockets ([backends.md](backends.md)).",
-    r"the longest for .* nothing was said": "The kernel has not the fix 8520e224f547: net_cls switched the shield off "
-    "in the middle of the job, and each new port was closed by the port chains once it was seen, emulated later than "
-    "the 0.2 s of scope `ports`. The job's last lines did not say so.",
+    r"was switched off and the scope was ports": "The kernel has not the fix 8520e224f547. From then on the port chains "
+    "close each port once it is seen: within 0.2 s on a machine that is not emulated.",
     r"flags owner|owner.*5\.12": "A table that belongs to its guard needs Linux 5.12; iptables is as good.",
     r"and then \d+ s were over": "The tests were cut short: emulated they take more than an hour.",
 }
@@ -124,6 +123,8 @@ def _word(name: str, part: dict[str, Any] | None, notes: list[str]) -> str:
             notes_of = "Only " + ", ".join(f"`{test}`" for test in part["of"]) + "."
             figures = f"{figures}, of some {_reference(notes_of, notes)}"
         return f"{figures} {_reference(skips, notes)}" if skips else str(figures)
+    if name == "net_cls" and "switched off" in part["says"]:
+        return f"yes, by the port chains {_reference(part['says'], notes)}"
     torch = " (torch)" if part["says"].startswith("torch") else ""
     return f"yes{torch}"
 

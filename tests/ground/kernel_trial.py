@@ -74,6 +74,7 @@ WITH_VERSION_2 = (
     ),
 )
 _GUARD = "securerun.guard.server"
+_KEPT, _LOST = "the shield held", "the shield was switched off and the scope was ports at once"
 
 
 class No(Exception):
@@ -491,8 +492,11 @@ def judgement(tally: Path, status: int | None, seconds: float) -> str:
 
 def net_cls(asked: Asked) -> str:
     """Version 1's net_cls comes into use in the middle of a job, beside it and then in it."""
+    report = OUT / "report.json"
+    report.unlink(missing_ok=True)
     with hosts("node", "peer", "stranger") as (node, peer, stranger):
-        with Listening(stranger, node, guarded(peer.ipv4, "--ports", str(PORT))) as job:
+        options = ("--ports", str(PORT), "--report", str(report))
+        with Listening(stranger, node, guarded(peer.ipv4, *options)) as job:
             job.wait_for_more_ports(2)
             with classid() as give_it_to:
                 job.wait_for_more_ports(4)
@@ -500,15 +504,34 @@ def net_cls(asked: Asked) -> str:
                     if JOB in command:
                         give_it_to(pid)
                 job.wait_for_more_ports(4)
+                recorded = voids_recorded()
                 done = job.end()
         seen, words = job.seen, words_of(done.stderr)
         require(done.returncode == 0, f"status {done.returncode}: {words}")
         require(seen.tried > 0, "the stranger saw no port to try")
         in_time = not seen.planned_reached and seen.opened <= _SEEN_SECONDS + _SLACK_SECONDS
         require(in_time, f"{seen}: {words}")
-        require(seen.reached == 0 or "scope ports" in done.stderr, f"{seen}, and nothing was said: {words}")
+        shield = what_became_of_the_shield(done.stderr, recorded, report.read_text())
+        require(seen.reached == 0 or shield == _LOST, f"{shield}, was said, and {seen}: {words}")
         after = what_is_said_is_true(node, peer, stranger)
-        return f"{seen}; a job after it: {after}"
+        return f"{shield}; {seen}; a job after it: {after}"
+
+
+def voids_recorded() -> list[str]:
+    """Why the shields of the runs that are recorded now hold no more."""
+    found = (json.loads(record.read_text()) for record in RECORDS.glob("*.json"))
+    return [record["void"] for record in found if record.get("void")]
+
+
+def what_became_of_the_shield(errors: str, recorded: Sequence[str], report: str) -> str:
+    """As the job's own lines say it. Raises No unless the run's record, and its report, say the same."""
+    said = "the shield holds no more" in errors and "scope is ports now" in errors
+    shield = _LOST if said else _KEPT if is_shielded(errors) else "the job never had a shield"
+    for place, says in (("record", bool(recorded)), ("report", "the shield holds no more" in report)):
+        require(
+            says == said, f"{shield}, says the job, and its {place} says {'that' if says else 'nothing'} of its end"
+        )
+    return shield
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import kernel_cells
 import kernel_page
 import pytest
 from kernel_matrix import RESULTS, Trial, chosen, keep
-from kernel_trial import No, Seen, judgement
+from kernel_trial import No, Seen, judgement, what_became_of_the_shield
 
 
 def test_the_page_is_what_the_kept_results_make() -> None:
@@ -96,6 +96,35 @@ def test_passed_and_skipped_tests_are_a_yes_with_the_reasons(tmp_path: Path) -> 
 def test_what_a_stranger_gets_against_the_words_of_the_start_is_a_no(seen: Seen, errors: str) -> None:
     with pytest.raises(No):
         seen.require_kept(errors)
+
+
+_START = "run a: every TCP port of this job closed to all others by shield"
+_END = "run a: the shield holds no more: net_cls came into use; scope is ports now: each port is closed"
+
+
+def test_shield_that_was_switched_off_is_a_yes_where_log_record_and_report_say_so(tmp_path: Path) -> None:
+    says = what_became_of_the_shield(f"{_START}\n{_END}", ["net_cls came into use"], json.dumps([_START, _END]))
+    assert "switched off" in says
+    assert what_became_of_the_shield(_START, [], json.dumps([_START])) == "the shield held"
+    _keep(tmp_path, kernel_cells.parse_cell("5.10/arm64/v1"), {"net_cls": {"ok": True, "says": f"{says}; 8 of 10"}})
+    page = kernel_page.page(tmp_path)
+    assert "yes, by the port chains [1]" in page and re.search(r"^1\. .*8520e224f547", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("errors", "recorded", "report"),
+    [
+        (f"{_START}\n{_END}", [], _END),
+        (f"{_START}\n{_END}", ["net_cls came into use"], _START),
+        (_START, ["net_cls came into use"], _START),
+        (_START, [], _END),
+    ],
+)
+def test_end_of_a_shield_that_not_all_of_log_record_and_report_say_is_a_no(
+    errors: str, recorded: list[str], report: str
+) -> None:
+    with pytest.raises(No):
+        what_became_of_the_shield(errors, recorded, report)
 
 
 def _tally(place: Path, outcomes: list[str]) -> Path:
