@@ -34,8 +34,8 @@ _GROUNDS = {
 _WHY = {
     r"net_cls or net_prio": "The kernel has version 1's net_cls and net_prio in use and not the fix 8520e224f547, so "
     "filters on a cgroup do not run for new sockets ([backends.md](backends.md)).",
-    r"was switched off and the scope was ports": "The kernel has not the fix 8520e224f547. From then on the port chains "
-    "close each port once it is seen: within 0.2 s on a machine that is not emulated.",
+    r"was switched off and the scope was ports": "The kernel has not the fix 8520e224f547. From then on the port "
+    "chains close each port once it is seen: within 0.2 s on a machine that is not emulated.",
     r"flags owner|owner.*5\.12": "A table that belongs to its guard needs Linux 5.12; iptables is as good.",
     r"and then \d+ s were over": "The tests were cut short: emulated they take more than an hour.",
 }
