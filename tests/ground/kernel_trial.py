@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -150,13 +151,25 @@ def why_no_shield(errors: str) -> str:
 
 
 @contextlib.contextmanager
-def hosts(*names: str) -> Iterator[list[Host]]:
-    """Hosts that are afterwards as they were before."""
-    with Network(*names) as network:
-        before = [host.snapshot() for host in network]
-        yield list(network)
+def hosts() -> Iterator[tuple[Host, Host, Host]]:
+    """A node, a peer and a stranger, who are afterwards as they were before. All parts have the same, as long as so."""
+    network, before = _ground()
+    try:
+        node, peer, stranger = network
+        yield node, peer, stranger
         after = eventually(lambda: [host.snapshot() for host in network] == before, seconds=_CLEAN_SECONDS)
         require(after, "left on a host: " + "; ".join(differences(before, [host.snapshot() for host in network])))
+    except BaseException:
+        network.close()
+        _ground.cache_clear()
+        raise
+
+
+@functools.cache
+def _ground() -> tuple[Network, list[dict[str, str]]]:
+    """Hosts, which go with this process, and what there is on them; emulated it takes a while to make them."""
+    network = Network("node", "peer", "stranger").__enter__()
+    return network, [host.snapshot() for host in network]
 
 
 def differences(before: Sequence[dict[str, str]], after: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -219,7 +232,7 @@ def trying(origin: Host, target: Host) -> Probe:
 
 def truth(asked: Asked) -> str:
     """The job first, as on a host where nobody has asked doctor: what doctor looks at may mend it."""
-    with hosts("node", "peer", "stranger") as (node, peer, stranger):
+    with hosts() as (node, peer, stranger):
         with Listening(stranger, node, ()) as open_to_all:
             open_to_all.wait_for_more_ports()
             open_to_all.end()
@@ -229,7 +242,7 @@ def truth(asked: Asked) -> str:
 
 def chains(asked: Asked) -> str:
     """Each backend by itself is there and closes where doctor says so, and is refused where not."""
-    with hosts("node", "peer", "stranger") as (node, peer, stranger):
+    with hosts() as (node, peer, stranger):
         doctor = abilities(node)
         held = [backend for backend in BACKENDS if chains_hold(node, peer, stranger, backend, doctor[backend])]
         return ", ".join(held) or "none"
@@ -288,7 +301,7 @@ def knows(probe: Probe) -> bool:
 
 
 def one(asked: Asked) -> str:
-    with hosts("node", "stranger") as (node, stranger):
+    with hosts() as (node, _, stranger):
         if "one" not in asked.torch:
             job = ["sh", "-c", "echo out; echo err >&2; exit 7"]
             done = node.run([*guarded("localhost"), *job], timeout=_RUN_SECONDS)
@@ -317,7 +330,7 @@ def torch_version() -> str:
 
 
 def two(asked: Asked) -> str:
-    with hosts("node0", "node1", "stranger") as (node0, node1, stranger):
+    with hosts() as (node0, node1, stranger):
         peers = ",".join((*node0.addresses, *node1.addresses))
         with contextlib.ExitStack() as stack:
             probes = [stack.enter_context(trying(stranger, node)) for node in (node0, node1)]
@@ -346,7 +359,7 @@ def torch_on(rank: int, master: Host, peers: str) -> list[str]:
 
 
 def kills(asked: Asked) -> str:
-    with hosts("node", "peer", "stranger") as (node, peer, stranger):
+    with hosts() as (node, peer, stranger):
         with Listening(stranger, node, guarded(peer.ipv4, "--ports", str(PORT))) as job:
             job.wait_for_more_ports(2)
             first = guards_of(node)
@@ -494,7 +507,7 @@ def net_cls(asked: Asked) -> str:
     """Version 1's net_cls comes into use in the middle of a job, beside it and then in it."""
     report = OUT / "report.json"
     report.unlink(missing_ok=True)
-    with hosts("node", "peer", "stranger") as (node, peer, stranger):
+    with hosts() as (node, peer, stranger):
         options = ("--ports", str(PORT), "--report", str(report))
         with Listening(stranger, node, guarded(peer.ipv4, *options)) as job:
             job.wait_for_more_ports(2)
