@@ -24,7 +24,7 @@ ANSWER_MIB = 32
 BOOT_SECONDS = 240
 _CONSOLE_LINES = 40
 _QEMU = {
-    # Without what 5.10 does not know: the addresses of 52 bits of `max` end its boot. Its own atomics (LSE) are quicker to
+    # Without what 5.10 does not know: the addresses of 52 bits of `max` end its boot. Its atomics (LSE) are quicker to
     # emulate than loops.
     "arm64": ("qemu-system-aarch64", "-M", "virt,gic-version=3", "-cpu", "neoverse-n1"),
     "amd64": ("qemu-system-x86_64", "-M", "q35", "-cpu", "max"),
