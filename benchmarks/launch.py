@@ -26,6 +26,7 @@ from jobs import rendezvous
 
 LAUNCHERS = ("torchrun", "securerun")
 GOALS = {"static": 0.80, "c10d": 0.85}
+GOAL_APART = 0.85
 # c10d waits for a random time of up to 0.3 s: its ratio needs 30 pairs or more to settle.
 PAIRS = {1: 16, 2: 8}
 BREAKDOWNS = 5
@@ -45,10 +46,12 @@ def options_of(kind: str, hosts: Sequence[Host], rank: int) -> list[str]:
     return [*words, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29400", "--rdzv-id=launch"]
 
 
-def launch(hosts: Sequence[Host], launcher: Sequence[object], kind: str, script: Path) -> float:
-    """Seconds until the job has ended on every node and all output is closed."""
+def launch(hosts: Sequence[Host], launcher: Sequence[object], kind: str, script: Path, *, apart: bool = False) -> float:
+    """Seconds until the job has ended on every node and all output is closed. apart: in a network of its own."""
     peers = ",".join(host.ipv4 for host in hosts)
     environment = {"SECURERUN_PEERS": peers} if len(hosts) > 1 else {}
+    if apart:
+        environment["SECURERUN_SCOPE"] = "namespace"
     begin = time.perf_counter()
     jobs = [
         host.popen([*map(str, launcher), *options_of(kind, hosts, rank), str(script)], env=environment)
@@ -69,18 +72,21 @@ def _require_success(host: Host, job: subprocess.CompletedProcess[str]) -> None:
         raise SystemExit(f"{job.args} left processes behind: {host.processes()}")
 
 
-def measure_pairs(hosts: Sequence[Host], kind: str, script: Path, pairs: int) -> Iterator[Finding]:
+def measure_pairs(
+    hosts: Sequence[Host], kind: str, script: Path, pairs: int, *, apart: bool = False
+) -> Iterator[Finding]:
     taken: dict[str, list[float]] = {launcher: [] for launcher in LAUNCHERS}
     for number in range(pairs):
         for launcher in LAUNCHERS if number % 2 == 0 else LAUNCHERS[::-1]:
-            taken[launcher].append(launch(hosts, [COMMANDS / launcher], kind, script))
+            taken[launcher].append(launch(hosts, [COMMANDS / launcher], kind, script, apart=apart))
         progress(f"pair {number + 1} of {pairs}: {', '.join(f'{taken[each][-1]:.2f} s' for each in LAUNCHERS)}")
-    place = f"launch.{len(hosts)}x{WORKERS}.{kind}"
+    place = f"launch.{len(hosts)}x{WORKERS}.{kind}{'.apart' * apart}"
     words = f"{len(hosts)} node{'s' * (len(hosts) > 1)} with {WORKERS} workers, {kind} rendezvous"
     plain = finding(f"{place}.torchrun", f"torchrun, {words}", "s", taken["torchrun"])
     yield plain
-    what = f"securerun with everything installed, {words}"
-    yield finding(f"{place}.securerun", what, "s", taken["securerun"], against=plain, goal=GOALS[kind])
+    how = "in a network of the job's own" if apart else "with everything installed"
+    goal = GOAL_APART if apart else GOALS[kind]
+    yield finding(f"{place}.securerun", f"securerun {how}, {words}", "s", taken["securerun"], against=plain, goal=goal)
 
 
 def measure_steps(host: Host, script: Path, directory: Path, times: int) -> Iterator[Finding]:
@@ -114,6 +120,8 @@ def measure(options: argparse.Namespace) -> Iterator[Finding]:
                         launch(hosts, [COMMANDS / launcher], kind, script)
                 pairs = options.pairs or (1 if options.quick else PAIRS[len(hosts)])
                 yield from measure_pairs(hosts, kind, script, pairs)
+                if len(hosts) == 1:
+                    yield from measure_pairs(hosts, kind, script, pairs, apart=True)
         yield from measure_steps(nodes[0], script, Path(name), 1 if options.quick else BREAKDOWNS)
 
 

@@ -29,6 +29,9 @@ missing_packages() {
     [ "$extra" != test ] || command -v sudo > /dev/null || echo sudo
     [ "$extra" != test ] || command -v useradd > /dev/null || echo passwd
     [ "$extra" != test ] || command -v systemd-socket-activate > /dev/null || echo systemd
+    # A job's own network has either of these as its way out.
+    [ "$extra" != test ] || command -v pasta > /dev/null || echo passt
+    [ "$extra" != test ] || command -v slirp4netns > /dev/null || echo slirp4netns
     # Completion is tried in real shells.
     [ "$extra" != test ] || command -v zsh > /dev/null || echo zsh
     # The Slurm example runs on a cluster of its own.

@@ -5,6 +5,7 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     SecurerunError                    a command gives up, with a status of 1 where no other is said
     ├── UsageError                    2
     ├── PrivilegeError                77
+    │   ├── Barred                    protection.apart
     │   ├── ReservationUnavailable    linux.port_ranges
     │   └── TooManyWaiting            guard.waiting
     ├── PolicyError                   78

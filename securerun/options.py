@@ -172,9 +172,11 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "scope",
         "Every port, or each as it appears. `process` closes every port of the job's processes, by the shield; `ports` "
-        "each port as it appears, by the port chains, for hosts that permit no shield. `auto` takes the stronger.",
+        "each port as it appears, by the port chains, for hosts that permit no shield; `namespace` puts a job of one "
+        "node into a network of its own, for which nobody with privilege is needed. `auto` takes the strongest that a "
+        "guard can give, and `namespace` where no guard is available.",
         metavar="SCOPE",
-        choices=("auto", "process", "ports"),
+        choices=("auto", "process", "ports", "namespace"),
         example="--scope auto",
         group=CLOSED,
     ),
@@ -280,6 +282,7 @@ class Options:
     public_source: str = "--public"
     firewall: str = "auto"
     scope: str = "auto"
+    scope_source: str = "--scope"
     loopback: str = "any"
     grace: str = "10"
     grace_source: str = "--grace"
@@ -366,8 +369,12 @@ def take_early(arguments: Sequence[str], key: str) -> dict[str, Value]:
         spelling, equals, attached = argument.partition("=")
         if spelling in option.spellings:
             following = before[position + 1] if position + 1 < len(before) else ""
+            if option.is_flag:
+                return {key: True}
             value = attached if equals else following
-            return {key: value} if value and not value.startswith("-") else {}
+            if value.startswith("-") or (option.choices and value not in option.choices):
+                return {}  # one of the script's, or one that `take` refuses
+            return {key: value} if value else {}
     return {}
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., None]], Callable[..., Any]]
 
+# What is to be known before torch's parser is there.
+_EARLY = ("run_as", "preflight", "scope", "peers", "public", "firewall", "accept")
 _NEED_NO_GUARD = {
     *("-h", "--help", "--dry-run", "--dry_run", "--unprotected"),
     *("--print-completion", "--print_completion"),
@@ -127,10 +129,12 @@ def _carry_out(begun: Session, understood: Command, asked: Options) -> None:
 def _begin(arguments: Sequence[str], *, needs_guard: bool, goes_on: bool) -> Session:
     """Begin with what matters before torch's parser is there."""
     from securerun import options
+    from securerun.job import nodes
 
-    taken = {**options.take_early(arguments, "run_as"), **options.take_early(arguments, "preflight")}
+    taken = {name: value for key in _EARLY for name, value in options.take_early(arguments, key).items()}
     asked = options.resolve(taken, os.environ)
-    return session.begin([*sys.argv[:1], *arguments], asked, needs_guard=needs_guard, goes_on=goes_on)
+    several = nodes.several(arguments, os.environ)
+    return session.begin([*sys.argv[:1], *arguments], asked, needs_guard=needs_guard, goes_on=goes_on, several=several)
 
 
 def _run(understood: Command, asked: Options) -> None:

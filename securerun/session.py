@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from securerun import aside
@@ -20,7 +20,7 @@ from securerun.errors import PrivilegeError, UsageError
 from securerun.host import system, umask
 from securerun.preflight import inspection
 from securerun.preflight.inspection import Early
-from securerun.protection import client, enclosing, guarded
+from securerun.protection import choice, client, enclosing, guarded
 from securerun.protection import plan as plans
 from securerun.protection.client import Guard
 from securerun.protection.enclosing import Enclosing
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from securerun.host.account import Account
     from securerun.job.job import Job
     from securerun.options import Options
+    from securerun.protection.apart import Apart
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Session:
 
     command: Sequence[str]
     began: float
-    guard: Guard | None
+    guard: Guard | Apart | None
     around: Enclosing | None
     user: str | None
     early: Early
@@ -64,6 +65,8 @@ class Session:
             yield None
             return
         with self._reported(asked) as hear:
+            if self.guard is not None:
+                asked = choice.require_right(self.guard, job, asked)
             plan = plans.understand(job, asked, in_force)
             found = inspection.inspect(plan, self.early, hear)
             with guarded.protected(plan, self.guard, hear, may_leave_job=may_leave_job):
@@ -114,11 +117,14 @@ class Session:
             yield journal.hear
 
 
-def begin(command: Sequence[str], asked: Options, *, needs_guard: bool, goes_on: bool = True) -> Session:
+def begin(
+    command: Sequence[str], asked: Options, *, needs_guard: bool, goes_on: bool = True, several: str = ""
+) -> Session:
     """Do what comes before torch. asked: as far as it is known yet. needs_guard: whether anything is to be guarded.
 
-    goes_on: whether this process may go on when the job has ended. Raises SecurerunError for a system that is not
-    supported, for a user that this process cannot become, and for a process that is still in a run that has ended.
+    goes_on: whether this process may go on when the job has ended. several: what says that the job may be of more than
+    one node, "" if nothing does. Raises SecurerunError for a system that is not supported, for a user that this process
+    cannot become, and for a process that is still in a run that has ended.
     """
     began = time.time()
     system.require_supported()
@@ -134,9 +140,10 @@ def begin(command: Sequence[str], asked: Options, *, needs_guard: bool, goes_on:
     # Before a guard is started: who is in a run already needs none, and must not pay for one.
     around = enclosing.find(os.environ)
     # Before --run-as: a guard gets its privilege from who this process still is, and comes up while torch is imported.
-    guard = Guard(goes_on=goes_on) if needs_guard and around is None else None
+    # And before anything has a thread of its own: a network of the job's own is begun by a process of a single one.
+    guard = choice.begin(asked, several, goes_on=goes_on) if needs_guard and around is None else None
     # Before --run-as as well: only root may read the host's rules.
-    early = inspection.begin(asked, shells_umask, reads_rules=guard is not None)
+    early = inspection.begin(asked, shells_umask, reads_rules=isinstance(guard, Guard))
     # Before torch, and whatever it loads from places that the user can write: none of that is root's business.
     if other is not None:
         _become(other, parent)
@@ -151,7 +158,10 @@ def _print(plan: Plan) -> None:
         say(warning)
     obstacles = {way.name: way.obstacle for way in ways.ways()}
     origin = words.origin(obstacles, may_leave=cgroups.may_leave_shared())
-    write_out(words.whole(plan, origin))
+    otherwise = ""
+    if obstacles[ways.DIRECTLY] or plan.options.scope == choice.NAMESPACE:
+        otherwise = choice.without_guard(replace(plan.options, dry_run=False), plan.job)
+    write_out(words.whole(plan, origin, otherwise))
     if plan.whitelist:
         from securerun.job import hccl_whitelist
 

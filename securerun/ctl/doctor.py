@@ -64,7 +64,9 @@ def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
     if not any(ability.works for ability in guards):
         reasons = "; ".join(f"{ability.way}: {ability.what}" for ability in guards)
         fix = next(ability.fix for ability in guards if ability.way == BY_SUDO)
-        yield Finding("guard", f"no guard can be had ({reasons})", "jobs are refused with 77", fix)
+        apart = any(ability.name == abilities.APART and ability.works for ability in found)
+        refused = "jobs of several nodes are refused with 77" if apart else "jobs are refused with 77"
+        yield Finding("guard", f"no guard can be had ({reasons})", refused, fix)
 
 
 def _ports() -> Iterator[PortRange]:

@@ -18,10 +18,10 @@ from securerun.console import say, spoken_errors
 from securerun.errors import SecurerunError, UsageError
 from securerun.guard.protocol import mark_of
 from securerun.host import system
-from securerun.job import environment
+from securerun.job import environment, nodes
 from securerun.linux import child, processes
 from securerun.options import OPTIONS, Options
-from securerun.protection import words
+from securerun.protection import choice, words
 from securerun.protection.plan import Plan
 
 _USAGE = "securerunctl exec [OPTIONS] -- COMMAND [ARGUMENTS]"
@@ -91,8 +91,11 @@ def _execute(arguments: Sequence[str]) -> int:
     asked, command = _understand(arguments)
     if not command:
         return 0
+    by_name = asked.scope == choice.NAMESPACE
+    job = environment.describe_job(os.environ, command)
+    several = nodes.several_of_command(job, asked.peers, os.environ, by_name=by_name)
     needs_guard = not asked.dry_run and not asked.unprotected
-    begun = session.begin(command, asked, needs_guard=needs_guard, goes_on=False)
+    begun = session.begin(command, asked, needs_guard=needs_guard, goes_on=False, several=several)
     program = _find(command[0])
     job = environment.describe_job(os.environ, command)
     _require_private_stores(command, asked)

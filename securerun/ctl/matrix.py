@@ -16,7 +16,7 @@ from securerun.guard.protocol import mark_of
 from securerun.guard.records import Record
 from securerun.host import interfaces
 from securerun.job.job import Job
-from securerun.linux import capabilities, cgroups, packages, port_ranges, proc, sock_diag
+from securerun.linux import capabilities, cgroups, packages, port_ranges, proc, sock_diag, user_namespaces
 from securerun.linux.networks import Network, shown
 from securerun.linux.processes import JobProcesses, Process
 from securerun.linux.sock_diag import Listener, SocketsUnavailable
@@ -45,6 +45,9 @@ def _of_launch(arguments: Sequence[str]) -> list[Connection]:
 
 
 def _of_run(record: Record) -> list[Connection]:
+    if record.is_apart:
+        # Its listeners and addresses are in there, and its processes are seen from there as from here.
+        user_namespaces.enter(record.launcher)
     if not record.stands_here:
         raise SecurerunError(
             f"run {record.run_id} is in another network namespace; look from there: "
@@ -58,7 +61,7 @@ def _of_run(record: Record) -> list[Connection]:
 def _find(run_id: str | None) -> Record:
     runs = [record for record in read_runs() if run_id in (None, record.run_id) and record.guard_lives]
     # Those of other network namespaces come into question where there is none in this one.
-    found = [record for record in runs if record.stands_here] or runs
+    found = [record for record in runs if record.stands_here or record.is_apart] or runs
     if len(found) == 1:
         return found[0]
     if run_id is not None:

@@ -125,7 +125,7 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
         "protected": guarding is not None,
         "run_id": plan.policy.run_id if plan else None,
         "launch": documents.of_plan(plan) if plan else None,
-        "guard": installed.way if installed else None,
+        "guard": installed.way if installed and not installed.guarding.is_apart else None,
         "layers": [layer_document(layer) for layer in guarding.layers] if guarding else [],
         "notes": list(guarding.notes) if guarding else [],
         "denied": [denial_document(denial) for denial in released.denied] if released else None,
@@ -159,7 +159,8 @@ def _told(news: News, policy: Policy | None) -> Iterator[tuple[str, str]]:
     elif isinstance(news, Checked):
         yield "checked", f"checked: findings on this host: {len(news.preflight)}, on files: {len(news.permissions)}"
     elif isinstance(news, Installed):
-        yield "guarded", f"guard started {news.way}"
+        apart = news.guarding.is_apart
+        yield "guarded", f"in a network of its own; {news.way}" if apart else f"guard started {news.way}"
         for layer in news.guarding.layers:
             yield "installed", f"closed by {layer}"
         yield from (("notice", note) for note in news.guarding.notes)

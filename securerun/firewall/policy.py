@@ -23,6 +23,8 @@ from securerun.text import some, span
 FIRST_PORT = 1
 LAST_PORT = 65535
 SHIELD = "shield"
+# Of a job in a network of its own, which no guard closes.
+NAMESPACE = "namespace"
 # Pairs of source and port that are told of, and written down: strangers may invent as many as they like.
 MOST_DENIALS = 1024
 # Of what others may connect to. A pair is a network and a port or range that it may reach: each may be a rule of the

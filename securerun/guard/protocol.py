@@ -26,7 +26,7 @@ from typing import Any, Callable, Union
 
 from securerun.errors import PolicyError
 from securerun.firewall.backends import NAMES as BACKENDS
-from securerun.firewall.policy import Denial, Layer, Policy
+from securerun.firewall.policy import NAMESPACE, Denial, Layer, Policy
 from securerun.guard import documents
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
@@ -133,6 +133,11 @@ class Guarding:
     def has_shield(self) -> bool:
         """Whether the shield is one of them: then no port of the job is open to strangers, planned or not."""
         return any(layer.is_shield for layer in self.layers)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the job is in a network of its own, which no guard closes: nobody can come to any port of it."""
+        return any(layer.backend == NAMESPACE for layer in self.layers)
 
 
 @dataclass(frozen=True)

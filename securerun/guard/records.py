@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Callable, TypeVar
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import RUN_ID, Denial, Layer, Opening, Policy, joined, require_ports
+from securerun.firewall.policy import NAMESPACE, RUN_ID, Denial, Layer, Opening, Policy, joined, require_ports
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
     MAXIMUM_RECORDED_RANGES,
@@ -71,6 +71,11 @@ class Known:
     def is_bare(self) -> bool:
         """Whether the run stands, and without a shield."""
         return bool(self.layers) and not any(layer.is_shield for layer in self.layers)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the run is in a network of its own, which no guard closes; such runs have no record in DIRECTORY."""
+        return any(layer.backend == NAMESPACE for layer in self.layers)
 
     @property
     def guard_lives(self) -> bool:
@@ -177,31 +182,31 @@ class Brief(Known):
 
     def ports(self) -> list[tuple[int, int]]:
         """Return its plan as first and last ports, joined; none where it cannot be understood."""
-        with contextlib.suppress(*_NO_RECORD):
+        with contextlib.suppress(*NO_RECORD):
             return joined(_ranges((port["first"], port["last"]) for port in self._policy["ports"]))
         return []
 
     def peers(self) -> tuple[Network, ...] | None:
         """Return who may connect; None where that cannot be understood."""
-        with contextlib.suppress(*_NO_RECORD):
+        with contextlib.suppress(*NO_RECORD):
             return tuple(read_network(peer) for peer in self._policy["peers"])
         return None
 
     def public(self) -> tuple[Opening, ...]:
         """Return its public ports; none where they cannot be understood."""
-        with contextlib.suppress(*_NO_RECORD):
+        with contextlib.suppress(*NO_RECORD):
             return read_openings(self._policy)
         return ()
 
     def whole(self) -> Record | None:
         """Return all of it; None where it cannot be understood."""
-        with contextlib.suppress(*_NO_RECORD):
+        with contextlib.suppress(*NO_RECORD):
             return understood(self._document)
         return None
 
 
 # What reading something else than a record raises.
-_NO_RECORD = (
+NO_RECORD = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ProtocolError, PolicyError),
 )
 # The fields that are JSON's own types, with the type that each must have when it is read back.
@@ -255,7 +260,7 @@ def read_all(directory: int) -> tuple[Record, ...]:
     found = []
     for name in sorted(os.listdir(directory)):
         if _RECORD_NAME.fullmatch(name):
-            with contextlib.suppress(*_NO_RECORD):
+            with contextlib.suppress(*NO_RECORD):
                 found.append(_read(directory, name))
     return tuple(found)
 
@@ -264,7 +269,7 @@ def read_briefs(directory: int) -> tuple[Brief, ...]:
     """Read what `read_all` reads, without understanding who may connect to what."""
     found = []
     for run_id, document in documents(directory):
-        with contextlib.suppress(*_NO_RECORD):
+        with contextlib.suppress(*NO_RECORD):
             found.append(Brief(run_id, document))
     return tuple(found)
 

@@ -71,6 +71,16 @@ def keep_only(capabilities: Collection[int]) -> None:
     prctl.forbid_new_privileges()
 
 
+def give_up_all() -> None:
+    """Give up every capability for good, for this process and whatever it starts, as whoever made a user namespace.
+
+    Root's number there is of no more use to a program that is started than any other. Raises OSError.
+    """
+    _drop_from_bounding_set(())
+    prctl.clear_ambient()
+    _set(effective=(), inheritable=())
+
+
 def begin_to_leave() -> None:
     """Keep, of root's capabilities, only the one to become another user, and none for whatever is started later."""
     if SETPCAP in effective():

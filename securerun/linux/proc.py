@@ -285,6 +285,11 @@ def namespace(kind: str, pid: Pid = SELF) -> int:
     return Path(f"/proc/{pid}/ns/{kind}").stat().st_ino
 
 
+def open_namespace(kind: str, pid: Pid = SELF) -> int:
+    """Open a process' namespace of a kind, by default this one's."""
+    return os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def is_in_first_user_namespace() -> bool:
     """Return whether user ids and capabilities of this process are those of the host itself."""
     try:
@@ -298,7 +303,7 @@ def governs_network() -> bool:
 
     Before kernel 4.9 nobody is told, and it is taken for granted.
     """
-    network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    network = open_namespace("net")
     try:
         os.close(fcntl.ioctl(network, _NS_GET_USERNS))
     except OSError as error:
@@ -323,20 +328,15 @@ def owners_of_user_namespaces(pid: int) -> frozenset[int]:
 
     Before kernel 4.11 nobody is told. Raises OSError for a process that has ended or may not be looked into.
     """
-    owners = set()
-    inside = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        own = namespace("user")
-        while os.fstat(inside).st_ino != own:
-            owner = bytearray(4)
-            fcntl.ioctl(inside, _NS_GET_OWNER_UID, owner)
-            owners.add(int.from_bytes(owner, sys.byteorder))
-            outside = fcntl.ioctl(inside, _NS_GET_PARENT)
-            os.close(inside)
-            inside = outside
-    finally:
-        os.close(inside)
-    return frozenset(owners)
+    return frozenset(owner for owner, _ in _user_namespaces_around(pid))
+
+
+def is_within_user_namespace(pid: int, inode: int) -> bool:
+    """Return whether a process is in a user namespace, below this process' own, or in one that was made in it.
+
+    Raises OSError for a process that has ended or may not be looked into.
+    """
+    return any(found == inode for _, found in _user_namespaces_around(pid))
 
 
 def time_namespace() -> int:
@@ -422,6 +422,12 @@ def own_user_map() -> str:
         return Path("/proc/self/uid_map").read_text(encoding="ascii")
     except FileNotFoundError:  # a kernel without user namespaces
         return EVERYBODY
+
+
+def map_own_ids(user: int, group: int) -> None:
+    """Have one user and one group keep their numbers in this process' new user namespace, where nobody else has any."""
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        Path("/proc/self", name).write_text(text, encoding="ascii")
 
 
 def set_own_out_of_memory_adjustment(value: int) -> None:
@@ -510,6 +516,22 @@ def _socket_at(directory: int, name: str) -> int | None:
         if target.startswith("socket:["):
             return int(target[8:-1])
     return None
+
+
+def _user_namespaces_around(pid: int) -> Iterator[tuple[int, int]]:
+    """Yield owner and inode of a process' user namespace and of those around it, as far as this process' own."""
+    inside = open_namespace("user", pid)
+    try:
+        own = namespace("user")
+        while (inode := os.fstat(inside).st_ino) != own:
+            owner = bytearray(4)
+            fcntl.ioctl(inside, _NS_GET_OWNER_UID, owner)
+            yield int.from_bytes(owner, sys.byteorder), inode
+            outside = fcntl.ioctl(inside, _NS_GET_PARENT)
+            os.close(inside)
+            inside = outside
+    finally:
+        os.close(inside)
 
 
 def _is_in_namespace(pid: int, kind: str, inode: int) -> bool:

@@ -10,7 +10,7 @@ import errno
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from securerun.linux import netlink
@@ -68,6 +68,18 @@ class Routes:
         """Return whether an interface has an address of this IP version."""
         return any(version == own and device in devices for (own, _), devices in self._own.items())
 
+    @property
+    def devices(self) -> frozenset[int]:
+        """The interfaces, by index, that any route leads through."""
+        return frozenset(
+            one for lengths in self._tables.values() for routes in lengths.values() for one in _all(routes)
+        )
+
+    @property
+    def devices_of_default(self) -> frozenset[int]:
+        """The interfaces, by index, that lead to whatever has no route of its own."""
+        return frozenset(one for lengths in self._tables.values() for one in _all(lengths.get(0, {})))
+
     def devices_to(self, networks: Iterable[Network], *, without_source: bool = False) -> frozenset[int]:
         """Return the interfaces, by index, that lead to any host of these networks by any table.
 
@@ -103,6 +115,10 @@ class Routes:
                     (table,) = netlink.unpacked(_TABLE_NUMBER, found[_TABLE])
                 (for_a_source if length_of_source else for_any).add((version, table))
         return frozenset(for_a_source - for_any)
+
+
+def _all(routes: Mapping[int, set[int]]) -> Iterator[int]:
+    return (one for devices in routes.values() for one in devices)
 
 
 def _rules(family: int) -> list[bytes]:

@@ -31,6 +31,14 @@ def begin() -> None:
     prctl.set_dumpable(False)
 
 
+def end() -> None:
+    """Have this process looked into as before: what it held that was not for others is gone."""
+    global _is_secluded
+    if _is_secluded:
+        _is_secluded = False
+        prctl.set_dumpable(True)
+
+
 def let_go_in_children(let_go: _LetGo) -> None:
     """Have this called in each process that is forked, not executed, by this one: before anybody may look into that."""
     _register()

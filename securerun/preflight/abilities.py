@@ -26,9 +26,10 @@ from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import Ready, Refused
 from securerun.linux import capabilities, cgroups, net_cgroups, packages, port_ranges, proc, signals
 from securerun.linux.cgroups import CgroupUnavailable
-from securerun.protection import ways
+from securerun.protection import bars, way_out, ways
 from securerun.protection.ways import Way
 
+APART = "own-network"
 _LEAST_KERNEL = (4, 15)
 # Without the others a guard works too, but adopts no shield, raises no limit, or sees and ends no processes of others.
 _INDISPENSABLE = ("CAP_NET_ADMIN", "CAP_BPF")
@@ -74,7 +75,18 @@ class Ability:
 
 def find() -> tuple[Ability, ...]:
     """Return all of them, in the order in which they build on each other."""
-    return (_kernel(), _capabilities(), _cgroup(), _shield(), *_port_chains(), _reserved_ports(), *_guards())
+    return (_kernel(), _capabilities(), _cgroup(), _shield(), *_port_chains(), _reserved_ports(), *_guards(), _apart())
+
+
+def _apart() -> Ability:
+    """Try whether this user may have a network of their own, which jobs of one node take where there is no guard."""
+    barred = bars.tried() or way_out.bar()
+    if barred is not None:
+        return Ability(APART, False, f"a job cannot have a network of its own: {barred.what}", barred.fix)
+    found = way_out.find()
+    return Ability(
+        APART, True, f"a job of one node can have a network of its own, out by {found.name if found else ''}"
+    )
 
 
 def _kernel() -> Ability:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Callable
 
-from securerun.errors import PolicyError, PrivilegeError, SecurerunError
+from securerun.errors import PolicyError, PrivilegeError, SecurerunError, UsageError
 from securerun.firewall.policy import Policy
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
@@ -47,6 +47,8 @@ _REPLACEMENTS_SECONDS = 60.0
 _PAUSE_SECONDS = 15.0
 DEFAULT_GRACE_SECONDS = 10.0
 
+_APART = "securerunctl exec --scope namespace -- python PROGRAM"
+
 Tell = Callable[[Notice], None]
 
 # The runs that this process began: those that have not ended, and why it could not leave those that have.
@@ -76,6 +78,8 @@ class Guard:
         self._run_before: str | None = None
         self._untried: list[Way] = []
         self._obstacles: list[str] = []
+        self._more_advice = ""
+        self._refused: Refusal | None = None
         self._connection: Connection | None = None
         self._current: Way | None = None
         self._way = ""
@@ -84,6 +88,7 @@ class Guard:
         self._replaced: deque[float] = deque(maxlen=_REPLACEMENTS)
         self._hurry = threading.Event()
         self._tried_last = False
+        self._is_ready = False
         self._change = threading.Lock()
         self._farewell = threading.Event()
         self._asked = False
@@ -98,6 +103,32 @@ class Guard:
     def way(self) -> str:
         """How the guard came by its privilege, in words; right once the job is guarded."""
         return self._way
+
+    @property
+    def is_roots(self) -> bool:
+        """Whether this process has started it by its own privilege; it is believed to come."""
+        return self._connection is not None and self._way == DIRECTLY
+
+    def can_be_had(self) -> bool:
+        """Return whether a guard waits for its order; takes as long as it takes to tell. None that refuses is one."""
+        if self._connection is not None:
+            with contextlib.suppress(PrivilegeError):
+                try:
+                    self._ready()
+                except Refusal as refusal:
+                    self._refused = refusal
+                    self._hang_up()
+        return self._connection is not None
+
+    def forget(self) -> None:
+        """Be as if it had never been asked for: nothing was started that still runs."""
+        self._hang_up()
+        seclusion.end()
+
+    def note(self, obstacle: str, fix: str = "") -> None:
+        """Have another reason named why nothing closes the job's ports, and what would help."""
+        self._note(obstacle)
+        self._more_advice = fix
 
     def guard(self, order: Order, tell: Tell) -> Guarding:
         """Have this process guarded, with everything that it will start; `tell` gets the news while it runs.
@@ -188,6 +219,7 @@ class Guard:
     def _try_next_way(self) -> None:
         """Open the next way that has no obstacle; without any, there is no connection."""
         self._hang_up()
+        self._is_ready = False
         while self._untried and self._connection is None:
             way = self._untried.pop(0)
             self._current, self._way = way, way.name
@@ -227,6 +259,8 @@ class Guard:
         """
         deadline, pause = time.monotonic() + _BUSY_SECONDS, 0.0
         while self._connection is not None:
+            if self._is_ready:
+                return self._connection
             answer = self._received(self._connection, _READY_SECONDS)
             if isinstance(answer, Refused):
                 if not answer.later or time.monotonic() > deadline:
@@ -239,10 +273,13 @@ class Guard:
             if isinstance(answer, Ready):
                 if self._way == DIRECTLY:
                     self._connection.reap()
+                self._is_ready = True
                 return self._connection
             self._note(f"{self._way}: {self._connection.last_words()}")
             self._try_next_way()
-        raise PrivilegeError(_no_way(self._obstacles))
+        if self._refused is not None:
+            raise self._refused
+        raise PrivilegeError(_no_way(self._obstacles, self._more_advice))
 
     def _ordered(self, order: Order) -> Guarding | None:
         """Give an order; what stands, or None when the guard died over it. Raises Refusal or PrivilegeError."""
@@ -391,7 +428,7 @@ def _end_job(status: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _no_way(obstacles: list[str]) -> str:
+def _no_way(obstacles: list[str], more: str) -> str:
     """Several lines, since there are several ways, and each takes another person."""
     from securerun.host.account import name_of
 
@@ -402,6 +439,7 @@ def _no_way(obstacles: list[str]) -> str:
         [
             f"{nothing}, so nothing was started. One of these gives one:",
             *advice(),
+            *([f"  for a job of one node it takes no guard: {more}"] if more else []),
             f"Tried: {'; '.join(obstacles)}",
         ]
     )
@@ -424,14 +462,18 @@ def guarded(
     it stays in, and the next lease is refused.
 
     grace: seconds between SIGTERM and SIGKILL for what is left when the block raises or this process is killed.
-    Raises PrivilegeError, with nothing installed, when the job cannot be guarded, and PolicyError in a process that is
-    in a run of its own which has other peers.
+    Raises PrivilegeError, with nothing installed, when the job cannot be guarded, PolicyError in a process that is
+    in a run of its own which has other peers, and UsageError for a network of this process' own: a program that runs
+    stays in the one that it is in.
     """
+    if scope == "namespace":
+        raise UsageError(f"scope='namespace': a program that runs stays in its network; start it with {_APART}")
     require_parted()
     for run_id, peers in peers_in_force().items():
         if not are_within(policy.peers, peers):
             raise PolicyError(in_the_way(run_id))
     guard = Guard()
+    guard.note("in a network of its own: a program that runs stays in the one that it is in", _APART)
     guarding = guard.guard(Order(policy, firewall, scope, grace, command), tell)
     failed = True
     try:

@@ -23,6 +23,7 @@ from securerun.guard.protocol import RUN_ID_VARIABLE, presence_of
 from securerun.linux import local_sockets, proc
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.options import Options
+from securerun.protection import keeper
 
 # What a lease was asked for, for launchers inside of it to compare; for their messages, never for what is closed.
 TERMS_VARIABLE = "SECURERUN_LEASE"
@@ -57,6 +58,8 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
     # Of this very run: a script may have kept the terms of another.
     if known.get("run") != run_id:
         known = {}
+    if _is_in_network_of(run_id):
+        return Enclosing(run_id, known)
     if _is_in_cgroup_of(run_id):
         # A shield lasts as long as its cgroup, whoever lives; one that may be switched off as long as a guard looks.
         lasts = known.get("shield") is True and known.get("needs_guard") is not True
@@ -87,9 +90,11 @@ def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
     insists = known.get("needs_guard") is not True or known.get("scope") == "process"
     if asked.scope == "process" and not (known.get("shield") is True and insists):
         raise PolicyError(_too_weak("--scope process", enclosing, "it is not certain to have a shield"))
-    if asked.loopback == "job" and known.get("loopback") != "job":
+    # The loopback of a network of the job's own is the job's own.
+    apart = known.get("scope") == "namespace"
+    if asked.loopback == "job" and known.get("loopback") != "job" and not apart:
         raise PolicyError(_too_weak("--loopback job", enclosing, "its loopback is open to this host"))
-    met = {"scope"} if asked.scope == "process" else set()
+    met = ({"scope"} if asked.scope == "process" else set()) | ({"loopback"} if apart else set())
     differing = [name for name, value in _given(asked).items() if known.get(name, _default(name)) != value]
     # Of variables the launchers inside know as well: SECURERUN_REPORT was meant for the one that took the lease.
     reports = asked.report is not None and asked.report_source == "--report"
@@ -129,6 +134,22 @@ def _read(text: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _is_in_network_of(run_id: str) -> bool:
+    """Whether a launcher stands in this very network, which is none of the host's, for a run that is alone in it.
+
+    Nobody outside can have that place (unix(7): abstract names are of a network namespace), and who runs inside as
+    another user is none of the run's.
+    """
+    if proc.is_in_first_user_namespace() or not proc.governs_network():
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+            end.connect(keeper.place_of(run_id))
+            return local_sockets.peer_of(end)[1] == os.getuid()
+    except OSError:
+        return False
 
 
 def _guard_lives(run_id: str) -> bool:

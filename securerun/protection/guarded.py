@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
+    from securerun.protection.apart import Apart
     from securerun.protection.plan import Plan
 
 _COMMAND_SHOWN = 1000
 
 
 @contextmanager
-def protected(plan: Plan, guard: Guard | None, hear: Hear = nobody, *, may_leave_job: bool = False) -> Iterator[None]:
+def protected(
+    plan: Plan, guard: Guard | Apart | None, hear: Hear = nobody, *, may_leave_job: bool = False
+) -> Iterator[None]:
     """Protect this process and all that it starts in the block, as the plan says; `guard` is one made early.
 
     may_leave_job: whether a block that ends well may have left the job running, as with nohup. One that raises is a job
@@ -91,7 +94,7 @@ def _require_apart(run: Enclosing, asked: Options, job: Job) -> None:
 
 
 def _layers(
-    plan: Plan, guard: Guard | None, change_whitelist: Callable[[Peers], None], hear: Hear
+    plan: Plan, guard: Guard | Apart | None, change_whitelist: Callable[[Peers], None], hear: Hear
 ) -> AbstractContextManager[None]:
     if plan.options.unprotected:
         return _unprotected(hear)
@@ -99,7 +102,7 @@ def _layers(
 
 
 @contextmanager
-def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None], hear: Hear) -> Iterator[None]:
+def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers], None], hear: Hear) -> Iterator[None]:
     """Have this process guarded; let the guard go when the job is over, and say who was turned away."""
     from securerun.protection import words
 
@@ -138,7 +141,7 @@ def _guarded(guard: Guard, plan: Plan, change_whitelist: Callable[[Peers], None]
         # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
         with signals.held_back():
             hear(Finished(failed))
-            _say_farewell(guard, plan, policy, failed, hear)
+            _say_farewell(guard, plan, policy, hear, failed=failed, tells=not guarding.is_apart)
             if guard.has_parted:
                 client.put_back(enclosing.TERMS_VARIABLE, terms_before)
         guard.require_kept()
@@ -192,13 +195,14 @@ def _teller(policy: Callable[[], Policy], renewal: Renewal, hear: Hear) -> Calla
     return tell
 
 
-def _say_farewell(guard: Guard, plan: Plan, now: Policy, failed: bool, hear: Hear) -> None:
+def _say_farewell(guard: Guard | Apart, plan: Plan, now: Policy, hear: Hear, *, failed: bool, tells: bool) -> None:
+    """Let the guard go. tells: whether anybody can have been turned away."""
     from securerun.protection import words
 
     released = guard.release(failed)
     hear(released or Gone())
     denied, more = (released.denied, released.more) if released else (None, 0)
-    if denied == () and not plan.task.is_first:
+    if denied == () and not (plan.task.is_first and tells):
         return
     for line in words.end(plan.policy, now, denied, more):
         say(line)

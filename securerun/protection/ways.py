@@ -239,10 +239,10 @@ def _start(command: list[str], environment: dict[str, str]) -> Connection:
     finally:
         for theirs in (orders_read, answers_write, words_write):
             os.close(theirs)
-    return Connection(_beside_standard(orders), _beside_standard(answers), process, _beside_standard(words))
+    return Connection(beside_standard(orders), beside_standard(answers), process, beside_standard(words))
 
 
-def _beside_standard(descriptor: int) -> int:
+def beside_standard(descriptor: int) -> int:
     """Return the same, but not as a standard stream.
 
     Started with one closed, this process would hand it to every worker.
@@ -261,7 +261,7 @@ def _open_socket() -> Connection:
         _, user = local_sockets.peer_of(end)
         if user != _ROOT and not (user == _UNMAPPED and _only_root_put_it_there()):
             raise PermissionError(f"{SOCKET} is served by user {user}, not by root")
-        descriptor = _beside_standard(end.detach())
+        descriptor = beside_standard(end.detach())
     return Connection(descriptor, descriptor, None, None)
 
 

@@ -21,6 +21,7 @@ _NETWORKS_NAMED = 4
 _SCOPES = {
     "auto": "the shield on every socket of the job; where it cannot be had, each port as it appears",
     "process": "the shield on every socket of the job, whatever its port",
+    "namespace": "a network of its own, for a job of one node; no guard",
     "ports": "no shield; each port of the job as it appears, by the port chains",
 }
 
@@ -33,6 +34,11 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
     if not plan.task.is_first and guarding.has_shield:
         return
     run = f"run {plan.policy.run_id}: "
+    if guarding.is_apart:
+        nobody = "nobody can connect, from another host or from this one"
+        yield f"{run}in a network of its own; {way}; {nobody}; umask {plan.umask:04o}"
+        yield from (f"{run}{line}" for line in (*elsewhere(plan.job), *guarding.notes))
+        return
     yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
     public = plan.policy.public
     if public:
@@ -119,17 +125,19 @@ def renewed(before: Peers, now: Peers) -> str:
     return f"{what}: {'; '.join(filter(None, changes))}"
 
 
-def whole(plan: Plan, origin: str) -> str:
+def whole(plan: Plan, origin: str, otherwise: str = "") -> str:
     """Return the whole plan for a person: what would listen, who may connect, and the text of each layer.
 
-    origin: where the guard would come from.
+    origin: where the guard would come from. otherwise: what becomes of a job that has none, where it is not refused.
     """
     sections = [*_summary(plan, origin)]
+    if otherwise:
+        sections.append(_row("", f"without one, {otherwise}"))
     if plan.options.firewall == "nftables":
         sections += ["", nftables_rules(plan.policy).rstrip()]
     elif plan.options.firewall != "off":
         sections += ["", iptables_rules(plan.policy).rstrip()]
-    if plan.options.scope != "ports":
+    if plan.options.scope not in {"ports", "namespace"}:
         from securerun.firewall import shield_program
 
         sections += ["", "# shield", shield_program.describe(plan.policy).rstrip()]

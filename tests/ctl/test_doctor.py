@@ -22,6 +22,7 @@ SECURERUNCTL = str(COMMANDS / "securerunctl")
 _ABILITIES = (
     *("kernel", "capabilities", "cgroup", "shield", "iptables", "nftables", "legacy", "reserved-ports"),
     *("guard directly", "guard by sudo", "guard by systemd"),
+    "own-network",
 )
 
 

@@ -48,6 +48,9 @@ _TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 )
 
+# What a process of root's has, and one in a user namespace of root's has no more.
+_CAPABILITIES = frozenset({"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"})
+
 _LOG = re.compile(r"logs/[^/]+_RANDOM/.*\.(log|json)")
 
 # What cannot be the same in two launches of anything, or is the launcher's own name.
@@ -124,7 +127,9 @@ class Seen:
 class Pair:
     """Two sides on which the same is done. Its `directory` is empty at the beginning."""
 
-    def __init__(self, directory: Path, networks: Sequence[Network]) -> None:
+    def __init__(self, directory: Path, networks: Sequence[Network], *, apart: bool = False) -> None:
+        """apart: whether securerun puts its jobs, of one node each, into networks of their own."""
+        self._apart = apart
         # Short names of one length: paths to sockets have to fit into 108 bytes, unix(7).
         self.sides = tuple(
             Side(launcher, network, directory / launcher[0]) for launcher, network in zip(_MODULES, networks)
@@ -158,8 +163,9 @@ class Pair:
         module: launch by `python -m` what is called by that name, `run` or `launch`, in place of the command.
         terminal: let all standard streams be a terminal's, and the launcher its foreground.
         """
+        scope = {"SECURERUN_SCOPE": "namespace"} if self._apart else {}
         for side in self.sides:
-            side.start([*prefix, *side.launcher(module), *arguments], node, env, umask, terminal)
+            side.start([*prefix, *side.launcher(module), *arguments], node, {**scope, **(env or {})}, umask, terminal)
 
     def wait_for(self, pattern: str, *, count: int = 1) -> None:
         """Wait until as many files of that pattern lie in each side's directory."""
@@ -204,6 +210,8 @@ class Pair:
     def same(of_torchrun: Seen, of_securerun: Seen) -> Seen:
         """Return what was seen, which was the same."""
         expected = _under_umask_and_sealed(of_torchrun)
+        if self._apart:
+            expected, of_securerun = _but_for_a_namespace(expected), _but_for_a_namespace(of_securerun)
         differences = list(unified_diff(expected.text(), of_securerun.text(), "torchrun", "securerun", lineterm=""))
         assert not differences, "\n".join(differences)
         return of_securerun
@@ -277,6 +285,15 @@ class Side:
         if self._terminal is not None:
             done[-1].stdout += self._terminal.close()
         return done
+
+    def processes(self) -> list[str]:
+        """The command lines of what runs in this side's directory."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                if (place / "cwd").readlink() == self.place:
+                    found.append((place / "cmdline").read_text().replace("\0", " ").strip())
+        return found
 
     def see(self, done: Sequence[subprocess.CompletedProcess[str]]) -> Seen:
         return Seen(
@@ -371,6 +388,30 @@ def _under_umask_and_sealed(seen: Seen) -> Seen:
             for name, entry in seen.files.items()
         },
     )
+
+
+def _but_for_a_namespace(seen: Seen) -> Seen:
+    """What was seen without what a user namespace of one's own is: root's capabilities go, and it has a number."""
+    return Seen(
+        seen.status,
+        seen.output,
+        seen.errors,
+        {name: Entry(entry.mode, _without_namespace(entry.content)) for name, entry in seen.files.items()},
+    )
+
+
+def _without_namespace(content: object) -> object:
+    if not isinstance(content, dict):
+        return content
+    plain = {
+        key: _without_namespace(item)
+        for key, item in content.items()
+        if not (key == "user" and str(item).startswith("user:[")) and key not in _CAPABILITIES
+    }
+    launcher = plain.get("launcher")
+    if isinstance(launcher, dict):
+        launcher.pop("timerslack_ns")  # of another process, which CAP_SYS_NICE shows
+    return plain
 
 
 def _seal(name: str) -> int:

@@ -80,10 +80,18 @@ def process(pid: str) -> dict[str, object]:
     return {
         **{name: fields[name].strip() for name in (*_STATUS, *_CAPABILITIES)},
         **{name: f"{int(fields[name], 16) & ~_OF_GLIBC:016x}" for name in _SIGNALS},
-        **{name: (directory / name).read_text().splitlines() for name in _INHERITED},
+        **{name: _lines(directory / name) for name in _INHERITED},
         "command": (directory / "cmdline").read_text().split("\0"),
         "nice": os.getpriority(os.PRIO_PROCESS, 0 if pid == "self" else int(pid)),
     }
+
+
+def _lines(path: Path) -> list[str]:
+    """What a file of /proc says; nothing where only a capability would show it (timerslack_ns of another process)."""
+    try:
+        return path.read_text().splitlines()
+    except PermissionError:
+        return []
 
 
 def is_forked() -> bool:

@@ -58,6 +58,7 @@ SCRIPTS = re.compile(r"scripts/[\w-]+\.(?:sh|py)")
 
 FILES = {
     "train.py": "print('trained')\n",
+    "examples/train.py": "print('trained')\n",
     "pretrain.sh": "echo trained\n",
     "hostfile.txt": "node0\nnode1\n",
     "run/config.yaml": "lr: 0.1\n",

@@ -33,9 +33,15 @@ def networks(root_and_tools: None) -> Iterator[tuple[Network, Network]]:
         yield first, second
 
 
-@pytest.fixture
-def pair(networks: tuple[Network, Network], tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(tmp_path_factory.mktemp("pair"), networks)
+@pytest.fixture(params=["guarded", "apart"])
+def pair(
+    request: pytest.FixtureRequest, networks: tuple[Network, Network], tmp_path_factory: pytest.TempPathFactory
+) -> Pair:
+    """securerun with a guard and, for launches of one node, in a network of the job's own."""
+    apart = request.param == "apart"
+    if apart and request.node.get_closest_marker("in_this_network"):
+        pytest.skip("a network of a job's own is for one node, and for a command that ends with its job")
+    return Pair(tmp_path_factory.mktemp("pair"), networks, apart=apart)
 
 
 def _shell(script: str) -> list[str]:
@@ -157,6 +163,7 @@ def test_a_signal_that_it_does_not_handle_ends_the_launcher_with_that_status(pai
     assert of_securerun.errors == of_torchrun.errors == []
 
 
+@pytest.mark.in_this_network
 def test_a_launcher_that_waits_for_other_nodes_ends_by_sigterm(pair: Pair) -> None:
     pair.start("--nnodes", "2", *_MASTER, WORLD, env=_PEERS)
     assert eventually(lambda: all(_listens(side.nodes[0], 29500) for side in pair.sides), seconds=60)
@@ -200,6 +207,7 @@ def test_a_wrong_variable_gets_torchruns_answer(pair: Pair) -> None:
     assert "invalid literal for int() with base 10: 'true'" in str(seen.files["error.json"].content)
 
 
+@pytest.mark.in_this_network
 @pytest.mark.parametrize("arguments", [("--nnodes", "2:1"), ("--rdzv-endpoint", "node0")])
 def test_launches_that_are_refused_in_one_line_fail_under_torchrun_too(pair: Pair, arguments: tuple[str, ...]) -> None:
     pair.start(*arguments, WORLD)
@@ -270,11 +278,12 @@ def test_a_job_that_ends_well_may_leave_processes_behind(pair: Pair) -> None:
     seen = pair.run(JOB, "leave")
     assert seen.status == [0]
     for side in pair.sides:
-        assert [command for command in side.nodes[0].processes().values() if command.endswith(" left")]
+        assert [command for command in side.processes() if command.endswith(" left")]
     pair.touch("over")
-    assert eventually(lambda: not any(side.nodes[0].processes() for side in pair.sides), seconds=10)
+    assert eventually(lambda: not any(side.processes() for side in pair.sides), seconds=10)
 
 
+@pytest.mark.in_this_network
 def test_python_callers_get_what_torchruns_main_gives(pair: Pair) -> None:
     call = (
         "import importlib, sys\n"
@@ -290,6 +299,7 @@ def test_python_callers_get_what_torchruns_main_gives(pair: Pair) -> None:
     assert "['untouched']" in seen.output
 
 
+@pytest.mark.in_this_network
 @pytest.mark.parametrize("nnodes", ["2", "1:2"])
 def test_two_nodes_form_the_group_that_torchrun_forms(pair: Pair, nnodes: str) -> None:
     for node, meeting in enumerate(_MEETINGS[nnodes]):

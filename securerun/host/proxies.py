@@ -1,0 +1,50 @@
+"""Proxies that the environment names on this host itself: `http_proxy=http://localhost:3128`, as a tunnel gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_SUFFIX = "_proxy"
+_EXCEPTIONS = "no_proxy"
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+# Where a proxy without a port listens, by its scheme (curl(1) takes 1080 for all).
+_PORTS = {"http": 80, "https": 443}
+_DEFAULT_PORT = 1080
+_MOST = 16
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """One proxy: the variable that names it, its host, and its port."""
+
+    variable: str
+    host: str
+    port: int
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether it is where a forwarded port is: at 127.0.0.1 or ::1."""
+        return self.host.lower() in _LOOPBACK
+
+
+def named(environment: Mapping[str, str]) -> tuple[Proxy, ...]:
+    """Return the proxies of all `*_proxy` variables, each host and port once; what is no address is passed over."""
+    found: dict[tuple[str, int], Proxy] = {}
+    for variable in sorted(environment):
+        if variable.lower().endswith(_SUFFIX) and variable.lower() != _EXCEPTIONS and environment[variable].strip():
+            proxy = _proxy(variable, environment[variable].strip())
+            if proxy is not None:
+                found.setdefault((proxy.host, proxy.port), proxy)
+    return tuple(found.values())[:_MOST]
+
+
+def _proxy(variable: str, text: str) -> Proxy | None:
+    from urllib.parse import urlsplit  # few have a proxy
+
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    return Proxy(variable, host, port or _PORTS.get(parts.scheme, _DEFAULT_PORT)) if host else None

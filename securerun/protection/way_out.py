@@ -1,0 +1,104 @@
+"""The way out of a network of a job's own: pasta, or slirp4netns where only that is there. None of them leads in.
+
+Both run as the user, take what leaves from a device of the job's network, and open its connections as their own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from securerun.linux.networks import Address
+from securerun.protection.bars import Bar
+
+PASTA, SLIRP = "pasta", "slirp4netns"
+FIX = "apt-get install passt"
+TUNNEL = Path("/dev/net/tun")
+_SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+# What pasta has stand for this host's first name server; of a network that is on no host's way (RFC 3927).
+_NAME_SERVER_OF_PASTA = "169.254.1.1"
+# slirp4netns(1): of the network that it makes up.
+_NAME_SERVER_OF_SLIRP = "10.0.2.3"
+_DEVICE_OF_SLIRP = "tap0"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose addresses the job's network gets, where no default route tells: an interface, and what to call gateways."""
+
+    interface: str
+    gateways: tuple[Address, ...]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What pasta is told of it."""
+        return ("--interface", self.interface, *(word for one in self.gateways for word in ("--gateway", str(one))))
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """A program that carries packets out. name: what it is called; program: where it is."""
+
+    name: str
+    program: str
+
+    @property
+    def copies_addresses(self) -> bool:
+        """Whether the job's network gets the addresses of this host's own, on an interface of the same name."""
+        return self.name == PASTA
+
+    @property
+    def forwards_ports(self) -> bool:
+        """Whether a port of the job's loopback can lead to the same port of this host's."""
+        return self.name == PASTA
+
+    @property
+    def name_server(self) -> str:
+        """The address, within the job's network, of a name server that this host asks."""
+        return _NAME_SERVER_OF_PASTA if self.name == PASTA else _NAME_SERVER_OF_SLIRP
+
+    def command(self, pid: int, origin: Origin | None, ports: Sequence[int]) -> list[str]:
+        """Return the command line for the network of a process.
+
+        ports: those of the job's loopback that lead to this host's.
+        """
+        if self.name == SLIRP:
+            options = ("--configure", "--mtu=65520", "--disable-host-loopback", "--enable-ipv6")
+            return [self.program, *options, str(pid), _DEVICE_OF_SLIRP]
+        return [
+            self.program,
+            *("--foreground", "--quiet", "--config-net"),
+            # Or what is sent to the gateway's address comes to this host's loopback.
+            "--no-map-gw",
+            *("--tcp-ports", "none", "--udp-ports", "none"),
+            *("--tcp-ns", ",".join(map(str, ports)) or "none", "--udp-ns", "none"),
+            *("--dns-forward", _NAME_SERVER_OF_PASTA),
+            *(origin.options if origin else ()),
+            # Started as root it would become nobody, who may not look into root's processes.
+            *(("--runas", "0:0") if os.geteuid() == 0 else ()),
+            str(pid),
+        ]
+
+
+def find() -> WayOut | None:
+    """Return the way out that this host has; None where it has none."""
+    places = f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"
+    for name in (PASTA, SLIRP):
+        program = shutil.which(name, path=places)
+        if program is not None:
+            return WayOut(name, os.path.abspath(program))  # noqa: PTH100 - pasta looks for its other builds beside its link
+    return None
+
+
+def bar() -> Bar | None:
+    """Return why there is no way out; None where there is one."""
+    if find() is None:
+        return Bar(f"neither {PASTA} nor {SLIRP} is installed", FIX)
+    if not TUNNEL.exists():
+        return Bar(f"there is no {TUNNEL}", f"modprobe tun (for a container: docker run --device {TUNNEL})")
+    if not os.access(TUNNEL, os.R_OK | os.W_OK):
+        return Bar(f"{TUNNEL} may not be opened by this user", f"chmod 666 {TUNNEL}")
+    return None
