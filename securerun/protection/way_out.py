@@ -98,7 +98,7 @@ def bar() -> Bar | None:
     if find() is None:
         return Bar(f"neither {PASTA} nor {SLIRP} is installed", FIX)
     if not TUNNEL.exists():
-        return Bar(f"there is no {TUNNEL}", f"modprobe tun (for a container: docker run --device {TUNNEL})")
+        return Bar(f"there is no {TUNNEL}", f"modprobe tun (a container is given it by --device {TUNNEL})")
     if not os.access(TUNNEL, os.R_OK | os.W_OK):
         return Bar(f"{TUNNEL} may not be opened by this user", f"chmod 666 {TUNNEL}")
     return None
