@@ -11,6 +11,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
+from securerun.firewall.policy import NAMESPACE
 from securerun.text import printable, span
 
 Document = Mapping[str, Any]
@@ -175,7 +176,7 @@ def _summary(document: Document) -> str:
         ("began", _moment(document["began"])),
         ("took", _duration(document["seconds"])),
         ("exit status", str(document["status"])),
-        ("guard", f"started {document['guard']}" if document["guard"] else "none"),
+        ("guard", _guard(document)),
     ]
     if launch:
         facts.append(("umask", launch["umask"]))
@@ -293,6 +294,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequen
         "<tr>" + "".join(f"<td {side}>{cell}</td>" for side, cell in zip(sides, row)) + "</tr>" for row in rows
     )
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _guard(document: Document) -> str:
+    if document["guard"]:
+        return f"started {document['guard']}"
+    ways = [layer["name"] for layer in document["layers"] if layer["backend"] == NAMESPACE]
+    return f"none needed: in a network of its own, {ways[0]}" if ways else "none"
 
 
 def _badge(text: str, shade: str) -> str:
