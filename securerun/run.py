@@ -6,10 +6,11 @@ first socket opens until its last process has gone.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -31,6 +32,11 @@ Decorator = Callable[[Callable[..., None]], Callable[..., Any]]
 
 # What is to be known before torch's parser is there.
 _EARLY = ("run_as", "preflight", "scope", "peers", "public", "firewall", "accept")
+# Of the standard library what torch.distributed.run loads, the longest first.
+_OF_TORCH = (
+    *("asyncio", "importlib.metadata", "unittest.mock", "urllib.request", "multiprocessing.reduction", "tarfile"),
+    *("uuid", "pickletools"),
+)
 _NEED_NO_GUARD = {
     *("-h", "--help", "--dry-run", "--dry_run", "--unprotected"),
     *("--print-completion", "--print_completion"),
@@ -134,7 +140,22 @@ def _begin(arguments: Sequence[str], *, needs_guard: bool, goes_on: bool) -> Ses
     taken = {name: value for key in _EARLY for name, value in options.take_early(arguments, key).items()}
     asked = options.resolve(taken, os.environ)
     several = nodes.several(arguments, os.environ)
-    return session.begin([*sys.argv[:1], *arguments], asked, needs_guard=needs_guard, goes_on=goes_on, several=several)
+    return session.begin(
+        [*sys.argv[:1], *arguments],
+        asked,
+        needs_guard=needs_guard,
+        goes_on=goes_on,
+        several=several,
+        meanwhile=_load_ahead(),
+    )
+
+
+def _load_ahead() -> Iterator[None]:
+    """Load, a module a step, what torch is about to load of the standard library, and what starts no thread."""
+    for name in _OF_TORCH:
+        with contextlib.suppress(ImportError):  # of another Python
+            importlib.import_module(name)
+        yield
 
 
 def _run(understood: Command, asked: Options) -> None:
@@ -142,7 +163,7 @@ def _run(understood: Command, asked: Options) -> None:
     from securerun.job import logs
 
     log_dir = understood.namespace.log_dir
-    with logs.sealed_afterwards(log_dir, say) if log_dir and asked.seal_logs else nullcontext():
+    with logs.sealed_afterwards(log_dir, say) if log_dir and asked.seal_logs else contextlib.nullcontext():
         understood.run()
 
 

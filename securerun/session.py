@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ class Session:
             return
         with self._reported(asked) as hear:
             if self.guard is not None:
-                asked = choice.require_right(self.guard, job, asked)
+                job, asked = choice.require_right(self.guard, job, asked)
             plan = plans.understand(job, asked, in_force)
             found = inspection.inspect(plan, self.early, hear)
             with guarded.protected(plan, self.guard, hear, may_leave_job=may_leave_job):
@@ -78,6 +78,8 @@ class Session:
         in_force = self._settle(asked)
         if self.around is not None:
             guarded.rely_on(self.around, asked, job)
+        if asked.scope == choice.NAMESPACE:
+            job = choice.of_one_node(job)
         plan = plans.understand(job, asked, in_force)
         inspection.tell(inspection.inspect(plan, self.early))
         _print(plan)
@@ -118,13 +120,20 @@ class Session:
 
 
 def begin(
-    command: Sequence[str], asked: Options, *, needs_guard: bool, goes_on: bool = True, several: str = ""
+    command: Sequence[str],
+    asked: Options,
+    *,
+    needs_guard: bool,
+    goes_on: bool = True,
+    several: str = "",
+    meanwhile: Iterable[None] = (),
 ) -> Session:
     """Do what comes before torch. asked: as far as it is known yet. needs_guard: whether anything is to be guarded.
 
     goes_on: whether this process may go on when the job has ended. several: what says that the job may be of more than
-    one node, "" if nothing does. Raises SecurerunError for a system that is not supported, for a user that this process
-    cannot become, and for a process that is still in a run that has ended.
+    one node, "" if nothing does. meanwhile: steps of what is to be done anyway, while a guard has not answered yet.
+    Raises SecurerunError for a system that is not supported, for a user that this process cannot become, and for a
+    process that is still in a run that has ended.
     """
     began = time.time()
     system.require_supported()
@@ -141,7 +150,7 @@ def begin(
     around = enclosing.find(os.environ)
     # Before --run-as: a guard gets its privilege from who this process still is, and comes up while torch is imported.
     # And before anything has a thread of its own: a network of the job's own is begun by a process of a single one.
-    guard = choice.begin(asked, several, goes_on=goes_on) if needs_guard and around is None else None
+    guard = choice.begin(asked, several, meanwhile, goes_on=goes_on) if needs_guard and around is None else None
     # Before --run-as as well: only root may read the host's rules.
     early = inspection.begin(asked, shells_umask, reads_rules=isinstance(guard, Guard))
     # Before torch, and whatever it loads from places that the user can write: none of that is root's business.

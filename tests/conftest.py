@@ -32,16 +32,34 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--apart", action="store_true", help="compare all launches in networks of their own, not only a few"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what asks for root, itself or by way of its fixtures: `scripts/test.sh --fast` leaves it out.
 
     Machines come first: a file of few tests that take minutes each must not be what all others wait for at the end.
     """
+    left_out = {item for item in items if _is_left_out(item, every=config.getoption("--apart"))}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
     items.sort(key=lambda item: item.get_closest_marker("machine") is None)
     for item in items:
         if isinstance(item, pytest.Function) and "root" in item.fixturenames:
             item.add_marker("ground")
+
+
+def _is_left_out(item: pytest.Item, *, every: bool) -> bool:
+    """Return whether this is a launch in a network of its own that is not to be compared."""
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return False
+    if item.callspec.params.get("pair") != "apart":
+        return False
+    return item.get_closest_marker("in_this_network") is not None or not (every or item.get_closest_marker("apart"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

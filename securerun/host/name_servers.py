@@ -1,10 +1,12 @@
-"""Which name servers this host asks (resolv.conf(5)), and the same for a network that has another loopback."""
+"""Which name servers this host asks (resolv.conf(5)), and the same for a network that has this host's own addresses."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from securerun.linux.networks import Address
 
 FILE = Path("/etc/resolv.conf")
 _MOST_BYTES = 65536
@@ -19,14 +21,16 @@ def configured(path: Path = FILE) -> str:
         return ""
 
 
-def on_loopback(text: str) -> bool:
-    """Return whether any of the servers is one on the host's own loopback, as systemd-resolved's 127.0.0.53 is."""
-    return any(_is_loopback(server) for _, server in _servers(text))
+def are_here(text: str, own: Collection[Address] = ()) -> bool:
+    """Return whether any of the servers is on this host: on its loopback, as systemd-resolved's 127.0.0.53 is, or at
+    one of its own addresses.
+    """
+    return any(_is_here(server, own) for _, server in _servers(text))
 
 
-def forwarded(text: str, address: str) -> str:
-    """Return the file with one address in place of those on the loopback, once."""
-    lines, replaced = text.splitlines(), [number for number, server in _servers(text) if _is_loopback(server)]
+def forwarded(text: str, address: str, own: Collection[Address] = ()) -> str:
+    """Return the file with one address in place of those that are on this host, once."""
+    lines, replaced = text.splitlines(), [number for number, server in _servers(text) if _is_here(server, own)]
     for number in replaced:
         lines[number] = f"nameserver {address}" if number == replaced[0] else ""
     return "\n".join([*lines, ""])
@@ -39,10 +43,10 @@ def _servers(text: str) -> Iterator[tuple[int, str]]:
             yield number, words[1]
 
 
-def _is_loopback(server: str) -> bool:
+def _is_here(server: str, own: Collection[Address]) -> bool:
     try:
         address = ipaddress.ip_address(server.partition("%")[0])
     except ValueError:
         return False
     # All addresses stands for this host (resolv.conf(5) takes 0.0.0.0 so).
-    return address.is_loopback or address.is_unspecified
+    return address.is_loopback or address.is_unspecified or address in own

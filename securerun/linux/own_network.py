@@ -31,6 +31,8 @@ _AT_ONCE = 0x02
 _GLOBAL = 0
 _CREATE = 0x400
 _LOOPBACK = 1
+# What leads nowhere by itself; a kernel may lack the first.
+_KINDS = (b"dummy", b"bridge")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def bring_up(stand_ins: Mapping[str, Sequence[Address]], more: Iterable[Address]
     """Bring the loopback of a new network up, with more addresses, and interfaces that lead nowhere beside it.
 
     stand_ins: their names and addresses, each of which is this network's own alone, whatever network it was part of.
-    Returns the names that could not be had: the kernel may lack dummy(4). Raises OSError where there is no loopback.
+    Returns the names that could not be had: the kernel may lack all of their kinds. Raises OSError where there is no
+    loopback.
     """
     lacking = []
     with Channel(netlink.ROUTE) as channel:
@@ -71,7 +74,7 @@ def bring_up(stand_ins: Mapping[str, Sequence[Address]], more: Iterable[Address]
         _add(channel, _LOOPBACK, more)
         for name, own in stand_ins.items():
             try:
-                index = _make(channel, name)
+                index = _make_one(channel, name)
                 _set_up(channel, index)
             except OSError:
                 lacking.append(name)
@@ -97,9 +100,16 @@ def _own(packed: bytes, length: int) -> Own:
     return Own(address, ipaddress.ip_network((address, length), strict=False))
 
 
-def _make(channel: Channel, name: str) -> int:
-    kind = netlink.attribute(_INFO, netlink.attribute(_KIND, b"dummy"))
-    body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + netlink.attribute(_NAME, name.encode() + b"\0") + kind
+def _make_one(channel: Channel, name: str) -> int:
+    for kind in _KINDS[:-1]:
+        with contextlib.suppress(OSError):
+            return _make(channel, name, kind)
+    return _make(channel, name, _KINDS[-1])
+
+
+def _make(channel: Channel, name: str, kind: bytes) -> int:
+    information = netlink.attribute(_INFO, netlink.attribute(_KIND, kind))
+    body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + netlink.attribute(_NAME, name.encode() + b"\0") + information
     channel.order(netlink.framed(_NEW_LINK, body, _ordered(_CREATE | netlink.EXCLUSIVE)))
     return socket.if_nametoindex(name)
 

@@ -25,9 +25,11 @@ _UNICAST, _LOCAL = 1, 2
 # include/uapi/linux/fib_rules.h: struct fib_rule_hdr: family, lengths of destination and source, type of service,
 # table, two reserved, action, flags. FRA_TABLE has route's number, FR_ACT_TO_TBL route's value for unicast.
 _RULE = struct.Struct("=BBBBBBBBI")
-_DESTINATION, _DEVICE, _MULTIPATH, _TABLE = 1, 4, 9, 15
+_DESTINATION, _DEVICE, _GATEWAY, _MULTIPATH, _TABLE, _VIA = 1, 4, 5, 9, 15, 18
+_MAIN_TABLE = 254
 # struct rtnexthop: length, flags, weight, device; attributes follow
 _NEXT_HOP = struct.Struct("=HBBi")
+_BY_GATEWAY = frozenset({_GATEWAY, _MULTIPATH, _VIA})
 _TABLE_NUMBER = struct.Struct("=I")
 _DEVICE_NUMBER = struct.Struct("=i")
 # A router with the whole Internet's routes is no training host, and its million would take seconds.
@@ -45,12 +47,15 @@ class Routes:
     def __init__(self) -> None:
         self._tables: dict[tuple[int, int], dict[int, dict[int, set[int]]]] = {}
         self._own: dict[tuple[int, int], set[int]] = {}
+        self._gateways: dict[int, set[int]] = {4: set(), 6: set()}
         for version, family in _FAMILIES:
-            for kind, table, length, number, devices in _dump(family):
+            for kind, table, length, number, devices, has_gateway in _dump(family):
                 if kind == _LOCAL:
                     if length == _BITS[version]:
                         self._own.setdefault((version, number), set()).update(devices)
                     continue
+                if length == 0 and table == _MAIN_TABLE and has_gateway:
+                    self._gateways[version] |= devices
                 lengths = self._tables.setdefault((version, table), {})
                 lengths.setdefault(length, defaultdict(set))[number] |= devices
 
@@ -75,10 +80,13 @@ class Routes:
             one for lengths in self._tables.values() for routes in lengths.values() for one in _all(routes)
         )
 
-    @property
-    def devices_of_default(self) -> frozenset[int]:
-        """The interfaces, by index, that lead to whatever has no route of its own."""
-        return frozenset(one for lengths in self._tables.values() for one in _all(lengths.get(0, {})))
+    def devices_of_default(self, version: int) -> frozenset[int]:
+        """Return the interfaces, by index, that lead to whatever has no route of its own."""
+        return frozenset(_all(self._tables.get((version, _MAIN_TABLE), {}).get(0, {})))
+
+    def devices_to_gateways(self, version: int) -> frozenset[int]:
+        """Return those of them by which a gateway leads there."""
+        return frozenset(self._gateways[version])
 
     def devices_to(self, networks: Iterable[Network], *, without_source: bool = False) -> frozenset[int]:
         """Return the interfaces, by index, that lead to any host of these networks by any table.
@@ -151,8 +159,11 @@ def _within(network: Network, lengths: dict[int, dict[int, set[int]]]) -> Iterat
             yield from (numbers[number] for number in numbers if number >> (length - network.prefixlen) == prefix)
 
 
-def _dump(family: int) -> Iterator[tuple[int, int, int, int, set[int]]]:
-    """Yield kind, table, prefix length, prefix and devices of each route out of this host, or to the host itself."""
+def _dump(family: int) -> Iterator[tuple[int, int, int, int, set[int], bool]]:
+    """Yield each route out of this host, or to the host itself.
+
+    Its kind, table, prefix length, prefix, devices, and whether it goes by a gateway.
+    """
     bits = 32 if family == socket.AF_INET else 128
     for count, payload in enumerate(_payloads(family, _GET_ROUTE, _NEW_ROUTE)):
         if count >= _MOST_ROUTES:
@@ -164,7 +175,7 @@ def _dump(family: int) -> Iterator[tuple[int, int, int, int, set[int]]]:
         prefix = int.from_bytes(found.get(_DESTINATION, b""), "big") >> (bits - length)
         if _TABLE in found:  # the header's field holds 255 tables
             (table,) = netlink.unpacked(_TABLE_NUMBER, found[_TABLE])
-        yield kind, table, length, prefix, set(_devices(found))
+        yield kind, table, length, prefix, set(_devices(found)), not found.keys().isdisjoint(_BY_GATEWAY)
 
 
 def _devices(route: Attributes) -> Iterator[int]:

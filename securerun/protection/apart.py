@@ -27,6 +27,7 @@ from securerun.linux.routes import Routes
 from securerun.protection import bars, keeper, way_out, ways
 from securerun.protection.bars import Bar
 from securerun.protection.way_out import Origin
+from securerun.text import some
 
 if TYPE_CHECKING:
     from securerun.linux.networks import Address, Network
@@ -42,6 +43,7 @@ _REAP_SECONDS = 5.0
 # A host of containers has an interface for each of them.
 _MOST_INTERFACES, _MOST_ADDRESSES = 64, 512
 _LOOPBACK = "lo"
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Understood:
 
     way: None for a job without a way out, and `without` says why. origin: where the way out gets its addresses; none
     where the default route tells. stand_ins: interfaces that lead nowhere there, with their addresses. here: all
-    addresses of this host. forwarded: ports of this host's loopback that proxies have. unforwarded: proxies that the
-    job cannot reach. name_servers: what resolv.conf is to say; "" where it may stay.
+    addresses of this host. unwanted: IP versions without a default route here, which the way out brings. forwarded:
+    ports of this host's loopback that proxies have. unforwarded: proxies that the job cannot reach. name_servers: what
+    resolv.conf is to say; "" where it may stay.
     """
 
     way: WayOut | None
@@ -59,6 +62,7 @@ class Understood:
     origin: Origin | None
     stand_ins: dict[str, list[Address]]
     here: list[Address]
+    unwanted: tuple[int, ...]
     forwarded: tuple[proxies.Proxy, ...]
     unforwarded: tuple[proxies.Proxy, ...]
     name_servers: str
@@ -87,6 +91,7 @@ class Apart:
         self._connection = _beside_standard(ours)
         self._lines = keeper.Lines(self._connection)
         self._released = False
+        self._lacking: tuple[str, ...] = ()
         self._stands: socket.socket | None = None
         with theirs:
             self._process = _start_keeper(theirs)
@@ -110,7 +115,7 @@ class Apart:
         """
         self.wait_for_way()
         run_id = order.policy.run_id
-        guarding = Guarding((Layer(NAMESPACE, self.way),), tuple(_notes(self._understood)))
+        guarding = Guarding((Layer(NAMESPACE, self.way),), tuple(_notes(self._understood, self._lacking)))
         self._stand(run_id)
         self._say("record", {"record": self._record(order, guarding).document(), "grace": order.grace})
         os.environ[RUN_ID_VARIABLE] = run_id
@@ -133,26 +138,28 @@ class Apart:
         found, outside = self._understood, proc.namespace("net")
         try:
             user_namespaces.begin(mounts=bool(found.name_servers))
-            own_network.bring_up(found.stand_ins, found.here)
+            self._lacking = own_network.bring_up(found.stand_ins, found.here)
             if found.name_servers:
                 from securerun.linux import own_mounts
 
                 own_mounts.put_in_place(name_servers.FILE, found.name_servers)
             capabilities.give_up_all()
         except OSError as error:
-            raise Barred(bars.told_by(error)) from error
+            barred = Barred(bars.told_by(error))
+            if proc.namespace("net") != outside:
+                # Half in there, this process is good for nothing: not for a guard either.
+                raise PrivilegeError(f"{barred}; nothing was started") from error
+            raise barred from error
         # Seen, and not taken for granted: all that is promised hangs on these two.
         if proc.namespace("net") == outside or capabilities.effective():
-            raise Barred(Bar("the kernel left this process in its network, or with capabilities", "use another kernel"))
+            raise PrivilegeError(
+                "the kernel left this process in its network, or with capabilities; use another kernel"
+            )
         # What was there before the way out is: any other interface with a route is its own.
         self._before = frozenset(number for number, _ in socket.if_nameindex())
         ports = [proxy.port for proxy in found.forwarded]
-        command = found.way.command(os.getpid(), found.origin, ports) if found.way else None
-        # A host without a default route asks nobody in vain: nor does the job, whose way out has to have one. But for a
-        # name server that the way out stands for.
-        unwanted = found.origin is not None and not found.name_servers
-        routes = [one.version for one in found.origin.gateways] if found.origin and unwanted else []
-        self._say("begin", {"command": command, "unwanted_routes": routes})
+        command = found.way.command(found.origin, ports) if found.way else None
+        self._say("begin", {"command": command, "unwanted_routes": found.unwanted})
 
     def wait_for_way(self) -> None:
         """Return when the job's network has all that it will have. Raises PrivilegeError where that cannot be."""
@@ -229,7 +236,23 @@ _KEEPER_GONE = (
 
 def bar() -> Bar | None:
     """Return why a job is not to be put into a network of its own by itself; None if it is to be."""
-    return bars.known() or way_out.bar()
+    barred = bars.known()
+    if barred is not None:
+        return barred
+    without = way_out.bar()
+    return without if without is not None and _leads_anywhere() else None
+
+
+def _leads_anywhere() -> bool:
+    """Return whether this host has any network itself that a job could miss. What cannot be told is believed to be."""
+    try:
+        return not _is_alone(own_network.addresses(), Routes())
+    except OSError:
+        return True
+
+
+def _is_alone(own: dict[str, list[Own]], routes: Routes) -> bool:
+    return own.keys() <= {_LOOPBACK} and not any(routes.devices_of_default(version) for version in (4, 6))
 
 
 def insists(asked: Options) -> str:
@@ -248,49 +271,65 @@ def insists(asked: Options) -> str:
 def _understood() -> Understood:
     """Look at this host, from outside. Raises PrivilegeError where it does not tell its addresses."""
     without = way_out.bar()
-    way = None if without else way_out.find()
     try:
         own, routes = own_network.addresses(), Routes()
     except OSError as error:
         raise Barred(Bar(f"this host does not tell its addresses ({error.strerror})", "ip address")) from error
     own = dict([*own.items()][:_MOST_INTERFACES])
-    names = dict(socket.if_nameindex())
-    copied = ""
-    by_default = {names.get(number, "") for number in routes.devices_of_default}
-    if way is not None and way.copies_addresses:
-        copied = next(
-            (name for name in own if name in by_default), next((name for name in own if name != _LOOPBACK), "")
-        )
+    if _is_alone(own, routes):
+        without = Bar("this host has no address but its loopback's, and so no way out either", "ip address")
+    way = None if without else way_out.find()
     text = name_servers.configured()
     here = [one.address for addresses in own.values() for one in addresses][:_MOST_ADDRESSES]
+    servers = name_servers.forwarded(text, way.name_server, here) if way and name_servers.are_here(text, here) else ""
+    copied, origin, unwanted = _copied(own, routes) if way and way.copies_addresses else ("", None, ())
     named = proxies.named(os.environ)
     forwarded = tuple(one for one in named if way is not None and way.forwards_ports and one.on_loopback)
     return Understood(
         way=way,
         without=str(without or ""),
-        origin=None if not copied or copied in by_default else _origin(copied, own[copied]),
+        origin=origin,
         stand_ins={
             name: [one.address for one in found] for name, found in own.items() if name not in {copied, _LOOPBACK}
         },
         here=here,
+        # But for a name server that the way out stands for, which is at an address beyond the default route.
+        unwanted=() if servers else unwanted,
         forwarded=forwarded,
         unforwarded=tuple(one for one in named if one not in forwarded and _is_here(one.host, here)),
-        name_servers=name_servers.forwarded(text, way.name_server) if way and name_servers.on_loopback(text) else "",
+        name_servers=servers,
     )
 
 
-def _origin(interface: str, own: list[Own]) -> Origin:
-    """Return what the way out is told where no default route tells it: pasta takes no interface without a gateway.
+def _copied(own: dict[str, list[Own]], routes: Routes) -> tuple[str, Origin | None, tuple[int, ...]]:
+    """Return the interface whose addresses the job gets by the way out, and what that has to be told of it.
 
-    Any other address of the same network does: the way out answers for all of them.
+    pasta takes that of the default route, and of no interface an IP version that has no gateway there. So where there
+    is none, it is told one: any other address of the same network does, since it answers for all of them. A host
+    without a default route asks nobody in vain, and nor is the job to: the third is whose default route is unwanted.
     """
-    gateways: dict[int, Address] = {}
+    names = dict(socket.if_nameindex())
+    gateways = {version: {names.get(one, "") for one in routes.devices_to_gateways(version)} for version in (4, 6)}
+    by_default = [name for name in own if name in gateways[4]] or [name for name in own if name in gateways[6]]
+    copied = next(iter(by_default), "") or next((name for name in own if name != _LOOPBACK), "")
+    if not copied:
+        return "", None, ()
+    lacking = {one.address.version for one in own[copied]} - {one for one in gateways if copied in gateways[one]}
+    unwanted = tuple(version for version in sorted(lacking) if not routes.devices_of_default(version))
+    if not lacking and len(by_default) == 1:
+        return copied, None, ()
+    made_up = {version: _another(own[copied], version) for version in sorted(lacking)}
+    return copied, Origin(copied, tuple(one for one in made_up.values() if one is not None)), unwanted
+
+
+def _another(own: list[Own], version: int) -> Address | None:
+    """Return an address of one of these networks that is not this host's."""
     for one in own:
-        others = (address for address in one.network.hosts() if address != one.address)
-        gateway = next(others, None)
-        if gateway is not None:
-            gateways.setdefault(gateway.version, gateway)
-    return Origin(interface, tuple(gateways.values()))
+        if one.address.version == version:
+            found = next((address for address in one.network.hosts() if address != one.address), None)
+            if found is not None:
+                return found
+    return None
 
 
 def _beside_standard(end: socket.socket) -> socket.socket:
@@ -298,7 +337,8 @@ def _beside_standard(end: socket.socket) -> socket.socket:
 
 
 def _is_here(host: str, own: Sequence[Address]) -> bool:
-    return host.lower() == "localhost" or host.startswith("127.") or host in {"::1", *map(str, own)}
+    names = {"localhost", socket.gethostname().lower()}
+    return host.lower() in names or host.startswith("127.") or host in {"::1", *map(str, own)}
 
 
 def _start_keeper(connection: socket.socket) -> subprocess.Popen[bytes]:
@@ -317,10 +357,12 @@ def _start_keeper(connection: socket.socket) -> subprocess.Popen[bytes]:
         raise Barred(Bar(f"its keeper cannot be started ({error.strerror})", "ulimit -u")) from error
 
 
-def _notes(found: Understood) -> Iterator[str]:
+def _notes(found: Understood, lacking: Sequence[str]) -> Iterator[str]:
     """Yield what is different in there, where it matters to this job."""
     if found.way is None:
         yield f"this job has no way out of its network: {found.without}"
+    if lacking:
+        yield f"in there is no {some(lacking, _NAMED)}, since this kernel can make none; the loopback has its addresses"
     for proxy in found.forwarded:
         yield f"{proxy.host}:{proxy.port}, which {proxy.variable} names, leads to that port of this host's loopback"
     for proxy in found.unforwarded:
@@ -331,7 +373,10 @@ def _notes(found: Understood) -> Iterator[str]:
 
 
 def _no_way_out(way: WayOut, words: str) -> str:
-    return f"this job's network has no way out, so nothing was started: {way.name} says {words!r}"
+    return (
+        f"this job's network has no way out, so nothing was started: {way.name} says {words!r}; have a guard "
+        "in place of such a network: securerunctl doctor says what gives one"
+    )
 
 
 def _gone(way: WayOut, words: str, again: bool) -> str:

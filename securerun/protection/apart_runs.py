@@ -1,4 +1,7 @@
-"""The runs of this host that are in networks of their own, as their keepers tell this user, or root, of them."""
+"""The runs of this host that are in networks of their own, as their keepers tell this user, or root, of them.
+
+Anybody may stand at such a place, at many of them, and be silent: nobody is waited for longer than their share.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections import Counter
 from pathlib import Path
 
 from securerun.firewall.policy import RUN_ID
@@ -19,7 +23,10 @@ from securerun.protection import keeper
 _SOCKETS = Path("/proc/net/unix")
 # "@name" for an abstract address, which begins with a zero byte (unix(7)).
 _PLACE = re.compile(rf" @{re.escape(keeper.place_of('')[1:])}({RUN_ID.pattern})$", re.MULTILINE)
+# Of one user, all together.
 _SECONDS = 1.0
+_MOST_RUNS = 256
+_MOST_PLACES = 65_536
 _MOST_BYTES = 1024 * 1024
 
 
@@ -29,24 +36,47 @@ def read() -> tuple[Record, ...]:
         text = _SOCKETS.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ()
-    return tuple(record for run_id in sorted(set(_PLACE.findall(text))) for record in _of(run_id))
+    found = []
+    spent: Counter[int] = Counter()  # nanoseconds, by user
+    asked: Counter[int] = Counter()
+    for run_id in sorted(set(_PLACE.findall(text)))[:_MOST_PLACES]:
+        with contextlib.suppress(*records.NO_RECORD), _at(run_id) as end:
+            _, user = local_sockets.peer_of(end)
+            asked[user] += 1
+            if os.getuid() not in {user, 0} or asked[user] > _MOST_RUNS or spent[user] > _SECONDS * 1e9:
+                continue
+            begun = time.monotonic_ns()
+            try:
+                record = _record(end, run_id, user)
+            finally:
+                spent[user] += time.monotonic_ns() - begun
+            found += record
+    return tuple(found)
 
 
-def _of(run_id: str) -> Iterator[Record]:
-    with contextlib.suppress(*records.NO_RECORD), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
-        end.settimeout(_SECONDS)
+def _at(run_id: str) -> socket.socket:
+    """Return a conversation with whoever stands there. Raises OSError, also where it would have to be waited for."""
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
         end.connect(keeper.place_of(run_id))
-        _, user = local_sockets.peer_of(end)
-        if os.getuid() not in {user, 0}:
-            return
-        record = records.understood(json.loads(_all(end)))
-        # Whoever stands there tells of their own run alone.
-        if record.run_id == run_id and record.user == user:
-            yield record
+    except BaseException:
+        end.close()
+        raise
+    return end
+
+
+def _record(end: socket.socket, run_id: str, user: int) -> list[Record]:
+    record = records.understood(json.loads(_all(end)))
+    # Whoever stands there tells of their own run alone.
+    return [record] if record.run_id == run_id and record.user == user else []
 
 
 def _all(end: socket.socket) -> bytes:
-    text = b""
-    while len(text) < _MOST_BYTES and (chunk := end.recv(65536)):
+    deadline, text = time.monotonic() + _SECONDS, b""
+    while len(text) < _MOST_BYTES:
+        end.settimeout(max(deadline - time.monotonic(), 0.001))
+        chunk = end.recv(65536)
+        if not chunk:
+            break
         text += chunk
     return text

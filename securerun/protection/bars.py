@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from securerun.linux import own_network, proc, user_namespaces
+from securerun.linux import forked, own_network, proc, user_namespaces
 
 _SWITCH = Path("/proc/sys/kernel/unprivileged_userns_clone")  # Debian's and Ubuntu's own
 _APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")  # Ubuntu 23.10 and newer
 _LIMITS = (Path("/proc/sys/user/max_user_namespaces"), Path("/proc/sys/user/max_net_namespaces"))
+_ANSWER = struct.Struct("=i")
 _FILTERED = b"2"  # proc(5), Seccomp: SECCOMP_MODE_FILTER
 
 
@@ -36,18 +40,20 @@ def known() -> Bar | None:
     for limit in _LIMITS:
         if _number(limit) == 0:
             return Bar(f"user.{limit.name} is 0", f"sysctl -w user.{limit.name}=10000")
-    return None
+    # It lets a user namespace be begun, and then refuses everything there; so that is not found out by this process.
+    return _refused_to_child() if os.geteuid() != 0 and _number(_APPARMOR) == 1 else None
 
 
 def told_by(error: OSError) -> Bar:
     """Return what bars this process, once the kernel has refused."""
-    found = known()
-    if found is not None:
-        return found
+    return known() or _explained(error)
+
+
+def _explained(error: OSError) -> Bar:
     if error.errno in {errno.ENOSPC, errno.EUSERS}:
         what = "user.max_user_namespaces or user.max_net_namespaces is used up"
         return Bar(what, "sysctl -w user.max_user_namespaces=10000 user.max_net_namespaces=10000")
-    if error.errno in {errno.EINVAL, errno.ENOSYS}:
+    if error.errno == errno.EINVAL:
         return Bar("this kernel has no user namespaces (CONFIG_USER_NS)", "use a kernel that has")
     if _number(_APPARMOR) == 1:
         setting = "kernel.apparmor_restrict_unprivileged_userns"
@@ -60,26 +66,27 @@ def told_by(error: OSError) -> Bar:
 
 def tried() -> Bar | None:
     """Return what bars this process, found out by a child of it that tries and ends; None for nothing."""
-    found = known()
-    if found is not None:
-        return found
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        refused = 0
-        try:
-            user_namespaces.begin(mounts=False)
-            own_network.bring_up({}, ())
-        except OSError as error:
-            refused = error.errno or errno.EPERM
-        finally:
-            os.write(write, str(refused).encode())
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as answer:
-        refused = int(answer.read() or errno.EPERM)
-    os.waitpid(child, 0)
-    return told_by(OSError(refused, os.strerror(refused))) if refused else None
+    return known() or _refused_to_child()
+
+
+def _refused_to_child() -> Bar | None:
+    child, near = forked.fork(_try)
+    with near:
+        answer = near.recv(_ANSWER.size)
+    with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, the kernel reaps
+        os.waitpid(child, 0)
+    (refused,) = _ANSWER.unpack(answer) if len(answer) == _ANSWER.size else (errno.EPERM,)
+    return _explained(OSError(refused, os.strerror(refused))) if refused else None
+
+
+def _try(far: socket.socket) -> None:
+    refused = 0
+    try:
+        user_namespaces.begin(mounts=False)
+        own_network.bring_up({}, ())
+    except OSError as error:
+        refused = error.errno or errno.EPERM
+    far.sendall(_ANSWER.pack(refused))
 
 
 def _number(path: Path) -> int | None:

@@ -5,12 +5,13 @@ It is chosen before torch is there to read the command line, since a network of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from securerun.errors import PolicyError, UsageError
 from securerun.job.job import UNKNOWN_NODES
-from securerun.protection.client import Guard
+from securerun.protection.client import A_PROGRAM_STAYS, Guard
 
 if TYPE_CHECKING:
     from securerun.job.job import Job
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 NAMESPACE = "namespace"
 
 
-def begin(asked: Options, several: str, *, goes_on: bool) -> Guard | Apart:
+def begin(asked: Options, several: str, meanwhile: Iterable[None] = (), *, goes_on: bool) -> Guard | Apart:
     """Return what is to close a job. several: what says that it may be of more than one node, "" if nothing does.
 
     goes_on: whether this process may go on after the job, which then is not to leave it in another network.
+    meanwhile: steps of what is to be done anyway, and starts no thread, for the time until a guard has answered.
 
     Where nobody asked for either, a guard if one is available; a network of the job's own if none is, it is of one
     node, and there is a way out. Raises PrivilegeError or UsageError for one that was asked for and cannot be had.
@@ -31,13 +33,16 @@ def begin(asked: Options, several: str, *, goes_on: bool) -> Guard | Apart:
     if asked.scope == NAMESPACE:
         return _by_name(asked, several, goes_on=goes_on)
     guard = Guard(goes_on=goes_on)
-    if not _may_be_apart(asked) or several or goes_on or guard.is_roots:
+    if not _may_be_apart(asked) or several or guard.is_roots:
+        return guard
+    if goes_on:
+        guard.note(*A_PROGRAM_STAYS)
         return guard
     from securerun.protection import apart
 
     option = apart.insists(asked)
     bar = None if option else apart.bar()
-    if not option and bar is None and guard.can_be_had():
+    if not option and bar is None and guard.can_be_had(meanwhile):
         return guard
     why, fix = f"{option} is for those who connect", f"leave {option} out, or write `--` before a script of that option"
     if bar is not None:
@@ -52,8 +57,8 @@ def begin(asked: Options, several: str, *, goes_on: bool) -> Guard | Apart:
     return guard
 
 
-def require_right(chosen: Guard | Apart, job: Job, asked: Options) -> Options:
-    """Return what is asked of securerun, now that all of it is known, for a job that is closed by this.
+def require_right(chosen: Guard | Apart, job: Job, asked: Options) -> tuple[Job, Options]:
+    """Return the job and what is asked of securerun, now that all of it is known, for a job that is closed by this.
 
     Raises PolicyError for a job of several nodes in a network of its own, PrivilegeError for one whose way out does not
     come, and UsageError where the choice went by an option that was the script's.
@@ -61,7 +66,7 @@ def require_right(chosen: Guard | Apart, job: Job, asked: Options) -> Options:
     if isinstance(chosen, Guard):
         if asked.scope == NAMESPACE:
             raise UsageError(f"{asked.scope_source} {NAMESPACE}: write it before the script, and before `--`")
-        return asked
+        return job, asked
     if chosen.by_name and asked.scope != NAMESPACE:
         raise UsageError(f"--scope {NAMESPACE}: is it securerun's option or the script's? Write `--` before the script")
     if job.max_nodes not in (1, UNKNOWN_NODES):
@@ -69,7 +74,13 @@ def require_right(chosen: Guard | Apart, job: Job, asked: Options) -> Options:
             f"this job is of {job.nodes}, and nobody can connect to one in a network of its own; {_GUARD}"
         )
     chosen.wait_for_way()
-    return replace(asked, scope=NAMESPACE, interface=None)
+    # Nobody comes by any interface.
+    return of_one_node(job), replace(asked, scope=NAMESPACE, interface=None)
+
+
+def of_one_node(job: Job) -> Job:
+    """Return the job as it is in a network of its own, whatever was not known of its nodes."""
+    return replace(job, min_nodes=1, max_nodes=1) if job.max_nodes == UNKNOWN_NODES else job
 
 
 def without_guard(asked: Options, job: Job) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Callable
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError, UsageError
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import NAMESPACE, Layer, Policy
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
     RUN_ID_VARIABLE,
@@ -48,6 +48,11 @@ _PAUSE_SECONDS = 15.0
 DEFAULT_GRACE_SECONDS = 10.0
 
 _APART = "securerunctl exec --scope namespace -- python PROGRAM"
+# Why such a program gets no network of its own, and what gives it one.
+A_PROGRAM_STAYS = (
+    "in a network of its own: a program that goes on after the job stays in the one that it is in",
+    _APART,
+)
 
 Tell = Callable[[Notice], None]
 
@@ -109,8 +114,14 @@ class Guard:
         """Whether this process has started it by its own privilege; it is believed to come."""
         return self._connection is not None and self._way == DIRECTLY
 
-    def can_be_had(self) -> bool:
-        """Return whether a guard waits for its order; takes as long as it takes to tell. None that refuses is one."""
+    def can_be_had(self, meanwhile: Iterable[None] = ()) -> bool:
+        """Return whether a guard waits for its order; takes as long as it takes to tell. None that refuses is one.
+
+        meanwhile: steps of what is to be done anyway; as many are taken as there is time for.
+        """
+        for _ in meanwhile:
+            if self._connection is None or self._connection.has_answer():
+                break
         if self._connection is not None:
             with contextlib.suppress(PrivilegeError):
                 try:
@@ -462,18 +473,29 @@ def guarded(
     it stays in, and the next lease is refused.
 
     grace: seconds between SIGTERM and SIGKILL for what is left when the block raises or this process is killed.
+    In a run that is in a network of its own that is relied on: nobody can connect.
     Raises PrivilegeError, with nothing installed, when the job cannot be guarded, PolicyError in a process that is
     in a run of its own which has other peers, and UsageError for a network of this process' own: a program that runs
     stays in the one that it is in.
     """
-    if scope == "namespace":
+    from securerun.protection import enclosing
+
+    around = enclosing.in_own_network(os.environ)
+    if around:
+        if policy.peers or policy.public:
+            raise PolicyError(
+                f"run {around} is in a network of its own, to which nobody can connect: neither can peers"
+            )
+        yield Guarding((Layer(NAMESPACE, f"of run {around}"),), ())
+        return
+    if scope == NAMESPACE:
         raise UsageError(f"scope='namespace': a program that runs stays in its network; start it with {_APART}")
     require_parted()
     for run_id, peers in peers_in_force().items():
         if not are_within(policy.peers, peers):
             raise PolicyError(in_the_way(run_id))
     guard = Guard()
-    guard.note("in a network of its own: a program that runs stays in the one that it is in", _APART)
+    guard.note(*A_PROGRAM_STAYS)
     guarding = guard.guard(Order(policy, firewall, scope, grace, command), tell)
     failed = True
     try:

@@ -23,7 +23,6 @@ from securerun.guard.protocol import RUN_ID_VARIABLE, presence_of
 from securerun.linux import local_sockets, proc
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.options import Options
-from securerun.protection import keeper
 
 # What a lease was asked for, for launchers inside of it to compare; for their messages, never for what is closed.
 TERMS_VARIABLE = "SECURERUN_LEASE"
@@ -72,6 +71,12 @@ def find(environment: Mapping[str, str]) -> Enclosing | None:
     if known.get("shield") is not True and known.get("network", network) != network:
         return None
     return Enclosing(run_id, known)
+
+
+def in_own_network(environment: Mapping[str, str]) -> str:
+    """Return the id of the run whose own network this process is proven to be in; "" where it is in none."""
+    run_id = environment.get(RUN_ID_VARIABLE, "")
+    return run_id if RUN_ID.fullmatch(run_id) and _is_in_network_of(run_id) else ""
 
 
 def terms(run_id: str, asked: Options, *, shield: bool, needs_guard: bool = False) -> str:
@@ -144,6 +149,8 @@ def _is_in_network_of(run_id: str) -> bool:
     """
     if proc.is_in_first_user_namespace() or not proc.governs_network():
         return False
+    from securerun.protection import keeper  # few are in a user namespace
+
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
             end.connect(keeper.place_of(run_id))

@@ -4,6 +4,9 @@ It starts the way out, again when that dies, and tells the user's other commands
 ends what is left of a failed or killed job, or waits until that has ended; then it ends the way out. It runs as
 `python -I -S` and loads the standard library alone.
 
+It is two processes: one that does all this, and its parent, which stands by and has another take over from one that was
+killed. So a launcher and a keeper that are killed at once leave nothing either.
+
 What launcher and keeper say to each other is a JSON object a line:
 
     launcher → keeper   begin      the launcher is in its network: the way out's command, None where there is none
@@ -24,13 +27,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from securerun.linux import local_sockets, own_network, prctl, proc, processes, user_namespaces
+from securerun.linux import forked, local_sockets, own_network, prctl, proc, processes, user_namespaces
 from securerun.linux.processes import Process
 
 NAME = "securerun-keep"
+# In the command of a way out: the process whose network it is for.
+TARGET = "PID"
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
     "from securerun.protection.keeper import main; sys.exit(main(sys.argv[1:]))"
@@ -43,12 +49,14 @@ _WORDS_BYTES = 4096
 _DEFAULT_GRACE_SECONDS = 10.0
 _KILL_SECONDS = 5.0
 _END_SECONDS = 2.0
+_TELL_SECONDS = 1.0
 # Where no process can be held by a descriptor (a kernel before 5.3), it is looked at so often.
 _LOOK_SECONDS = 0.1
 _ROUTES_SECONDS, _SHORT_LOOK_SECONDS = 10.0, 0.005
 _DRAIN_SECONDS = 5.0
-# A way out that ends again and again is not started for ever.
+# A way out, or a keeper, that ends again and again is not started for ever.
 _RESTARTS, _RESTARTS_SECONDS = 5, 60.0
+_NAMESPACES = ("net", "user")
 
 
 def command(launcher: int) -> list[str]:
@@ -101,8 +109,55 @@ def main(arguments: Sequence[str]) -> int:
     with socket.socket(fileno=os.dup(0)) as connection:
         _replace_input()
         connection.setblocking(False)
-        _Keeper(life, connection).keep()
+        _stand_by(life, connection)
     return 0
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a keeper has to know that takes over from another.
+
+    namespaces: descriptors of the job's network and user namespace. They keep both from ending, so that no other job's
+    get their numbers, which are given again at once. command: the way out's; None where there is none. unwanted: IP
+    versions whose default route goes. failed: whether the job did; None while it is not over. is_done: nothing is left.
+    """
+
+    namespaces: tuple[int, ...] = ()
+    command: list[str] | None = None
+    unwanted: list[int] = field(default_factory=list)
+    record: dict[str, Any] | None = None
+    grace: float = _DEFAULT_GRACE_SECONDS
+    failed: bool | None = None
+    is_done: bool = False
+
+
+def _stand_by(life: _Life, connection: socket.socket) -> None:
+    """Have a child be the keeper, and another in its place when that is killed, until nothing is left to keep."""
+    kept = _Kept()
+    died: deque[float] = deque(maxlen=_RESTARTS)
+    while not kept.is_done and (len(died) < _RESTARTS or time.monotonic() - died[0] > _RESTARTS_SECONDS):
+        before = kept
+        child, near = forked.fork(lambda far: _Keeper(life, connection, before, far).keep())  # noqa: B023 - at once
+        with near:
+            kept = _told_by(near, before)
+        os.waitpid(child, 0)
+        died.append(time.monotonic())
+
+
+def _told_by(keeper: socket.socket, kept: _Kept) -> _Kept:
+    """Return what is to be known when a keeper has ended, as it told meanwhile."""
+    pending = b""
+    while True:
+        chunk, descriptors, _, _ = socket.recv_fds(keeper, 65536, len(_NAMESPACES))
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        if descriptors:
+            kept = replace(kept, namespaces=tuple(descriptors))
+        if not chunk:
+            return kept
+        *lines, pending = (pending + chunk).split(b"\n")
+        if any(lines):
+            kept = replace(kept, **json.loads([line for line in lines if line][-1]))
 
 
 class _Life:
@@ -125,32 +180,52 @@ class _Life:
 
 
 class _Keeper:
-    def __init__(self, life: _Life, connection: socket.socket) -> None:
+    def __init__(self, life: _Life, connection: socket.socket, kept: _Kept, standby: socket.socket) -> None:
         self._life = life
         self._connection = connection
         self._lines = Lines(connection)
-        self._network = self._users = 0
+        self._kept = kept
+        self._standby = standby
         self._way: _Way | None = None
-        self._command: list[str] | None = None
-        self._unwanted: list[int] = []
         self._inside_child = 0
         self._ended: deque[float] = deque(maxlen=_RESTARTS)
-        self._record: dict[str, Any] | None = None
         self._teller: socket.socket | None = None
-        self._grace = _DEFAULT_GRACE_SECONDS
-        self._failed: bool | None = None
 
     def keep(self) -> None:
         """Do all of the work, until nothing is left of it."""
+        if self._kept.namespaces:
+            self._take_over()
         while self._life.lasts:
             self._wait([self._life.descriptor])
             self._look_after_way()
         while not self._lines.closed and (self._connection in select.select([self._connection], [], [], 0)[0]):
             self._hear()
-        if self._network:
+        self._end_inside_child()
+        if self._kept.namespaces:
             self._see_it_empty()
         if self._way is not None:
             self._way.end()
+        self._remember(is_done=True)
+
+    def _take_over(self) -> None:
+        """Go on where a keeper was killed, whose way out ended with it."""
+        if self._kept.record is not None:
+            self._have_record(self._kept.record)
+        if self._kept.command is None or not (self._life.lasts or self._kept.failed is False):
+            return
+        self._start_way()
+        if self._kept.record is not None:
+            self._say_gone("its keeper was killed", again=True)
+
+    def _remember(self, **changes: Any) -> None:  # noqa: ANN401 - the fields of what is kept
+        """Have the process that stands by know what changes."""
+        self._kept = replace(self._kept, **changes)
+        told = asdict(replace(self._kept, namespaces=()))
+        del told["namespaces"]
+        with contextlib.suppress(OSError):  # it was killed: this one goes on without
+            if "namespaces" in changes:
+                socket.send_fds(self._standby, [b"\n"], self._kept.namespaces)
+            self._standby.sendall(json.dumps(told).encode() + b"\n")
 
     def _wait(self, descriptors: Sequence[int], seconds: float = _DRAIN_SECONDS) -> None:
         """Wait until something happens, and take care of it, but for these descriptors."""
@@ -180,35 +255,68 @@ class _Keeper:
             if kind == "begin":
                 self._begin(body)
             elif kind == "record":
-                own = {"guard": os.getpid(), "guard_start": proc.start_time(os.getpid())}
-                self._record, self._grace = {**body["record"], **own}, float(body["grace"])
-                self._stand(body["record"]["policy"]["run_id"])
+                self._remember(grace=float(body["grace"]))
+                self._have_record(body["record"])
             elif kind == "release":
-                self._failed = bool(body["failed"])
+                self._remember(failed=bool(body["failed"]))
 
     def _begin(self, body: dict[str, Any]) -> None:
-        network, users = (proc.namespace(kind, self._life.pid) for kind in ("net", "user"))
+        namespaces = tuple(proc.open_namespace(kind, self._life.pid) for kind in _NAMESPACES)
         # What is in there is ended one day: never what is out here.
-        if network == proc.namespace("net") or users == proc.namespace("user"):
+        if any(_number(one) == proc.namespace(kind) for one, kind in zip(namespaces, _NAMESPACES)):
             return
-        self._network, self._users = network, users
-        self._command, self._unwanted = body["command"], list(body["unwanted_routes"])
+        self._remember(namespaces=namespaces, command=body["command"], unwanted=list(body["unwanted_routes"]))
         self._start_way()
 
-    def _start_way(self) -> None:
-        if self._command is not None:
-            self._way = _Way(self._command)
-            self._remove_routes()
-
-    def _remove_routes(self) -> None:
-        """Take routes away that the way out brings and the host has not; by a child, since there is no way back."""
-        if not self._unwanted:
+    def _have_record(self, record: dict[str, Any]) -> None:
+        """Be who keeps the run of this record, and stand where the user's other commands find it."""
+        self._remember(record={**record, "guard": os.getpid(), "guard_start": proc.start_time(os.getpid())})
+        teller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            teller.bind(place_of(record["policy"]["run_id"]))
+            teller.listen()
+        except OSError:
+            teller.close()
             return
+        self._teller = teller
+
+    def _start_way(self) -> None:
+        target = self._target()
+        if self._kept.command is not None and target:
+            self._way = _Way([target if word == TARGET else word for word in self._kept.command])
+            self._remove_routes(int(target))
+
+    def _target(self) -> str:
+        """Return the id of a process in the job's network; "" where there is none."""
+        if self._life.lasts:
+            return str(self._life.pid)
+        found = (
+            one.pid for one in self._inside() if proc.namespace("net", one.pid) == _number(self._kept.namespaces[0])
+        )
+        with contextlib.suppress(OSError):
+            return str(next(found, ""))
+        return ""
+
+    def _remove_routes(self, pid: int) -> None:
+        """Take routes away that the way out brings and the host has not; by a child, since there is no way back."""
+        if not self._kept.unwanted:
+            return
+        self._end_inside_child()
+        keeper = os.getpid()
         self._inside_child = os.fork()
         if self._inside_child == 0:
             with contextlib.suppress(OSError):
-                _remove_routes(self._life.pid, self._unwanted)
+                prctl.set_signal_at_parents_end(signal.SIGKILL)
+                if os.getppid() == keeper:
+                    _remove_routes(pid, self._kept.unwanted)
             os._exit(0)
+
+    def _end_inside_child(self) -> None:
+        """End the one that waits for the routes of a way out that has ended."""
+        if self._inside_child:
+            os.kill(self._inside_child, signal.SIGKILL)
+            os.waitpid(self._inside_child, 0)
+            self._inside_child = 0
 
     def _look_after_way(self) -> None:
         """Have another way out in place of one that has ended, and tell the launcher."""
@@ -219,23 +327,15 @@ class _Keeper:
         words, self._way = self._way.last_words(), None
         now = time.monotonic()
         often = len(self._ended) == _RESTARTS and now - self._ended[0] < _RESTARTS_SECONDS
-        again = self._record is not None and not often
+        again = self._kept.record is not None and not often
         self._ended.append(now)
-        with contextlib.suppress(OSError):
-            self._connection.send(encode("gone", {"words": words, "again": again}))
+        self._say_gone(words, again=again)
         if again:
             self._start_way()
 
-    def _stand(self, run_id: str) -> None:
-        """Stand where the user's other commands find this run."""
-        teller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            teller.bind(place_of(run_id))
-            teller.listen()
-        except OSError:
-            teller.close()
-            return
-        self._teller = teller
+    def _say_gone(self, words: str, *, again: bool) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send(encode("gone", {"words": words, "again": again}))
 
     def _tell(self) -> None:
         """Tell of the run to whoever has come, if that is this user or root."""
@@ -245,22 +345,24 @@ class _Keeper:
             asking, _ = self._teller.accept()
             with asking:
                 if local_sockets.peer_of(asking)[1] in {os.getuid(), 0}:
-                    asking.send(json.dumps(self._record).encode())
+                    asking.settimeout(_TELL_SECONDS)
+                    asking.sendall(json.dumps(self._kept.record).encode())
 
     def _see_it_empty(self) -> None:
         """End what a job left that failed or whose launcher was killed; wait for what one left that ended well."""
-        if self._failed is False:
-            if self._record is not None:
-                self._record["draining"] = True
-            while left := self._inside():
-                lives = [_Life(one.pid) for one in left if processes.lives(one)]
-                for life in lives[:1]:
-                    self._wait([life.descriptor])
-                for life in lives:
-                    if life.descriptor >= 0:
-                        os.close(life.descriptor)
-        else:
-            processes.end_all(self._inside, self._grace, _KILL_SECONDS)
+        if self._kept.failed is not False:
+            processes.end_all(self._inside, self._kept.grace, _KILL_SECONDS)
+            return
+        if self._kept.record is not None:
+            self._remember(record={**self._kept.record, "draining": True})
+        while left := self._inside():
+            lives = [_Life(one.pid) for one in left if processes.lives(one)]
+            for life in lives[:1]:
+                self._wait([life.descriptor])
+            for life in lives:
+                if life.descriptor >= 0:
+                    os.close(life.descriptor)
+            self._look_after_way()
 
     def _inside(self) -> frozenset[Process]:
         """Return what is in the job's network, or in a user namespace that was made in there, and is this user's."""
@@ -276,9 +378,14 @@ class _Keeper:
         return frozenset(found)
 
     def _is_inside(self, pid: int) -> bool:
-        if proc.namespace("net", pid) == self._network:
+        network, users = map(_number, self._kept.namespaces)
+        if proc.namespace("net", pid) == network:
             return True
-        return proc.namespace("user", pid) == self._users or proc.is_within_user_namespace(pid, self._users)
+        return proc.namespace("user", pid) == users or proc.is_within_user_namespace(pid, users)
+
+
+def _number(namespace: int) -> int:
+    return os.fstat(namespace).st_ino
 
 
 class _Way:

@@ -83,6 +83,10 @@ class Connection:
         line, _, self._pending = self._pending.partition(b"\n")
         return decode(line)
 
+    def has_answer(self) -> bool:
+        """Return whether there is something to receive, or nobody any more from whom to."""
+        return b"\n" in self._pending or bool(select.select([self._answers], [], [], 0)[0])
+
     def reap(self) -> None:
         """Take note that the first process has made way for the guard itself, which is no child of ours (server.py)."""
         if self._process is not None:

@@ -14,12 +14,12 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from checkout import COMMANDS
-from hosts import Host, eventually, finish, kill_group
-from process_table import users_of
+from hosts import Host, eventually, finish, is_alive, kill_group
+from process_table import fields_of, users_of
 from users import FIRST_USER, PrivateMachine, User
 
 CONTROL = str(COMMANDS / "securerunctl")
@@ -92,12 +92,38 @@ class Job:
         """The keepers that live on the machine, and what they have started."""
         return ours(self._machine)
 
+    def keeper(self) -> int:
+        """The one of them that keeps this job; the other stands by. It has started the way out."""
+        return parent_of(self.way_out())
+
+    def way_out(self, but: Collection[int] = ()) -> int:
+        """The way out, once there is one and none of those that are named."""
+        found: list[int] = []
+
+        def has_one() -> bool:
+            found[:] = [pid for pid in self.keepers() if pid not in but and _is_way_out(pid)]
+            return len(found) == 1
+
+        assert eventually(has_one)
+        return found[0]
+
 
 def ours(machine: PrivateMachine) -> list[int]:
     """The keepers of a private machine, and the ways out of its users, which hide in mounts of their own."""
     keepers = [pid for pid in machine.processes() if name_of(pid) == "securerun-keep"]
     named = (int(place.name) for place in Path("/proc").glob("[0-9]*") if name_of(int(place.name)) in _WAYS_OUT)
-    return [*keepers, *(pid for pid in named if users_of(pid)[:1] >= [FIRST_USER])]
+    return [*keepers, *(pid for pid in named if users_of(pid)[:1] >= [FIRST_USER] and is_alive(pid))]
+
+
+def _is_way_out(pid: int) -> bool:
+    """Whether this is what a keeper has started, and none of the processes that it makes for a moment."""
+    with contextlib.suppress(OSError):
+        return name_of(pid) in _WAYS_OUT and name_of(parent_of(pid)) == "securerun-keep"
+    return False
+
+
+def parent_of(pid: int) -> int:
+    return int(fields_of(pid)[1])
 
 
 def name_of(pid: int) -> str:

@@ -206,8 +206,7 @@ class Pair:
         """Wait for the end of all that holds the streams, and return what was seen, which was the same."""
         return self.same(*self.end_differently())
 
-    @staticmethod
-    def same(of_torchrun: Seen, of_securerun: Seen) -> Seen:
+    def same(self, of_torchrun: Seen, of_securerun: Seen) -> Seen:
         """Return what was seen, which was the same."""
         expected = _under_umask_and_sealed(of_torchrun)
         if self._apart:

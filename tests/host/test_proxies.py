@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import pytest
 
 from securerun.host import name_servers, proxies
@@ -37,9 +39,12 @@ def test_proxies_are_told_by_their_variables(
         ("# 127.0.0.1\nnameserver ::1\nnameserver 127.0.0.1\n", "# 127.0.0.1\nnameserver F\n\n"),
         ("nameserver 192.0.2.1\nnameserver 0.0.0.0\n", "nameserver 192.0.2.1\nnameserver F\n"),
         ("nameserver fe80::1%eth0\n", None),
+        ("nameserver 10.0.0.1\nnameserver 10.0.0.2\n", "nameserver F\nnameserver 10.0.0.2\n"),
+        ("nameserver fd00:0::1\n", "nameserver F\n"),
     ],
 )
-def test_name_servers_on_the_loopback_are_told_and_replaced(text: str, forwarded: str | None) -> None:
-    assert name_servers.on_loopback(text) is (forwarded is not None)
+def test_name_servers_of_this_host_are_told_and_replaced(text: str, forwarded: str | None) -> None:
+    own = [ipaddress.ip_address("10.0.0.1"), ipaddress.ip_address("fd00::1")]
+    assert name_servers.are_here(text, own) is (forwarded is not None)
     if forwarded is not None:
-        assert name_servers.forwarded(text, "F") == forwarded
+        assert name_servers.forwarded(text, "F", own) == forwarded

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from apart import CONTROL, EXEC, LISTENER, SECURERUN, Job, make_ordinary, name_of, ours
-from hosts import Host, Network, eventually, is_alive
+from apart import CONTROL, EXEC, LISTENER, SECURERUN, Job, make_ordinary, name_of, ours, parent_of
+from hosts import Host, Network, eventually, finish, is_alive, kill_group
+from patience import patient
 from probe import reach
+from terminals import Seat
 from users import GUARD, SUDOERS, PrivateMachine, User
 
 _SAYS = "in a network of its own; out by pasta; nobody can connect, from another host or from this one"
@@ -41,9 +46,9 @@ _SERVER = (
 )
 # Answers every question with 192.0.2.7.
 _NAME_SERVER = (
-    "import socket\n"
+    "import socket, sys\n"
     "end = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
-    "end.bind(('127.0.0.53', 53))\n"
+    "end.bind((sys.argv[1], 53))\n"
     "print('ready', flush=True)\n"
     "while True:\n"
     "    asked, source = end.recvfrom(512)\n"
@@ -158,20 +163,23 @@ def test_job_connects_to_other_hosts_as_this_one_does_and_not_to_the_hosts_loopb
     assert done.stdout.split() == [*node.addresses, *["ConnectionRefusedError"] * 4], done
 
 
-def test_names_are_asked_of_a_server_on_the_hosts_loopback(ground: Ground) -> None:
-    """As with systemd-resolved: in there 127.0.0.53 is the job's own loopback."""
+@pytest.mark.parametrize("server", ["127.0.0.53", "10.77.0.1"])
+def test_names_are_asked_of_a_server_on_this_host(ground: Ground, server: str) -> None:
+    """As systemd-resolved is, or one that this host has for its containers: in there both addresses are the job's."""
     machine, node, _, alice, _ = ground
-    files = {"/etc/nsswitch.conf": "hosts: dns\n", "/etc/resolv.conf": "nameserver 127.0.0.53\noptions timeout:2\n"}
-    before = {name: machine.place(name).read_text() for name in files}
-    for name, text in files.items():
-        machine.write(name, text)
-    server = node.popen([sys.executable, "-c", _NAME_SERVER])
-    assert server.stdout is not None and server.stdout.readline() == "ready\n"
+    text = f"nameserver {server}\noptions timeout:2\n"
+    before = machine.place("/etc/resolv.conf").read_text()
+    machine.write("/run/systemd/resolve/stub-resolv.conf", text)
+    machine.run(node, ["ln", "-sf", "../run/systemd/resolve/stub-resolv.conf", "/etc/resolv.conf"])
+    machine.write("/etc/nsswitch.conf", "hosts: dns\n")
+    serving = node.popen([sys.executable, "-c", _NAME_SERVER, server])
+    assert serving.stdout is not None and serving.stdout.readline() == "ready\n"
     look = "import socket; print(socket.gethostbyname('data.example'), open('/etc/resolv.conf').read())"
     done = machine.run(node, [*EXEC, "--", sys.executable, "-c", look], user=alice)
-    assert machine.place("/etc/resolv.conf").read_text() == files["/etc/resolv.conf"]
-    for name, text in before.items():
-        machine.write(name, text)
+    assert machine.run(node, ["cat", "/etc/resolv.conf"]).stdout == text
+    machine.run(node, ["rm", "/etc/resolv.conf"])
+    machine.write("/etc/resolv.conf", before)
+    make_ordinary(machine)
     assert done.stdout.split() == ["192.0.2.7", "nameserver", "169.254.1.1", "options", "timeout:2"], done
 
 
@@ -246,24 +254,85 @@ def test_way_out_that_is_killed_is_replaced(ground: Ground) -> None:
     machine, node, other, alice, _ = ground
     serve(other, 7004, other.ipv4)
     with Job(machine, node, alice) as job:
-        (pasta,) = (pid for pid in job.keepers() if name_of(pid) != "securerun-keep")
-        os.kill(pasta, signal.SIGKILL)
+        os.kill(job.way_out(), signal.SIGKILL)
         look = job.entered(sys.executable, "-c", _CONNECT, other.ipv4, "7004")
         assert eventually(lambda: machine.run(node, look, user=alice).stdout == f"{node.ipv4}\n", seconds=10)
         assert "pasta has ended" in job.end().stderr
 
 
-def test_keeper_that_is_killed_opens_nothing_and_is_told_of(ground: Ground) -> None:
+def test_keeper_that_is_killed_is_replaced_and_opens_nothing(ground: Ground) -> None:
+    machine, node, other, alice, _ = ground
+    serve(other, 7005, other.ipv4)
+    with Job(machine, node, alice) as job:
+        os.kill(job.keeper(), signal.SIGKILL)
+        outside = [(address, job.port) for address in node.addresses]
+        assert reach(other, outside) == dict.fromkeys(outside, False)
+        look = job.entered(sys.executable, "-c", _CONNECT, other.ipv4, "7005")
+        assert eventually(lambda: machine.run(node, look, user=alice).stdout == f"{node.ipv4}\n", seconds=10)
+        (run,) = json.loads(machine.run(node, [CONTROL, "status", "--json"], user=alice).stdout)["runs"]
+        assert (run["state"], run["guard_pid"]) == ("guarding", job.keeper())
+        done = job.end()
+    assert done.returncode == 0
+    assert "pasta has ended (its keeper was killed); another was started" in done.stderr
+
+
+def test_all_keepers_that_are_killed_open_nothing_and_are_told_of(ground: Ground) -> None:
     machine, node, other, alice, _ = ground
     with Job(machine, node, alice) as job:
-        (keeper,) = (pid for pid in job.keepers() if name_of(pid) == "securerun-keep")
-        os.kill(keeper, signal.SIGKILL)
+        # The one that stands by goes first, or it would start another.
+        for keeper in (parent_of(job.keeper()), job.keeper()):
+            os.kill(keeper, signal.SIGKILL)
         assert eventually(lambda: not job.keepers())
         outside = [(address, job.port) for address in node.addresses]
         assert reach(other, outside) == dict.fromkeys(outside, False)
         done = job.end()
     assert done.returncode == 0
     assert "the keeper of this job's network was killed" in done.stderr
+
+
+def test_launcher_and_keeper_that_are_killed_at_once_leave_nothing(ground: Ground) -> None:
+    machine, node, _, alice, _ = ground
+    with Job(machine, node, alice, "--grace", "0.5") as job:
+        keeper = job.keeper()
+        for pid in (job.pid, keeper):
+            os.kill(pid, signal.SIGSTOP)
+        for pid in (job.pid, keeper):
+            os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not is_alive(job.worker) and not job.keepers(), seconds=8), machine.processes()
+
+
+def test_way_out_that_dies_again_and_again_is_given_up_and_told_of(ground: Ground) -> None:
+    machine, node, other, alice, _ = ground
+    with Job(machine, node, alice) as job:
+        killed: set[int] = set()
+        while len(killed) < 6:
+            way_out = job.way_out(but=killed)
+            killed.add(way_out)
+            os.kill(way_out, signal.SIGKILL)
+        assert eventually(lambda: {name_of(pid) for pid in job.keepers()} == {"securerun-keep"}, seconds=5)
+        outside = [(address, job.port) for address in node.addresses]
+        assert reach(other, outside) == dict.fromkeys(outside, False)
+        done = job.end()
+    assert done.returncode == 0 and "the job has no way out; nobody can connect" in done.stderr, done
+
+
+def test_way_out_of_what_a_job_left_is_replaced_too(ground: Ground) -> None:
+    machine, node, other, alice, _ = ground
+    serve(other, 7006, other.ipv4)
+    script = (
+        "import subprocess as s\n"
+        "print(s.Popen(['sleep', '600'], stdout=s.DEVNULL, stderr=s.DEVNULL, start_new_session=True).pid)"
+    )
+    done = machine.run(node, [*EXEC, "--", sys.executable, "-c", script], user=alice)
+    left = int(done.stdout)
+    try:
+        (before,) = (pid for pid in ours(machine) if name_of(pid) != "securerun-keep")
+        os.kill(before, signal.SIGKILL)
+        look = [f"--target={left}", "--user", "--net", "--preserve-credentials", "--", sys.executable, "-c", _CONNECT]
+        enter = ["nsenter", *look, other.ipv4, "7006"]
+        assert eventually(lambda: machine.run(node, enter, user=alice).stdout == f"{node.ipv4}\n", seconds=10)
+    finally:
+        os.kill(left, signal.SIGKILL)
 
 
 # The launcher
@@ -469,3 +538,173 @@ def test_program_that_goes_on_after_its_job_stays_in_its_network(ground: Ground)
     script = "from securerun.run import main; main(['--scope', 'namespace', 'no.py'])"
     done = machine.run(node, [sys.executable, "-c", script], user=alice)
     assert done.returncode == 2 and "a program that goes on after the job would stay" in done.stderr, done
+
+
+def test_python_program_that_asks_for_a_lease_inside_relies_on_the_run_around_it(ground: Ground) -> None:
+    """As who was told to start such a program by `securerunctl exec` has it."""
+    machine, node, _, alice, _ = ground
+    script = (
+        "import securerun\n"
+        "for peers in ('localhost', '10.77.0.2'):\n"
+        "    with securerun.guarded(securerun.policy(peers=peers)) as guarding: print(*guarding.layers)\n"
+    )
+    done = machine.run(node, [*EXEC, "--scope", "namespace", "--", sys.executable, "-c", script], user=alice)
+    assert done.returncode == 1 and done.stdout.startswith("namespace (of run"), done
+    assert len(done.stdout.splitlines()) == 1 and "to which nobody can connect: neither can peers" in done.stderr
+
+
+def test_who_asks_for_it_by_name_says_that_the_command_is_of_one_node(ground: Ground) -> None:
+    """Nothing has to name peers, and those that a shell names for all of its jobs are none."""
+    machine, node, _, alice, _ = ground
+    by_name = [CONTROL, "exec", "--scope", "namespace"]
+    command = ["--report", "named.json", "--", "true"]
+    done = machine.run(node, [*by_name, *command], user=alice, env={"SECURERUN_PEERS": "10.77.0.2"})
+    assert (done.returncode, _SAYS in done.stderr) == (0, True), done
+    assert json.loads(machine.place(f"{alice.home}/named.json").read_text())["launch"]["policy"]["peers"] == []
+    planned = machine.run(node, [*by_name, "--dry-run", "--", "true"], user=alice)
+    assert planned.returncode == 0 and "namespace: a network of its own" in planned.stdout, planned
+
+
+# Hosts of other kinds
+
+
+def test_job_finds_another_interface_of_its_host_by_name(ground: Ground) -> None:
+    machine, node, _, alice, _ = ground
+    commands = ("ip link add ib0 type veth peer name ib1", "ip addr add 10.88.0.1/24 dev ib0", "ip link set ib0 up")
+    node.run(["sh", "-ec", "; ".join(commands)], check=True)
+    look = (
+        "import socket\n"
+        "listener = socket.create_server(('10.88.0.1', 0))\n"
+        "listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'')\n"
+        "end = socket.create_connection(listener.getsockname(), timeout=5)\n"
+        "print(sorted(name for _, name in socket.if_nameindex()), end.getpeername()[0])\n"
+    )
+    named = ["--interface", "ib0", "--", sys.executable, "-c", look]
+    try:
+        done = machine.run(node, [*EXEC, *named], user=alice, env={"GLOO_SOCKET_IFNAME": "ib0"})
+    finally:
+        node.run(["ip", "link", "del", "ib0"], check=True)
+    assert done.stdout == "['eth0', 'ib0', 'lo'] 10.88.0.1\n", done
+    assert "Traceback" not in done.stderr and _SAYS in done.stderr
+
+
+@pytest.fixture(scope="module")
+def others(ground: Ground) -> Iterator[tuple[Host, Host, Host]]:
+    """Hosts with a default route, without IPv6, and without any address."""
+    with Network("routed", "four", "alone") as network:
+        routed, four, alone = network
+        routed.run(["ip", "route", "add", "default", "via", four.ipv4], check=True)
+        without = "ip addr add 192.0.2.9/32 dev lo; sysctl -qw net.ipv6.conf.all.disable_ipv6=1"
+        four.run(["sh", "-ec", without], check=True)
+        alone.run(["ip", "link", "del", "eth0"], check=True)
+        yield routed, four, alone
+
+
+def test_hosts_default_route_is_the_jobs_and_one_that_it_has_not_is_none(
+    ground: Ground, others: tuple[Host, Host, Host]
+) -> None:
+    machine, node, _, alice, _ = ground
+    routed, four, _ = others
+    serve(four, 7020, "192.0.2.9")
+    command = [*EXEC, "--", sys.executable, "-c", _CONNECT, "192.0.2.9", "7020"]
+    done = machine.run(routed, command, user=alice)
+    assert done.stdout == f"{routed.ipv4}\n", done
+    # At once, as outside: nobody waits for a time-out.
+    assert machine.run(node, command, user=alice).stdout == "OSError\n"
+
+
+def test_host_without_ipv6_is_enough(ground: Ground, others: tuple[Host, Host, Host]) -> None:
+    machine, _, _, alice, _ = ground
+    routed, four, _ = others
+    serve(routed, 7021, routed.ipv4)
+    done = machine.run(four, [*EXEC, "--", sys.executable, "-c", _CONNECT, routed.ipv4, "7021"], user=alice)
+    assert done.stdout == f"{four.ipv4}\n", done
+
+
+def test_host_without_a_network_has_none_to_miss(ground: Ground, others: tuple[Host, Host, Host]) -> None:
+    machine, _, _, alice, _ = ground
+    done = machine.run(others[2], [*EXEC, "--", "echo", "ran"], user=alice)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done
+    assert "in a network of its own; without a way out; nobody can connect" in done.stderr
+    assert "this host has no address but its loopback's" in done.stderr
+
+
+# What goes on working
+
+
+def test_interrupt_ends_a_job_that_writes_to_tee_and_all_of_it_is_written(ground: Ground) -> None:
+    machine, node, _, alice, _ = ground
+    words = shlex.join([*EXEC, "--", "sh", "-c", "trap 'echo told; exit 3' INT; echo up; while :; do sleep 0.1; done"])
+    pipeline = f"{words} 2>&1 | tee -i log; echo status ${{PIPESTATUS[0]}}"
+    with Seat(node, machine.command(["bash", "-c", f"trap : INT; {pipeline}"], user=alice)) as terminal:
+        terminal.show("up\r\n")
+        terminal.type("\x03")
+        terminal.show("status 3")
+        assert terminal.end() == 0
+    log = machine.place(f"{alice.home}/log").read_text()
+    assert _SAYS in log and "up\ntold\n" in log, log
+
+
+def test_files_of_root_that_were_open_at_the_start_stay_open(ground: Ground) -> None:
+    """As a batch system leaves them: the job may not open them, and writes to them."""
+    machine, node, _, alice, _ = ground
+    secret = machine.place(machine.write("/run/secret", "of root\n", mode=0o600))
+    command = [*EXEC, "--", "sh", "-c", "read line; echo $line too"]
+    with secret.open("a") as log, secret.open() as words:
+        job = machine.popen(node, command, user=alice, stdin=words, stdout=log)
+        assert finish(job, timeout=30).returncode == 0
+    assert secret.read_text() == "of root\nof root too\n"
+
+
+def test_page_of_a_report_says_by_what_it_was_protected(ground: Ground) -> None:
+    machine, node, _, alice, _ = ground
+    done = machine.run(node, [*EXEC, "--report", "run.html", "--", "true"], user=alice)
+    assert done.returncode == 0, done
+    page = machine.place(f"{alice.home}/run.html").read_text()
+    assert "none needed: in a network of its own, out by pasta" in page
+
+
+# Enemies
+
+
+def test_program_of_somebody_elses_is_no_way_out(ground: Ground) -> None:
+    machine, node, other, alice, bob = ground
+    serve(other, 7030, other.ipv4)
+    machine.run(node, ["sh", "-ec", "install -o $0 -D /usr/bin/passt $1/bin/pasta", str(bob.uid), bob.home])
+    machine.run(node, ["sh", "-ec", "install -o $0 -D /usr/bin/passt $1/bin/pasta", str(alice.uid), alice.home])
+    hidden = ("/usr/bin/pasta", "/usr/bin/slirp4netns")
+    for program in hidden:
+        machine.run(node, ["mount", "--bind", "/dev/null", program])
+    command = [*EXEC, "--", sys.executable, "-c", _CONNECT, other.ipv4, "7030"]
+    try:
+        path = alice.environment["PATH"]
+        refused = machine.run(node, command, user=alice, env={"PATH": f"{bob.home}/bin:.:{path}"})
+        own = machine.run(node, command, user=alice, env={"PATH": f"{path}:{alice.home}/bin"})
+    finally:
+        for program in hidden:
+            machine.run(node, ["umount", program])
+    assert refused.returncode == 77, refused
+    assert f"{bob.home}/bin/pasta is not taken, since {bob.home} belongs to user {bob.uid}" in refused.stderr
+    assert own.stdout == f"{node.ipv4}\n", own
+
+
+def test_silent_strangers_at_the_places_of_runs_keep_nobody_waiting(ground: Ground) -> None:
+    machine, node, _, alice, bob = ground
+    squat = (
+        "import socket, sys\n"
+        "ends = []\n"
+        "for number in range(300):\n"
+        "    ends.append(socket.socket(socket.AF_UNIX)); ends[-1].bind(f'\\0securerun-own-network-{number:012x}')\n"
+        "    ends[-1].listen(number % 2)\n"
+        "print('ready', flush=True); sys.stdin.read()\n"
+    )
+    stranger = machine.popen(node, [sys.executable, "-c", squat], user=bob, stdin=subprocess.PIPE)
+    assert stranger.stdout is not None and stranger.stdout.readline() == "ready\n"
+    try:
+        with Job(machine, node, alice) as job:
+            for user in (alice, None):
+                begun = time.monotonic()
+                (run,) = json.loads(machine.run(node, [CONTROL, "status", "--json"], user=user).stdout)["runs"]
+                assert (run["pid"], time.monotonic() - begun < patient(5)) == (job.pid, True)
+    finally:
+        kill_group(stranger)

@@ -38,10 +38,7 @@ def pair(
     request: pytest.FixtureRequest, networks: tuple[Network, Network], tmp_path_factory: pytest.TempPathFactory
 ) -> Pair:
     """securerun with a guard and, for launches of one node, in a network of the job's own."""
-    apart = request.param == "apart"
-    if apart and request.node.get_closest_marker("in_this_network"):
-        pytest.skip("a network of a job's own is for one node, and for a command that ends with its job")
-    return Pair(tmp_path_factory.mktemp("pair"), networks, apart=apart)
+    return Pair(tmp_path_factory.mktemp("pair"), networks, apart=request.param == "apart")
 
 
 def _shell(script: str) -> list[str]:
@@ -62,8 +59,8 @@ def _listens(node: Host, port: int) -> bool:
         (("--no-python", sys.executable, WORLD, "a"), "['a']", "words\n"),
         (("--run-path", WORLD, "a"), "['a']", ""),
         (("--run-path", "--start-method", "forkserver", WORLD), "[]", ""),
-        (("--run-path", "--start-method", "fork", WORLD), "[]", ""),
-        ((*_MASTER, WORLD), "[]", "words\n"),
+        pytest.param(("--run-path", "--start-method", "fork", WORLD), "[]", "", marks=pytest.mark.apart),
+        pytest.param((*_MASTER, WORLD), "[]", "words\n", marks=pytest.mark.apart),
     ],
     ids=["script", "dashes", "module", "no-python", "run-path", "forkserver", "fork", "static"],
 )
@@ -77,6 +74,7 @@ def test_workers_find_the_world_that_torchrun_gives_them(
     assert seen.world()["input"] == reads
 
 
+@pytest.mark.apart
 def test_the_environment_says_what_options_say(pair: Pair) -> None:
     settings = {
         "PET_NPROC_PER_NODE": "2",
@@ -107,6 +105,7 @@ def test_options_may_be_abbreviated_and_run_together(pair: Pair) -> None:
     assert any(re.search(r"\]   max_restarts +: 1$", line) for line in seen.errors), seen.errors
 
 
+@pytest.mark.apart
 def test_limits_priority_and_ignored_signals_are_handed_on(pair: Pair) -> None:
     arrange = (
         "trap '' HUP USR2; ulimit -c 0; ulimit -n 512; exec 9< /dev/null; exec setarch -R nice -n 3 choom -n 77 -- "
@@ -130,6 +129,7 @@ def test_scripts_of_the_old_launch_module_find_what_they_found(pair: Pair, optio
     assert (seen.status, seen.output[1]) == ([0], f"worker 1 says {told}")
 
 
+@pytest.mark.apart
 def test_a_terminal_is_a_terminal_and_ctrl_c_ends_the_job(pair: Pair) -> None:
     pair.start("--nproc-per-node", "2", JOB, "wait", terminal=True)
     pair.wait_for("up.*", count=2)
@@ -139,7 +139,7 @@ def test_a_terminal_is_a_terminal_and_ctrl_c_ends_the_job(pair: Pair) -> None:
     assert {"worker 0 got SIGINT", "worker 1 got SIGINT"} <= set(seen.output)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"])
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.apart), "SIGHUP", "SIGQUIT", "SIGUSR1"])
 def test_a_signal_that_the_launcher_handles_is_passed_to_the_workers(pair: Pair, name: str) -> None:
     handled = ["--signals-to-handle", "SIGUSR1,SIGTERM"] if name == "SIGUSR1" else []
     pair.start(*handled, "--nproc-per-node", "2", JOB, "wait")
@@ -150,7 +150,7 @@ def test_a_signal_that_the_launcher_handles_is_passed_to_the_workers(pair: Pair,
     assert any("SignalException" in line for line in seen.errors)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGUSR1", pytest.param("SIGKILL", marks=pytest.mark.apart)])
 def test_a_signal_that_it_does_not_handle_ends_the_launcher_with_that_status(pair: Pair, name: str) -> None:
     """Under torchrun the workers then live on; securerun's guard ends them, as other tests show."""
     pair.start(JOB, "wait")
@@ -229,7 +229,7 @@ def test_help_is_torchruns_and_then_ours(pair: Pair) -> None:
     [
         ("exit", "exitcode  : 3 (pid: N)"),
         ("signal", "Signal 11 (SIGSEGV) received by PID N"),
-        ("exception", "ValueError: the loss is no number"),
+        pytest.param("exception", "ValueError: the loss is no number", marks=pytest.mark.apart),
     ],
 )
 def test_a_worker_that_fails_is_reported_restarted_and_written_down(pair: Pair, how: str, words: str) -> None:
@@ -244,6 +244,7 @@ def test_a_worker_that_fails_is_reported_restarted_and_written_down(pair: Pair, 
     assert ("error.json" in seen.files) == (how == "exception")
 
 
+@pytest.mark.apart
 def test_logs_lie_where_torchrun_puts_them(pair: Pair) -> None:
     options = (
         *("--nproc-per-node", "3", "--log-dir", "logs", "--redirects", "0:1,1:2", "--tee", "1:1,2:3"),
@@ -260,6 +261,7 @@ def test_logs_lie_where_torchrun_puts_them(pair: Pair) -> None:
     assert seen.files[f"{directory}/0/stdout.log"].mode == "0440"
 
 
+@pytest.mark.apart
 def test_output_is_passed_on_byte_for_byte_in_order(pair: Pair) -> None:
     seen = pair.run(JOB, "streams", prefix=_shell('(umask 077; : > out; : > err); exec "$@" > out 2> err'))
     assert (seen.status, seen.output, seen.errors) == ([0], [], [])
@@ -267,13 +269,16 @@ def test_output_is_passed_on_byte_for_byte_in_order(pair: Pair) -> None:
     assert str(seen.files["err"].content).splitlines()[-1] == "complaint 2 of 0"
 
 
-@pytest.mark.parametrize("streams", ["<&- 2>&-", "2>/dev/full", "2> >(exec true)"])
+@pytest.mark.parametrize(
+    "streams", [pytest.param("<&- 2>&-", marks=pytest.mark.apart), "2>/dev/full", "2> >(exec true)"]
+)
 def test_a_job_needs_nobody_who_listens(pair: Pair, streams: str) -> None:
     # Words that a buffer still holds at the exit would be told by the status too.
     seen = pair.run(WORLD, prefix=_shell(f'exec "$@" {streams}'), env={"PYTHONUNBUFFERED": None})
     assert (seen.status, seen.output) == ([0], ["worker 0 says []"])
 
 
+@pytest.mark.apart
 def test_a_job_that_ends_well_may_leave_processes_behind(pair: Pair) -> None:
     seen = pair.run(JOB, "leave")
     assert seen.status == [0]
