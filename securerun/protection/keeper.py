@@ -45,7 +45,7 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 # What ends a process that a batch system or a person wants to end: this one ends when its work is done.
 _DEAF_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _MOST_BYTES = 16 * 1024 * 1024
-_WORDS_BYTES = 4096
+_WORDS_BYTES, _MOST_CHUNKS = 4096, 16
 _DEFAULT_GRACE_SECONDS = 10.0
 _KILL_SECONDS = 5.0
 _END_SECONDS = 2.0
@@ -407,9 +407,11 @@ class _Way:
         self._status: int | None = None
 
     def listen(self) -> None:
-        """Take in what it says, the last of it."""
+        """Take in what it says, the last of it; of one that says more and more, a part, since there is more to do."""
         with contextlib.suppress(BlockingIOError):
-            while self.words >= 0:
+            for _ in range(_MOST_CHUNKS):
+                if self.words < 0:
+                    return
                 chunk = os.read(self.words, 65536)
                 self._said = (self._said + chunk)[-_WORDS_BYTES:]
                 if not chunk:
