@@ -60,6 +60,10 @@ class Cell:
         """v2, hybrid or v1."""
         return self.ground.removeprefix("systemd-")
 
+    def has(self, part: str) -> bool:
+        """Whether a part of the trial (kernel_trial.py) applies to such a machine."""
+        return {"socket": self.has_systemd, "net_cls": self.cgroups != "v2"}.get(part, True)
+
     @property
     def file_name(self) -> str:
         return f"{self}.json".replace("/", "-")

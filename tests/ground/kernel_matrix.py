@@ -58,8 +58,7 @@ class Trial:
 
     def of(self, cell: Cell) -> Trial:
         """Without what such a machine has not. One launch of torch is enough for aarch64."""
-        has = {"socket": cell.has_systemd, "net_cls": cell.cgroups != "v2"}
-        parts = [part for part in self.parts if has.get(part, True)]
+        parts = [part for part in self.parts if cell.has(part)]
         torch = [part for part in self.torch if part in parts and (part == "one" or cell.architecture == "amd64")]
         return replace(self, parts=parts, torch=torch)
 
@@ -99,12 +98,12 @@ def kernel_of(cell: Cell, own: dict[str, Path]) -> KernelFiles:
     return kernel_lab.debian_kernel(cell.kernel, cell.architecture)
 
 
-def keep(results: Path, cell: Cell, document: dict[str, Any]) -> None:
-    """Write the parts that were tried, beside the others of this cell."""
+def keep(results: Path, cell: Cell, document: dict[str, Any], tried: str) -> None:
+    """Write the parts that were tried, beside the others of this cell. tried: the commit."""
     results.mkdir(parents=True, exist_ok=True)
     file = results / cell.file_name
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    when = {"date": datetime.date.today().isoformat(), "commit": commit(), "release": document["release"]}
+    when = {"date": datetime.date.today().isoformat(), "commit": tried, "release": document["release"]}
     new = {name: {**part, **when} for name, part in document["parts"].items()}
     parts = {**kept.get("parts", {}), **new}
     whole = {"cell": str(cell), "release": document["release"], "machine": document["machine"]}
@@ -113,7 +112,7 @@ def keep(results: Path, cell: Cell, document: dict[str, Any]) -> None:
 
 
 def commit() -> str:
-    """The commit that was tried; with a + where something had been changed."""
+    """The commit that is here; with a + where something was changed."""
     git = ["git", "-c", f"safe.directory={CHECKOUT}", "-C", str(CHECKOUT)]
     name = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True).stdout
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "securerun"], check=False).returncode
@@ -135,7 +134,7 @@ def run_cells(cells: Sequence[Cell], own: dict[str, Path], trial: Trial, results
     """Try them one after another, and keep each. Returns how many were not as they must be."""
     wrong = 0
     for cell in cells:
-        begun, worked = time.monotonic(), _processor_seconds()
+        begun, worked, tried = time.monotonic(), _processor_seconds(), commit()
         print(f"{cell} ...", flush=True)
         try:
             document, output = try_cell(cell, kernel_of(cell, own), trial)
@@ -143,9 +142,9 @@ def run_cells(cells: Sequence[Cell], own: dict[str, Path], trial: Trial, results
             print(f"{cell}: {error}", flush=True)
             wrong += 1
             if isinstance(error, MachineError) and error.document:
-                keep(results, cell, json.loads(error.document))
+                keep(results, cell, json.loads(error.document), tried)
             continue
-        keep(results, cell, document)
+        keep(results, cell, document, tried)
         for name, part in document["parts"].items():
             print(f"  {'yes' if part['ok'] else 'NO '} {name}: {part['says']} ({part['seconds']} s)", flush=True)
         if not all(part["ok"] for part in document["parts"].values()):

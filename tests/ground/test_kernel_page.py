@@ -35,6 +35,13 @@ def test_every_no_of_the_page_leads_to_its_explanation(tmp_path: Path) -> None:
     assert "8520e224f547" in page and "status [1, 0] \\| and more" in page
 
 
+def test_a_part_that_was_not_tried_is_told_from_one_that_does_not_apply(tmp_path: Path) -> None:
+    for name in ("6.1/amd64/v2", "6.1/amd64/systemd-v1"):
+        _keep(tmp_path, kernel_cells.parse_cell(name), {"one": {"ok": True, "says": "status"}})
+    rows = [row.split(" | ") for row in kernel_page.page(tmp_path).splitlines() if row.startswith("| 6.1<br>")]
+    assert [(row.count("-"), row.count("not yet")) for row in rows] == [(2, 7), (0, 9)]
+
+
 def test_a_part_that_is_run_again_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     cell = kernel_cells.parse_cell("6.1/arm64/hybrid")
     _keep(tmp_path, cell, {"left": {"ok": True, "says": "first"}, "one": {"ok": False, "says": "first"}})
@@ -135,4 +142,4 @@ def _tally(place: Path, outcomes: list[str]) -> Path:
 
 
 def _keep(place: Path, cell: kernel_cells.Cell, parts: dict[str, dict[str, Any]]) -> None:
-    keep(place, cell, {"release": "5.10.0-1", "machine": "x86_64", "parts": parts})
+    keep(place, cell, {"release": "5.10.0-1", "machine": "x86_64", "parts": parts}, "0123abc")
