@@ -19,6 +19,8 @@ _NEW_LINK, _NEW_ADDRESS, _GET_ADDRESS = 16, 20, 22
 # flags, scope, index
 _LINK = struct.Struct("=BxHiII")
 _ADDRESS_OF = struct.Struct("=BBBBI")
+# Of documentation, and so none that a host has (RFC 5737); the port is discard's.
+_FAR_AWAY = ("192.0.2.1", 9)
 # struct rtmsg, as in linux/routes.py; RT_TABLE_MAIN; RT_SCOPE_NOWHERE, which stands for any
 _DELETE_ROUTE = 25
 _ROUTE = struct.Struct("=BBBBBBBBI")
@@ -28,7 +30,8 @@ _ADDRESS, _LOCAL = 1, 2
 _UP = 1
 # No duplicate address detection: it takes a second, in which an address of IPv6 cannot be had.
 _AT_ONCE = 0x02
-_GLOBAL = 0
+# RT_SCOPE_*: an address of IPv6 that is only for its link needs the link beside it; one of IPv4 is as any other.
+_GLOBAL, _OF_A_LINK = 0, 253
 _CREATE = 0x400
 _LOOPBACK = 1
 # What leads nowhere by itself; a kernel may lack the first.
@@ -52,13 +55,27 @@ def addresses() -> dict[str, list[Own]]:
     )
     with Channel(netlink.ROUTE) as channel:
         for payload in channel.listed(question, _NEW_ADDRESS):
-            _, length, _, scope, index = netlink.unpacked(_ADDRESS_OF, payload)
-            if scope == _GLOBAL and index in names:
+            family, length, _, scope, index = netlink.unpacked(_ADDRESS_OF, payload)
+            known = scope == _GLOBAL or (family == socket.AF_INET and scope <= _OF_A_LINK)
+            if known and index in names:
                 attributes = netlink.attributes(payload[_ADDRESS_OF.size :])
                 # Of a point-to-point link the other one is the far end's.
                 packed = attributes.get(_LOCAL) or attributes[_ADDRESS]
                 found.setdefault(names[index], []).append(_own(packed, length))
     return found
+
+
+def source() -> Address | None:
+    """Return the address of IPv4 that what leaves by the default route comes from; None where there is none.
+
+    Nothing is sent.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+            end.connect(_FAR_AWAY)
+            return ipaddress.ip_address(end.getsockname()[0])
+    except OSError:
+        return None
 
 
 def bring_up(stand_ins: Mapping[str, Sequence[Address]], more: Iterable[Address]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ up in: hosts with several networks often have a table for each of their addresse
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import struct
 from collections import defaultdict
@@ -36,6 +37,7 @@ _DEVICE_NUMBER = struct.Struct("=i")
 _MOST_ROUTES = 50_000
 _FAMILIES = ((4, socket.AF_INET), (6, socket.AF_INET6))
 _BITS = {4: 32, 6: 128}
+_OF_A_LINK: dict[int, tuple[Network, ...]] = {4: (), 6: (ipaddress.ip_network("fe80::/10"),)}
 
 
 class Routes:
@@ -87,6 +89,25 @@ class Routes:
     def devices_to_gateways(self, version: int) -> frozenset[int]:
         """Return those of them by which a gateway leads there."""
         return frozenset(self._gateways[version])
+
+    def lead_beyond(self, networks: Iterable[Network], version: int) -> bool:
+        """Return whether any route leads to hosts of this IP version that are in none of these networks.
+
+        By any table; a default route does. What is only for one link (IPv6's fe80::/10) does not count.
+        """
+        known = tuple(one for one in networks if one.version == version)
+        bits = _BITS[version]
+        return any(
+            not any(
+                length >= one.prefixlen
+                and number >> (length - one.prefixlen) == int(one.network_address) >> (bits - one.prefixlen)
+                for one in (*known, *_OF_A_LINK[version])
+            )
+            for (own, _), lengths in self._tables.items()
+            if own == version
+            for length, routes in lengths.items()
+            for number in routes
+        )
 
     def devices_to(self, networks: Iterable[Network], *, without_source: bool = False) -> frozenset[int]:
         """Return the interfaces, by index, that lead to any host of these networks by any table.

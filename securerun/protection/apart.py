@@ -8,6 +8,7 @@ outside starts and ends (`keeper`). It has to be begun before anything else is: 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -44,6 +45,8 @@ _REAP_SECONDS = 5.0
 _MOST_INTERFACES, _MOST_ADDRESSES = 64, 512
 _LOOPBACK = "lo"
 _NAMED = 4
+# What shows the limit that the kernel refused something by (bash(1)).
+_LIMITS = {errno.EFBIG: "-f", errno.EAGAIN: "-u", errno.EMFILE: "-n", errno.ENOMEM: "-v"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class Understood:
 
     way: None for a job without a way out, and `without` says why. origin: where the way out gets its addresses; none
     where the default route tells. stand_ins: interfaces that lead nowhere there, with their addresses. here: all
-    addresses of this host. unwanted: IP versions without a default route here, which the way out brings. forwarded:
-    ports of this host's loopback that proxies have. unforwarded: proxies that the job cannot reach. name_servers: what
-    resolv.conf is to say; "" where it may stay.
+    addresses of this host. unwanted: IP versions whose default route, which the way out brings, leads to nothing here.
+    forwarded: ports of this host's loopback that proxies have. unforwarded: proxies that the job cannot reach.
+    name_servers: what resolv.conf is to say; "" where it may stay.
     """
 
     way: WayOut | None
@@ -140,9 +143,7 @@ class Apart:
             user_namespaces.begin(mounts=bool(found.name_servers))
             self._lacking = own_network.bring_up(found.stand_ins, found.here)
             if found.name_servers:
-                from securerun.linux import own_mounts
-
-                own_mounts.put_in_place(name_servers.FILE, found.name_servers)
+                _have_name_servers(found.name_servers)
             capabilities.give_up_all()
         except OSError as error:
             barred = Barred(bars.told_by(error))
@@ -172,7 +173,10 @@ class Apart:
                 if kind == "gone":
                     raise PrivilegeError(_no_way_out(found.way, body["words"]))
             if self._lines.closed:
-                raise PrivilegeError("the keeper of this job's network has ended; nothing was started, try again")
+                raise PrivilegeError(
+                    "the keeper of this job's network has ended; nothing was started; try again, and where it does so "
+                    "again look at how many processes this user may have: ulimit -u"
+                )
             if time.monotonic() > deadline:
                 raise PrivilegeError(_no_way_out(found.way, f"nothing came of it in {_READY_SECONDS:.0f} s"))
         self._connection.settimeout(None)
@@ -211,11 +215,15 @@ class Apart:
 
     def _wait(self) -> None:
         """Wait for the keeper's next word; who looks for this run meanwhile has seen enough when it has connected."""
+        poller = select.poll()
+        for end in (self._connection, self._stands):
+            if end is not None:
+                poller.register(end, select.POLLIN)
         while self._stands is not None:
-            ready, _, _ = select.select([self._connection, self._stands], [], [])
-            if self._stands in ready:
+            ready = {descriptor for descriptor, _ in poller.poll()}
+            if self._stands.fileno() in ready:
                 self._stands.accept()[0].close()
-            if self._connection in ready:
+            if self._connection.fileno() in ready:
                 return
 
     def _say(self, kind: str, body: object) -> None:
@@ -226,6 +234,24 @@ class Apart:
         self._connection.close()
         if self._stands is not None:
             self._stands.close()
+
+
+def _have_name_servers(text: str) -> None:
+    from securerun.linux import own_mounts  # where one of them is on this host
+
+    try:
+        own_mounts.put_in_place(name_servers.FILE, text)
+    except OSError as error:
+        raise PrivilegeError(
+            f"this job needs a {name_servers.FILE} of its own, since it names a server on this host, and cannot have "
+            f"it: {error.strerror} ({_what_helps(error)}); nothing was started"
+        ) from error
+
+
+def _what_helps(error: OSError) -> str:
+    """Return the command that helps where a limit of this process is in the way."""
+    option = _LIMITS.get(error.errno or 0)
+    return f"ulimit {option}, and start it again with more" if option else "securerunctl doctor"
 
 
 _KEEPER_GONE = (
@@ -306,7 +332,8 @@ def _copied(own: dict[str, list[Own]], routes: Routes) -> tuple[str, Origin | No
 
     pasta takes that of the default route, and of no interface an IP version that has no gateway there. So where there
     is none, it is told one: any other address of the same network does, since it answers for all of them. A host
-    without a default route asks nobody in vain, and nor is the job to: the third is whose default route is unwanted.
+    that reaches nothing beyond this network asks nobody in vain, and nor is the job to: the third is whose default
+    route is unwanted. Where it does reach more, by another interface, address or route, that one leads there.
     """
     names = dict(socket.if_nameindex())
     gateways = {version: {names.get(one, "") for one in routes.devices_to_gateways(version)} for version in (4, 6)}
@@ -315,21 +342,28 @@ def _copied(own: dict[str, list[Own]], routes: Routes) -> tuple[str, Origin | No
     if not copied:
         return "", None, ()
     lacking = {one.address.version for one in own[copied]} - {one for one in gateways if copied in gateways[one]}
-    unwanted = tuple(version for version in sorted(lacking) if not routes.devices_of_default(version))
-    if not lacking and len(by_default) == 1:
+    main = _main(own[copied])
+    near = [main[version].network for version in lacking]
+    unwanted = tuple(version for version in sorted(lacking) if not routes.lead_beyond(near, version))
+    several = sum(one.address.version == 4 for one in own[copied]) > 1
+    if not lacking and len(by_default) == 1 and not several:
         return copied, None, ()
-    made_up = {version: _another(own[copied], version) for version in sorted(lacking)}
-    return copied, Origin(copied, tuple(one for one in made_up.values() if one is not None)), unwanted
+    made_up = {version: _another(main[version], own[copied]) for version in sorted(lacking)}
+    gateways_to_name = tuple(one for one in made_up.values() if one is not None)
+    return copied, Origin(copied, gateways_to_name, main[4] if several else None), unwanted
 
 
-def _another(own: list[Own], version: int) -> Address | None:
-    """Return an address of one of these networks that is not this host's."""
-    for one in own:
-        if one.address.version == version:
-            found = next((address for address in one.network.hosts() if address != one.address), None)
-            if found is not None:
-                return found
-    return None
+def _main(own: list[Own]) -> dict[int, Own]:
+    """Return the address of each IP version by which the job is to leave: as the host does, or else the first."""
+    source = own_network.source()
+    by_preference = sorted(own, key=lambda one: one.address != source)
+    return {one.address.version: one for one in reversed(by_preference)}
+
+
+def _another(main: Own, own: Sequence[Own]) -> Address | None:
+    """Return an address of the same network that is not this host's."""
+    ours = {one.address for one in own}
+    return next((address for address in main.network.hosts() if address not in ours), None)
 
 
 def _beside_standard(end: socket.socket) -> socket.socket:
@@ -354,7 +388,7 @@ def _start_keeper(connection: socket.socket) -> subprocess.Popen[bytes]:
             start_new_session=True,
         )
     except OSError as error:
-        raise Barred(Bar(f"its keeper cannot be started ({error.strerror})", "ulimit -u")) from error
+        raise Barred(Bar(f"its keeper cannot be started ({error.strerror})", _what_helps(error))) from error
 
 
 def _notes(found: Understood, lacking: Sequence[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from securerun.linux import trust
 from securerun.linux.networks import Address
+from securerun.linux.own_network import Own
 from securerun.protection.bars import Bar
 from securerun.protection.keeper import TARGET
 
@@ -28,15 +29,22 @@ _DEVICE_OF_SLIRP = "tap0"
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose addresses the job's network gets, where default routes do not tell: an interface, and gateways to name."""
+    """Whose addresses the job's network gets, where default routes do not tell: an interface, and gateways to name.
+
+    own: which of its addresses of IPv4, where it has several. pasta before 2023-05 knows the first alone, and without
+    a route where the gateway is not of that one's network.
+    """
 
     interface: str
     gateways: tuple[Address, ...]
+    own: Own | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
         """What pasta is told of it."""
-        return ("--interface", self.interface, *(word for one in self.gateways for word in ("--gateway", str(one))))
+        own = ("--address", str(self.own.address), "--netmask", str(self.own.network.prefixlen)) if self.own else ()
+        gateways = (word for one in self.gateways for word in ("--gateway", str(one)))
+        return ("--interface", self.interface, *own, *gateways)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Connection:
         deadline = None if seconds is None else time.monotonic() + seconds
         while b"\n" not in self._pending:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._answers], [], [], remaining)[0]:
+            if not _can_be_read(self._answers, remaining):
                 return None
             try:
                 chunk = os.read(self._answers, 65536)
@@ -85,7 +85,7 @@ class Connection:
 
     def has_answer(self) -> bool:
         """Return whether there is something to receive, or nobody any more from whom to."""
-        return b"\n" in self._pending or bool(select.select([self._answers], [], [], 0)[0])
+        return b"\n" in self._pending or _can_be_read(self._answers, 0)
 
     def reap(self) -> None:
         """Take note that the first process has made way for the guard itself, which is no child of ours (server.py)."""
@@ -101,7 +101,7 @@ class Connection:
             status = self._process.wait(_LAST_WORDS_SECONDS)
         except subprocess.TimeoutExpired:
             return "it does not answer"
-        said = os.read(self._words, 65536) if select.select([self._words], [], [], 0)[0] else b""
+        said = os.read(self._words, 65536) if _can_be_read(self._words, 0) else b""
         lines = said.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"it ended with status {status}"
 
@@ -187,6 +187,13 @@ def _is_nosuid(path: Path) -> bool:
         return bool(os.statvfs(path).f_flag & os.ST_NOSUID)
     except OSError:
         return False
+
+
+def _can_be_read(descriptor: int, seconds: float | None) -> bool:
+    """Return whether there is something to read, or an end; waits for it. select(2) knows no descriptor beyond 1023."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(None if seconds is None else seconds * 1000))
 
 
 def _obstacle_to_direct() -> str:

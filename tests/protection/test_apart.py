@@ -613,6 +613,45 @@ def test_hosts_default_route_is_the_jobs_and_one_that_it_has_not_is_none(
     assert machine.run(node, command, user=alice).stdout == "OSError\n"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param("ip route add 192.0.2.8/29 via {far}", id="a route"),
+        pytest.param("ip addr add 192.0.2.10/29 dev eth0", id="a second address"),
+        pytest.param("{first}; ip route add 192.0.2.8/29 via {far}", id="a first address of another network"),
+        pytest.param("{first}; ip route add default via {far}", id="a default route that is not of the first address"),
+        pytest.param("{link}; ip route add default via {far}", id="a first address that is for its link"),
+    ],
+)
+def test_job_reaches_all_networks_that_its_host_reaches(ground: Ground, more: str) -> None:
+    """Also where only a route leads there, or an interface has several addresses: pasta is told which."""
+    machine, _, _, alice, _ = ground
+    with Network("near", "far") as network:
+        near, far = network
+        first = f"ip addr flush dev eth0; ip addr add 172.20.0.1/24 dev eth0; ip addr add {near.ipv4}/24 dev eth0"
+        link = first.replace("172.20.0.1/24", "169.254.7.7/16 scope link")
+        near.run(["sh", "-ec", more.format(far=far.ipv4, first=first, link=link)], check=True)
+        far.run(["ip", "addr", "add", "192.0.2.9/29", "dev", "eth0"], check=True)
+        serve(far, 7022, "192.0.2.9", far.ipv4)
+        targets = "192.0.2.9", "7022", far.ipv4, "7022"
+        command = [sys.executable, "-c", _CONNECT, *targets]
+        outside, inside = (machine.run(near, words, user=alice) for words in (command, [*EXEC, "--", *command]))
+    assert "Error" not in outside.stdout
+    assert inside.stdout == outside.stdout, inside
+
+
+def test_address_of_the_hosts_that_is_only_for_its_link_leads_to_the_job_itself(ground: Ground) -> None:
+    machine, _, _, alice, _ = ground
+    with Network("linked") as network:
+        (node,) = network
+        more = "ip addr add 169.254.7.7/16 scope link dev eth0; ip addr add 169.254.8.8/16 scope link dev eth0"
+        node.run(["sh", "-ec", more], check=True)
+        serve(node, 7023, "169.254.7.7", "169.254.8.8")
+        command = [sys.executable, "-c", _CONNECT, "169.254.7.7", "7023", "169.254.8.8", "7023"]
+        done = machine.run(node, [*EXEC, "--", *command], user=alice)
+    assert done.stdout.split() == ["ConnectionRefusedError"] * 2, done
+
+
 def test_host_without_ipv6_is_enough(ground: Ground, others: tuple[Host, Host, Host]) -> None:
     machine, _, _, alice, _ = ground
     routed, four, _ = others
@@ -643,6 +682,39 @@ def test_interrupt_ends_a_job_that_writes_to_tee_and_all_of_it_is_written(ground
         assert terminal.end() == 0
     log = machine.place(f"{alice.home}/log").read_text()
     assert _SAYS in log and "up\ntold\n" in log, log
+
+
+def test_launcher_that_was_given_a_thousand_open_files_starts_its_job(ground: Ground) -> None:
+    """select(2) knows no descriptor beyond 1023."""
+    machine, node, _, alice, _ = ground
+    opened = (
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))\n"
+        "for _ in range(1100):\n"
+        "    os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)\n"
+        "os.execv(sys.argv[1], sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", opened, *EXEC, "--", "echo", "ran"]
+    done = machine.run(node, command, user=alice)
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done
+    assert _SAYS in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ("-n 10", "for a job of one node it takes no guard: ulimit -n, and start it again with more"),
+        ("-f 0", "/etc/resolv.conf of its own, since it names a server on this host, and cannot have it: File too"),
+    ],
+)
+def test_limit_of_the_users_that_is_in_the_way_is_named(ground: Ground, limit: str, says: str) -> None:
+    machine, node, _, alice, _ = ground
+    before = machine.place("/etc/resolv.conf").read_text()
+    machine.write("/etc/resolv.conf", "nameserver 127.0.0.53\n")
+    done = machine.run(node, ["sh", "-c", f"ulimit {limit}; exec {shlex.join([*EXEC, '--', 'true'])}"], user=alice)
+    machine.write("/etc/resolv.conf", before)
+    assert done.returncode == 77, done
+    assert says in done.stderr and "a chroot" not in done.stderr, done
 
 
 def test_files_of_root_that_were_open_at_the_start_stay_open(ground: Ground) -> None:
