@@ -301,7 +301,6 @@ def _understood() -> Understood:
         own, routes = own_network.addresses(), Routes()
     except OSError as error:
         raise Barred(Bar(f"this host does not tell its addresses ({error.strerror})", "ip address")) from error
-    own = dict([*own.items()][:_MOST_INTERFACES])
     if _is_alone(own, routes):
         without = Bar("this host has no address but its loopback's, and so no way out either", "ip address")
     way = None if without else way_out.find()
@@ -309,15 +308,14 @@ def _understood() -> Understood:
     here = [one.address for addresses in own.values() for one in addresses][:_MOST_ADDRESSES]
     servers = name_servers.forwarded(text, way.name_server, here) if way and name_servers.are_here(text, here) else ""
     copied, origin, unwanted = _copied(own, routes) if way and way.copies_addresses else ("", None, ())
+    others = [name for name in own if name not in {copied, _LOOPBACK}][:_MOST_INTERFACES]
     named = proxies.named(os.environ)
     forwarded = tuple(one for one in named if way is not None and way.forwards_ports and one.on_loopback)
     return Understood(
         way=way,
         without=str(without or ""),
         origin=origin,
-        stand_ins={
-            name: [one.address for one in found] for name, found in own.items() if name not in {copied, _LOOPBACK}
-        },
+        stand_ins={name: [one.address for one in own[name]] for name in others},
         here=here,
         # But for a name server that the way out stands for, which is at an address beyond the default route.
         unwanted=() if servers else unwanted,

@@ -652,6 +652,21 @@ def test_address_of_the_hosts_that_is_only_for_its_link_leads_to_the_job_itself(
     assert done.stdout.split() == ["ConnectionRefusedError"] * 2, done
 
 
+def test_address_of_a_hosts_hundredth_interface_leads_to_the_job_itself(ground: Ground) -> None:
+    """And whatever comes before it, the one that leads anywhere is found: a host of containers has many."""
+    machine, _, _, alice, _ = ground
+    with Network("crowded", "beyond") as network:
+        node, other = network
+        more = "ip link set eth0 down; ip link set eth0 name last; for one in $(seq 100); do ip link add d$one type dummy; "
+        more += "ip addr add 172.21.0.$one/32 dev d$one; ip link set d$one up; done; ip link set last up"
+        node.run(["sh", "-ec", more], check=True)
+        serve(node, 7024, "172.21.0.100")
+        serve(other, 7024, other.ipv4)
+        command = [sys.executable, "-c", _CONNECT, "172.21.0.100", "7024", other.ipv4, "7024"]
+        done = machine.run(node, [*EXEC, "--", *command], user=alice)
+    assert done.stdout.split() == ["ConnectionRefusedError", node.ipv4], done
+
+
 def test_host_without_ipv6_is_enough(ground: Ground, others: tuple[Host, Host, Host]) -> None:
     machine, _, _, alice, _ = ground
     routed, four, _ = others
