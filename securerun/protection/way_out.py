@@ -24,7 +24,8 @@ _SYSTEM_DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin
 _NAME_SERVER_OF_PASTA = "169.254.1.1"
 # slirp4netns(1): of the network that it makes up.
 _NAME_SERVER_OF_SLIRP = "10.0.2.3"
-_DEVICE_OF_SLIRP = "tap0"
+# A name that no interface of a host has: those are there as well.
+_DEVICE_OF_SLIRP = "securerun-out"
 
 
 @dataclass(frozen=True)

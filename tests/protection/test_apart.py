@@ -199,10 +199,13 @@ def test_slirp4netns_takes_its_place_where_there_is_no_pasta(ground: Ground) -> 
     machine, node, other, alice, _ = ground
     serve(other, 7012, other.ipv4)
     machine.run(node, ["sh", "-c", "mount --bind /dev/null /usr/bin/pasta"])
+    # As OpenVPN has one; slirp4netns' own has that name where nobody says otherwise.
+    node.run(["sh", "-ec", "ip link add tap0 type bridge; ip addr add 10.66.0.1/24 dev tap0"], check=True)
     try:
         command = [*EXEC, "--", sys.executable, "-c", _CONNECT, other.ipv4, "7012"]
         done = machine.run(node, command, user=alice)
     finally:
+        node.run(["ip", "link", "del", "tap0"])
         machine.run(node, ["umount", "/usr/bin/pasta"])
     assert done.stdout == f"{node.ipv4}\n", done
     assert "in a network of its own; out by slirp4netns" in done.stderr
@@ -652,17 +655,17 @@ def test_address_of_the_hosts_that_is_only_for_its_link_leads_to_the_job_itself(
     assert done.stdout.split() == ["ConnectionRefusedError"] * 2, done
 
 
-def test_address_of_a_hosts_hundredth_interface_leads_to_the_job_itself(ground: Ground) -> None:
-    """And whatever comes before it, the one that leads anywhere is found: a host of containers has many."""
+def test_address_of_the_last_of_many_interfaces_leads_to_the_job_itself(ground: Ground) -> None:
+    """As hosts of containers have them."""
     machine, _, _, alice, _ = ground
     with Network("crowded", "beyond") as network:
         node, other = network
-        more = "ip link set eth0 down; ip link set eth0 name last; for one in $(seq 100); do ip link add d$one type dummy; "
-        more += "ip addr add 172.21.0.$one/32 dev d$one; ip link set d$one up; done; ip link set last up"
+        names = "for one in $(seq 70); do ip link add d$one type bridge; ip link set d$one up"
+        more = f"{names}; ip addr add 172.21.0.$one/32 dev d$one; done"
         node.run(["sh", "-ec", more], check=True)
-        serve(node, 7024, "172.21.0.100")
+        serve(node, 7024, "172.21.0.70")
         serve(other, 7024, other.ipv4)
-        command = [sys.executable, "-c", _CONNECT, "172.21.0.100", "7024", other.ipv4, "7024"]
+        command = [sys.executable, "-c", _CONNECT, "172.21.0.70", "7024", other.ipv4, "7024"]
         done = machine.run(node, [*EXEC, "--", *command], user=alice)
     assert done.stdout.split() == ["ConnectionRefusedError", node.ipv4], done
 
