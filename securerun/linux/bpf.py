@@ -442,6 +442,7 @@ def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None) -> in
 
 
 def _last_words(log: str) -> str:
-    statistics = ("verification time", "stack depth", "processed")
+    # kernel/bpf/verifier.c, print_verification_stats; Linux 7 has a line for each subprogram too.
+    statistics = ("verification time", "stack depth", "processed", "subprog ")
     lines = [line for line in log.splitlines() if line and not line.startswith(statistics)]
     return f" ({lines[-1]})" if lines else ""

@@ -201,6 +201,19 @@ def test_a_refused_program_comes_with_the_verifiers_words() -> None:
     assert "R0 !read_ok" in caught.value.log
 
 
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        "processed 1 insns (limit 1000000) max_states_per_insn 0 total_states 0 peak_states 0 mark_read 0\n",
+        "verification time 44 usec\nstack depth 0\nprocessed 1 insns (limit 1000000)\n",
+        "processed 1 insns (limit 1000000)\nsubprog 0 (<unknown>) main insns_self 1 insns_total 1 stack 0\n",
+    ],
+    ids=["5.10", "6.18", "7.3"],
+)
+def test_reason_of_a_refusal_is_told_and_not_the_statistics_after_it(statistics: str) -> None:
+    assert bpf._last_words(f"0: (95) exit\nR0 !read_ok\n{statistics}") == " (R0 !read_ok)"
+
+
 @pytest.mark.usefixtures("root")
 def test_attaching_to_something_else_than_a_cgroup_is_an_error(tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
