@@ -158,7 +158,7 @@ class Apart:
             )
         # What was there before the way out is: any other interface with a route is its own.
         self._before = frozenset(number for number, _ in socket.if_nameindex())
-        ports = [proxy.port for proxy in found.forwarded]
+        ports = sorted({proxy.port for proxy in found.forwarded})  # one may go by several names
         command = found.way.command(found.origin, ports) if found.way else None
         self._say("begin", {"command": command, "unwanted_routes": found.unwanted})
 

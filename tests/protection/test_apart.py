@@ -188,6 +188,7 @@ def test_proxy_on_the_hosts_loopback_is_reached_and_nothing_else_there(ground: G
     serve(node, 7010, "127.0.0.1")
     serve(node, 7011, "127.0.0.1")
     proxies = {"http_proxy": "http://localhost:7010", "HTTPS_PROXY": f"http://{node.ipv4}:7011"}
+    proxies["https_proxy"] = "http://127.0.0.1:7010"
     command = [*EXEC, "--", sys.executable, "-c", _CONNECT, "127.0.0.1", "7010", "127.0.0.1", "7011"]
     done = machine.run(node, command, user=alice, env=proxies)
     assert done.stdout.split() == ["127.0.0.1", "ConnectionRefusedError"], done
