@@ -22,7 +22,6 @@ suite_of() { # PYTHON: the Debian whose own it is
         3.9) echo bullseye ;;
         3.11) echo bookworm ;;
         3.13) echo trixie ;;
-        *) say "there is no Debian for Python $1 here; there are 3.9, 3.11 and 3.13" && return 2 ;;
     esac
 }
 
@@ -119,12 +118,17 @@ try_pair() { # PYTHON TORCH
         "$(tried "$root" "$place" "$log.help" tests/whole/test_launch.py -k 'help or main_takes or module_and')"
 }
 
+[ $# -gt 0 ] || set -- {3.9,3.11,3.13}:{2.1,2.6,2.9,2.13,2.14}
+for pair in "$@"; do
+    if [[ ! $pair =~ ^3\.(9|11|13):[0-9]+\.[0-9]+$ ]]; then
+        say "$pair is no pair of a Python that a Debian has and a torch; write 3.9:2.1, 3.11:2.6 or 3.13:2.9"
+        exit 2
+    fi
+done
 if [ "$(id -u)" != 0 ] || ! command -v mmdebstrap > /dev/null; then
     say "this makes Debians, so it needs root and mmdebstrap: apt-get install mmdebstrap, then this as root"
     exit 1
 fi
-[ $# -gt 0 ] || set -- {3.9,3.11,3.13}:{2.1,2.6,2.9,2.13,2.14}
-for pair in "$@"; do suite_of "${pair%:*}" > /dev/null; done
 failed=()
 for pair in "$@"; do
     make_root "$(suite_of "${pair%:*}")"

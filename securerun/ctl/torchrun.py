@@ -7,6 +7,7 @@ what they like; so nobody but its owner can, and it has run before it stands the
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,21 +51,26 @@ if __name__ == "__main__":
 _MOST_READ = 4096
 # It imports torch, from a file system that may be far away.
 _PROOF_SECONDS = 120
+# What is written before it stands there, and the age at which nobody waits for its proof any more.
+_NEW, _DEAD_SECONDS = f".{NAME}-", 2 * _PROOF_SECONDS
 
 
 def make(directory: str) -> None:
     """Make the command in a directory, which is made too where its parent is there; print what puts it in PATH.
 
-    Raises UsageError for a place where it cannot be, PrivilegeError for one that others can change, and PolicyError
-    where it would not run. Nothing is made or changed then.
+    Raises UsageError for a place where it cannot be, PrivilegeError for one that others can change or this user
+    cannot, and PolicyError where it cannot be written or would not run. Nothing is made or changed then.
     """
     place = _place(directory)
     program = _PROGRAM.replace("PYTHON", _interpreter(), 1)
     _require_own(place)
     there = place / NAME
     stood = _stands(there)
-    with _made(place):
-        _put(there, program)
+    try:
+        with _made(place):
+            _put(there, program)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
     _tell(there, "is made anew" if stood else "is made")
 
 
@@ -122,6 +129,14 @@ def _of_others(there: Path) -> UsageError:
     )
 
 
+def _cannot_write(place: Path, error: OSError) -> PolicyError | PrivilegeError:
+    kind = PrivilegeError if isinstance(error, PermissionError) else PolicyError
+    return kind(
+        f"no {NAME} can be written in {place}: {error.strerror}; name a directory that takes files of "
+        "yours; nothing is changed here"
+    )
+
+
 @contextlib.contextmanager
 def _made(place: Path) -> Iterator[None]:
     """Have the directory, for all to search as the command is for all to run; without the block's success it goes."""
@@ -139,7 +154,8 @@ def _made(place: Path) -> Iterator[None]:
 
 def _put(there: Path, program: str) -> None:
     """Write the command beside its place, have it run, and move it there."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{NAME}-", dir=there.parent)
+    _remove_remains(there.parent)
+    descriptor, name = tempfile.mkstemp(prefix=_NEW, dir=there.parent)
     new = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -150,6 +166,14 @@ def _put(there: Path, program: str) -> None:
     except BaseException:
         new.unlink()
         raise
+
+
+def _remove_remains(place: Path) -> None:
+    """Remove what a setup wrote that was killed, and none that may be at work still."""
+    for path in place.glob(f"{_NEW}*"):
+        with contextlib.suppress(OSError, UsageError):  # gone by now, or of others
+            if time.time() - path.lstat().st_mtime > _DEAD_SECONDS and _stands(path):
+                path.unlink()
 
 
 def _prove(command: Path) -> None:
@@ -170,7 +194,7 @@ def _prove(command: Path) -> None:
     except subprocess.TimeoutExpired:
         words = f"no answer for {_PROOF_SECONDS} s"
     except OSError as error:
-        words = f"{error.strerror}; is it mounted noexec?"
+        words = f"{error.strerror}; is it mounted noexec?" if error.errno == errno.EACCES else str(error.strerror)
     if words:
         raise PolicyError(f"a {NAME} in {command.parent} would not run: {printable(words)}; nothing is made there")
 

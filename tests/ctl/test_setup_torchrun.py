@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -296,6 +297,55 @@ def test_one_that_would_not_run_leaves_the_one_that_stood(tmp_path: Path) -> Non
     )
     assert (done.returncode, done.stdout) == (78, "torchrun\n"), done
     assert "Permission denied; is it mounted noexec?" in done.stderr
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(
+    ("options", "name", "reason"),
+    [
+        ("ro", "", "Read-only file system"),
+        ("ro", "/new", "Read-only file system"),
+        ("size=4k", "", "No space left on device"),
+    ],
+)
+def test_where_nothing_can_be_written_that_is_said_of_the_directory(
+    tmp_path: Path, options: str, name: str, reason: str
+) -> None:
+    script = 'mount -t tmpfs -o "$2" none "$1"; echo full 2> /dev/null > "$1/x"; exec "$0" setup torchrun "$1$3"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, SETUP[0], tmp_path, options, name],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (78, ""), done
+    assert done.stderr == (
+        f"securerunctl: no torchrun can be written in {tmp_path}{name}: {reason}; name a directory that takes files of "
+        "yours; nothing is changed here\n"
+    )
+
+
+def test_what_a_killed_setup_wrote_goes_with_the_next_one(tmp_path: Path) -> None:
+    """And nothing else does: not of one that is at work, not of others."""
+    text = f"#!/usr/bin/env old\n{torchrun._MARK}\n"
+    for name, content, age in ((".torchrun-old", text, 3600), (".torchrun-now", text, 0), (".torchrun-rc", "x", 3600)):
+        (tmp_path / name).write_text(content)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert made(tmp_path).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"torchrun", ".torchrun-now", ".torchrun-rc"}
+
+
+def test_only_of_a_file_system_that_forbids_it_noexec_is_asked(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 8; exec "$0" setup torchrun "$1"', SETUP[0], tmp_path / "new"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78 and "Too many open files" in done.stderr, done
+    assert "noexec" not in done.stderr
 
 
 def _listing(directory: Path) -> Sequence[tuple[str, int, int]]:

@@ -235,6 +235,9 @@ def debian_kernel(name: str, architecture: str) -> KernelFiles:
 
 def own_kernel(directory: Path, architecture: str) -> KernelFiles:
     """A kernel of one's own: a directory with vmlinuz, release, and modules/RELEASE where it is not all built in."""
+    missing = [name for name in ("vmlinuz", "release") if not (directory / name).is_file()]
+    if missing:
+        raise LabError(f"there is no {missing[0]} in {directory}; it needs vmlinuz, release and modules/RELEASE")
     image, release = directory / "vmlinuz", (directory / "release").read_text().strip()
     places = (directory / "modules", directory / "lib/modules", directory / "tree/lib/modules")
     modules = next((place / release for place in places if (place / release).is_dir()), None)

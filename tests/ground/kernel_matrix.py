@@ -176,7 +176,7 @@ def run_command(words: Sequence[str], own: dict[str, Path], seconds: int, proces
     return answer.status
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*")
     parser.add_argument("--list", action="store_true")
@@ -194,19 +194,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="seconds for a cell; what was done until then is kept")
     parser.add_argument("--processors", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    _require_sense(parser, options)
+    return options
+
+
+def _require_sense(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End here, before any machine is booted, where something is asked for that there is not."""
+    if options.run and len(options.cells) < 2:
+        parser.error("--run takes a cell and a command: --run 6.12/amd64/v2 'uname -a'")
+    for name in ("parts", "torch"):
+        setattr(options, name, tuple(filter(None, getattr(options, name).split(","))))
+        unknown = [part for part in getattr(options, name) if part not in PARTS]
+        if unknown:
+            parser.error(f"--{name}: there is no part {unknown[0]}; there are {', '.join(PARTS)}")
+    if not options.parts:
+        parser.error(f"--parts: nothing is to be tried; there are {', '.join(PARTS)}")
 
 
 def main() -> int:
     options = parse()
     own = {path.resolve().name.removesuffix(f"-{options.architecture}"): path for path in options.kernel}
-    split = [tuple(filter(None, text.split(","))) for text in (options.parts, options.torch)]
     tests = options.tests or ALL_TESTS
-    trial = Trial(split[0], split[1], tests, options.seconds, options.processors, options.limit)
+    trial = Trial(options.parts, options.torch, tests, options.seconds, options.processors, options.limit)
     status = 0
     try:
         if options.run:
-            return run_command(options.cells, own, options.seconds, options.processors, torch=bool(split[1]))
+            return run_command(options.cells, own, options.seconds, options.processors, torch=bool(options.torch))
         if not options.page:
             cells = chosen(options.cells, own, options.architecture)
             if options.missing:

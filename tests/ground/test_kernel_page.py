@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import kernel_cells
 import kernel_page
 import pytest
-from kernel_matrix import RESULTS, Trial, chosen, keep
+from checkout import CHECKOUT
+from kernel_lab import LabError, own_kernel
+from kernel_matrix import RESULTS, Trial, chosen, keep, parse
 from kernel_trial import No, Seen, judgement, what_became_of_the_shield
+
+VERSIONS = CHECKOUT / "docs/versions.md"
 
 
 def test_the_page_is_what_the_kept_results_make() -> None:
@@ -57,6 +62,41 @@ def test_cells_are_found_by_pattern_and_a_kernel_of_ones_own_has_all_grounds(tmp
     assert [str(cell) for cell in chosen([], own, "arm64")] == [f"4.19/arm64/{name}" for name in kernel_cells.GROUNDS]
     with pytest.raises(ValueError, match="write KERNEL/amd64"):
         kernel_cells.parse_cell("5.10/sparc/v1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--run"], "--run takes a cell and a command"),
+        (["--run", "6.12/amd64/v2"], "--run takes a cell and a command"),
+        (["--parts", "truth,lft", "6.12/amd64/v2"], "there is no part lft; there are truth, "),
+        (["--torch", "all"], "there is no part all; there are truth, "),
+        (["--parts", ""], "nothing is to be tried"),
+    ],
+)
+def test_what_there_is_not_is_said_before_a_machine_is_booted(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [[], ["vmlinuz"], ["release"]])
+def test_a_directory_that_is_no_kernel_is_refused_in_a_line(tmp_path: Path, there: list[str]) -> None:
+    for name in there:
+        (tmp_path / name).touch()
+    with pytest.raises(LabError, match=f"in {tmp_path}; it needs vmlinuz, release"):
+        own_kernel(tmp_path, "amd64")
+
+
+@pytest.mark.parametrize("pair", ["3.9", "3.9:", ":2.1", "3.9:2", "3.12:2.1", "3.9:2.1:2.6", "--help"])
+def test_no_pair_of_python_and_torch_that_cannot_be_gets_a_line_of_the_page(pair: str) -> None:
+    before = VERSIONS.read_text()
+    command = [str(CHECKOUT / "scripts/torches.sh"), pair]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"{pair} is no pair" in done.stderr, done
+    assert VERSIONS.read_text() == before
 
 
 def test_a_machine_is_asked_only_for_what_it_has() -> None:
