@@ -59,6 +59,8 @@ Tell = Callable[[Notice], None]
 # The runs that this process began: those that have not ended, and why it could not leave those that have.
 _running: dict[str, Guard] = {}
 _stays: dict[str, str] = {}
+# Held while one is begun: of two threads' runs, the second is to know of the first.
+_beginning = threading.Lock()
 
 
 class Refusal(SecurerunError):
@@ -145,9 +147,35 @@ class Guard:
         """Have this process guarded, with everything that it will start; `tell` gets the news while it runs.
 
         From then on the environment names the run (SECURERUN_RUN_ID), for guards that have no cgroup to go by.
-        Raises Refusal with the guard's reason, or PrivilegeError when no guard can be spoken to.
+        Raises Refusal with the guard's reason, PrivilegeError when no guard can be spoken to, or PolicyError while this
+        process is in a run with other peers, which another thread may have begun meanwhile.
         """
-        self._order, self._tell = order, tell
+        self._begin_run(order)
+        self._tell = tell
+        try:
+            answer = self._installed(order)
+        except BaseException:
+            _running.pop(order.policy.run_id, None)
+            raise
+        self._run_before = os.environ.get(RUN_ID_VARIABLE)
+        os.environ[RUN_ID_VARIABLE] = order.policy.run_id
+        self._listen()
+        return answer
+
+    def _begin_run(self, order: Order) -> None:
+        """Be the guard of a run of this process, from before anything is installed for it. Raises PolicyError."""
+        with _beginning:
+            try:
+                require_parted()
+                require_peers_of_others(order.policy.peers)
+            except PolicyError:
+                self._hang_up()
+                raise
+            self._order = order
+            _running[order.policy.run_id] = self
+
+    def _installed(self, order: Order) -> Guarding:
+        """Give the order; what stands. Raises Refusal or PrivilegeError."""
         answer = self._ordered(order)
         if answer is None:
             # It was killed in the middle of installing; another finds what it left and goes on from there.
@@ -155,10 +183,6 @@ class Guard:
             answer = self._replace()
             if answer is None:
                 raise PrivilegeError(f"the guard ended without an answer: {reason}")
-        self._run_before = os.environ.get(RUN_ID_VARIABLE)
-        os.environ[RUN_ID_VARIABLE] = order.policy.run_id
-        _running[order.policy.run_id] = self
-        self._listen()
         return answer
 
     def change_peers(self, networks: tuple[Network, ...]) -> None:
@@ -413,6 +437,13 @@ def peers_in_force() -> Mapping[str, tuple[Network, ...]]:
     return {run_id: guard._order.policy.peers for run_id, guard in guards.items() if guard._order is not None}
 
 
+def require_peers_of_others(peers: Collection[Network]) -> None:
+    """Raise PolicyError while this process has a run with other peers, of which these are not a part."""
+    for run_id, theirs in peers_in_force().items():
+        if not are_within(peers, theirs):
+            raise PolicyError(in_the_way(run_id))
+
+
 def are_within(peers: Iterable[Network], others: Collection[Network]) -> bool:
     """Whether whoever is one of the peers is one of the others as well."""
     return collapse((*peers, *others)) == collapse(others)
@@ -491,9 +522,7 @@ def guarded(
     if scope == NAMESPACE:
         raise UsageError(f"scope='namespace': a program that runs stays in its network; start it with {_APART}")
     require_parted()
-    for run_id, peers in peers_in_force().items():
-        if not are_within(policy.peers, peers):
-            raise PolicyError(in_the_way(run_id))
+    require_peers_of_others(policy.peers)
     guard = Guard()
     guard.note(*A_PROGRAM_STAYS)
     guarding = guard.guard(Order(policy, firewall, scope, grace, command), tell)

@@ -240,3 +240,56 @@ def test_of_two_runs_at_once_in_a_process_the_second_has_the_same_peers_or_is_re
     refused = [line for line in done.stderr.splitlines() if "has not ended and has other peers" in line]
     assert len(refused) == 2
     assert eventually(lambda: machine_snapshot() == machine, seconds=2)
+
+
+# Two that begin at the same moment, when neither has a lease yet.
+AT_ONCE = """
+import sys, threading
+from securerun import guarded, policy, run
+how, *peers = sys.argv[1:]
+start, both = threading.Barrier(2), threading.Barrier(2)
+ends = []
+
+def block(peer):
+    with guarded(policy(peers=[peer])):
+        both.wait(20)
+
+def launch(peer):
+    run.main(["--peers", peer, "--nnodes", "1", "--master-port", "0", "--no-python", "sleep", "3"])
+
+def begin(peer):
+    start.wait()
+    try:
+        (block if how == "block" else launch)(peer)
+        ends.append("ran")
+    except threading.BrokenBarrierError:
+        ends.append("ran")
+    except (Exception, SystemExit) as error:
+        ends.append(type(error).__name__)
+        both.abort()
+
+if __name__ == "__main__":
+    threads = [threading.Thread(target=begin, args=[peer]) for peer in peers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(*sorted(ends))
+    with guarded(policy(peers=peers)):
+        print("out of it")
+"""
+
+
+@pytest.mark.parametrize(("how", "error"), [("block", "PolicyError"), ("launch", "SystemExit")])
+def test_of_two_runs_that_begin_at_the_same_moment_one_is_refused(
+    network: Network, tmp_path: Path, how: str, error: str
+) -> None:
+    """Or each would be open to the other's peers, from the moment that the later one's guard moves the process."""
+    node, first, second = network
+    program = tmp_path / "at_once.py"
+    program.write_text(AT_ONCE)
+    machine = machine_snapshot()
+    done = node.run([sys.executable, str(program), how, first.ipv4, second.ipv4], timeout=90)
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines() == [f"{error} ran", "out of it"], done
+    assert eventually(lambda: machine_snapshot() == machine, seconds=2)
