@@ -320,7 +320,9 @@ def _understood() -> Understood:
         # But for a name server that the way out stands for, which is at an address beyond the default route.
         unwanted=() if servers else unwanted,
         forwarded=forwarded,
-        unforwarded=tuple(one for one in named if one not in forwarded and _is_here(one.host, here)),
+        unforwarded=tuple(
+            one for one in named if one not in forwarded and (_is_here(one.host, here) or _is_here(one.address, here))
+        ),
         name_servers=servers,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,24 @@ def test_name_servers_of_this_host_are_told_and_replaced(text: str, forwarded: s
     assert name_servers.are_here(text, own) is (forwarded is not None)
     if forwarded is not None:
         assert name_servers.forwarded(text, "F", own) == forwarded
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("127.0.0.1 localhost Proxy.local # here", True),
+        ("::1 ip6-localhost proxy.local", True),
+        ("10.0.0.3 proxy.local\n127.0.0.1 proxy.local", False),
+        ("#127.0.0.1 proxy.local\n\n127.0.0.1", False),
+    ],
+)
+def test_name_that_the_hosts_file_has_for_the_loopback_is_on_it(tmp_path: Path, line: str, expected: bool) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"# static\n{line}\n")
+    (proxy,) = proxies.named({"http_proxy": "http://proxy.local:3128"}, hosts)
+    assert (proxy.on_loopback, proxy.host, proxy.port) == (expected, "proxy.local", 3128)
+
+
+def test_hosts_file_that_is_not_there_tells_nothing(tmp_path: Path) -> None:
+    (proxy,) = proxies.named({"http_proxy": "http://proxy.local:3128"}, tmp_path / "none")
+    assert not proxy.on_loopback

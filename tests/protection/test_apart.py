@@ -189,9 +189,13 @@ def test_proxy_on_the_hosts_loopback_is_reached_and_nothing_else_there(ground: G
     serve(node, 7011, "127.0.0.1")
     proxies = {"http_proxy": "http://localhost:7010", "HTTPS_PROXY": f"http://{node.ipv4}:7011"}
     proxies["https_proxy"] = "http://127.0.0.1:7010"
+    # By a name that only this host knows, which is at the same place.
+    serve(node, 7014, "127.0.0.1")
+    machine.write("/etc/hosts", f"{machine.place('/etc/hosts').read_text()}\n127.0.0.1 proxy.local\n")
+    proxies["all_proxy"] = "socks5://proxy.local:7014"
     command = [*EXEC, "--", sys.executable, "-c", _CONNECT, "127.0.0.1", "7010", "127.0.0.1", "7011"]
-    done = machine.run(node, command, user=alice, env=proxies)
-    assert done.stdout.split() == ["127.0.0.1", "ConnectionRefusedError"], done
+    done = machine.run(node, [*command, "proxy.local", "7014"], user=alice, env=proxies)
+    assert done.stdout.split() == ["127.0.0.1", "ConnectionRefusedError", "127.0.0.1"], done
     assert "localhost:7010, which http_proxy names, leads to that port of this host's loopback" in done.stderr
     assert f"HTTPS_PROXY: {node.ipv4}:7011 is on this host, which cannot be reached from in there" in done.stderr
 
