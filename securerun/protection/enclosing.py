@@ -151,12 +151,16 @@ def _is_in_network_of(run_id: str) -> bool:
         return False
     from securerun.protection import keeper  # few are in a user namespace
 
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
-            end.connect(keeper.place_of(run_id))
-            return local_sockets.peer_of(end)[1] == os.getuid()
-    except OSError:
-        return False
+    for _ in range(_LOOKS):
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+                end.connect(keeper.place_of(run_id))
+                return local_sockets.peer_of(end)[1] == os.getuid()
+        except BlockingIOError:  # as many wait there as may: the launcher lets each go in a moment
+            time.sleep(_LOOK_SECONDS)
+        except OSError:
+            return False
+    return False
 
 
 def _guard_lives(run_id: str) -> bool:

@@ -480,10 +480,13 @@ def test_python_program_that_runs_is_told_what_to_do(ground: Ground) -> None:
 
 
 def test_many_launchers_inside_find_the_run_around_them(ground: Ground) -> None:
-    """More than would wait at its place: each is let go at once."""
+    """More than may wait at its place, also where the launcher gets no processor for a moment."""
     machine, node, _, alice, _ = ground
     look = (
-        "import os\nfrom securerun.protection import enclosing\n"
+        "import os, signal, subprocess\nfrom securerun.protection import enclosing\n"
+        "launcher = os.getppid()\n"
+        "os.kill(launcher, signal.SIGSTOP)\n"
+        "subprocess.Popen(['sh', '-c', f'sleep 0.4; kill -CONT {launcher}'])\n"
         "print(sum(enclosing.find(os.environ) is not None for _ in range(300)))"
     )
     done = machine.run(node, [*EXEC, "--", sys.executable, "-c", look], user=alice)
