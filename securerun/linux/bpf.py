@@ -86,6 +86,9 @@ _PROGRAM_TYPE_CGROUP_SKB = 8
 _MAP_FLAG_NO_PREALLOC = 1
 
 
+_REPORT = "\nVerification failed: "
+
+
 class VerifierError(OSError):
     """A program was not loaded; `log` is what its verifier wrote, possibly nothing."""
 
@@ -442,7 +445,12 @@ def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None) -> in
 
 
 def _last_words(log: str) -> str:
-    # kernel/bpf/verifier.c, print_verification_stats; Linux 7 has a line for each subprogram too.
+    """Return the line of a verifier's log that says why it refused.
+
+    Statistics come after it (kernel/bpf/verifier.c, print_verification_stats), and in Linux 7 first of all a report of
+    many lines, which ends with a suggestion.
+    """
     statistics = ("verification time", "stack depth", "processed", "subprog ")
-    lines = [line for line in log.splitlines() if line and not line.startswith(statistics)]
+    refusal, _, _ = log.partition(_REPORT)
+    lines = [line for line in refusal.splitlines() if line and not line.startswith(statistics)]
     return f" ({lines[-1]})" if lines else ""

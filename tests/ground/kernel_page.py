@@ -37,13 +37,6 @@ _WHY = {
     r"was switched off and the scope was ports": "The kernel has not the fix 8520e224f547. From then on the port "
     "chains close each port once it is seen: within 0.2 s on a machine that is not emulated.",
     r"flags owner|owner.*5\.12": "A table that belongs to its guard needs Linux 5.12; iptables is as good.",
-    r"its record says nothing of its end": "Not proven: the guard says it first and records it after that, under the "
-    "host's lock, and the trial read the record at once. It waits for it since; to be run again.",
-    r"No such file or directory: '/run/securerun'": "A fault of the trial, which looked while the last record, and the "
-    "directory with it, went; mended since. To be run again.",
-    r"^left on a host": "Seen once, with the machine at a third of its speed beside other work; nobody knows why. "
-    "Nothing was left in the end, nor in other cells of this kernel. To be run again.",
-    r"test_a_refused_program_comes_with": "It asks for words of the verifier; if 7.3 has others is not known.",
     r"and then \d+ s were over": "The tests were cut short: emulated they take more than an hour.",
 }
 _HEAD = """\

@@ -206,7 +206,9 @@ def test_a_refused_program_comes_with_the_verifiers_words() -> None:
     [
         "processed 1 insns (limit 1000000) max_states_per_insn 0 total_states 0 peak_states 0 mark_read 0\n",
         "verification time 44 usec\nstack depth 0\nprocessed 1 insns (limit 1000000)\n",
-        "processed 1 insns (limit 1000000)\nsubprog 0 (<unknown>) main insns_self 1 insns_total 1 stack 0\n",
+        "\nVerification failed: Register Type Safety: Unreadable register\n\nReason:\n  R0 has never been written\n\n"
+        "Suggestion:\n  Initialize R0 on every path before this instruction.\n\nstack depth max 0\n"
+        "subprog 0 (<unknown>) main insns_self 1 insns_total 1 stack 0\nprocessed 1 insns (limit 1000000)\n",
     ],
     ids=["5.10", "6.18", "7.3"],
 )
