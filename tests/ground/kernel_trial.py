@@ -293,7 +293,8 @@ def chains_hold(node: Host, peer: Host, stranger: Host, backend: str, said: dict
         require(done.returncode in REFUSED, f"doctor says no {backend}, and a job with it had status {done.returncode}")
         return False
     require(done.returncode == 0, f"doctor says {backend}, and a job with it: {words_of(done.stderr)}")
-    require(PORT not in {port for _, port in probe.reached}, f"the stranger reached {PORT} behind {backend} alone")
+    gained = [(endpoint, begun) for endpoint, begun in probe.connections if endpoint[1] == PORT]
+    require(not gained, f"the stranger reached {PORT} behind {backend} alone: {gained}, it appeared {probe.appeared}")
     return True
 
 
