@@ -85,8 +85,10 @@ class AttachFlags(enum.IntFlag):
 _PROGRAM_TYPE_CGROUP_SKB = 8
 _MAP_FLAG_NO_PREALLOC = 1
 
-
+# What begins the report that Linux 7's verifier writes behind its reason; and what begins the lines of statistics
+# after that (kernel/bpf/verifier.c, print_verification_stats).
 _REPORT = "\nVerification failed: "
+_STATISTICS = ("verification time", "stack depth", "processed", "subprog ")
 
 
 class VerifierError(OSError):
@@ -445,12 +447,7 @@ def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None) -> in
 
 
 def _last_words(log: str) -> str:
-    """Return the line of a verifier's log that says why it refused.
-
-    Statistics come after it (kernel/bpf/verifier.c, print_verification_stats), and in Linux 7 first of all a report of
-    many lines, which ends with a suggestion.
-    """
-    statistics = ("verification time", "stack depth", "processed", "subprog ")
+    """Return the line of a verifier's log that says why it refused, of those before the report and the statistics."""
     refusal, _, _ = log.partition(_REPORT)
-    lines = [line for line in refusal.splitlines() if line and not line.startswith(statistics)]
+    lines = [line for line in refusal.splitlines() if line and not line.startswith(_STATISTICS)]
     return f" ({lines[-1]})" if lines else ""

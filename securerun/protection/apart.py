@@ -45,6 +45,10 @@ _REAP_SECONDS = 5.0
 _MOST_INTERFACES, _MOST_ADDRESSES = 64, 512
 _LOOPBACK = "lo"
 _NAMED = 4
+_KEEPER_GONE = (
+    "the keeper of this job's network was killed: there is no way out of it any more, and what the job leaves will not "
+    "be ended; nobody can connect to it, as before"
+)
 # What shows the limit that the kernel refused something by (bash(1)).
 _LIMITS = {errno.EFBIG: "-f", errno.EAGAIN: "-u", errno.EMFILE: "-n", errno.ENOMEM: "-v"}
 
@@ -252,12 +256,6 @@ def _what_helps(error: OSError) -> str:
     """Return the command that helps where a limit of this process is in the way."""
     option = _LIMITS.get(error.errno or 0)
     return f"ulimit {option}, and start it again with more" if option else "securerunctl doctor"
-
-
-_KEEPER_GONE = (
-    "the keeper of this job's network was killed: there is no way out of it any more, and what the job leaves will not "
-    "be ended; nobody can connect to it, as before"
-)
 
 
 def bar() -> Bar | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from securerun.protection.apart import Apart
 
 NAMESPACE = "namespace"
+_GUARD = "leave --scope out, and have a guard: see securerunctl doctor"
 
 
 def begin(asked: Options, several: str, meanwhile: Iterable[None] = (), *, goes_on: bool) -> Guard | Apart:
@@ -91,10 +92,11 @@ def without_guard(asked: Options, job: Job) -> str:
 
     if job.max_nodes not in (1, UNKNOWN_NODES) or apart.insists(asked):
         return ""
-    if apart.bar() is None:
-        found = way_out.find()
-        return f"this job goes into a network of its own, out by {found.name if found else 'nothing'}"
-    return f"this job would go into a network of its own, but {apart.bar()}"
+    bar = apart.bar()
+    if bar is not None:
+        return f"this job would go into a network of its own, but {bar}"
+    found = way_out.find()
+    return f"this job goes into a network of its own, out by {found.name if found else 'nothing'}"
 
 
 def _may_be_apart(asked: Options) -> bool:
@@ -110,7 +112,6 @@ def _by_name(asked: Options, several: str, *, goes_on: bool) -> Apart:
             f"{asked.scope_source} {NAMESPACE}: a program that goes on after the job would stay in another network; "
             f"start the command securerun, or this program by securerunctl exec --scope {NAMESPACE}"
         )
-
     if several:
         raise PolicyError(
             f"{asked.scope_source} {NAMESPACE}: {several}, and nobody can connect to a job in a network of its own; "
@@ -128,6 +129,3 @@ def _by_name(asked: Options, several: str, *, goes_on: bool) -> Apart:
             f"those who do; leave {bar} out, or the scope"
         )
     return apart.Apart(by_name=True)
-
-
-_GUARD = "leave --scope out, and have a guard: see securerunctl doctor"
