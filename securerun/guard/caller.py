@@ -36,7 +36,7 @@ class Caller:
         """Hold the process. directly: it started this guard itself, by nobody who has more privilege than it has."""
         self.pid = pid
         self._directly = directly
-        self.pidfd = _pidfd(pid) if pidfd is None else pidfd
+        self.pidfd = processes.pidfd(pid) if pidfd is None else pidfd
         self.attendants: tuple[Process, ...] = ()
         try:
             self.start = proc.start_time(pid)
@@ -222,12 +222,3 @@ def _is_of_our_user_namespace(pid: int) -> bool:
         return proc.namespace("user", pid) == proc.namespace("user")
     except OSError:
         return False
-
-
-def _pidfd(pid: int) -> int | None:
-    if not hasattr(os, "pidfd_open"):
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None

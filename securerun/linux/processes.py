@@ -300,6 +300,16 @@ def _with_descendants(roots: Iterable[int], living: Mapping[int, Stat], excepted
     return found
 
 
+def pidfd(pid: int) -> int | None:
+    """Return a descriptor that means this process and no later one; None where it has ended, or below Linux 5.3."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
 def _signal_held(process: Process, number: int) -> bool:
     """Signal through a pidfd, which never means a later process of that number."""
     held = os.pidfd_open(process.pid)

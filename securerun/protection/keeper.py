@@ -166,10 +166,8 @@ class _Life:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._start = proc.start_time(pid)
-        try:
-            self.descriptor = os.pidfd_open(pid)
-        except (AttributeError, OSError):
-            self.descriptor = -1
+        held = processes.pidfd(pid)
+        self.descriptor = -1 if held is None else held
 
     @property
     def lasts(self) -> bool:
