@@ -22,8 +22,15 @@ from dataclasses import dataclass
 
 from securerun.firewall.chains import ANSWERED_A_SECOND
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
-from securerun.firewall.policy import RUN_ID, Policy, by_networks
-from securerun.firewall.run_sets import has_set, has_set_of_ports, port_groups, ports_name, set_name
+from securerun.firewall.policy import RUN_ID, TAG_OPTION, Admission, Policy, by_networks
+from securerun.firewall.run_sets import (
+    has_set,
+    has_set_of_ports,
+    port_groups,
+    ports_name,
+    set_name,
+    tag_ports_name,
+)
 
 CHAIN = "SECURERUN"
 # What no run made, but a script that an administrator ran (`script.py`), decides for itself after all runs.
@@ -37,6 +44,7 @@ MADE_NOTHING = "securerun"
 _OUR_COMMENT = re.compile(rf"securerun ({RUN_ID.pattern})")
 _COMMENTED = re.compile(rf'--comment "{_OUR_COMMENT.pattern}"')
 _FEW_RULES = 16
+_TAG = f"-m tcp --tcp-option {TAG_OPTION}"
 
 
 @dataclass(frozen=True)
@@ -125,16 +133,43 @@ def passes(policy: Policy, version: int, *, chain: str = CHAIN, with_sets: bool 
     """
     target = "ACCEPT" if policy.accept else "RETURN"
     # In reverse, since each is inserted at position 1.
-    if with_sets and has_set(policy, version):
-        sources = [f"-m set --match-set {set_name(policy.run_id, version)} src "]
-    else:
-        sources = [f"-s {network} " for network in reversed(policy.peers_of(version))]
     entries = [f"-i {interface} " for interface in reversed(policy.interfaces)] or [""]
-    for source in sources:
+    for source in _sources(policy, version, with_sets=with_sets):
         for entry in entries:
-            for ports in _port_matches(policy, with_sets=with_sets):
+            for ports in _pass_matches(policy, with_sets=with_sets):
                 yield f"-I {chain} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
+    if policy.admits_by_tag:
+        # Never accepted: the shield judges what comes to the job's sockets, and to no others.
+        for entry in entries:
+            for ports in _tag_matches(policy, with_sets=with_sets):
+                yield f"-I {chain} 1 {entry}{ports} {_comment(policy.run_id)} -j RETURN"
     yield from _public_passes(policy, version, chain)
+
+
+def _sources(policy: Policy, version: int, *, with_sets: bool) -> list[str]:
+    """Return the matches of peers by address; none where only a tag counts."""
+    if policy.admission is Admission.TAG:
+        return []
+    if with_sets and has_set(policy, version):
+        return [f"-m set --match-set {set_name(policy.run_id, version)} src "]
+    return [f"-s {network} " for network in reversed(policy.peers_of(version))]
+
+
+def _pass_matches(policy: Policy, *, with_sets: bool) -> Iterator[str]:
+    """Yield the matches of what peers by address may send."""
+    if policy.admission is Admission.BOTH:
+        return _tag_matches(policy, with_sets=with_sets)
+    return _port_matches(policy, with_sets=with_sets)
+
+
+def _tag_matches(policy: Policy, *, with_sets: bool) -> Iterator[str]:
+    """Yield the matches of packets with the option that a tag is; the shield looks whether it is right."""
+    if with_sets and has_set_of_ports(policy):
+        if policy.tag_ports():
+            yield f"-p tcp -m set --match-set {tag_ports_name(policy.run_id)} dst {_TAG}"
+        return
+    for ports in map(_match_of, port_groups(policy.tag_ports())):
+        yield f"{ports} {_TAG}"
 
 
 def _public_passes(policy: Policy, version: int, chain: str) -> Iterator[str]:

@@ -31,7 +31,7 @@ from typing import Callable
 from securerun.firewall.chains import ANSWERED_A_SECOND, PortChainsUnavailable, Resets, of_another
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.libnftables import Nftables, NftablesError
-from securerun.firewall.policy import Policy, by_networks
+from securerun.firewall.policy import TAG_OPTION, Admission, Policy, by_networks
 from securerun.linux import nf_tables
 from securerun.linux.networks import written_address
 from securerun.text import span
@@ -283,7 +283,7 @@ def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool = True
 def _chains(
     place: _Place, policy: Policy, peers: Sequence[_PeerSet], log_group: int | None, *, resets: bool = True
 ) -> Iterator[list[str]]:
-    if policy.peers or any(not opening.is_for_all for opening in policy.public):
+    if policy.peers or policy.tag_ports() or any(not opening.is_for_all for opening in policy.public):
         yield _chain(place, "pass", _rules(policy.run_id, _passes(place, policy, peers)))
     answered = policy.answered_version if resets else None
     yield _chain(place, "close", _rules(policy.run_id, _drops(place, policy.run_id, log_group, answered)))
@@ -304,9 +304,16 @@ def _hook(priority: int) -> str:
 def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[str]:
     names = ", ".join(f'"{interface}"' for interface in policy.interfaces)
     entry = f"iifname {{ {names} }} " if names else ""
+    tag_ports = ", ".join(span(first, last) for first, last in policy.tag_ports())
+    # nft 1.0.6 crashes, in the guard too, when it is asked for the option's length as well.
+    tagged = f"tcp dport {{ {tag_ports} }} tcp option {TAG_OPTION} exists" if tag_ports else ""
+    by_address = tagged if policy.admission is Admission.BOTH else "tcp dport @ports"
     for each in peers:
         family = "ip" if each.version == 4 else "ip6"
-        yield f"{entry}tcp dport @ports {family} saddr @{each.name} meta priority set {place.token} accept"
+        if by_address and policy.admission is not Admission.TAG:
+            yield f"{entry}{by_address} {family} saddr @{each.name} meta priority set {place.token} accept"
+    if tagged and policy.admits_by_tag:
+        yield f"{entry}{tagged} meta priority set {place.token} accept"
     for networks, ranges in by_networks(policy.public).items():
         ports = ", ".join(span(first, last) for first, last in ranges)
         for version, family in ((4, "ip"), (6, "ip6")):

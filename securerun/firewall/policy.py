@@ -35,6 +35,9 @@ MOST_PUBLIC_PAIRS = 256
 
 _NAMED = 4
 
+# The kind of the TCP option that a tag is (`tag`).
+TAG_OPTION = 254
+
 # The run id stands in rule comments, file names and cgroup names, so it is hexadecimal and nothing else.
 RUN_ID = re.compile(r"[0-9a-f]{12}")
 # include/uapi/linux/if.h: IFNAMSIZ is 16 with the closing NUL. The kernel allows more characters than these, a leading
@@ -144,6 +147,17 @@ class Opening:
         return span(self.first, self.last)
 
 
+class Admission(str, enum.Enum):
+    """What somebody shows who opens a connection to a job. The value is what stands in orders and records."""
+
+    ADDRESS = "address"
+    EITHER = "tag or address"
+    TAG = "tag"
+    BOTH = "tag and address"
+
+    __str__ = str.__str__
+
+
 @dataclass(frozen=True)
 class Policy:
     """Who may open TCP connections to one job, and through what.
@@ -156,6 +170,9 @@ class Policy:
     close_loopback: over the loopback, too, only the job's own processes may connect.
     public: the ports that others may connect to as well, in ascending order, none in two of them. Those for some
     networks are in `ports` too, to be closed to the rest; those for every host are not.
+    admission: whether peers are told by their address, by the tag of the job's key, or by both.
+    tagged: the networks towards which the job's own connections carry a tag, collapsed: where its nodes can be. None
+    where nobody is told by a tag.
 
     Raises PolicyError for a field that cannot be right.
     """
@@ -167,6 +184,8 @@ class Policy:
     accept: bool = False
     close_loopback: bool = False
     public: tuple[Opening, ...] = ()
+    admission: Admission = Admission.ADDRESS
+    tagged: tuple[Network, ...] = ()
 
     def __post_init__(self) -> None:
         if not RUN_ID.fullmatch(self.run_id):
@@ -181,6 +200,39 @@ class Policy:
         if self.public:
             require_openings(self.public)
             _require_apart(self.public, self.ports)
+        if self.has_tags or self.admission is not Admission.ADDRESS:
+            self._require_tags()
+
+    def _require_tags(self) -> None:
+        if self.tagged != collapse(self.tagged):
+            raise PolicyError("the networks where tags are written overlap or are not in order; collapse them first")
+        if not self.tagged:
+            raise PolicyError("nodes are to show tags, and no network is named where they are written; name some")
+        if self.admission is Admission.ADDRESS and not self.close_loopback:
+            raise PolicyError("tags are to be written, and nobody is told by them; leave their networks out")
+        if self.admission is Admission.BOTH and not self.peers:
+            raise PolicyError("nodes are to show a tag and a peer's address, and there are no peers; name them")
+
+    @property
+    def has_tags(self) -> bool:
+        """Whether the job's own connections carry tags."""
+        return bool(self.tagged)
+
+    @property
+    def admits_by_tag(self) -> bool:
+        """Whether a tag alone is enough to connect, from wherever."""
+        return self.admission in (Admission.EITHER, Admission.TAG)
+
+    def tag_ports(self) -> list[tuple[int, int]]:
+        """Return the planned ports where port chains leave it to the shield who has a tag, as `joined_ports` does.
+
+        Not those that were closed since a socket was found there that no shield judges.
+        """
+        if self.admission is Admission.ADDRESS:
+            return []
+        meanwhile = joined((port.first, port.last) for port in self.ports if port.purpose == Purpose.OPENED_MEANWHILE)
+        planned = joined((port.first, port.last) for port in self.ports if port.purpose != Purpose.OPENED_MEANWHILE)
+        return without(planned, meanwhile)
 
     @cached_property
     def written_peers(self) -> tuple[str, ...]:
@@ -210,9 +262,10 @@ class Policy:
     def answered_version(self) -> int | None:
         """The IP version whose opening packets the port chains answer with a reset: all peers are of the other one.
 
-        None where both versions have peers, or neither: then all who are turned away hear nothing.
+        None where both versions have peers, or neither: then all who are turned away hear nothing. Of nodes that are
+        told by a tag nobody knows the version.
         """
-        if not self.peers or (self.peers_of(4) and self.peers_of(6)):
+        if self.admits_by_tag or not self.peers or (self.peers_of(4) and self.peers_of(6)):
             return None
         return 6 if self.peers_of(4) else 4
 
@@ -316,6 +369,20 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((first, last))
     return found
+
+
+def without(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return joined ranges without the ports of others."""
+    left = []
+    for first, last in ranges:
+        for other_first, other_last in others:
+            if first <= other_last and other_first <= last:
+                if first < other_first:
+                    left.append((first, other_first - 1))
+                first = other_last + 1
+        if first <= last:
+            left.append((first, last))
+    return left
 
 
 def covers(ranges: list[tuple[int, int]], port: int) -> bool:

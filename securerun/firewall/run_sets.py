@@ -35,6 +35,11 @@ def ports_name(run_id: str) -> str:
     return f"securerun-{run_id}-p"
 
 
+def tag_ports_name(run_id: str) -> str:
+    """Return the name of the set with the ports of a run where the shield judges who has a tag."""
+    return f"securerun-{run_id}-t"
+
+
 def port_groups(ranges: Iterable[tuple[int, int]]) -> Iterator[str]:
     """Yield joined ranges of ports as xt_multiport takes them, each within the slots that it has."""
     match: list[str] = []
@@ -71,6 +76,8 @@ def require_few_rules(policy: Policy, why: str) -> None:
     entries, groups = _entries(policy), _groups(policy)
     peers = max(len(policy.peers_of(version)) for version in _VERSIONS)
     rules = max(peers * entries, 1) * groups
+    if policy.admits_by_tag:
+        rules += entries * sum(1 for _ in port_groups(policy.tag_ports()))
     if rules > MOST_RULES:
         raise TooManyRules(
             f"{peers} peers, {entries} interfaces and {groups} groups of ports would be {rules} rules, and "
@@ -125,7 +132,8 @@ class RunSets:
     def _remove_all_but(self, kept: Collection[str]) -> None:
         # One for all: the host's lock is held meanwhile.
         deadline = ip_set.until_let_go()
-        for name in (*(set_name(self._run_id, version) for version in _VERSIONS), ports_name(self._run_id)):
+        of_peers = (set_name(self._run_id, version) for version in _VERSIONS)
+        for name in (*of_peers, ports_name(self._run_id), tag_ports_name(self._run_id)):
             try:
                 if name not in kept:
                     ipset.destroy(name, deadline)
@@ -140,6 +148,9 @@ def _members(policy: Policy) -> dict[str, ip_set.Members]:
     }
     if has_set_of_ports(policy):
         found[ports_name(policy.run_id)] = policy.joined_ports()
+        tag_ports = policy.tag_ports()
+        if tag_ports:
+            found[tag_ports_name(policy.run_id)] = tag_ports
     return found
 
 

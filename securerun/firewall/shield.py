@@ -5,7 +5,8 @@ life is the cgroup's: the attachment outlives the process that made it. It is hu
 others (BPF_F_ALLOW_MULTI, Linux 4.15).
 
 Where the policy closes the loopback, a second program on the same cgroup notes which connections the job's own
-processes are opening over it, and the first lets in those alone.
+processes are opening over it, and the first lets in those alone. Where it goes by tags, a second program writes them
+into what the job sends (`tags`).
 
 What the programs do is written in `shield_program.py`; here the kernel is given them, and asked.
 """
@@ -17,11 +18,12 @@ import errno
 import itertools
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import selftest
-from securerun.firewall.policy import Denial, Policy
+from securerun.firewall.policy import Admission, Denial, Policy
 from securerun.firewall.refusals import CANNOT_OPEN, FORBIDDEN_ABOVE, LACK_OF_PRIVILEGE, ShieldUnavailable, explained
 from securerun.firewall.shield_maps import (
     DENIED,
@@ -42,6 +44,10 @@ from securerun.linux.assembler import assemble
 from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, VerifierError, attached, programs_on
 from securerun.linux.networks import Network, collapse
 
+if TYPE_CHECKING:
+    from securerun.firewall.job_key import JobKey
+    from securerun.firewall.tags import Tags
+
 _CANNOT_CLOSE_LOOPBACK = "--loopback job needs Linux 5.1, whose programs see a packet's socket; use --loopback any here"
 
 
@@ -49,7 +55,8 @@ class Shield:
     """The shield of one job. Made by Shield.attach() or adopt(); close() leaves the attachment in place.
 
     name: which program judges: "socket" (from Linux 5.1) or "header" (before), or "socket and loopback" where the
-    policy closes the loopback. shortfall: what that one promises less than the others, "" for nothing.
+    policy closes the loopback, with "tag" where it goes by tags. shortfall: what that one promises less than the
+    others, "" for nothing. tags: those of the job, None where it has none.
     """
 
     def __init__(
@@ -63,7 +70,9 @@ class Shield:
         interfaces: Map | None = None,
         *,
         noting: Program | None = None,
+        tags: Tags | None = None,
     ) -> None:
+        self.tags = tags
         self.name = kind.name
         self.shortfall = kind.shortfall
         self._cgroup = os.dup(cgroup)
@@ -76,14 +85,15 @@ class Shield:
         self._indices: frozenset[int] | None = None
 
     @classmethod
-    def attach(cls, cgroup: int, policy: Policy) -> Shield:
+    def attach(cls, cgroup: int, policy: Policy, key: JobKey | None = None) -> Shield:
         """Hang a shield for the policy on the cgroup whose directory `cgroup` is open on.
 
+        key: what tags are made with, where the policy goes by them.
         Sockets that processes of the cgroup make from now on, and made before in it, are covered at once.
         Raises ShieldUnavailable when the kernel will not have it, and PolicyError for an interface that is
         not there (names are looked up in the network namespace of the caller).
         """
-        return attach_first_of(PROGRAMS, cgroup, policy)
+        return attach_first_of(PROGRAMS if key is None else _by_tags(policy), cgroup, policy, key)
 
     def denied(self) -> tuple[Denial, ...]:
         """Return who was turned away so far, most packets first; of more than 4096 pairs the latest.
@@ -138,10 +148,20 @@ class Shield:
             self._program.take_off(self._cgroup, AttachType.CGROUP_INET_INGRESS)
             if self._noting is not None:
                 self._noting.take_off(self._cgroup, AttachType.CGROUP_INET_EGRESS)
+            if self.tags is not None:
+                self.tags.take_off(self._cgroup)
 
     def close(self) -> None:
         """Close this process' descriptors. The attachment stays until detach(), or as long as the cgroup."""
-        for thing in (self._program, self._peers4, self._peers6, self._denied, self._interfaces, self._noting):
+        for thing in (
+            self._program,
+            self._peers4,
+            self._peers6,
+            self._denied,
+            self._interfaces,
+            self._noting,
+            self.tags,
+        ):
             if thing is not None:
                 thing.close()
         if self._cgroup >= 0:
@@ -149,8 +169,12 @@ class Shield:
             self._cgroup = -1
 
 
-def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Policy) -> Shield:
+def attach_first_of(
+    programs: Sequence[ShieldProgram], cgroup: int, policy: Policy, key: JobKey | None = None
+) -> Shield:
     """Do what Shield.attach() does, with the first of these programs that suits the policy and the kernel accepts."""
+    if policy.has_tags != (key is not None):
+        raise PolicyError("nodes are told by tags, which are made with a key, and one is there without the other")
     suitable = [program for program in programs if program.closes_loopback == policy.close_loopback]
     symbols: dict[str, int] = {}
     for name in policy.interfaces:
@@ -160,47 +184,98 @@ def attach_first_of(programs: Sequence[ShieldProgram], cgroup: int, policy: Poli
         # Nobody but the programs needs these.
         others = [loading.enter_context(made) for made in _create_others(policy)]
         symbols.update((each.shape.name, each.fileno()) for each in (*maps, *others))
-        chosen, program = _load_first_of(suitable, policy, symbols)
+        if key is None:
+            chosen, program = _load_first_of(suitable, policy, symbols)
+            tags = None
+        else:
+            (chosen,) = suitable
+            program, tags = _load_with_tags(chosen, policy, symbols, key, undo, loading)
         undo.enter_context(program)
-        noting = undo.enter_context(_load_noting_program(symbols)) if chosen.closes_loopback else None
-        shield = Shield(cgroup, chosen, program, *maps, noting=noting)
+        notes = chosen.closes_loopback and tags is None
+        noting = undo.enter_context(_load_noting_program(symbols)) if notes else None
+        shield = Shield(cgroup, chosen, program, *maps, noting=noting, tags=tags)
         undo.callback(shield.close)
         shield.follow_interfaces(policy.interfaces)
         with explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
                 trie.update_many(dict.fromkeys(peer_keys(policy.peers_of(version), version), NO_VALUE))
         with explained("hanging the shield on the cgroup", FORBIDDEN_ABOVE):
+            # What the judge goes by first, so that there is no SYN of the job that is judged and was not noted, or has
+            # no tag.
             if noting is not None:
-                # First, so that there is no SYN of the job that is judged and was not noted.
                 noting.attach(cgroup, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
                 undo.callback(noting.take_off, cgroup, AttachType.CGROUP_INET_EGRESS)
+            if tags is not None:
+                tags.attach(cgroup)
+                undo.callback(tags.take_off, cgroup)
             program.attach(cgroup, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
         undo.pop_all()
     return shield
+
+
+def _by_tags(policy: Policy) -> tuple[ShieldProgram, ...]:
+    from securerun.firewall.tag_program import tag_program  # not every job's guard needs it
+
+    return (tag_program(policy.admission, close_loopback=policy.close_loopback),)
+
+
+def _kinds_by_tags() -> tuple[ShieldProgram, ...]:
+    """Return programs with the names that those have which judge by tags, whatever else they go by."""
+    from securerun.firewall.tag_program import tag_program
+
+    return tuple(tag_program(Admission.TAG, close_loopback=closes) for closes in (False, True))
+
+
+def _load_with_tags(
+    chosen: ShieldProgram,
+    policy: Policy,
+    symbols: Mapping[str, int],
+    key: JobKey,
+    kept: contextlib.ExitStack,
+    loading: contextlib.ExitStack,
+) -> tuple[Program, Tags]:
+    """Load the program that judges tags and the one that writes them, and close what they take with the stacks.
+
+    Raises ShieldUnavailable.
+    """
+    from securerun.firewall import tags
+
+    maps = tags.create_maps(policy, kept, loading)
+    numbers = {**symbols, **{name: each.fileno() for name, each in maps.items()}}
+    program = kept.enter_context(
+        tags.load_judge(chosen.kernel_name, chosen.build(policy.interfaces, policy.public), numbers, key)
+    )
+    writer = kept.enter_context(tags.load_writer(maps[tags.TAG_NETWORKS.name], key))
+    return program, tags.Tags(writer, {name: maps[name] for name in tags.KEPT})
 
 
 def adopt(cgroup: int) -> Shield:
     """Return the shield that a dead guard left on this cgroup, with its peers and counters. Needs CAP_SYS_ADMIN.
 
     A self-test that the guard died in is taken off: it would forbid the job to send anything. So is the half of a
-    shield that only notes. Raises ShieldUnavailable when there is no shield on the cgroup.
+    shield that only notes, or only writes tags. Raises ShieldUnavailable when there is no shield on the cgroup.
     """
     with explained("looking for the shield of an earlier guard", CANNOT_OPEN):
         selftest.take_off_remains(cgroup)
-        kinds = {kind.kernel_name: kind for kind in PROGRAMS}
+        kinds = {kind.kernel_name: kind for kind in (*PROGRAMS, *_kinds_by_tags())}
         for program in programs_on(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(kinds)):
             return _adopt_program(cgroup, program, kinds)
         _find_noting_program(cgroup, ())
+        _find_writer(cgroup, ())
     raise ShieldUnavailable("no shield hangs on this cgroup", Obstacle.NOTHING_THERE)
 
 
-def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False) -> None:
+def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False, tags: bool = False) -> None:
     """Raise ShieldUnavailable when a program on one of the ancestor cgroups does not get along with a shield below.
 
     ancestors: descriptors of the directories of the cgroups above the job's. close_loopback: as in the policy; such
-    a shield also judges what the job sends.
+    a shield also judges what the job sends, and one with tags writes to it.
     """
-    kinds = [AttachType.CGROUP_INET_INGRESS, *[AttachType.CGROUP_INET_EGRESS] * close_loopback]
+    kinds = [AttachType.CGROUP_INET_INGRESS]
+    if tags:
+        kinds.append(AttachType.CGROUP_SOCK_OPS)
+    elif close_loopback:
+        kinds.append(AttachType.CGROUP_INET_EGRESS)
     for ancestor, kind in itertools.product(ancestors, kinds):
         with explained("asking for the programs on the cgroups above"):
             found = attached(ancestor, kind)
@@ -299,24 +374,52 @@ def _adopt_program(cgroup: int, program: Program, kinds: dict[str, ShieldProgram
         wanted = tuple(symbol.name for symbol in (PEERS4, PEERS6, DENIED))
         # The program of a guard from before there was this map has the numbers in itself, for good.
         kept = {*wanted, INTERFACES.name}
+        writer = _find_writer(cgroup, information.map_ids)
+        if writer is not None:
+            kept |= _names_of_tags()
+            undo.enter_context(writer)
         maps = {}
         for identifier in information.map_ids:
             opened = Map.open(identifier)
             (undo if opened.shape.name in kept else others).enter_context(opened)
             maps[opened.shape.name] = opened
         asked = [maps[name] for name in (*wanted, INTERFACES.name) if name in maps]
-        shield = Shield(cgroup, kinds[information.name], program, *asked, noting=noting)
+        tags = None if writer is None else _tags_of(writer, maps)
+        shield = Shield(cgroup, kinds[information.name], program, *asked, noting=noting, tags=tags)
         undo.pop_all()
     return shield
 
 
+def _names_of_tags() -> set[str]:
+    from securerun.firewall.tags import KEPT
+
+    return set(KEPT)
+
+
+def _tags_of(writer: Program, maps: Mapping[str, Map]) -> Tags:
+    from securerun.firewall.tags import KEPT, Tags
+
+    return Tags(writer, {name: maps[name] for name in KEPT})
+
+
+def _find_writer(cgroup: int, map_ids: Sequence[int]) -> Program | None:
+    """Return the program on the cgroup that writes tags by one of these maps; take off those whose shield is gone."""
+    from securerun.firewall.tags import NAME
+
+    return _found_with(map_ids, cgroup, AttachType.CGROUP_SOCK_OPS, NAME)
+
+
 def _find_noting_program(cgroup: int, map_ids: Sequence[int]) -> Program | None:
     """Return the program on the cgroup that notes in one of these maps; take off those whose shield is gone."""
+    return _found_with(map_ids, cgroup, AttachType.CGROUP_INET_EGRESS, NOTING_NAME)
+
+
+def _found_with(map_ids: Sequence[int], cgroup: int, kind: AttachType, name: str) -> Program | None:
     found = None
-    for program in programs_on(cgroup, AttachType.CGROUP_INET_EGRESS, (NOTING_NAME,)):
+    for program in programs_on(cgroup, kind, (name,)):
         if set(program.information().map_ids) & set(map_ids):
             found = program
             continue
         with program:
-            program.take_off(cgroup, AttachType.CGROUP_INET_EGRESS)
+            program.take_off(cgroup, kind)
     return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from securerun.firewall.policy import Opening, Policy
+from securerun.firewall.program_steps import NEW_OR_NOT, count, load_packet, look_up, put
 from securerun.firewall.shield_maps import (
     DENIED,
     INTERFACES,
@@ -28,46 +29,39 @@ from securerun.linux.assembler import (
     R1,
     R2,
     R3,
-    R4,
     R6,
     R7,
     R8,
     R9,
     R10,
-    Helper,
     Label,
-    Register,
     Remark,
     Statement,
-    Symbol,
-    atomic_add,
     calculate,
-    call,
     from_network_order,
     jump,
     jump_if,
     leave,
     listing,
     load,
-    map_reference,
     store,
 )
 
 # include/uapi/linux/bpf.h: offsets in struct __sk_buff and struct bpf_sock
 _CONTEXT_PROTOCOL = 16
-_CONTEXT_INTERFACE = 40
-_CONTEXT_SOCKET = 168
+CONTEXT_INTERFACE = 40
+CONTEXT_SOCKET = 168
 _SOCKET_PORT = 44
-_SOCKET_STATE = 72
+SOCKET_STATE = 72
 
 # drivers/net/loopback.c: the loopback is the first device of every network namespace.
-_LOOPBACK = 1
+LOOPBACK = 1
 # include/net/tcp_states.h
-_SYN_SENT, _LISTEN = 2, 10
+SYN_SENT, LISTEN = 2, 10
 
 _DROP, _PASS = 0, 1
 
-_TCP = 6
+TCP = 6
 # Transports that TCP cannot hide in: UDP, DCCP, ICMPv6, SCTP, UDP-Lite.
 _OTHER_TRANSPORTS = (17, 33, 58, 132, 136)
 _FRAGMENT, _AUTHENTICATION = 44, 51
@@ -75,13 +69,13 @@ _FRAGMENT, _AUTHENTICATION = 44, 51
 _OPTION_HEADERS = (0, 43, 60, 135, 139, 140)
 _MOST_EXTENSION_HEADERS = 8
 
-_IPV4_HEADER, _IPV6_HEADER, _TCP_HEADER = 20, 40, 20
-_IPV4_WITHOUT_OPTIONS = 0x45
-_SYN_AND_ACK, _SYN = 0x12, 0x02
+IPV4_HEADER, IPV6_HEADER, TCP_HEADER = 20, 40, 20
+IPV4_WITHOUT_OPTIONS = 0x45
+SYN_AND_ACK, SYN = 0x12, 0x02
 
 # The two architectures of securerun are little-endian; what is loaded from a packet is in network order.
 _ETHERTYPE_IPV4 = socket.htons(0x0800)
-_ETHERTYPE_IPV6 = socket.htons(0x86DD)
+ETHERTYPE_IPV6 = socket.htons(0x86DD)
 _IPV4_FRAGMENT_OFFSET = socket.htons(0x1FFF)
 _IPV6_FRAGMENT_OFFSET = socket.htons(0xFFF8)
 _MAPPED_MARKER = int.from_bytes(b"\x00\x00\xff\xff", "little", signed=True)
@@ -91,14 +85,14 @@ _MAPPED_MARKER = int.from_bytes(b"\x00\x00\xff\xff", "little", signed=True)
 # first of 8, and to CAP_BPF alone it then refuses to have a part of these 8 overwritten, by a helper neither (5.10 to
 # 6.7; kernel/bpf/verifier.c, check_stack_write_fixed_off(): "attempt to corrupt spilled pointer on stack"). So what is
 # written more than once there is written whole, and what a store begins a helper has filled in before.
-_PORT = -8
-_SOURCE = -24
+PORT = -8
+SOURCE = -24
 _IPV4_SOURCE = -12
 # Both headers from their beginning up to their source, which comes to lie where the keys have it.
 _IPV4_BEGINNING, _IPV4_BEGINNING_SIZE = _IPV4_SOURCE - 12, 16
-_IPV6_BEGINNING, _IPV6_BEGINNING_SIZE = _SOURCE - 8, 24
-_BEFORE_SOURCE = _SOURCE - 8
-_IPV6_KEY = _SOURCE - 4
+_IPV6_BEGINNING, _IPV6_BEGINNING_SIZE = SOURCE - 8, 24
+_BEFORE_SOURCE = SOURCE - 8
+_IPV6_KEY = SOURCE - 4
 # For IPv4 the 8 bytes before the source are the key.
 _IPV4_KEY = _BEFORE_SOURCE
 # The key for the networks of public ports: its length, their group and the packet's protocol stand before the source.
@@ -118,7 +112,6 @@ _OPENING = -152
 
 # What a note has in place of its SYN's sequence number when that SYN has arrived: no sequence number.
 _ARRIVED = -1
-_NEW_OR_NOT, _ONLY_IF_NEW = 0, 1  # BPF_ANY, BPF_NOEXIST
 
 
 class Build(Protocol):
@@ -154,13 +147,14 @@ def socket_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) ->
     return (
         calculate(R6, "=", R1),
         Remark("the loopback passes"),
-        load(R2, 4, R6, _CONTEXT_INTERFACE),
-        jump_if(R2, "==", _LOOPBACK, "pass"),
+        load(R2, 4, R6, CONTEXT_INTERFACE),
+        jump_if(R2, "==", LOOPBACK, "pass"),
         Remark("so does every packet to a socket that does not listen"),
         *_pass_unless_listening(),
-        *_note_source_and_listener(),
-        *_pass_public(public),
-        *_judge(interfaces),
+        *note_source_and_listener(),
+        *pass_public(public),
+        *judge_address(interfaces),
+        *pass_or_deny(),
     )
 
 
@@ -180,10 +174,11 @@ def closed_loopback_program(interfaces: Sequence[str], public: Sequence[Opening]
         calculate(R6, "=", R1),
         Remark("every packet to a socket that does not listen passes"),
         *_pass_unless_listening(),
-        *_note_source_and_listener(),
-        *_pass_public(public),
+        *note_source_and_listener(),
+        *pass_public(public),
         *_judge_loopback(),
-        *_judge(interfaces),
+        *judge_address(interfaces),
+        *pass_or_deny(),
     )
 
 
@@ -197,23 +192,19 @@ def noting_program() -> tuple[Statement, ...]:
     return (
         calculate(R6, "=", R1),
         Remark("only a socket that opens a connection sends a SYN"),
-        load(R7, 8, R6, _CONTEXT_SOCKET),
+        load(R7, 8, R6, CONTEXT_SOCKET),
         jump_if(R7, "==", 0, "pass"),
-        load(R2, 4, R7, _SOCKET_STATE),
-        jump_if(R2, "!=", _SYN_SENT, "pass"),
+        load(R2, 4, R7, SOCKET_STATE),
+        jump_if(R2, "!=", SYN_SENT, "pass"),
         Remark("the job's listeners judge other interfaces by source"),
-        load(R2, 4, R6, _CONTEXT_INTERFACE),
-        jump_if(R2, "!=", _LOOPBACK, "pass"),
+        load(R2, 4, R6, CONTEXT_INTERFACE),
+        jump_if(R2, "!=", LOOPBACK, "pass"),
         load(R9, 4, R6, _CONTEXT_PROTOCOL),
         *_load_flow(otherwise="pass"),
         Remark("note the flow and the SYN's sequence number"),
         load(R2, 4, R10, _FLOW_SEQUENCE),
         store(8, R10, _OPENING, R2),
-        map_reference(R1, OPENINGS),
-        *_point(R2, _FLOW),
-        *_point(R3, _OPENING),
-        calculate(R4, "=", _NEW_OR_NOT),
-        call(Helper.MAP_UPDATE_ELEM),
+        *put(OPENINGS, _FLOW, _OPENING, NEW_OR_NOT),
         Label("pass"),
         calculate(R0, "=", _PASS),
         leave(),
@@ -229,25 +220,26 @@ def header_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) ->
     """
     return (
         calculate(R6, "=", R1),
-        load(R2, 4, R6, _CONTEXT_INTERFACE),
-        jump_if(R2, "==", _LOOPBACK, "pass"),
-        store(8, R10, _PORT, 0),
+        load(R2, 4, R6, CONTEXT_INTERFACE),
+        jump_if(R2, "==", LOOPBACK, "pass"),
+        store(8, R10, PORT, 0),
         load(R9, 4, R6, _CONTEXT_PROTOCOL),
-        jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6"),
+        jump_if(R9, "==", ETHERTYPE_IPV6, "ipv6"),
         jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop"),
         *_find_tcp_in_ipv4(),
         Label("ipv6"),
         *_find_tcp_in_ipv6(),
         Label("tcp"),
-        *_load_packet(offset=R7, place=_HEADER, size=_TCP_HEADER, otherwise="deny"),
+        *load_packet(offset=R7, place=_HEADER, size=TCP_HEADER, otherwise="deny"),
         load(R2, 1, R10, _HEADER + 13),
-        calculate(R2, "&=", _SYN_AND_ACK),
-        jump_if(R2, "!=", _SYN, "pass"),
+        calculate(R2, "&=", SYN_AND_ACK),
+        jump_if(R2, "!=", SYN, "pass"),
         load(R2, 2, R10, _HEADER + 2),
         from_network_order(R2, 2),
-        store(8, R10, _PORT, R2),
-        *_pass_public(public),
-        *_judge(interfaces),
+        store(8, R10, PORT, R2),
+        *pass_public(public),
+        *judge_address(interfaces),
+        *pass_or_deny(),
     )
 
 
@@ -301,29 +293,29 @@ def describe(policy: Policy) -> str:
 
 def _pass_unless_listening() -> Iterator[Statement]:
     """Go on only with packets to a socket that listens, which is then in r7."""
-    yield load(R7, 8, R6, _CONTEXT_SOCKET)
+    yield load(R7, 8, R6, CONTEXT_SOCKET)
     yield jump_if(R7, "==", 0, "drop")
-    yield load(R2, 4, R7, _SOCKET_STATE)
-    yield jump_if(R2, "!=", _LISTEN, "pass")
+    yield load(R2, 4, R7, SOCKET_STATE)
+    yield jump_if(R2, "!=", LISTEN, "pass")
 
 
-def _note_source_and_listener() -> Iterator[Statement]:
+def note_source_and_listener() -> Iterator[Statement]:
     """Leave the packet's protocol in r9."""
     yield Remark("the listener's port and the packet's source, as 16 bytes, to the stack")
     yield load(R2, 4, R7, _SOCKET_PORT)
-    yield store(8, R10, _PORT, R2)
+    yield store(8, R10, PORT, R2)
     yield load(R9, 4, R6, _CONTEXT_PROTOCOL)
-    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "ipv6")
+    yield jump_if(R9, "==", ETHERTYPE_IPV6, "ipv6")
     yield jump_if(R9, "!=", _ETHERTYPE_IPV4, "drop")
-    yield from _load_packet(offset=12, place=_IPV4_SOURCE, size=4, otherwise="drop")
+    yield from load_packet(offset=12, place=_IPV4_SOURCE, size=4, otherwise="drop")
     yield from _mark_source_as_mapped()
     yield jump("judge")
     yield Label("ipv6")
-    yield from _load_packet(offset=8, place=_SOURCE, size=16, otherwise="drop")
+    yield from load_packet(offset=8, place=SOURCE, size=16, otherwise="drop")
     yield Label("judge")
 
 
-def _pass_public(public: Sequence[Opening]) -> Iterator[Statement]:
+def pass_public(public: Sequence[Opening]) -> Iterator[Statement]:
     """Pass who may connect to a public port and is no peer, over whatever interface; let the rest fall through.
 
     The ports are in the code, in ascending order: a packet to any other goes past two comparisons a port at most. Their
@@ -333,7 +325,7 @@ def _pass_public(public: Sequence[Opening]) -> Iterator[Statement]:
         return
     groups = public_groups(public)
     yield Remark("is the port public?")
-    yield load(R2, 4, R10, _PORT)
+    yield load(R2, 4, R10, PORT)
     for number, opening in enumerate(public):
         beyond = f"beyond {number}"
         yield jump_if(R2, "<", opening.first, "not public")
@@ -353,22 +345,22 @@ def _pass_public(public: Sequence[Opening]) -> Iterator[Statement]:
         yield calculate(R2, "<<=", 32)
         yield calculate(R2, "|=", R3)
         yield store(8, R10, _BEFORE_SOURCE, R2)
-        yield from _look_up(PUBLIC, _PUBLIC_KEY)
+        yield from look_up(PUBLIC, _PUBLIC_KEY)
         yield jump_if(R0, "!=", 0, "pass")
     yield Label("not public")
 
 
 def _judge_loopback() -> Iterator[Statement]:
     """Decide about what came over the loopback, and let the rest fall through."""
-    yield load(R2, 4, R6, _CONTEXT_INTERFACE)
-    yield jump_if(R2, "!=", _LOOPBACK, "from outside")
+    yield load(R2, 4, R6, CONTEXT_INTERFACE)
+    yield jump_if(R2, "!=", LOOPBACK, "from outside")
     yield Remark("over the loopback: did a process of the job open this flow?")
     yield from _load_flow(otherwise="deny")
-    yield from _look_up(OPENINGS, _FLOW)
+    yield from look_up(OPENINGS, _FLOW)
     yield jump_if(R0, "==", 0, "deny")
     yield load(R2, 1, R10, _FLOW_FLAGS)
-    yield calculate(R2, "&=", _SYN)
-    yield jump_if(R2, "!=", _SYN, "pass")
+    yield calculate(R2, "&=", SYN)
+    yield jump_if(R2, "!=", SYN, "pass")
     yield Remark("a note lets one SYN in, the very one that was noted")
     yield load(R8, 8, R0, 0)
     yield store(8, R0, 0, _ARRIVED)
@@ -383,44 +375,44 @@ def _load_flow(otherwise: str) -> Iterator[Statement]:
 
     Go to `otherwise` when the TCP header does not follow the IP header at once.
     """
-    before4, before6 = _FLOW_PORTS - _IPV4_HEADER, _FLOW_PORTS - _IPV6_HEADER
-    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "flow6")
+    before4, before6 = _FLOW_PORTS - IPV4_HEADER, _FLOW_PORTS - IPV6_HEADER
+    yield jump_if(R9, "==", ETHERTYPE_IPV6, "flow6")
     yield jump_if(R9, "!=", _ETHERTYPE_IPV4, otherwise)
-    yield from _load_packet(offset=0, place=before4, size=_IPV4_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
+    yield from load_packet(offset=0, place=before4, size=IPV4_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
     yield load(R2, 1, R10, before4)
-    yield jump_if(R2, "!=", _IPV4_WITHOUT_OPTIONS, otherwise)
+    yield jump_if(R2, "!=", IPV4_WITHOUT_OPTIONS, otherwise)
     yield load(R2, 1, R10, before4 + 9)
-    yield jump_if(R2, "!=", _TCP, otherwise)
+    yield jump_if(R2, "!=", TCP, otherwise)
     for place in range(_FLOW, _FLOW_PORTS - 8, 8):
         yield store(8, R10, place, 0)
     yield jump("flow")
     yield Label("flow6")
-    yield from _load_packet(offset=0, place=before6, size=_IPV6_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
+    yield from load_packet(offset=0, place=before6, size=IPV6_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
     yield load(R2, 1, R10, before6 + 6)
-    yield jump_if(R2, "!=", _TCP, otherwise)
+    yield jump_if(R2, "!=", TCP, otherwise)
     yield Label("flow")
 
 
 def _find_tcp_in_ipv4() -> Iterator[Statement]:
     """Leave the offset of the TCP header in r7 and go to `tcp`."""
-    yield from _load_packet(offset=0, place=_IPV4_BEGINNING, size=_IPV4_BEGINNING_SIZE, otherwise="drop")
+    yield from load_packet(offset=0, place=_IPV4_BEGINNING, size=_IPV4_BEGINNING_SIZE, otherwise="drop")
     yield load(R7, 1, R10, _IPV4_BEGINNING)
     yield load(R2, 2, R10, _IPV4_BEGINNING + 6)
     yield load(R3, 1, R10, _IPV4_BEGINNING + 9)
     yield from _mark_source_as_mapped()
     yield jump_if(R2, "&", _IPV4_FRAGMENT_OFFSET, "deny")
-    yield jump_if(R3, "!=", _TCP, "pass")
+    yield jump_if(R3, "!=", TCP, "pass")
     yield calculate(R7, "&=", 0x0F)
     yield calculate(R7, "<<=", 2)
-    yield jump_if(R7, "<", _IPV4_HEADER, "deny")
+    yield jump_if(R7, "<", IPV4_HEADER, "deny")
     yield jump("tcp")
 
 
 def _find_tcp_in_ipv6() -> Iterator[Statement]:
     """Leave the offset of the TCP header in r7 and fall through to `tcp`; r8 is the kind of the header there."""
-    yield from _load_packet(offset=0, place=_IPV6_BEGINNING, size=_IPV6_BEGINNING_SIZE, otherwise="drop")
+    yield from load_packet(offset=0, place=_IPV6_BEGINNING, size=_IPV6_BEGINNING_SIZE, otherwise="drop")
     yield load(R8, 1, R10, _IPV6_BEGINNING + 6)
-    yield calculate(R7, "=", _IPV6_HEADER)
+    yield calculate(R7, "=", IPV6_HEADER)
     for number in range(1, _MOST_EXTENSION_HEADERS + 1):
         yield from _step_over_extension_header(number)
     yield from _branch_at_transport()
@@ -428,7 +420,7 @@ def _find_tcp_in_ipv6() -> Iterator[Statement]:
 
 
 def _branch_at_transport() -> Iterator[Statement]:
-    yield jump_if(R8, "==", _TCP, "tcp")
+    yield jump_if(R8, "==", TCP, "tcp")
     for transport in _OTHER_TRANSPORTS:
         yield jump_if(R8, "==", transport, "pass")
 
@@ -440,7 +432,7 @@ def _step_over_extension_header(number: int) -> Iterator[Statement]:
     yield store(4, R10, _HEADER_OFFSET, R7)
     yield load(R7, 4, R10, _HEADER_OFFSET)
     yield from _branch_at_transport()
-    yield from _load_packet(offset=R7, place=_HEADER, size=4, otherwise="deny")
+    yield from load_packet(offset=R7, place=_HEADER, size=4, otherwise="deny")
     yield load(R1, 1, R10, _HEADER + 1)
     for kind in _OPTION_HEADERS:
         yield jump_if(R8, "==", kind, options)
@@ -462,83 +454,58 @@ def _step_over_extension_header(number: int) -> Iterator[Statement]:
     yield load(R8, 1, R10, _HEADER)
 
 
-def _judge(interfaces: Sequence[str]) -> Iterator[Statement]:
-    """Source and port are on the stack, the packet's protocol is in r9, the context in r6: pass or count and drop."""
-    yield from _pass_through(interfaces)
+def judge_address(interfaces: Sequence[str], known: str = "pass") -> Iterator[Statement]:
+    """Source and port are on the stack, the packet's protocol is in r9, the context in r6: go to `known` or `deny`."""
+    yield from pass_through(interfaces)
+    yield from find_peer(known, "deny")
+
+
+def find_peer(known: str, unknown: str) -> Iterator[Statement]:
+    """Go to one or the other, by the packet's source."""
     yield Remark("is the source one of the peers?")
-    yield jump_if(R9, "==", _ETHERTYPE_IPV6, "judge6")
+    peer6 = f"peer6 or {unknown}"
+    yield jump_if(R9, "==", ETHERTYPE_IPV6, peer6)
     yield load(R2, 4, R10, _IPV4_SOURCE)
     yield calculate(R2, "<<=", 32)
     yield calculate(R2, "|=", 32)
     yield store(8, R10, _IPV4_KEY, R2)
-    yield from _look_up(PEERS4, _IPV4_KEY)
-    yield jump_if(R0, "==", 0, "deny")
-    yield jump("pass")
-    yield Label("judge6")
+    yield from look_up(PEERS4, _IPV4_KEY)
+    yield jump_if(R0, "==", 0, unknown)
+    yield jump(known)
+    yield Label(peer6)
     yield calculate(R2, "=", 128)
     yield calculate(R2, "<<=", 32)
     yield store(8, R10, _BEFORE_SOURCE, R2)
-    yield from _look_up(PEERS6, _IPV6_KEY)
-    yield jump_if(R0, "==", 0, "deny")
+    yield from look_up(PEERS6, _IPV6_KEY)
+    yield jump_if(R0, "==", 0, unknown)
+    yield jump(known)
+
+
+def pass_or_deny() -> Iterator[Statement]:
+    """End a program: what is denied is counted by its source and port, which are on the stack."""
     yield Label("pass")
     yield calculate(R0, "=", _PASS)
     yield leave()
     yield Label("deny")
     yield Remark("count source and port")
-    yield from _count()
+    yield from count(DENIED, SOURCE, _FIRST_PACKET, "drop")
     yield Label("drop")
     yield calculate(R0, "=", _DROP)
     yield leave()
 
 
-def _pass_through(interfaces: Sequence[str]) -> Iterator[Statement]:
+def pass_through(interfaces: Sequence[str]) -> Iterator[Statement]:
+    """Go to `deny` with what comes through none of these interfaces, where there are any."""
     if not interfaces:
         return
     yield Remark("through one of the interfaces? Their numbers are in a map, since a name can get another")
-    yield load(R2, 4, R6, _CONTEXT_INTERFACE)
+    yield load(R2, 4, R6, CONTEXT_INTERFACE)
     yield store(4, R10, _INTERFACE_KEY, R2)
-    yield from _look_up(INTERFACES, _INTERFACE_KEY)
+    yield from look_up(INTERFACES, _INTERFACE_KEY)
     yield jump_if(R0, "==", 0, "deny")
-
-
-def _count() -> Iterator[Statement]:
-    yield from _look_up(DENIED, _SOURCE)
-    yield jump_if(R0, "==", 0, "count first")
-    yield calculate(R1, "=", 1)
-    yield atomic_add(8, R0, 0, R1)
-    yield jump("drop")
-    yield Label("count first")
-    yield store(8, R10, _FIRST_PACKET, 1)
-    yield map_reference(R1, DENIED)
-    yield from _point(R2, _SOURCE)
-    yield from _point(R3, _FIRST_PACKET)
-    # Another processor may have been first; then its count stands, and this packet is not in it.
-    yield calculate(R4, "=", _ONLY_IF_NEW)
-    yield call(Helper.MAP_UPDATE_ELEM)
-
-
-def _look_up(name: Symbol, key: int) -> Iterator[Statement]:
-    yield map_reference(R1, name)
-    yield from _point(R2, key)
-    yield call(Helper.MAP_LOOKUP_ELEM)
 
 
 def _mark_source_as_mapped() -> Iterator[Statement]:
     """Make an IPv4 source, which is there already, the end of ::ffff:a.b.c.d."""
-    yield store(8, R10, _SOURCE, 0)
-    yield store(4, R10, _SOURCE + 8, _MAPPED_MARKER)
-
-
-def _load_packet(offset: int | Register, place: int, size: int, otherwise: str) -> Iterator[Statement]:
-    """Copy bytes of the packet, counted from the network header, to the stack; go to `otherwise` if it is short."""
-    yield calculate(R1, "=", R6)
-    yield calculate(R2, "=", offset)
-    yield from _point(R3, place)
-    yield calculate(R4, "=", size)
-    yield call(Helper.SKB_LOAD_BYTES)
-    yield jump_if(R0, "!=", 0, otherwise)
-
-
-def _point(register: Register, place: int) -> Iterator[Statement]:
-    yield calculate(register, "=", R10)
-    yield calculate(register, "+=", place)
+    yield store(8, R10, SOURCE, 0)
+    yield store(4, R10, SOURCE + 8, _MAPPED_MARKER)

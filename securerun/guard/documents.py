@@ -15,6 +15,7 @@ from typing import Any
 from securerun.firewall.policy import (
     MOST_OPENINGS,
     MOST_PUBLIC_NETWORKS,
+    Admission,
     Denial,
     Layer,
     Opening,
@@ -52,7 +53,12 @@ def policy_document(policy: Policy) -> dict[str, Any]:
         "accept": policy.accept,
         "close_loopback": policy.close_loopback,
         **({"public": public} if public else {}),
+        **(_tags_document(policy) if policy.has_tags else {}),
     }
+
+
+def _tags_document(policy: Policy) -> dict[str, Any]:
+    return {"admission": str(policy.admission), "tagged": [str(network) for network in policy.tagged]}
 
 
 def opening_document(opening: Opening) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
     most_ranges: how many ranges of ports it may have.
     """
     names = ("run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
-    require_fields(document, *names, may={"public"})
+    require_fields(document, *names, may={"public", "admission", "tagged"})
     return Policy(
         run_id=text(document, "run_id"),
         ports=tuple(_read_port(port) for port in items(document, "ports", most_ranges)),
@@ -75,6 +81,10 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
         accept=flag(document, "accept"),
         close_loopback=flag(document, "close_loopback"),
         public=read_openings(document),
+        admission=Admission(text(document, "admission")) if "admission" in document else Admission.ADDRESS,
+        tagged=tuple(read_network(each) for each in items(document, "tagged", MAXIMUM_PEERS))
+        if "tagged" in document
+        else (),
     )
 
 

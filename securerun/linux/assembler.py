@@ -90,10 +90,15 @@ class Helper(enum.IntEnum):
 
     MAP_LOOKUP_ELEM = 1
     MAP_UPDATE_ELEM = 2
+    KTIME_GET_NS = 5
     SKB_LOAD_BYTES = 26
+    SOCK_OPS_CB_FLAGS_SET = 59
+    RINGBUF_OUTPUT = 130
+    STORE_HDR_OPT = 143
+    RESERVE_HDR_OPT = 144
 
 
-_ARITHMETIC = {"+=": 0x07, "|=": 0x47, "&=": 0x57, "<<=": 0x67, "=": 0xB7}
+_ARITHMETIC = {"+=": 0x07, "-=": 0x17, "|=": 0x47, "&=": 0x57, "<<=": 0x67, ">>=": 0x77, "^=": 0xA7, "=": 0xB7}
 _COMPARISONS = {"==": 0x15, ">": 0x25, ">=": 0x35, "&": 0x45, "!=": 0x55, "<": 0xA5}
 _WIDTHS = {1: 0x10, 2: 0x08, 4: 0x00, 8: 0x18}
 _FROM_REGISTER = 0x08
@@ -166,6 +171,14 @@ def map_reference(destination: Register, name: Symbol) -> Instruction:
     return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, _MAP_DESCRIPTOR, symbol=name.name)
 
 
+def constant(destination: Register, value: Symbol | int) -> Instruction:
+    """Put a number of 64 bits into a register; others can only be 32 bits long, and are extended by their sign."""
+    text = f"{destination} = {value} ll"
+    if isinstance(value, Symbol):
+        return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, symbol=value.name)
+    return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, immediate=value)
+
+
 def call(helper: Helper) -> Instruction:
     """Call a helper; r1 to r5 are lost."""
     return Instruction(f"call {helper.name.lower()}", _CALL, immediate=int(helper))
@@ -223,6 +236,9 @@ def _encode(instruction: Instruction, position: int, labels: Mapping[str, int], 
         immediate = symbols[instruction.symbol]
     registers = instruction.source << 4 | instruction.destination
     try:
+        if instruction.slots == 2 and instruction.source != _MAP_DESCRIPTOR:
+            lower, upper = struct.unpack("<ii", struct.pack("<Q", immediate))
+            return struct.pack("<BBhiii", instruction.opcode, registers, offset, lower, 0, upper)
         code = struct.pack("<BBhi", instruction.opcode, registers, offset, immediate)
     except struct.error as error:
         raise ValueError(f"{instruction}: {error}") from error

@@ -63,8 +63,10 @@ class MapType(enum.IntEnum):
     """enum bpf_map_type"""
 
     HASH = 1
+    ARRAY = 2
     LRU_HASH = 9
     LPM_TRIE = 11
+    RINGBUF = 27
 
 
 class AttachType(enum.IntEnum):
@@ -72,6 +74,7 @@ class AttachType(enum.IntEnum):
 
     CGROUP_INET_INGRESS = 0
     CGROUP_INET_EGRESS = 1
+    CGROUP_SOCK_OPS = 3
 
 
 class AttachFlags(enum.IntFlag):
@@ -82,7 +85,13 @@ class AttachFlags(enum.IntFlag):
     ALLOW_MULTI = 2
 
 
-_PROGRAM_TYPE_CGROUP_SKB = 8
+class ProgramType(enum.IntEnum):
+    """enum bpf_prog_type"""
+
+    CGROUP_SKB = 8
+    SOCK_OPS = 13
+
+
 _MAP_FLAG_NO_PREALLOC = 1
 
 # What begins the report that Linux 7's verifier writes behind its reason; and what begins the lines of statistics
@@ -340,19 +349,24 @@ _MOST_OBJECTS = 64
 
 
 class Program(_Descriptor):
-    """A loaded program of type cgroup_skb: it sees packets from the network header on, and returns 1 to pass them."""
+    """A loaded program for a cgroup. One of type cgroup_skb sees packets from the network header on, and returns 1 to
+    pass them; one of type sock_ops is called when something happens to a TCP socket."""
 
     @classmethod
-    def load(cls, name: str, code: bytes) -> Program:
+    def load(
+        cls, name: str, code: bytes, kind: ProgramType = ProgramType.CGROUP_SKB, *, shown: bytes | None = None
+    ) -> Program:
         """Load assembled code under a name. Raises VerifierError with the verifier's log.
 
         The expected attach type stays 0: the field is unknown before Linux 4.17 (E2BIG when set), and the
         kernel asks for it only from egress programs that return more than 0 and 1.
+
+        shown: the same code with other words in place of secret ones, for the log, which has every instruction.
         """
         try:
-            return cls(_load(name, code, None))
+            return cls(_load(name, code, None, kind))
         except OSError as error:
-            log = "" if error.errno == errno.EPERM else verifier_log(name, code)
+            log = "" if error.errno == errno.EPERM else verifier_log(name, code if shown is None else shown, kind)
             message = f"{error.strerror}{_last_words(log)}"
             raise VerifierError(error.errno or errno.EINVAL, message, log) from error
 
@@ -406,11 +420,11 @@ def programs_on(cgroup: int, kind: AttachType, names: Collection[str]) -> Iterat
             program.close()
 
 
-def verifier_log(name: str, code: bytes) -> str:
+def verifier_log(name: str, code: bytes, kind: ProgramType = ProgramType.CGROUP_SKB) -> str:
     """Return what the verifier writes about the code, good or bad; empty where it was not asked (no privilege)."""
     log = ctypes.create_string_buffer(_LOG_SIZE)
     with contextlib.suppress(OSError):
-        os.close(_load(name, code, log))
+        os.close(_load(name, code, log, kind))
     return log.value.decode("ascii", "replace")
 
 
@@ -426,14 +440,14 @@ def _raise_memory_limit() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
 
 
-def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None) -> int:
+def _load(name: str, code: bytes, log: ctypes.Array[ctypes.c_char] | None, kind: ProgramType) -> int:
     _raise_memory_limit()
     instructions = _copy(code)
     # The programs call no helper that is reserved for GPL programs, and say nothing about their licence.
     licence = _copy(b"\0")
     attributes = struct.pack(
         "=IIQQIIQII16s",
-        *(_PROGRAM_TYPE_CGROUP_SKB, len(code) // 8, _address(instructions), _address(licence)),
+        *(kind, len(code) // 8, _address(instructions), _address(licence)),
         *(0 if log is None else _LOG_LINES_AND_STATISTICS, 0 if log is None else len(log), _address(log)),
         *(0, 0, _object_name(name)),
     )

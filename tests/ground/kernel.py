@@ -9,6 +9,7 @@ kernels that distributions ship have of later ones what was brought back to them
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -22,9 +23,13 @@ import pytest
 from cgroups import new_cgroup
 from programs import result_of
 
+from securerun.firewall import tags
+from securerun.firewall.job_key import JobKey
+from securerun.firewall.refusals import ShieldUnavailable
+from securerun.firewall.tag_maps import tag_map_shapes
 from securerun.linux import sock_diag
 from securerun.linux.assembler import R0, R1, R7, assemble, calculate, leave, load
-from securerun.linux.bpf import Program
+from securerun.linux.bpf import Map, Program
 
 _CAP_BPF = 39  # include/uapi/linux/capability.h
 
@@ -88,6 +93,15 @@ def _see_a_socket() -> None:
         pass
 
 
+def _write_options() -> None:
+    with contextlib.ExitStack() as stack:
+        networks = stack.enter_context(Map.create(tag_map_shapes(1)[0]))
+        try:
+            stack.enter_context(tags.load_writer(networks, JobKey(bytes(16), bytes(16), "")))
+        except ShieldUnavailable as error:
+            raise OSError(str(error)) from error
+
+
 def _know_cap_bpf() -> None:
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     if last < _CAP_BPF:
@@ -113,6 +127,7 @@ PIDFDS = Need("file descriptors of processes (pidfd_open(2))", _hold_a_process)
 OWNED_TABLES = Need("nf_tables tables that belong to who made them (NFT_TABLE_F_OWNER)", _own_a_table)
 TEST_RUNS = Need("runs of a program on packets made by hand (BPF_PROG_TEST_RUN with a device)", _run_a_program)
 SOCKETS_IN_PROGRAMS = Need("sockets in programs on a cgroup (struct __sk_buff, sk)", _see_a_socket)
+TAGS = Need("programs that write TCP options (BPF_SOCK_OPS_WRITE_HDR_OPT_CB)", _write_options)
 CAP_BPF = Need("capability of its own for bpf(2) (CAP_BPF)", _know_cap_bpf)
 CGROUPS_OF_SOCKETS = Need("word on which cgroup a socket belongs to", _find_cgroup_of_listener)
 KILLING_CGROUPS = Need("way to end a cgroup at once (cgroup.kill)", _file_of_cgroups("cgroup.kill"))

@@ -1,0 +1,325 @@
+"""Tags between real hosts: whoever opens a connection to the job proves in its first packet that they belong to it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import kernel
+import packets
+import pytest
+from cgroups import inside, socket_made_in
+from hosts import Network
+from packets import ACK, RST, SYN
+from shield_field import FAMILIES, PATIENCE_SECONDS, port_of
+from tag_field import (
+    BY_TAG,
+    KEY,
+    OTHER_KEY,
+    TagField,
+    answer_to,
+    attempt,
+    attempts,
+    dial,
+    exchange,
+    flow_to,
+    has_tag,
+    listening,
+    policy_with,
+    segments_in,
+    shielded,
+    tag_field,
+    wire,
+    within,
+)
+
+from securerun.firewall import tag
+from securerun.firewall.policy import Admission, PortRange, Purpose
+
+OVER_BOTH, NOT_AT_ALL = ["connected"] * 2, ["timeout"] * 2
+
+
+@pytest.fixture
+def field(network: Network) -> Iterator[TagField]:
+    kernel.require(kernel.TAGS)
+    with tag_field(network) as made:
+        yield made
+
+
+# --- who connects -----------------------------------------------------------------------------------
+
+
+def test_of_all_hosts_only_processes_of_the_job_connect_and_nobody_named_them(field: TagField) -> None:
+    addresses = (*field.host.addresses, f"::ffff:{field.host.ipv4}")
+    with field.shielded() as (held, _), field.listener() as of_the_job, field.listener(field.elsewhere) as control:
+        port = port_of(of_the_job)
+        assert field.from_far(lambda: attempts(addresses, port)) == ["connected"] * 3
+        assert field.beside_far(lambda: attempts(addresses, port)) == ["timeout"] * 3
+        assert within(field.elsewhere, field.stranger, lambda: attempts(addresses, port)) == ["timeout"] * 3
+        assert field.beside_far(lambda: attempts(addresses, port_of(control))) == ["connected"] * 3
+        assert held.name == "socket and tag"
+        assert held.tags is not None
+        assert {str(address) for address in held.tags.seen().guarded} == set(field.peer.addresses)
+        refused = {(str(denial.source), denial.port) for denial in held.denied()}
+    assert refused == {(source, port) for host in (field.peer, field.stranger) for source in host.addresses}
+
+
+def test_data_gets_through_and_carries_no_tag(field: TagField) -> None:
+    with field.shielded(), field.listener() as of_the_job, wire(field.host) as seen:
+        port = port_of(of_the_job)
+        for address in field.host.addresses:
+
+            def work() -> None:
+                with dial(address, port) as near, of_the_job.accept()[0] as far:  # noqa: B023
+                    for _ in range(20):
+                        exchange(near, far)
+
+            field.from_far(work)
+        segments = list(segments_in(packets.frames_in(seen, PATIENCE_SECONDS)))
+    opening = [segment for segment in segments if segment[13] & SYN]
+    assert [bool(segment[13] & ACK) for segment in opening] == [False, True] * 2
+    assert all(map(has_tag, opening))
+    assert len(segments) > 80
+    assert not any(has_tag(segment) for segment in segments if not segment[13] & SYN)
+
+
+def test_tags_are_what_python_makes_of_them(field: TagField) -> None:
+    with field.shielded(), field.listener() as of_the_job, wire(field.host) as seen:
+        for family, address in zip((4, 6), field.host.addresses):
+            assert field.from_far(lambda: attempt(address, port_of(of_the_job))) == "connected"  # noqa: B023
+            first, second = (each for each in segments_in(packets.frames_in(seen, 0.2)) if each[13] & SYN)
+            flow = flow_to(field, field.peer, family, port_of(of_the_job))
+            source_port, sequence = int.from_bytes(first[:2], "big"), int.from_bytes(first[4:8], "big")
+            assert first.endswith(tag.syn_option(KEY.syn, flow.source, source_port, sequence))
+            numbers = (int.from_bytes(second[4:8], "big"), int.from_bytes(second[8:12], "big"))
+            assert second.endswith(tag.syn_ack_option(KEY.syn_ack, source_port, *numbers))
+
+
+def test_nobody_beyond_where_nodes_can_be_sees_a_tag(field: TagField) -> None:
+    beyond, within_reach = "203.0.113.9", "10.99.0.1"
+    for address in (beyond, within_reach):
+        field.peer.run(["ip", "route", "add", address, "via", field.host.ipv4], check=True)
+    with field.shielded(), wire(field.peer) as seen:
+        field.from_far(lambda: attempts([beyond, within_reach], 80))
+        frames = packets.frames_in(seen, PATIENCE_SECONDS)
+    tagged = {frame[30:34]: has_tag(next(segments_in([frame]))) for frame in frames if list(segments_in([frame]))}
+    assert tagged == {socket.inet_aton(beyond): False, socket.inet_aton(within_reach): True}
+
+
+def test_another_jobs_key_opens_nothing(field: TagField) -> None:
+    with field.shielded(OTHER_KEY) as (held, _), field.listener() as of_the_job:
+        assert field.from_far(lambda: attempts(field.host.addresses, port_of(of_the_job))) == NOT_AT_ALL
+        assert held.tags is not None and held.tags.seen().guarded == ()
+
+
+def test_connections_that_the_job_opens_to_others_are_nobodys_business(field: TagField) -> None:
+    with field.shielded(), listening(field.stranger) as service:
+        for address in field.stranger.addresses:
+
+            def work() -> None:
+                with dial(address, port_of(service)) as near, service.accept()[0] as far:  # noqa: B023
+                    exchange(near, far)
+
+            field.in_job(work)
+
+
+def test_a_listener_from_before_the_shield_goes_by_tags_as_well(field: TagField) -> None:
+    with field.listener() as of_the_job, field.shielded():
+        port = port_of(of_the_job)
+        assert field.from_far(lambda: attempts(field.host.addresses, port)) == OVER_BOTH
+        assert field.beside_far(lambda: attempts(field.host.addresses, port)) == NOT_AT_ALL
+
+
+def test_processes_of_this_host_connect_over_its_loopback_unless_it_is_closed(field: TagField) -> None:
+    addresses = ("127.0.0.1", "::1", *field.host.addresses)
+    for closed, expected in ((False, "connected"), (True, "timeout")):
+        policy = replace(BY_TAG, close_loopback=closed, tagged=(*tag.LOOPBACK[:1], *BY_TAG.tagged, *tag.LOOPBACK[1:]))
+        policy = replace(policy, tagged=tuple(sorted(policy.tagged, key=lambda each: (each.version, each))))
+        with shielded(field.job, policy) as held, field.listener() as of_the_job:
+            port = port_of(of_the_job)
+            assert within(field.elsewhere, field.host, lambda: attempts(addresses, port)) == [expected] * 4  # noqa: B023
+            assert field.in_job(lambda: attempts(addresses, port)) == ["connected"] * 4  # noqa: B023
+            assert held.name == ("socket, tag and loopback" if closed else "socket and tag")
+
+
+# --- tags and addresses -----------------------------------------------------------------------------
+
+
+def test_a_key_may_only_add_to_what_addresses_let_in(field: TagField) -> None:
+    policy = policy_with(Admission.EITHER, *field.stranger.addresses)
+    with field.shielded(policy=policy) as (held, _), field.listener() as of_the_job:
+        port = port_of(of_the_job)
+        assert field.from_far(lambda: attempts(field.host.addresses, port)) == OVER_BOTH
+        assert within(field.elsewhere, field.stranger, lambda: attempts(field.host.addresses, port)) == OVER_BOTH
+        assert field.beside_far(lambda: attempts(field.host.addresses, port)) == NOT_AT_ALL
+        assert held.tags is not None
+        seen = held.tags.seen()
+        assert {str(address) for address in seen.guarded} == set(field.peer.addresses)
+        assert {(str(one.address), one.port) for one in seen.without} == {
+            (each, 0) for each in field.stranger.addresses
+        }
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "not-named"])
+def test_a_key_may_narrow_what_addresses_let_in(field: TagField, named: bool) -> None:
+    peers = (*(field.peer.addresses if named else ()), *field.stranger.addresses)
+    policy = policy_with(Admission.BOTH, *peers)
+    with field.shielded(policy=policy), field.listener() as of_the_job:
+        port = port_of(of_the_job)
+        expected = OVER_BOTH if named else NOT_AT_ALL
+        assert field.from_far(lambda: attempts(field.host.addresses, port)) == expected
+        assert field.beside_far(lambda: attempts(field.host.addresses, port)) == NOT_AT_ALL
+        assert within(field.elsewhere, field.stranger, lambda: attempts(field.host.addresses, port)) == NOT_AT_ALL
+
+
+def test_a_node_comes_in_through_the_named_interfaces_only(field: TagField) -> None:
+    for interface, expected in (("eth0", OVER_BOTH), ("lo", NOT_AT_ALL)):
+        with inside(field.host), field.shielded(policy=replace(BY_TAG, interfaces=(interface,))):
+            with field.listener() as of_the_job:
+                port = port_of(of_the_job)
+                assert field.from_far(lambda: attempts(field.host.addresses, port)) == expected  # noqa: B023
+
+
+def test_where_only_the_loopback_goes_by_tags_others_go_by_address(field: TagField) -> None:
+    policy = replace(
+        BY_TAG,
+        admission=Admission.ADDRESS,
+        tagged=tag.LOOPBACK,
+        close_loopback=True,
+        peers=policy_with(Admission.EITHER, *field.peer.addresses).peers,
+    )
+    with shielded(field.job, policy), field.listener() as of_the_job:
+        port = port_of(of_the_job)
+        assert field.beside_far(lambda: attempts(field.host.addresses, port)) == OVER_BOTH
+        assert within(field.elsewhere, field.stranger, lambda: attempts(field.host.addresses, port)) == NOT_AT_ALL
+        assert within(field.elsewhere, field.host, lambda: attempts(["127.0.0.1", "::1"], port)) == NOT_AT_ALL
+        assert field.in_job(lambda: attempts(["127.0.0.1", "::1"], port)) == OVER_BOTH
+
+
+# --- what is no tag ---------------------------------------------------------------------------------
+
+SEQUENCE = 0x01020304
+
+
+@FAMILIES
+def test_a_tag_is_good_for_the_one_packet_that_it_was_made_for(field: TagField, family: int) -> None:
+    with field.shielded(), field.listener() as of_the_job:
+        flow = flow_to(field, field.stranger, family, port_of(of_the_job))
+        other = flow_to(field, field.peer, family, port_of(of_the_job))
+        right = tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE)
+        wrong = {
+            "none": b"",
+            "another key": tag.syn_option(OTHER_KEY.syn, flow.source, flow.source_port, SEQUENCE),
+            "the key of answers": tag.syn_option(KEY.syn_ack, flow.source, flow.source_port, SEQUENCE),
+            "an answer's": tag.syn_ack_option(KEY.syn_ack, flow.source_port, SEQUENCE, 0),
+            "an answer's under the other key": tag.syn_ack_option(KEY.syn, flow.source_port, SEQUENCE, 0),
+            "another source": tag.syn_option(KEY.syn, other.source, flow.source_port, SEQUENCE),
+            "another port": tag.syn_option(KEY.syn, flow.source, flow.source_port + 1, SEQUENCE),
+            "another number": tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE + 1),
+            "a bit": right[:-1] + bytes((right[-1] ^ 0x80,)),
+            "zeros": tag.HEAD + bytes(8),
+            "another experiment": right[:2] + b"\xf9\x89" + right[4:],
+            "another kind": b"\xfd" + right[1:],
+            "too short": right[:1] + b"\x0b" + right[2:],
+            "too long": right[:1] + b"\x0d" + right[2:],
+            "no length": right[:1] + b"\x00" + right[2:],
+            "cut off": right[:8],
+            "cut off at the end of the longest header": b"\x01" * 32 + right[:8],
+            "beside a word": b"\x01\x01" + right + b"\x01\x01",
+        }
+        for what, options in wrong.items():
+            segment = packets.tcp(flow, SYN, sequence=SEQUENCE, options=options)
+            assert answer_to(field, field.stranger, flow, segment) == [], what
+        for number, options in enumerate((right, right + b"\x01" * 4, b"\x01" * 28 + right, right + b"\x01" * 28)):
+            flow = replace(flow, source_port=42000 + number)
+            options = options.replace(right, tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE))
+            segment = packets.tcp(flow, SYN, sequence=SEQUENCE, options=options)
+            assert answer_to(field, field.stranger, flow, segment) == [SYN | ACK]
+
+
+@FAMILIES
+def test_no_packet_but_a_syn_opens_anything(field: TagField, family: int) -> None:
+    with field.shielded(), field.listener() as of_the_job:
+        for number, flags in enumerate((ACK, ACK | packets.PSH, packets.FIN, RST, 0, SYN | ACK)):
+            flow = flow_to(field, field.stranger, family, port_of(of_the_job), 43000 + number)
+            right = tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE)
+            segment = packets.tcp(flow, flags, sequence=SEQUENCE, options=right)
+            assert answer_to(field, field.stranger, flow, segment) == [], flags
+
+
+# --- answers ----------------------------------------------------------------------------------------
+
+
+def planned(port: int) -> tuple[PortRange, ...]:
+    return (PortRange(port, port, Purpose.STATIC_STORE),)
+
+
+def test_an_answer_without_a_tag_from_a_planned_port_is_none_and_told(field: TagField) -> None:
+    with listening(field.stranger) as fake:
+        policy = replace(BY_TAG, ports=planned(port_of(fake)))
+        for address in (*field.stranger.addresses, f"::ffff:{field.stranger.ipv4}"):
+            with shielded(field.job, policy) as held:
+                made = field.in_job(lambda: attempt(address, port_of(fake), source_port=44000))  # noqa: B023
+                assert made == "timeout"
+                assert held.tags is not None
+                told = set(held.tags.answers())
+                plain = address.rpartition("ffff:")[2]
+                own = field.host.ipv6 if ":" in plain else field.host.ipv4
+                assert {(str(one.target), one.port, str(one.source), one.source_port) for one in told} == {
+                    (plain, port_of(fake), own, 44000)
+                }
+                assert {(str(one.address), one.port) for one in held.tags.seen().without} == {(plain, port_of(fake))}
+                assert not list(held.tags.answers())
+
+
+def test_an_answer_without_a_tag_from_any_other_port_is_counted_and_passes(field: TagField) -> None:
+    with listening(field.stranger) as other, shielded(field.job, replace(BY_TAG, ports=planned(29500))) as held:
+        assert field.in_job(lambda: attempts(field.stranger.addresses, port_of(other))) == OVER_BOTH
+        assert held.tags is not None and not list(held.tags.answers())
+        assert [(str(one.address), one.port, one.packets) for one in held.tags.seen().without] == [
+            (address, port_of(other), 1) for address in field.stranger.addresses
+        ]
+
+
+def test_the_answers_of_nodes_pass_and_so_do_those_of_peers_by_address_where_a_key_only_adds(field: TagField) -> None:
+    with listening(field.stranger) as plain, socket_made_in(field.far, lambda: listening(field.peer)) as node:
+        # Made before its shield was: nobody asked this listener for tags.
+        ports = (*planned(port_of(plain)), *planned(port_of(node)))
+        policy = policy_with(Admission.EITHER, *field.stranger.addresses, ports=tuple(sorted(ports)))
+        with field.shielded(policy=policy) as (held, _):
+            assert field.in_job(lambda: attempts(field.stranger.addresses, port_of(plain))) == OVER_BOTH
+            assert field.in_job(lambda: attempts(field.peer.addresses, port_of(node))) == NOT_AT_ALL
+            with socket_made_in(field.far, lambda: listening(field.peer)) as guarded:
+                assert field.in_job(lambda: attempts(field.peer.addresses, port_of(guarded))) == OVER_BOTH
+            assert held.tags is not None
+            assert {str(address) for address in held.tags.seen().guarded} == set(field.peer.addresses)
+
+
+@FAMILIES
+def test_who_opens_towards_a_waiting_socket_is_no_answer(field: TagField, family: int) -> None:
+    """A simultaneous open needs no SYN-ACK: a SYN that meets a SYN."""
+    address = field.stranger.addresses[0 if family == 4 else 1]
+    policy = replace(BY_TAG, ports=planned(29500))
+    drop = "table inet t { chain i { type filter hook input priority 0; tcp dport 29500 drop; }; }"
+    field.stranger.run(["nft", drop], check=True)
+    for closes in (False, True):
+        with contextlib.ExitStack() as stack:
+            if closes:
+                stack.enter_context(shielded(field.job, policy))
+            waiting = socket_made_in(field.job, lambda: _connecting(field, address))
+            stack.enter_context(waiting)
+            flow = flow_to(field, field.stranger, family, waiting.getsockname()[1], 29500)
+            answered = answer_to(field, field.stranger, flow, packets.tcp(flow, SYN, sequence=SEQUENCE))
+            # What else is seen there is the SYN of the waiting socket, sent again.
+            assert (SYN | ACK in answered) != closes
+
+
+def _connecting(field: TagField, address: str) -> socket.socket:
+    with inside(field.host):
+        endpoint = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    endpoint.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        endpoint.connect((address, 29500))
+    return endpoint

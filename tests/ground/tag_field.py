@@ -1,0 +1,199 @@
+"""Where tags are tried: the job on two hosts, each with its own shield, and others on the same hosts and elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Callable, TypeVar
+
+import packets
+from cgroups import Cgroup, in_child, inside, new_cgroup, socket_made_in
+from hosts import Host, Network
+from packets import Flow
+from shield_field import PATIENCE_SECONDS, ShieldField
+
+from securerun.firewall import tag
+from securerun.firewall.job_key import JobKey
+from securerun.firewall.policy import Admission, Policy
+from securerun.firewall.shield import Shield
+from securerun.linux.networks import collapse
+
+Result = TypeVar("Result")
+
+KEY = JobKey(bytes(range(16)), bytes(range(16, 32)), "01234567")
+OTHER_KEY = JobKey(bytes(range(1, 17)), bytes(range(17, 33)), "76543210")
+BY_TAG = Policy("0123456789ab", (), (), admission=Admission.TAG, tagged=tag.WHERE_NODES_ARE)
+# A SYN that was dropped is sent again after one second, and again after two more.
+RETRANSMISSION_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class TagField(ShieldField):
+    """far: the job's cgroup on the peer. `job` and `elsewhere` are on the host, and of the peer's is `not_far`."""
+
+    far: Cgroup
+    not_far: Cgroup
+
+    def listener(self, cgroup: Cgroup | None = None, port: int = 0, **options: int) -> socket.socket:
+        """Listens on every address of the host, IPv4 and IPv6, as torch's stores do."""
+        return socket_made_in(cgroup or self.job, lambda: listening(self.host, port, **options))
+
+    @contextlib.contextmanager
+    def shielded(self, key: JobKey = KEY, policy: Policy = BY_TAG) -> Iterator[tuple[Shield, Shield]]:
+        """The shields of the job's parts on both hosts."""
+        with shielded(self.job, policy) as near, shielded(self.far, BY_TAG, key) as far:
+            yield near, far
+
+    def in_job(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns in a process of the job on its host."""
+        return within(self.job, self.host, work)
+
+    def from_far(self, work: Callable[[], Result]) -> Result:
+        """The same in a process of the job on the peer."""
+        return within(self.far, self.peer, work)
+
+    def beside_far(self, work: Callable[[], Result]) -> Result:
+        """The same in a process on the peer that is not the job's."""
+        return within(self.not_far, self.peer, work)
+
+
+@contextlib.contextmanager
+def tag_field(network: Network) -> Iterator[TagField]:
+    """A field whose host is node0 and whose peer is node1."""
+    with contextlib.ExitStack() as stack:
+        cgroups = [stack.enter_context(new_cgroup()) for _ in range(4)]
+        yield TagField(network["node0"], network["node1"], network["stranger"], *cgroups)
+
+
+@contextlib.contextmanager
+def shielded(cgroup: Cgroup, policy: Policy = BY_TAG, key: JobKey | None = KEY) -> Iterator[Shield]:
+    """A shield on a cgroup, taken off at the end."""
+    held = Shield.attach(cgroup.descriptor, policy, key)
+    try:
+        yield held
+    finally:
+        held.detach()
+        held.close()
+
+
+def within(cgroup: Cgroup, host: Host, work: Callable[[], Result]) -> Result:
+    """What `work` returns in a process in this cgroup on this host."""
+
+    def enter_and_work() -> Result:
+        cgroup.enter()
+        with inside(host):
+            return work()
+
+    return in_child(enter_and_work)
+
+
+def policy_with(admission: Admission, *peers: str, **changes: object) -> Policy:
+    """A policy of this admission with these peers."""
+    networks = collapse(ipaddress.ip_network(peer) for peer in peers)
+    return replace(BY_TAG, admission=admission, peers=networks, **changes)  # type: ignore[arg-type]
+
+
+def listening(host: Host, port: int = 0, *, protocol: int = 0, fast_open: int = 0, backlog: int = 64) -> socket.socket:
+    """A listener of both families on a host."""
+    with inside(host):
+        made = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, protocol)
+    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if fast_open:
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, fast_open)
+    made.bind(("", port))
+    made.listen(backlog)
+    return made
+
+
+def dial(address: str, port: int, *, source_port: int = 0, seconds: float = PATIENCE_SECONDS) -> socket.socket:
+    """Connected from within the caller's network."""
+    endpoint = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        endpoint.settimeout(seconds)
+        if source_port:
+            endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            endpoint.bind(("", source_port))
+        endpoint.connect((address, port))
+    except BaseException:
+        endpoint.close()
+        raise
+    return endpoint
+
+
+def attempt(address: str, port: int, *, source_port: int = 0, seconds: float = PATIENCE_SECONDS) -> str:
+    """How a connection from within the caller's network ends."""
+    try:
+        dial(address, port, source_port=source_port, seconds=seconds).close()
+    except socket.timeout:
+        return "timeout"
+    except ConnectionRefusedError:
+        return "refused"
+    return "connected"
+
+
+def attempts(addresses: Sequence[str], port: int) -> list[str]:
+    """How connections to each of these addresses end."""
+    return [attempt(address, port) for address in addresses]
+
+
+def exchange(near: socket.socket, far: socket.socket) -> None:
+    """Asserts that data gets through, both ways."""
+    for one, other in ((near, far), (far, near)):
+        other.settimeout(RETRANSMISSION_SECONDS)
+        one.sendall(b"tensor")
+        assert other.recv(100) == b"tensor"
+
+
+@contextlib.contextmanager
+def wire(host: Host, interface: str = "eth0") -> Iterator[socket.socket]:
+    """A packet socket on an interface of the host's."""
+    with inside(host):
+        endpoint = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        endpoint.bind((interface, 3))
+    with endpoint:
+        yield endpoint
+
+
+def link_address(host: Host) -> bytes:
+    with wire(host) as endpoint:
+        address: bytes = endpoint.getsockname()[4]
+        return address
+
+
+def flow_to(field: TagField, origin: Host, family: int, port: int, source_port: int = 41000) -> Flow:
+    """The flow of packets from another host to a port of the field's."""
+    number = 0 if family == 4 else 1
+    source, target = (ipaddress.ip_address(host.addresses[number]) for host in (origin, field.host))
+    return Flow(source, target, source_port, port)
+
+
+def answer_to(field: TagField, origin: Host, flow: Flow, segment: bytes) -> list[int]:
+    """The TCP flags of the first answer that a segment gets, sent from this host; none where it gets none."""
+    to = link_address(field.host)
+    with wire(origin) as endpoint:
+        own = endpoint.getsockname()[4]
+        endpoint.send(packets.frame(packets.packet(flow, segment), to=to, sender=own))
+        received = packets.frames_in(endpoint, PATIENCE_SECONDS / 2)
+    segments = [found for frame in received if (found := packets.answer(frame, flow))]
+    return [found[13] & 0x3F for found in segments[:1]]
+
+
+def segments_in(frames: Sequence[bytes]) -> Iterator[bytes]:
+    """The TCP segments in frames, without IP options or extension headers."""
+    for frame in frames:
+        ethertype = int.from_bytes(frame[12:14], "big")
+        if ethertype == packets.ETHERTYPE_IPV4 and frame[23] == packets.TCP:
+            yield frame[34 : 14 + int.from_bytes(frame[16:18], "big")]
+        elif ethertype == packets.ETHERTYPE_IPV6 and frame[20] == packets.TCP:
+            yield frame[54:]
+
+
+def has_tag(segment: bytes) -> bool:
+    """Whether a segment carries the option, whatever its tag."""
+    return tag.HEAD in segment[20 : (segment[12] >> 4) * 4]
