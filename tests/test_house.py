@@ -53,7 +53,7 @@ LOADED_BY_THE_GUARD = {
     "guard": "acquire caller cgroup channel documents ending exposure inherited lease limits log neighbours notices "
     "parting presence program protocol reaper records refusals reserved run_directory server unanswered unasked "
     "waiting watch",
-    "firewall": "backends chains droplog policy refusals selftest shield shield_maps shield_program",
+    "firewall": "backends chains droplog policy program_steps refusals selftest shield shield_maps shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets net_cgroups "
     "netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
     "": "errors site_file text",

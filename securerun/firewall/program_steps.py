@@ -1,4 +1,4 @@
-"""Steps that all programs of the shield take: a look into a map, a count, a part of the packet. Asks the kernel nothing.
+"""Steps that all of the shield's programs take: a look into a map, a count, a part of a packet. Asks nobody.
 
 The context of a program is in r6; r0 to r5 are lost by each of them.
 """

@@ -245,7 +245,7 @@ def _load_with_tags(
     program = kept.enter_context(
         tags.load_judge(chosen.kernel_name, chosen.build(policy.interfaces, policy.public), numbers, key)
     )
-    writer = kept.enter_context(tags.load_writer(maps[tags.TAG_NETWORKS.name], key))
+    writer = kept.enter_context(tags.load_writer(maps, key))
     return program, tags.Tags(writer, {name: maps[name] for name in tags.KEPT})
 
 
@@ -404,9 +404,9 @@ def _tags_of(writer: Program, maps: Mapping[str, Map]) -> Tags:
 
 def _find_writer(cgroup: int, map_ids: Sequence[int]) -> Program | None:
     """Return the program on the cgroup that writes tags by one of these maps; take off those whose shield is gone."""
-    from securerun.firewall.tags import NAME
+    from securerun.firewall.tag_writer import WRITING_NAME
 
-    return _found_with(map_ids, cgroup, AttachType.CGROUP_SOCK_OPS, NAME)
+    return _found_with(map_ids, cgroup, AttachType.CGROUP_SOCK_OPS, WRITING_NAME)
 
 
 def _find_noting_program(cgroup: int, map_ids: Sequence[int]) -> Program | None:

@@ -37,7 +37,7 @@ from securerun.linux.assembler import (
     store,
 )
 
-NAME = "securerun_write"
+WRITING_NAME = "securerun_write"
 
 # include/uapi/linux/bpf.h: offsets in struct bpf_sock_ops, what the kernel calls for, and the flag that asks for it
 _OPERATION, _FAMILY, _CALLBACK_FLAGS = 0, 20, 84

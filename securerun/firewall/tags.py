@@ -27,7 +27,7 @@ from securerun.firewall.tag_maps import (
     tag_map_shapes,
     untagged_in,
 )
-from securerun.firewall.tag_writer import NAME, writing_program
+from securerun.firewall.tag_writer import WRITING_NAME, writing_program
 from securerun.linux.assembler import Statement, assemble
 from securerun.linux.bpf import AttachFlags, AttachType, Map, Program, ProgramType, VerifierError
 from securerun.linux.networks import Address, Network
@@ -133,10 +133,10 @@ def load_judge(name: str, statements: Sequence[Statement], symbols: Mapping[str,
     return _load(name, statements, symbols, key, ProgramType.CGROUP_SKB)
 
 
-def load_writer(networks: Map, key: JobKey) -> Program:
-    """Load the program that writes tags towards the networks in this map. Raises ShieldUnavailable."""
-    symbols = {networks.shape.name: networks.fileno()}
-    return _load(NAME, writing_program(), symbols, key, ProgramType.SOCK_OPS)
+def load_writer(maps: Mapping[str, Map], key: JobKey) -> Program:
+    """Load the program that writes tags, by the maps that it shares with the judge. Raises ShieldUnavailable."""
+    symbols = {TAG_NETWORKS.name: maps[TAG_NETWORKS.name].fileno()}
+    return _load(WRITING_NAME, writing_program(), symbols, key, ProgramType.SOCK_OPS)
 
 
 def _load(

@@ -78,7 +78,8 @@ def answered(network: Network, family: int, origin: str, ports: Sequence[int], o
     """The ports of node0 that answer a SYN with these options from this host."""
     host, source = network["node0"], network[origin]
     number = 0 if family == 4 else 1
-    flow = Flow(*(ipaddress.ip_address(each.addresses[number]) for each in (source, host)), 41000)
+    here, there = (ipaddress.ip_address(each.addresses[number]) for each in (host, source))
+    flow = Flow(there, here, 41000)
     with wire(source) as endpoint:
         to, own = link_address(host), endpoint.getsockname()[4]
         flows = [replace(flow, destination_port=port) for port in ports]

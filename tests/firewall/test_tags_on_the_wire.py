@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import packets
 import pytest
 from cgroups import inside, socket_made_in
 from hosts import Network
-from packets import ACK, RST, SYN
+from packets import ACK, RST, SYN, Flow
 from shield_field import FAMILIES, PATIENCE_SECONDS, port_of
 from tag_field import (
     BY_TAG,
@@ -20,6 +21,7 @@ from tag_field import (
     OTHER_KEY,
     TagField,
     answer_to,
+    answers_to,
     attempt,
     attempts,
     dial,
@@ -37,6 +39,7 @@ from tag_field import (
 
 from securerun.firewall import tag
 from securerun.firewall.policy import Admission, PortRange, Purpose
+from securerun.linux.networks import collapse
 
 OVER_BOTH, NOT_AT_ALL = ["connected"] * 2, ["timeout"] * 2
 
@@ -135,8 +138,7 @@ def test_a_listener_from_before_the_shield_goes_by_tags_as_well(field: TagField)
 def test_processes_of_this_host_connect_over_its_loopback_unless_it_is_closed(field: TagField) -> None:
     addresses = ("127.0.0.1", "::1", *field.host.addresses)
     for closed, expected in ((False, "connected"), (True, "timeout")):
-        policy = replace(BY_TAG, close_loopback=closed, tagged=(*tag.LOOPBACK[:1], *BY_TAG.tagged, *tag.LOOPBACK[1:]))
-        policy = replace(policy, tagged=tuple(sorted(policy.tagged, key=lambda each: (each.version, each))))
+        policy = replace(BY_TAG, close_loopback=closed, tagged=collapse((*BY_TAG.tagged, *tag.LOOPBACK)))
         with shielded(field.job, policy) as held, field.listener() as of_the_job:
             port = port_of(of_the_job)
             assert within(field.elsewhere, field.host, lambda: attempts(addresses, port)) == [expected] * 4  # noqa: B023
@@ -176,10 +178,10 @@ def test_a_key_may_narrow_what_addresses_let_in(field: TagField, named: bool) ->
 
 def test_a_node_comes_in_through_the_named_interfaces_only(field: TagField) -> None:
     for interface, expected in (("eth0", OVER_BOTH), ("lo", NOT_AT_ALL)):
-        with inside(field.host), field.shielded(policy=replace(BY_TAG, interfaces=(interface,))):
-            with field.listener() as of_the_job:
-                port = port_of(of_the_job)
-                assert field.from_far(lambda: attempts(field.host.addresses, port)) == expected  # noqa: B023
+        policy = replace(BY_TAG, interfaces=(interface,))
+        with inside(field.host), field.shielded(policy=policy), field.listener() as of_the_job:
+            port = port_of(of_the_job)
+            assert field.from_far(lambda: attempts(field.host.addresses, port)) == expected  # noqa: B023
 
 
 def test_where_only_the_loopback_goes_by_tags_others_go_by_address(field: TagField) -> None:
@@ -206,47 +208,63 @@ SEQUENCE = 0x01020304
 @FAMILIES
 def test_a_tag_is_good_for_the_one_packet_that_it_was_made_for(field: TagField, family: int) -> None:
     with field.shielded(), field.listener() as of_the_job:
-        flow = flow_to(field, field.stranger, family, port_of(of_the_job))
-        other = flow_to(field, field.peer, family, port_of(of_the_job))
-        right = tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE)
-        wrong = {
-            "none": b"",
-            "another key": tag.syn_option(OTHER_KEY.syn, flow.source, flow.source_port, SEQUENCE),
-            "the key of answers": tag.syn_option(KEY.syn_ack, flow.source, flow.source_port, SEQUENCE),
-            "an answer's": tag.syn_ack_option(KEY.syn_ack, flow.source_port, SEQUENCE, 0),
-            "an answer's under the other key": tag.syn_ack_option(KEY.syn, flow.source_port, SEQUENCE, 0),
-            "another source": tag.syn_option(KEY.syn, other.source, flow.source_port, SEQUENCE),
-            "another port": tag.syn_option(KEY.syn, flow.source, flow.source_port + 1, SEQUENCE),
-            "another number": tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE + 1),
-            "a bit": right[:-1] + bytes((right[-1] ^ 0x80,)),
-            "zeros": tag.HEAD + bytes(8),
-            "another experiment": right[:2] + b"\xf9\x89" + right[4:],
-            "another kind": b"\xfd" + right[1:],
-            "too short": right[:1] + b"\x0b" + right[2:],
-            "too long": right[:1] + b"\x0d" + right[2:],
-            "no length": right[:1] + b"\x00" + right[2:],
-            "cut off": right[:8],
-            "cut off at the end of the longest header": b"\x01" * 32 + right[:8],
-            "beside a word": b"\x01\x01" + right + b"\x01\x01",
+        port = port_of(of_the_job)
+        made = {
+            what: (flow, options_of(flow_to(field, field.peer, family, port), flow)[what])
+            for number, what in enumerate(options_of(flow_to(field, field.peer, family, port), SOME_FLOW))
+            for flow in (flow_to(field, field.stranger, family, port, 42000 + number),)
         }
-        for what, options in wrong.items():
-            segment = packets.tcp(flow, SYN, sequence=SEQUENCE, options=options)
-            assert answer_to(field, field.stranger, flow, segment) == [], what
-        for number, options in enumerate((right, right + b"\x01" * 4, b"\x01" * 28 + right, right + b"\x01" * 28)):
-            flow = replace(flow, source_port=42000 + number)
-            options = options.replace(right, tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE))
-            segment = packets.tcp(flow, SYN, sequence=SEQUENCE, options=options)
-            assert answer_to(field, field.stranger, flow, segment) == [SYN | ACK]
+        segments = {flow: packets.tcp(flow, SYN, sequence=SEQUENCE, options=options) for flow, options in made.values()}
+        found = answers_to(field, field.stranger, segments)
+        answered = {what for what, (flow, _) in made.items() if found[flow]}
+        assert answered == {what for what in made if what.startswith("right")}
+        assert all(found[flow] in ([], [SYN | ACK]) for flow in found)
+        assert len(made) == 23
+
+
+SOME_FLOW = Flow(ipaddress.ip_address("10.77.0.3"), ipaddress.ip_address("10.77.0.1"))
+
+
+def options_of(other: Flow, flow: Flow) -> dict[str, bytes]:
+    """Options of a SYN of this flow, by what they are. other: that of another host."""
+    source, port = flow.source, flow.source_port
+    right = tag.syn_option(KEY.syn, source, port, SEQUENCE)
+    return {
+        "none": b"",
+        "another key": tag.syn_option(OTHER_KEY.syn, source, port, SEQUENCE),
+        "the key of answers": tag.syn_option(KEY.syn_ack, source, port, SEQUENCE),
+        "an answer's": tag.syn_ack_option(KEY.syn_ack, port, SEQUENCE, 0),
+        "an answer's under the other key": tag.syn_ack_option(KEY.syn, port, SEQUENCE, 0),
+        "another source": tag.syn_option(KEY.syn, other.source, port, SEQUENCE),
+        "another port": tag.syn_option(KEY.syn, source, port + 1, SEQUENCE),
+        "another number": tag.syn_option(KEY.syn, source, port, SEQUENCE + 1),
+        "a bit": right[:-1] + bytes((right[-1] ^ 0x80,)),
+        "zeros": tag.HEAD + bytes(8),
+        "another experiment": right[:2] + b"\xf9\x89" + right[4:],
+        "another kind": b"\xfd" + right[1:],
+        "too short": right[:1] + b"\x0b" + right[2:],
+        "too long": right[:1] + b"\x0d" + right[2:],
+        "no length": right[:1] + b"\x00" + right[2:],
+        "cut off": right[:8],
+        "cut off at the end of the longest header": b"\x01" * 32 + right[:8],
+        "beside a word": b"\x01\x01" + right + b"\x01\x01",
+        "right": right,
+        "right, before others": right + b"\x01" * 4,
+        "right, before many": right + b"\x01" * 28,
+        "right, behind many": b"\x01" * 28 + right,
+        "right, behind a wrong one": tag.HEAD + bytes(8) + right,
+    }
 
 
 @FAMILIES
 def test_no_packet_but_a_syn_opens_anything(field: TagField, family: int) -> None:
     with field.shielded(), field.listener() as of_the_job:
+        segments = {}
         for number, flags in enumerate((ACK, ACK | packets.PSH, packets.FIN, RST, 0, SYN | ACK)):
             flow = flow_to(field, field.stranger, family, port_of(of_the_job), 43000 + number)
             right = tag.syn_option(KEY.syn, flow.source, flow.source_port, SEQUENCE)
-            segment = packets.tcp(flow, flags, sequence=SEQUENCE, options=right)
-            assert answer_to(field, field.stranger, flow, segment) == [], flags
+            segments[flow] = packets.tcp(flow, flags, sequence=SEQUENCE, options=right)
+        assert not any(answers_to(field, field.stranger, segments).values())
 
 
 # --- answers ----------------------------------------------------------------------------------------

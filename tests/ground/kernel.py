@@ -97,7 +97,7 @@ def _write_options() -> None:
     with contextlib.ExitStack() as stack:
         networks = stack.enter_context(Map.create(tag_map_shapes(1)[0]))
         try:
-            stack.enter_context(tags.load_writer(networks, JobKey(bytes(16), bytes(16), "")))
+            stack.enter_context(tags.load_writer({networks.shape.name: networks}, JobKey(bytes(16), bytes(16), "")))
         except ShieldUnavailable as error:
             raise OSError(str(error)) from error
 

@@ -6,7 +6,8 @@ import contextlib
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Callable, TypeVar
 
@@ -139,7 +140,8 @@ def attempt(address: str, port: int, *, source_port: int = 0, seconds: float = P
 
 def attempts(addresses: Sequence[str], port: int) -> list[str]:
     """How connections to each of these addresses end."""
-    return [attempt(address, port) for address in addresses]
+    with ThreadPoolExecutor(len(addresses)) as at_once:
+        return list(at_once.map(lambda address: attempt(address, port), addresses))
 
 
 def exchange(near: socket.socket, far: socket.socket) -> None:
@@ -175,13 +177,20 @@ def flow_to(field: TagField, origin: Host, family: int, port: int, source_port: 
 
 def answer_to(field: TagField, origin: Host, flow: Flow, segment: bytes) -> list[int]:
     """The TCP flags of the first answer that a segment gets, sent from this host; none where it gets none."""
+    return answers_to(field, origin, {flow: segment})[flow]
+
+
+def answers_to(field: TagField, origin: Host, sent: Mapping[Flow, bytes]) -> dict[Flow, list[int]]:
+    """The same for segments of several flows, sent one after the other."""
     to = link_address(field.host)
     with wire(origin) as endpoint:
         own = endpoint.getsockname()[4]
-        endpoint.send(packets.frame(packets.packet(flow, segment), to=to, sender=own))
+        for flow, segment in sent.items():
+            endpoint.send(packets.frame(packets.packet(flow, segment), to=to, sender=own))
         received = packets.frames_in(endpoint, PATIENCE_SECONDS / 2)
-    segments = [found for frame in received if (found := packets.answer(frame, flow))]
-    return [found[13] & 0x3F for found in segments[:1]]
+    return {
+        flow: [found[13] & 0x3F for frame in received if (found := packets.answer(frame, flow))][:1] for flow in sent
+    }
 
 
 def segments_in(frames: Sequence[bytes]) -> Iterator[bytes]:

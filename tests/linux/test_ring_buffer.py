@@ -47,9 +47,10 @@ def ring_and_writer() -> Iterator[tuple[RingBuffer, Program]]:
         calculate(R0, "=", 1),
         leave(),
     )
-    with Map.create(ring_shape("ring")) as buffer, contextlib.closing(RingBuffer(buffer)) as ring:
-        with Program.load("writer", assemble(statements, {"ring": buffer.fileno()})) as program:
-            yield ring, program
+    with contextlib.ExitStack() as stack:
+        buffer = stack.enter_context(Map.create(ring_shape("ring")))
+        ring = stack.enter_context(contextlib.closing(RingBuffer(buffer)))
+        yield ring, stack.enter_context(Program.load("writer", assemble(statements, {"ring": buffer.fileno()})))
 
 
 def write(program: Program, number: int) -> bytes:
