@@ -64,10 +64,7 @@ class Shield:
         cgroup: int,
         kind: ShieldProgram,
         program: Program,
-        peers4: Map,
-        peers6: Map,
-        denied: Map,
-        interfaces: Map | None = None,
+        maps: Mapping[str, Map],
         *,
         noting: Program | None = None,
         tags: Tags | None = None,
@@ -78,10 +75,10 @@ class Shield:
         self._cgroup = os.dup(cgroup)
         self._program = program
         self._noting = noting
-        self._peers4 = peers4
-        self._peers6 = peers6
-        self._denied = denied
-        self._interfaces = interfaces
+        # A program that goes by tags alone knows no peers.
+        self._peers4, self._peers6 = (maps.get(symbol.name) for symbol in (PEERS4, PEERS6))
+        self._denied = maps[DENIED.name]
+        self._interfaces = maps.get(INTERFACES.name)
         self._indices: frozenset[int] | None = None
 
     @classmethod
@@ -113,8 +110,9 @@ class Shield:
         wanted = collapse(peers)
         with explained("changing the shield's peers"):
             changes = [
-                _changes(self._peers4, set(peer_keys(wanted, 4))),
-                _changes(self._peers6, set(peer_keys(wanted, 6))),
+                _changes(trie, set(peer_keys(wanted, version)))
+                for trie, version in ((self._peers4, 4), (self._peers6, 6))
+                if trie is not None
             ]
             for trie, new, _ in changes:
                 trie.update_many(dict.fromkeys(new, NO_VALUE))
@@ -193,7 +191,7 @@ def attach_first_of(
         undo.enter_context(program)
         notes = chosen.closes_loopback and tags is None
         noting = undo.enter_context(_load_noting_program(symbols)) if notes else None
-        shield = Shield(cgroup, chosen, program, *maps, noting=noting, tags=tags)
+        shield = Shield(cgroup, chosen, program, {each.shape.name: each for each in maps}, noting=noting, tags=tags)
         undo.callback(shield.close)
         shield.follow_interfaces(policy.interfaces)
         with explained("filling in the shield's peers"):
@@ -371,9 +369,9 @@ def _adopt_program(cgroup: int, program: Program, kinds: dict[str, ShieldProgram
         noting = _find_noting_program(cgroup, information.map_ids)
         if noting is not None:
             undo.enter_context(noting)
-        wanted = tuple(symbol.name for symbol in (PEERS4, PEERS6, DENIED))
-        # The program of a guard from before there was this map has the numbers in itself, for good.
-        kept = {*wanted, INTERFACES.name}
+        # The program of a guard from before there was a map of interfaces has their numbers in itself, for good.
+        own = {symbol.name for symbol in (PEERS4, PEERS6, DENIED, INTERFACES)}
+        kept = set(own)
         writer = _find_writer(cgroup, information.map_ids)
         if writer is not None:
             kept |= _names_of_tags()
@@ -383,9 +381,9 @@ def _adopt_program(cgroup: int, program: Program, kinds: dict[str, ShieldProgram
             opened = Map.open(identifier)
             (undo if opened.shape.name in kept else others).enter_context(opened)
             maps[opened.shape.name] = opened
-        asked = [maps[name] for name in (*wanted, INTERFACES.name) if name in maps]
         tags = None if writer is None else _tags_of(writer, maps)
-        shield = Shield(cgroup, kinds[information.name], program, *asked, noting=noting, tags=tags)
+        known = {name: each for name, each in maps.items() if name in own}
+        shield = Shield(cgroup, kinds[information.name], program, known, noting=noting, tags=tags)
         undo.pop_all()
     return shield
 

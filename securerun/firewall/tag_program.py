@@ -246,14 +246,11 @@ def _find_option() -> Iterator[Statement]:
         yield load(R2, 1, R10, _TCP_AT + _DATA_OFFSET)
         yield jump_if(R2, "<", (length + 4) // 4 << 4, "no option")
         yield calculate(R7, "+=", -4)
-    yield Label("no option")
-    yield jump_if(R8, "==", SYN_SENT, "without")
-    yield jump("untagged")
     yield Label("found")
 
 
 def _compare() -> Iterator[Statement]:
-    """Go to `no option` unless the tag is right; then, with an answer, to `right`."""
+    """Fall through with a SYN whose tag is right, and go to `right` with such an answer; with others go elsewhere."""
     yield jump_if(R8, "==", SYN_SENT, "message of an answer")
     yield from _lay_source()
     yield from _lay_port_and_sequence(_SOURCE_PORT)
@@ -270,7 +267,11 @@ def _compare() -> Iterator[Statement]:
     yield Remark("SipHash-2-4")
     yield from siphash.take_in(_MESSAGE_WORDS)
     yield load(R2, 8, R10, _OPTION + len(tag.HEAD))
-    yield jump_if(siphash.RESULT, "!=", R2, "no option")
+    yield jump_if(siphash.RESULT, "==", R2, "fits")
+    yield Label("no option")
+    yield jump_if(R8, "==", SYN_SENT, "without")
+    yield jump("untagged")
+    yield Label("fits")
     yield jump_if(R8, "==", SYN_SENT, "right")
 
 

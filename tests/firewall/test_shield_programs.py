@@ -380,9 +380,8 @@ def test_the_programs_fit_old_kernels(host: Host, program: ShieldProgram) -> Non
 @contextmanager
 def new_maps(cgroup: Cgroup, program: ShieldProgram) -> Iterator[dict[str, int]]:
     hung_up = attach_first_of((program,), cgroup.descriptor, policy(interfaces=("eth0",)))
-    assert hung_up._interfaces is not None
     maps = (hung_up._peers4, hung_up._peers6, hung_up._denied, hung_up._interfaces)
-    yield {each.shape.name: each.fileno() for each in maps}
+    yield {each.shape.name: each.fileno() for each in maps if each is not None}
     hung_up.close()
 
 

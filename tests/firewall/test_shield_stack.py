@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from securerun.firewall.policy import Opening
+from securerun.firewall.policy import Admission, Opening
 from securerun.firewall.shield_program import PROGRAMS, noting_program
+from securerun.firewall.tag_program import tag_program
+from securerun.firewall.tag_writer import writing_program
 from securerun.linux.assembler import (
     R0,
     R1,
@@ -142,6 +144,14 @@ ALL = {
         for interfaces, public in (((), ()), (("eth0",), PUBLIC))
     },
     "noting": noting_program(),
+    **{
+        f"{admission} {'with' if closes else 'without'} loopback": tag_program(admission, close_loopback=closes).build(
+            ("eth0",), PUBLIC
+        )
+        for admission in Admission
+        for closes in (False, True)
+    },
+    "writing": writing_program(),
 }
 
 
