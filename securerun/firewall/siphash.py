@@ -6,6 +6,7 @@ with a packet: who does not have the key cannot tell a right value from any othe
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 
@@ -113,23 +114,30 @@ def _turned(word: int, bits: int) -> int:
     return (word << bits | word >> 64 - bits) & _MASK
 
 
-def _rounds(number: int) -> Iterator[Statement]:
+def _rounds(number: int) -> tuple[Statement, ...]:
+    return _round() * number
+
+
+@functools.cache
+def _round() -> tuple[Statement, ...]:
+    """Return the statements of a round, made once: a program has ten of them, and each guard two programs."""
     v0, v1, v2, v3 = _STATE
-    for _ in range(number):
-        yield calculate(v0, "+=", v1)
-        yield calculate(v2, "+=", v3)
-        yield from _turn(v1, 13)
-        yield from _turn(v3, 16)
-        yield calculate(v1, "^=", v0)
-        yield calculate(v3, "^=", v2)
-        yield from _turn(v0, 32)
-        yield calculate(v0, "+=", v3)
-        yield calculate(v2, "+=", v1)
-        yield from _turn(v3, 21)
-        yield from _turn(v1, 17)
-        yield calculate(v3, "^=", v0)
-        yield calculate(v1, "^=", v2)
-        yield from _turn(v2, 32)
+    return (
+        calculate(v0, "+=", v1),
+        calculate(v2, "+=", v3),
+        *_turn(v1, 13),
+        *_turn(v3, 16),
+        calculate(v1, "^=", v0),
+        calculate(v3, "^=", v2),
+        *_turn(v0, 32),
+        calculate(v0, "+=", v3),
+        calculate(v2, "+=", v1),
+        *_turn(v3, 21),
+        *_turn(v1, 17),
+        calculate(v3, "^=", v0),
+        calculate(v1, "^=", v2),
+        *_turn(v2, 32),
+    )
 
 
 def _turn(register: Register, bits: int) -> Iterator[Statement]:

@@ -144,10 +144,10 @@ def _load(
 ) -> Program:
     secret = secret_words(key)
     code = assemble(statements, {**symbols, **secret})
-    # The verifier's log has every instruction.
-    shown = assemble(statements, {**symbols, **dict.fromkeys(secret, 0)})
     try:
-        return Program.load(name, code, kind, shown=shown)
+        return Program.load(
+            name, code, kind, shown=lambda: assemble(statements, {**symbols, **dict.fromkeys(secret, 0)})
+        )
     except VerifierError as error:
         if error.errno == errno.EPERM:
             raise ShieldUnavailable(f"loading the shield: {LACK_OF_PRIVILEGE}", Obstacle.NOT_PERMITTED) from error

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Callable, TypeVar
 
 from securerun.linux import libc
 
@@ -354,19 +354,24 @@ class Program(_Descriptor):
 
     @classmethod
     def load(
-        cls, name: str, code: bytes, kind: ProgramType = ProgramType.CGROUP_SKB, *, shown: bytes | None = None
+        cls,
+        name: str,
+        code: bytes,
+        kind: ProgramType = ProgramType.CGROUP_SKB,
+        *,
+        shown: Callable[[], bytes] | None = None,
     ) -> Program:
         """Load assembled code under a name. Raises VerifierError with the verifier's log.
 
         The expected attach type stays 0: the field is unknown before Linux 4.17 (E2BIG when set), and the
         kernel asks for it only from egress programs that return more than 0 and 1.
 
-        shown: the same code with other words in place of secret ones, for the log, which has every instruction.
+        shown: returns the same code with other words in place of secret ones, for the log, which has every instruction.
         """
         try:
             return cls(_load(name, code, None, kind))
         except OSError as error:
-            log = "" if error.errno == errno.EPERM else verifier_log(name, code if shown is None else shown, kind)
+            log = "" if error.errno == errno.EPERM else verifier_log(name, code if shown is None else shown(), kind)
             message = f"{error.strerror}{_last_words(log)}"
             raise VerifierError(error.errno or errno.EINVAL, message, log) from error
 
