@@ -31,7 +31,7 @@ _COUNT_KEY = struct.Struct("=16sQ")
 _NUMBER = struct.Struct("=Q")
 # A bit for each port, in words of 64.
 _PORT_WORDS, _PORTS_A_WORD = 1024, 64
-_ANSWER = struct.Struct("=16s16sHHI")
+_ANSWER = struct.Struct("=16s16sHH4xQ")
 ANSWER_SIZE = _ANSWER.size
 
 # Peers may be replaced by others while the job runs; a trie takes memory only for what is in it.
@@ -54,12 +54,16 @@ class Untagged:
 
 @dataclass(frozen=True)
 class Answer:
-    """A connection of the job's own that was answered without a right tag; the answer was dropped, the socket waits."""
+    """A connection of the job's own that was answered without a right tag; the answer was dropped, the socket waits.
+
+    cookie: the socket's own number in the kernel.
+    """
 
     target: Address
     port: int
     source: Address
     source_port: int
+    cookie: int
 
 
 def tag_map_shapes(networks: int) -> tuple[MapShape, ...]:
@@ -97,8 +101,8 @@ def untagged_in(key: bytes, value: bytes) -> Untagged:
 
 def answer_in(record: bytes) -> Answer:
     """Return what a record of the ring buffer says."""
-    target, source, port, source_port, _ = _ANSWER.unpack(record[:ANSWER_SIZE])
-    return Answer(_address(target), port, _address(source), source_port)
+    target, source, port, source_port, cookie = _ANSWER.unpack(record)
+    return Answer(_address(target), port, _address(source), source_port, cookie)
 
 
 def _network_key(network: Network) -> bytes:

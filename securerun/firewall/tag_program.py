@@ -85,6 +85,11 @@ _NOTE_NANOSECONDS = NOTE_SECONDS * 10**9
 # include/uapi/linux/bpf.h: offsets in struct bpf_sock
 _SOCKET_FAMILY, _SOCKET_IPV4, _SOCKET_IPV6, _SOCKET_PEER_PORT = 4, 24, 28, 48
 _AF_INET = 2
+# and in struct bpf_tcp_sock
+_TCP_UNACKNOWLEDGED = 24
+# What a SYN takes of the sequence numbers: one, and its data (TCP_FASTOPEN). What was sent is known by the socket only
+# after that (net/ipv4/tcp_output.c, tcp_connect()), and an answer over a veth pair may come before.
+_MOST_IN_A_SYN = 65535
 
 # Offsets in a TCP header, and where the options of one of 60 bytes can begin that has room for a tag.
 _SOURCE_PORT, _TARGET_PORT, _SEQUENCE, _ACKNOWLEDGED, _DATA_OFFSET, _FLAGS = 0, 2, 4, 8, 12, 13
@@ -101,7 +106,7 @@ _COUNTED = -304
 _FIRST = -312
 _NETWORK = -336
 _PORT_WORD = -340
-_ANSWER = -384
+_ANSWER = -392
 # What is hashed; with its length it is also the key of a note.
 _MESSAGE = -184
 _MESSAGE_WORDS = (_MESSAGE, _MESSAGE + 8, _MESSAGE + 16)
@@ -196,21 +201,21 @@ def look_up_network(address: int, key: int, label: str) -> Iterator[Statement]:
 def _load_header() -> Iterator[Statement]:
     """Leave the offset of the TCP header in r7, and its beginning on the stack.
 
-    Go to `no option` where it does not follow the IP header at once: who writes tags sends no other packets.
+    Go to `unread` where it does not follow the IP header at once: who writes tags sends no other packets.
     """
     before4, before6 = _TCP_AT - IPV4_HEADER, _TCP_AT - IPV6_HEADER
     yield jump_if(R9, "==", ETHERTYPE_IPV6, "header6")
-    yield from load_packet(offset=0, place=before4, size=IPV4_HEADER + TCP_HEADER, otherwise="no option")
+    yield from load_packet(offset=0, place=before4, size=IPV4_HEADER + TCP_HEADER, otherwise="unread")
     yield load(R2, 1, R10, before4)
-    yield jump_if(R2, "!=", IPV4_WITHOUT_OPTIONS, "no option")
+    yield jump_if(R2, "!=", IPV4_WITHOUT_OPTIONS, "unread")
     yield load(R2, 1, R10, before4 + 9)
-    yield jump_if(R2, "!=", TCP, "no option")
+    yield jump_if(R2, "!=", TCP, "unread")
     yield calculate(R7, "=", IPV4_HEADER)
     yield jump("flags")
     yield Label("header6")
-    yield from load_packet(offset=0, place=before6, size=IPV6_HEADER + TCP_HEADER, otherwise="no option")
+    yield from load_packet(offset=0, place=before6, size=IPV6_HEADER + TCP_HEADER, otherwise="unread")
     yield load(R2, 1, R10, before6 + 6)
-    yield jump_if(R2, "!=", TCP, "no option")
+    yield jump_if(R2, "!=", TCP, "unread")
     yield calculate(R7, "=", IPV6_HEADER)
     yield Label("flags")
 
@@ -270,6 +275,9 @@ def _compare() -> Iterator[Statement]:
     yield jump_if(siphash.RESULT, "==", R2, "fits")
     yield Label("no option")
     yield jump_if(R8, "==", SYN_SENT, "without")
+    yield jump("untagged")
+    yield Label("unread")
+    yield jump_if(R8, "==", SYN_SENT, "unread answer")
     yield jump("untagged")
     yield Label("fits")
     yield jump_if(R8, "==", SYN_SENT, "right")
@@ -383,15 +391,43 @@ def _count_without(admission: Admission) -> Iterator[Statement]:
         yield Remark("a peer by address that shows no tag")
         yield calculate(R3, "=", 0)
         yield jump("count without")
+    yield Label("unread answer")
+    yield load(R7, 8, R6, CONTEXT_SOCKET)
+    yield jump_if(R7, "==", 0, "drop")
+    yield jump("an answer")
     yield Label("without")
     yield load(R7, 8, R6, CONTEXT_SOCKET)
     yield jump_if(R7, "==", 0, "drop")
+    yield from _leave_wrong_numbers_to_tcp()
+    yield Label("an answer")
     yield load(R3, 4, R7, _SOCKET_PEER_PORT)
     yield from_network_order(R3, 2)
     yield Label("count without")
     yield from _count_source(UNTAGGED, "without and counted")
     yield Label("without and counted")
     yield jump_if(R8, "!=", SYN_SENT, "pass")
+
+
+def _leave_wrong_numbers_to_tcp() -> Iterator[Statement]:
+    """Let an answer pass that does not acknowledge the SYN: TCP refuses it, and goes on waiting.
+
+    So whoever does not see the SYN cannot have the guard end the socket. A SYN alone acknowledges nothing, and TCP
+    takes it.
+    """
+    yield load(R2, 1, R10, _TCP_AT + _FLAGS)
+    yield calculate(R2, "&=", SYN_AND_ACK)
+    yield jump_if(R2, "!=", SYN_AND_ACK, "an answer")
+    yield calculate(R1, "=", R7)
+    yield call(Helper.TCP_SOCK)
+    yield jump_if(R0, "==", 0, "drop")
+    yield load(R2, 4, R0, _TCP_UNACKNOWLEDGED)
+    yield load(R1, 4, R10, _TCP_AT + _ACKNOWLEDGED)
+    yield from_network_order(R1, 4)
+    yield calculate(R1, "-=", R2)
+    yield calculate(R1, "<<=", 32)
+    yield calculate(R1, ">>=", 32)
+    yield jump_if(R1, "==", 0, "pass")
+    yield jump_if(R1, ">", _MOST_IN_A_SYN, "pass")
 
 
 def _turn_answer_away(admission: Admission) -> Iterator[Statement]:
@@ -446,6 +482,9 @@ def _tell_answer() -> Iterator[Statement]:
     yield load(R3, 8, R10, _COUNTED + 16)
     yield calculate(R2, "|=", R3)
     yield store(8, R10, _ANSWER + 32, R2)
+    yield calculate(R1, "=", R6)
+    yield call(Helper.GET_SOCKET_COOKIE)
+    yield store(8, R10, _ANSWER + 40, R0)
     yield map_reference(R1, ANSWERS)
     yield from point(R2, _ANSWER)
     yield calculate(R3, "=", ANSWER_SIZE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
+import select
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,13 +14,14 @@ import kernel
 import packets
 import pytest
 from cgroups import inside, socket_made_in
-from hosts import Network
+from hosts import Host, Network
 from packets import ACK, RST, SYN, Flow
 from shield_field import FAMILIES, PATIENCE_SECONDS, port_of
 from tag_field import (
     BY_TAG,
     KEY,
     OTHER_KEY,
+    RETRANSMISSION_SECONDS,
     TagField,
     answer_to,
     answers_to,
@@ -39,7 +42,9 @@ from tag_field import (
 
 from securerun.firewall import tag
 from securerun.firewall.policy import Admission, PortRange, Purpose
+from securerun.firewall.tag_maps import Answer
 from securerun.linux.networks import collapse
+from securerun.linux.sock_diag import SocketDiagnosis
 
 OVER_BOTH, NOT_AT_ALL = ["connected"] * 2, ["timeout"] * 2
 
@@ -292,6 +297,41 @@ def test_an_answer_without_a_tag_from_a_planned_port_is_none_and_told(field: Tag
                 assert not list(held.tags.answers())
 
 
+@FAMILIES
+def test_a_socket_that_was_answered_without_a_tag_is_ended_at_once(field: TagField, family: int) -> None:
+    with listening(field.stranger) as fake, shielded(field.job, replace(BY_TAG, ports=planned(port_of(fake)))) as held:
+        assert held.tags is not None
+        waiting = socket_made_in(field.job, lambda: _connecting(field, field.stranger, family, port_of(fake)))
+        with waiting, inside(field.host), contextlib.closing(SocketDiagnosis()) as diagnosis:
+            assert select.select([held.tags], [], [], RETRANSMISSION_SECONDS)[0]
+            (told,) = held.tags.answers()
+            other = replace(told, cookie=told.cookie + 1)
+            # Of another socket that has the same ends by then nothing is to be ended.
+            assert not ended(diagnosis, other) and not waiting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            assert ended(diagnosis, told)
+            assert waiting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNABORTED
+            assert not ended(diagnosis, told)
+
+
+def ended(diagnosis: SocketDiagnosis, told: Answer) -> bool:
+    return diagnosis.end(told.source, told.source_port, told.target, told.port, told.cookie)
+
+
+@FAMILIES
+def test_who_does_not_see_the_syn_cannot_have_its_socket_ended(field: TagField, family: int) -> None:
+    """An answer to another number is left to TCP, which refuses it: the right one may still come."""
+    field.peer.run(["nft", "table inet t { chain i { type filter hook input priority 0; tcp dport 29500 drop; }; }"])
+    with shielded(field.job, replace(BY_TAG, ports=planned(29500))) as held:
+        assert held.tags is not None
+        with socket_made_in(field.job, lambda: _connecting(field, field.peer, family, 29500)) as waiting:
+            flow = flow_to(field, field.peer, family, waiting.getsockname()[1], 29500)
+            for guess in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
+                segment = packets.tcp(flow, SYN | ACK, sequence=SEQUENCE, acknowledged=guess)
+                assert answer_to(field, field.peer, flow, segment) in ([RST], [RST | ACK])
+            assert not list(held.tags.answers()) and held.tags.seen().without == ()
+            assert not waiting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
 def test_an_answer_without_a_tag_from_any_other_port_is_counted_and_passes(field: TagField) -> None:
     with listening(field.stranger) as other, shielded(field.job, replace(BY_TAG, ports=planned(29500))) as held:
         assert field.in_job(lambda: attempts(field.stranger.addresses, port_of(other))) == OVER_BOTH
@@ -318,7 +358,6 @@ def test_the_answers_of_nodes_pass_and_so_do_those_of_peers_by_address_where_a_k
 @FAMILIES
 def test_who_opens_towards_a_waiting_socket_is_no_answer(field: TagField, family: int) -> None:
     """A simultaneous open needs no SYN-ACK: a SYN that meets a SYN."""
-    address = field.stranger.addresses[0 if family == 4 else 1]
     policy = replace(BY_TAG, ports=planned(29500))
     drop = "table inet t { chain i { type filter hook input priority 0; tcp dport 29500 drop; }; }"
     field.stranger.run(["nft", drop], check=True)
@@ -326,7 +365,7 @@ def test_who_opens_towards_a_waiting_socket_is_no_answer(field: TagField, family
         with contextlib.ExitStack() as stack:
             if closes:
                 stack.enter_context(shielded(field.job, policy))
-            waiting = socket_made_in(field.job, lambda: _connecting(field, address))
+            waiting = socket_made_in(field.job, lambda: _connecting(field, field.stranger, family, 29500))
             stack.enter_context(waiting)
             flow = flow_to(field, field.stranger, family, waiting.getsockname()[1], 29500)
             answered = answer_to(field, field.stranger, flow, packets.tcp(flow, SYN, sequence=SEQUENCE))
@@ -334,10 +373,10 @@ def test_who_opens_towards_a_waiting_socket_is_no_answer(field: TagField, family
             assert (SYN | ACK in answered) != closes
 
 
-def _connecting(field: TagField, address: str) -> socket.socket:
+def _connecting(field: TagField, target: Host, family: int, port: int) -> socket.socket:
     with inside(field.host):
-        endpoint = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        endpoint = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_STREAM)
     endpoint.setblocking(False)
     with contextlib.suppress(BlockingIOError):
-        endpoint.connect((address, 29500))
+        endpoint.connect((target.addresses[0 if family == 4 else 1], port))
     return endpoint
