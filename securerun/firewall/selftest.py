@@ -62,7 +62,7 @@ def egress_is_filtered(attached_to: int, entered: int, like: int | None = None) 
 
     Raises ShieldUnavailable when it cannot be judged.
     """
-    with _started(entered, like) as sender:
+    with started(entered, like) as sender:
         _require_allowed(sender.try_to_send())
         with _forbidding() as probe, explained("hanging the self-test on the cgroup", FORBIDDEN_ABOVE):
             probe.attach(attached_to, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
@@ -81,6 +81,11 @@ def take_off_remains(cgroup: int) -> None:
             probe.take_off(cgroup, AttachType.CGROUP_INET_EGRESS)
 
 
+def send_to_self() -> None:
+    """Send a datagram over the loopback from a new socket. Raises OSError."""
+    over_loopback(_send_over)
+
+
 class Sender:
     """A child in a cgroup that answers, whenever it is asked, whether a new socket of its own could send.
 
@@ -93,17 +98,18 @@ class Sender:
         others: Sequence[int] = (),
         at_end: Callable[[], None] = lambda: None,
         kept: Sequence[int] = (),
+        action: Callable[[], None] = send_to_self,
     ) -> None:
         """Start it.
 
         others: directories of cgroups of version 1 that it enters as well. at_end: what it does when this process ends
-        before it. kept: the descriptors that it takes for that.
+        before it. kept: the descriptors that it takes for that. action: what it tries instead of sending a datagram.
         """
-        self.pid, self._near = forked.fork(lambda far: _live(cgroup, others, far, at_end, kept))
+        self.pid, self._near = forked.fork(lambda far: _live(cgroup, others, far, at_end, kept, action))
         self._has_entered = False
 
     def try_to_send(self) -> int:
-        """Return the errno of sending over the loopback from a new socket; 0: sent.
+        """Return the errno of what it tries; 0: it went well.
 
         Raises ShieldUnavailable when it gives no answer, or could not enter the cgroup.
         """
@@ -210,7 +216,7 @@ class Repeated:
 
     def _judge_before(self, not_sent: int) -> None:
         _require_allowed(not_sent)
-        self._may_send_outside = not _errno_of(_send_to_self)
+        self._may_send_outside = not _errno_of(send_to_self)
         with explained("loading the self-test"):
             self._probe = Program.load(_PROBE_NAME, assemble(_FORBID_EVERYTHING, {}))
         with explained("hanging the self-test on a cgroup", FORBIDDEN_ABOVE):
@@ -222,12 +228,13 @@ class Repeated:
             raise _cannot_judge("somebody moved it out of its cgroup")
         # A rule of the host's that came meanwhile would forbid it too, and hide that no filter does.
         if not_sent and self._may_send_outside:
-            _require_allowed(_errno_of(_send_to_self))
+            _require_allowed(_errno_of(send_to_self))
         return _is_forbidden(not_sent)
 
 
 @contextlib.contextmanager
-def _started(cgroup: int, like: int | None) -> Iterator[Sender]:
+def started(cgroup: int, like: int | None, action: Callable[[], None] = send_to_self) -> Iterator[Sender]:
+    """Have a child in a cgroup, and where `like` is, for the length of a block. Raises ShieldUnavailable."""
     with ExitStack() as undo:
         places = []
         with explained("looking where the launcher is", "not permitted"):
@@ -235,7 +242,7 @@ def _started(cgroup: int, like: int | None) -> Iterator[Sender]:
                 places.append(net_cgroups.open_place(name, path))
                 undo.callback(os.close, places[-1])
         with explained("starting the self-test"):
-            sender = Sender(cgroup, places)
+            sender = Sender(cgroup, places, action=action)
         undo.callback(sender.end)
         yield sender
 
@@ -299,7 +306,12 @@ def _cannot_judge(reason: str) -> ShieldUnavailable:
 
 
 def _live(
-    cgroup: int, others: Collection[int], far: socket.socket, at_end: Callable[[], None], kept: Collection[int]
+    cgroup: int,
+    others: Collection[int],
+    far: socket.socket,
+    at_end: Callable[[], None],
+    kept: Collection[int],
+    action: Callable[[], None],
 ) -> None:
     """Live the child's whole life: enter, and answer until the parent's end, or until it is killed."""
     prctl.set_name(_NAME)
@@ -307,7 +319,7 @@ def _live(
     _close_all_but({cgroup, *others, *kept, far.fileno()})
     far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))
     while far.recv(len(_QUESTION)):
-        far.sendall(_ANSWER.pack(_errno_of(_send_to_self)))
+        far.sendall(_ANSWER.pack(_errno_of(action)))
     at_end()
 
 
@@ -351,13 +363,14 @@ def _listed(cgroup: int, name: str) -> set[int]:
         return set()
 
 
-def _send_to_self() -> None:
+def over_loopback(work: Callable[[int, str], None]) -> None:
+    """Do something with a family and its loopback address, IPv4 first, IPv6 where there is none. Raises OSError."""
     try:
-        _send_over(socket.AF_INET, "127.0.0.1")
+        work(socket.AF_INET, "127.0.0.1")
     except OSError as error:
         if error.errno not in (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EAFNOSUPPORT):
             raise
-        _send_over(socket.AF_INET6, "::1")
+        work(socket.AF_INET6, "::1")
 
 
 def _send_over(family: int, address: str) -> None:
