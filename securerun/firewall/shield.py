@@ -85,11 +85,14 @@ class Shield:
     def attach(cls, cgroup: int, policy: Policy, key: JobKey | None = None) -> Shield:
         """Hang a shield for the policy on the cgroup whose directory `cgroup` is open on.
 
-        key: what tags are made with, where the policy goes by them.
+        key: what tags are made with, where the policy goes by them. Where it closes the loopback and there is none, it
+        is one that nobody else has.
         Sockets that processes of the cgroup make from now on, and made before in it, are covered at once.
         Raises ShieldUnavailable when the kernel will not have it, and PolicyError for an interface that is
         not there (names are looked up in the network namespace of the caller).
         """
+        if key is None and policy.close_loopback:
+            policy, key = _of_this_host_alone(policy)
         return attach_first_of(PROGRAMS if key is None else _by_tags(policy), cgroup, policy, key)
 
     def denied(self) -> tuple[Denial, ...]:
@@ -209,6 +212,12 @@ def attach_first_of(
             program.attach(cgroup, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
         undo.pop_all()
     return shield
+
+
+def _of_this_host_alone(policy: Policy) -> tuple[Policy, JobKey]:
+    from securerun.firewall.tags import of_this_host_alone
+
+    return of_this_host_alone(policy)
 
 
 def _by_tags(policy: Policy) -> tuple[ShieldProgram, ...]:

@@ -146,6 +146,7 @@ def _statements(
         *_leave_others_to_addresses(admission),
         jump("header"),
         Label("answer"),
+        *_leave_others_to_nobody(admission),
         Remark("an answer, from where tags are written to?"),
         *look_up_network(SOURCE, _NETWORK, "version"),
         jump_if(R0, "==", 0, "pass"),
@@ -175,10 +176,16 @@ def _pass_loopback(close_loopback: bool) -> Iterator[Statement]:
 
 def _leave_others_to_addresses(admission: Admission) -> Iterator[Statement]:
     """Where the key is this host's alone, who comes from outside is judged by address."""
-    if admission is not Admission.ADDRESS:
-        return
-    yield load(R2, 4, R6, CONTEXT_INTERFACE)
-    yield jump_if(R2, "!=", LOOPBACK, "address")
+    if admission is Admission.ADDRESS:
+        yield load(R2, 4, R6, CONTEXT_INTERFACE)
+        yield jump_if(R2, "!=", LOOPBACK, "address")
+
+
+def _leave_others_to_nobody(admission: Admission) -> Iterator[Statement]:
+    """And of who answers from outside nothing is asked."""
+    if admission is Admission.ADDRESS:
+        yield load(R2, 4, R6, CONTEXT_INTERFACE)
+        yield jump_if(R2, "!=", LOOPBACK, "pass")
 
 
 def look_up_network(address: int, key: int, label: str) -> Iterator[Statement]:

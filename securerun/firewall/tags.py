@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from securerun.errors import Obstacle
 from securerun.firewall import siphash, tag
@@ -28,9 +29,10 @@ from securerun.firewall.tag_maps import (
     untagged_in,
 )
 from securerun.firewall.tag_writer import WRITING_NAME, writing_program
+from securerun.linux.addresses import own_networks
 from securerun.linux.assembler import Statement, assemble
 from securerun.linux.bpf import AttachFlags, AttachType, Map, Program, ProgramType, VerifierError
-from securerun.linux.networks import Address, Network
+from securerun.linux.networks import Address, Network, collapse
 from securerun.linux.ring_buffer import RingBuffer
 
 # What is asked while the job runs; the rest is for the programs alone.
@@ -106,6 +108,16 @@ class Tags:
             self._ring = None
         for thing in (self._writer, *self._maps.values()):
             thing.close()
+
+
+def of_this_host_alone(policy: Policy) -> tuple[Policy, JobKey]:
+    """Return the policy of a job that is told from others of this host by a key which nobody else has, and that key.
+
+    Tags are written towards wherever this host has addresses, or may come to have some. Raises ShieldUnavailable.
+    """
+    with explained("asking for this host's addresses"):
+        networks = collapse((*tag.LOOPBACK, *tag.WHERE_NODES_ARE, *own_networks()))
+    return replace(policy, tagged=networks), JobKey(os.urandom(siphash.KEY_SIZE), os.urandom(siphash.KEY_SIZE), "")
 
 
 def create_maps(policy: Policy, kept: ExitStack, loading: ExitStack) -> dict[str, Map]:
