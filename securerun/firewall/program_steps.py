@@ -29,8 +29,8 @@ from securerun.linux.assembler import (
     store,
 )
 
-# include/uapi/linux/bpf.h: BPF_ANY, BPF_NOEXIST
-NEW_OR_NOT, ONLY_IF_NEW = 0, 1
+# include/uapi/linux/bpf.h: BPF_NOEXIST
+_ONLY_IF_NEW = 1
 
 
 def count(name: Symbol, key: int, first: int, then: str) -> Iterator[Statement]:
@@ -43,16 +43,16 @@ def count(name: Symbol, key: int, first: int, then: str) -> Iterator[Statement]:
     yield Label(f"first in {name}")
     yield store(8, R10, first, 1)
     # Another processor may have been first; then its count stands, and this packet is not in it.
-    yield from put(name, key, first, ONLY_IF_NEW)
+    yield from add(name, key, first)
     yield jump(then)
 
 
-def put(name: Symbol, key: int, value: int, how: int) -> Iterator[Statement]:
-    """Set an entry of a map; r0 is 0 where that was done."""
+def add(name: Symbol, key: int, value: int) -> Iterator[Statement]:
+    """Add an entry to a map, unless it has one for this key; r0 is 0 where that was done."""
     yield map_reference(R1, name)
     yield from point(R2, key)
     yield from point(R3, value)
-    yield calculate(R4, "=", how)
+    yield calculate(R4, "=", _ONLY_IF_NEW)
     yield call(Helper.MAP_UPDATE_ELEM)
 
 

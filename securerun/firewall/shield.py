@@ -4,9 +4,8 @@ It sees every packet for a socket that a process of the job made, and nobody els
 life is the cgroup's: the attachment outlives the process that made it. It is hung beside the programs of
 others (BPF_F_ALLOW_MULTI, Linux 4.15).
 
-Where the policy closes the loopback, a second program on the same cgroup notes which connections the job's own
-processes are opening over it, and the first lets in those alone. Where it goes by tags, a second program writes them
-into what the job sends (`tags`).
+Where the policy goes by tags, or closes the loopback, a second program on the same cgroup writes them into what the
+job sends, and the first looks for them (`tags`).
 
 What the programs do is written in `shield_program.py`; here the kernel is given them, and asked.
 """
@@ -34,12 +33,11 @@ from securerun.firewall.shield_maps import (
     denial_in,
     interface_key,
     map_shapes,
-    openings_shape,
     peer_keys,
     public_keys,
     public_shape,
 )
-from securerun.firewall.shield_program import NOTING_NAME, PROGRAMS, ShieldProgram, noting_program
+from securerun.firewall.shield_program import PROGRAMS, ShieldProgram
 from securerun.linux.assembler import assemble
 from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, VerifierError, attached, programs_on
 from securerun.linux.networks import Network, collapse
@@ -48,14 +46,14 @@ if TYPE_CHECKING:
     from securerun.firewall.job_key import JobKey
     from securerun.firewall.tags import Tags
 
-_CANNOT_CLOSE_LOOPBACK = "--loopback job needs Linux 5.1, whose programs see a packet's socket; use --loopback any here"
+_CANNOT_CLOSE_LOOPBACK = "--loopback job needs Linux 5.10, whose programs write TCP options; use --loopback any here"
 
 
 class Shield:
     """The shield of one job. Made by Shield.attach() or adopt(); close() leaves the attachment in place.
 
-    name: which program judges: "socket" (from Linux 5.1) or "header" (before), or "socket and loopback" where the
-    policy closes the loopback, with "tag" where it goes by tags. shortfall: what that one promises less than the
+    name: which program judges: "socket" (from Linux 5.1) or "header" (before), "socket and tag" where the policy goes
+    by tags, with "loopback" where it closes that. shortfall: what that one promises less than the
     others, "" for nothing. tags: those of the job, None where it has none.
     """
 
@@ -66,7 +64,6 @@ class Shield:
         program: Program,
         maps: Mapping[str, Map],
         *,
-        noting: Program | None = None,
         tags: Tags | None = None,
     ) -> None:
         self.tags = tags
@@ -74,7 +71,6 @@ class Shield:
         self.shortfall = kind.shortfall
         self._cgroup = os.dup(cgroup)
         self._program = program
-        self._noting = noting
         # A program that goes by tags alone knows no peers.
         self._peers4, self._peers6 = (maps.get(symbol.name) for symbol in (PEERS4, PEERS6))
         self._denied = maps[DENIED.name]
@@ -92,7 +88,7 @@ class Shield:
         not there (names are looked up in the network namespace of the caller).
         """
         if key is None and policy.close_loopback:
-            policy, key = _of_this_host_alone(policy)
+            return _attach_alone(cgroup, policy)
         return attach_first_of(PROGRAMS if key is None else _by_tags(policy), cgroup, policy, key)
 
     def denied(self) -> tuple[Denial, ...]:
@@ -147,8 +143,6 @@ class Shield:
         """Take the shield off the cgroup; nothing happens when it, or the cgroup, is gone already."""
         with explained("taking the shield off"):
             self._program.take_off(self._cgroup, AttachType.CGROUP_INET_INGRESS)
-            if self._noting is not None:
-                self._noting.take_off(self._cgroup, AttachType.CGROUP_INET_EGRESS)
             if self.tags is not None:
                 self.tags.take_off(self._cgroup)
 
@@ -160,7 +154,6 @@ class Shield:
             self._peers6,
             self._denied,
             self._interfaces,
-            self._noting,
             self.tags,
         ):
             if thing is not None:
@@ -176,7 +169,6 @@ def attach_first_of(
     """Do what Shield.attach() does, with the first of these programs that suits the policy and the kernel accepts."""
     if policy.has_tags != (key is not None):
         raise PolicyError("nodes are told by tags, which are made with a key, and one is there without the other")
-    suitable = [program for program in programs if program.closes_loopback == policy.close_loopback]
     symbols: dict[str, int] = {}
     for name in policy.interfaces:
         _require_interface(name)
@@ -186,27 +178,21 @@ def attach_first_of(
         others = [loading.enter_context(made) for made in _create_others(policy)]
         symbols.update((each.shape.name, each.fileno()) for each in (*maps, *others))
         if key is None:
-            chosen, program = _load_first_of(suitable, policy, symbols)
+            chosen, program = _load_first_of(programs, policy, symbols)
             tags = None
         else:
-            (chosen,) = suitable
+            (chosen,) = programs
             program, tags = _load_with_tags(chosen, policy, symbols, key, undo, loading)
         undo.enter_context(program)
-        notes = chosen.closes_loopback and tags is None
-        noting = undo.enter_context(_load_noting_program(symbols)) if notes else None
-        shield = Shield(cgroup, chosen, program, {each.shape.name: each for each in maps}, noting=noting, tags=tags)
+        shield = Shield(cgroup, chosen, program, {each.shape.name: each for each in maps}, tags=tags)
         undo.callback(shield.close)
         shield.follow_interfaces(policy.interfaces)
         with explained("filling in the shield's peers"):
             for trie, version in zip(maps, (4, 6)):
                 trie.update_many(dict.fromkeys(peer_keys(policy.peers_of(version), version), NO_VALUE))
         with explained("hanging the shield on the cgroup", FORBIDDEN_ABOVE):
-            # What the judge goes by first, so that there is no SYN of the job that is judged and was not noted, or has
-            # no tag.
-            if noting is not None:
-                noting.attach(cgroup, AttachType.CGROUP_INET_EGRESS, AttachFlags.ALLOW_MULTI)
-                undo.callback(noting.take_off, cgroup, AttachType.CGROUP_INET_EGRESS)
             if tags is not None:
+                # First, so that there is no SYN of the job that is judged and has no tag.
                 tags.attach(cgroup)
                 undo.callback(tags.take_off, cgroup)
             program.attach(cgroup, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
@@ -214,10 +200,17 @@ def attach_first_of(
     return shield
 
 
-def _of_this_host_alone(policy: Policy) -> tuple[Policy, JobKey]:
+def _attach_alone(cgroup: int, policy: Policy) -> Shield:
+    """Hang a shield that tells the job's own processes from others of this host by a key that nobody else has."""
     from securerun.firewall.tags import of_this_host_alone
 
-    return of_this_host_alone(policy)
+    policy, key = of_this_host_alone(policy)
+    try:
+        return attach_first_of(_by_tags(policy), cgroup, policy, key)
+    except ShieldUnavailable as error:
+        if error.obstacle is not Obstacle.OLD_KERNEL:
+            raise
+        raise ShieldUnavailable(f"{_CANNOT_CLOSE_LOOPBACK} ({error})", error.obstacle) from error
 
 
 def _by_tags(policy: Policy) -> tuple[ShieldProgram, ...]:
@@ -260,29 +253,24 @@ def adopt(cgroup: int) -> Shield:
     """Return the shield that a dead guard left on this cgroup, with its peers and counters. Needs CAP_SYS_ADMIN.
 
     A self-test that the guard died in is taken off: it would forbid the job to send anything. So is the half of a
-    shield that only notes, or only writes tags. Raises ShieldUnavailable when there is no shield on the cgroup.
+    shield that only writes tags. Raises ShieldUnavailable when there is no shield on the cgroup.
     """
     with explained("looking for the shield of an earlier guard", CANNOT_OPEN):
         selftest.take_off_remains(cgroup)
         kinds = {kind.kernel_name: kind for kind in (*PROGRAMS, *_kinds_by_tags())}
         for program in programs_on(cgroup, AttachType.CGROUP_INET_INGRESS, tuple(kinds)):
             return _adopt_program(cgroup, program, kinds)
-        _find_noting_program(cgroup, ())
         _find_writer(cgroup, ())
     raise ShieldUnavailable("no shield hangs on this cgroup", Obstacle.NOTHING_THERE)
 
 
-def refuse_conflicts(ancestors: Sequence[int], *, close_loopback: bool = False, tags: bool = False) -> None:
+def refuse_conflicts(ancestors: Sequence[int], *, tags: bool = False) -> None:
     """Raise ShieldUnavailable when a program on one of the ancestor cgroups does not get along with a shield below.
 
-    ancestors: descriptors of the directories of the cgroups above the job's. close_loopback: as in the policy; such
-    a shield also judges what the job sends, and one with tags writes to it.
+    ancestors: descriptors of the directories of the cgroups above the job's. tags: whether the shield is
+    to write some, as one that closes the loopback does.
     """
-    kinds = [AttachType.CGROUP_INET_INGRESS]
-    if tags:
-        kinds.append(AttachType.CGROUP_SOCK_OPS)
-    elif close_loopback:
-        kinds.append(AttachType.CGROUP_INET_EGRESS)
+    kinds = [AttachType.CGROUP_INET_INGRESS, *[AttachType.CGROUP_SOCK_OPS] * tags]
     for ancestor, kind in itertools.product(ancestors, kinds):
         with explained("asking for the programs on the cgroups above"):
             found = attached(ancestor, kind)
@@ -309,8 +297,6 @@ def _create(shape: MapShape) -> Map:
 
 def _create_others(policy: Policy) -> Iterator[Map]:
     """Make the maps that stay as they are, or are the programs' own."""
-    if policy.close_loopback:
-        yield _create(openings_shape(os.sysconf("SC_NPROCESSORS_CONF")))
     shape = public_shape(policy.public)
     if shape is not None:
         made = _create(shape)
@@ -346,17 +332,9 @@ def _load_first_of(
             if error.errno == errno.EPERM:
                 raise ShieldUnavailable(f"loading the shield: {LACK_OF_PRIVILEGE}", Obstacle.NOT_PERMITTED) from error
             refusals.append(f"{program.name}: {error.strerror}")
-    if policy.close_loopback:
-        reason = f" ({'; '.join(refusals)})" if refusals else ""
-        raise ShieldUnavailable(f"{_CANNOT_CLOSE_LOOPBACK}{reason}", Obstacle.OLD_KERNEL)
     raise ShieldUnavailable(
         f"this kernel accepts none of the shield's programs: {'; '.join(refusals)}", Obstacle.OLD_KERNEL
     )
-
-
-def _load_noting_program(symbols: dict[str, int]) -> Program:
-    with explained("loading the shield's program that notes the job's connections"):
-        return Program.load(NOTING_NAME, assemble(noting_program(), symbols))
 
 
 def _require_interface(interface: str) -> None:
@@ -375,9 +353,6 @@ def _adopt_program(cgroup: int, program: Program, kinds: dict[str, ShieldProgram
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as others:
         undo.enter_context(program)
         information = program.information()
-        noting = _find_noting_program(cgroup, information.map_ids)
-        if noting is not None:
-            undo.enter_context(noting)
         # The program of a guard from before there was a map of interfaces has their numbers in itself, for good.
         own = {symbol.name for symbol in (PEERS4, PEERS6, DENIED, INTERFACES)}
         kept = set(own)
@@ -392,7 +367,7 @@ def _adopt_program(cgroup: int, program: Program, kinds: dict[str, ShieldProgram
             maps[opened.shape.name] = opened
         tags = None if writer is None else _tags_of(writer, maps)
         known = {name: each for name, each in maps.items() if name in own}
-        shield = Shield(cgroup, kinds[information.name], program, known, noting=noting, tags=tags)
+        shield = Shield(cgroup, kinds[information.name], program, known, tags=tags)
         undo.pop_all()
     return shield
 
@@ -413,20 +388,11 @@ def _find_writer(cgroup: int, map_ids: Sequence[int]) -> Program | None:
     """Return the program on the cgroup that writes tags by one of these maps; take off those whose shield is gone."""
     from securerun.firewall.tag_writer import WRITING_NAME
 
-    return _found_with(map_ids, cgroup, AttachType.CGROUP_SOCK_OPS, WRITING_NAME)
-
-
-def _find_noting_program(cgroup: int, map_ids: Sequence[int]) -> Program | None:
-    """Return the program on the cgroup that notes in one of these maps; take off those whose shield is gone."""
-    return _found_with(map_ids, cgroup, AttachType.CGROUP_INET_EGRESS, NOTING_NAME)
-
-
-def _found_with(map_ids: Sequence[int], cgroup: int, kind: AttachType, name: str) -> Program | None:
     found = None
-    for program in programs_on(cgroup, kind, (name,)):
+    for program in programs_on(cgroup, AttachType.CGROUP_SOCK_OPS, (WRITING_NAME,)):
         if set(program.information().map_ids) & set(map_ids):
             found = program
             continue
         with program:
-            program.take_off(cgroup, kind)
+            program.take_off(cgroup, AttachType.CGROUP_SOCK_OPS)
     return found

@@ -1,5 +1,5 @@
-"""What the shield's maps hold, as bytes: the peers, who else may connect to public ports, who was turned away, and what
-the job itself opens. Asks nobody."""
+"""What the shield's maps hold, as bytes: the peers, who else may connect to public ports, and who was turned away.
+Asks nobody."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from securerun.linux.bpf import MapShape, MapType
 from securerun.linux.networks import Network
 
 PEERS4, PEERS6, DENIED = Symbol("peers4"), Symbol("peers6"), Symbol("denied")
-OPENINGS, INTERFACES, PUBLIC = Symbol("openings"), Symbol("interfaces"), Symbol("public")
+INTERFACES, PUBLIC = Symbol("interfaces"), Symbol("public")
 
 _DENIAL_KEY = struct.Struct("=16sI")
 _PACKETS = struct.Struct("=Q")
@@ -27,12 +27,6 @@ _PUBLIC_HEAD_BITS, _MAPPED_BITS = 64, 96
 PUBLIC_KEY_BITS = _PUBLIC_HEAD_BITS + 128
 _PROTOCOLS = {4: socket.htons(0x0800), 6: socket.htons(0x86DD)}
 _MAPPED = bytes(10) + b"\xff\xff"
-# A flow is source, destination, source port and destination port as they follow each other in an IPv6 packet; the flow
-# of an IPv4 packet is the end of as many bytes, after zeros. No TCP packet comes from the IPv6 address that is all
-# zeros, so neither can be taken for the other.
-_FLOW_SIZE = 16 + 16 + 2 + 2
-# What is noted of a flow: the sequence number of its SYN, and when that has arrived what no sequence number is.
-_SEQUENCE = struct.Struct("=Q")
 
 # Before Linux 5.11 a map is charged for all the entries that it may hold, so this is what an attacker who
 # invents source addresses can make us spend, and no more: about 0.5 MiB.
@@ -40,11 +34,6 @@ _MOST_DENIALS = 4096
 # Peers are added before others are removed, and names may come to mean other addresses. A trie takes memory
 # only for what is in it.
 _ROOM_FOR_PEERS = 1024
-# Connections that the job opens over the loopback at once, and a note of which it must not lose. kernel/bpf/
-# bpf_lru_list.h, LOCAL_FREE_TARGET: before Linux 6.16 each processor may sit on 128 free entries of such a map while
-# another one, in want of any, throws away 128 that were just made. Some 100 bytes each.
-_FEWEST_OPENINGS = 8192
-_OPENINGS_PER_PROCESSOR = 256
 
 _LENGTHS = tuple(struct.pack("=I", length) for length in range(129))
 
@@ -60,12 +49,6 @@ def map_shapes(policy: Policy) -> tuple[MapShape, ...]:
         MapShape(MapType.LRU_HASH, _DENIAL_KEY.size, _PACKETS.size, _MOST_DENIALS, DENIED.name),
         *named,
     )
-
-
-def openings_shape(processors: int) -> MapShape:
-    """Return the shape of the map of flows that the job itself opens, for a host of so many processors."""
-    entries = max(_FEWEST_OPENINGS, _OPENINGS_PER_PROCESSOR * processors)
-    return MapShape(MapType.LRU_HASH, _FLOW_SIZE, _SEQUENCE.size, entries, OPENINGS.name)
 
 
 def public_groups(public: Iterable[Opening]) -> dict[tuple[Network, ...], int]:

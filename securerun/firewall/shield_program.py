@@ -1,8 +1,7 @@
 """The shield's programs: policy → what judges each packet, as the statements of a program. Asks the kernel nothing.
 
 On the way in a program sees every packet for a socket that a process of the job made, and lets only peers open
-connections. Where the policy closes the loopback, a second program, on the way out, notes which connections the job's
-own processes are opening over it, and the first lets in those alone.
+connections. Who is told by more than an address is told by `tag_program`.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from securerun.firewall.policy import Opening, Policy
-from securerun.firewall.program_steps import NEW_OR_NOT, count, load_packet, look_up, put
+from securerun.firewall.policy import Opening
+from securerun.firewall.program_steps import count, load_packet, look_up
 from securerun.firewall.shield_maps import (
     DENIED,
     INTERFACES,
-    OPENINGS,
     PEERS4,
     PEERS6,
     PUBLIC,
@@ -42,7 +40,6 @@ from securerun.linux.assembler import (
     jump,
     jump_if,
     leave,
-    listing,
     load,
     store,
 )
@@ -102,16 +99,6 @@ _HEADER_OFFSET = -52
 # Where the header was found, which is over when it is judged.
 _INTERFACE_KEY = _HEADER_OFFSET
 _HEADER = -88
-# A flow as the maps have it (`shield_maps`), which the rest of a TCP header follows here.
-_FLOW = -136
-_FLOW_PORTS = _FLOW + 32
-_FLOW_SEQUENCE = _FLOW_PORTS + 4
-_FLOW_FLAGS = _FLOW_PORTS + 13
-_TCP_UNTIL_FLAGS = 14
-_OPENING = -152
-
-# What a note has in place of its SYN's sequence number when that SYN has arrived: no sequence number.
-_ARRIVED = -1
 
 
 class Build(Protocol):
@@ -127,7 +114,7 @@ class ShieldProgram:
 
     name: what the job's layer is called. kernel_name: what the kernel's lists of programs show.
     needs: the kernel it was made for. build: makes its statements. shortfall: what it promises less than the others,
-    for a person. closes_loopback: over the loopback it lets in only what noting_program() has noted, else everybody.
+    for a person.
     """
 
     name: str
@@ -135,7 +122,6 @@ class ShieldProgram:
     needs: str
     build: Build
     shortfall: str = ""
-    closes_loopback: bool = False
 
 
 def socket_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
@@ -155,59 +141,6 @@ def socket_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) ->
         *pass_public(public),
         *judge_address(interfaces),
         *pass_or_deny(),
-    )
-
-
-def closed_loopback_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
-    """Judge as socket_program() does, but let a packet that came over the loopback pass only if its flow was noted.
-
-    Every packet of a handshake is judged here, not the SYN alone: the ACK that ends it, too, is shown to programs with
-    the listener for its socket (net/ipv4/tcp_ipv4.c, tcp_v4_rcv(): TCP_NEW_SYN_RECV), again and again where the
-    accept queue is full and the kernel forgets it. So a note outlives its SYN: it opens once, for the SYN with its
-    sequence number, and then lets only what is no SYN pass, until newer notes push it out. That does not open
-    anything: without a handshake begun or a SYN cookie it ends in an RST, and it takes a raw socket to send.
-
-    A note of a SYN that no listener of the job ever saw, refused perhaps, is left open. Whoever gets the same port
-    number later starts with a sequence number of the kernel's choice (net/core/secure_seq.c), and has one try.
-    """
-    return (
-        calculate(R6, "=", R1),
-        Remark("every packet to a socket that does not listen passes"),
-        *_pass_unless_listening(),
-        *note_source_and_listener(),
-        *pass_public(public),
-        *_judge_loopback(),
-        *judge_address(interfaces),
-        *pass_or_deny(),
-    )
-
-
-def noting_program() -> tuple[Statement, ...]:
-    """See what the job's processes send, pass all of it, and note the flow of each SYN that goes to the loopback.
-
-    A socket in state SYN_SENT sends nothing but its SYN, first or again. The addresses are those after NAT, as the
-    listener's side will see them: net/ipv4/ip_output.c, ip_finish_output() comes after all of netfilter's hooks.
-    A SYN behind IPv4 options or IPv6 extension headers is not noted, and so will not pass.
-    """
-    return (
-        calculate(R6, "=", R1),
-        Remark("only a socket that opens a connection sends a SYN"),
-        load(R7, 8, R6, CONTEXT_SOCKET),
-        jump_if(R7, "==", 0, "pass"),
-        load(R2, 4, R7, SOCKET_STATE),
-        jump_if(R2, "!=", SYN_SENT, "pass"),
-        Remark("the job's listeners judge other interfaces by source"),
-        load(R2, 4, R6, CONTEXT_INTERFACE),
-        jump_if(R2, "!=", LOOPBACK, "pass"),
-        load(R9, 4, R6, _CONTEXT_PROTOCOL),
-        *_load_flow(otherwise="pass"),
-        Remark("note the flow and the SYN's sequence number"),
-        load(R2, 4, R10, _FLOW_SEQUENCE),
-        store(8, R10, _OPENING, R2),
-        *put(OPENINGS, _FLOW, _OPENING, NEW_OR_NOT),
-        Label("pass"),
-        calculate(R0, "=", _PASS),
-        leave(),
     )
 
 
@@ -244,9 +177,6 @@ def header_program(interfaces: Sequence[str], public: Sequence[Opening] = ()) ->
 
 
 SOCKET_PROGRAM = ShieldProgram("socket", "securerun_sock", "from Linux 5.1", socket_program)
-CLOSED_LOOPBACK_PROGRAM = ShieldProgram(
-    "socket and loopback", "securerun_own", "from Linux 5.1", closed_loopback_program, closes_loopback=True
-)
 HEADER_PROGRAM = ShieldProgram(
     "header",
     "securerun_head",
@@ -255,40 +185,7 @@ HEADER_PROGRAM = ShieldProgram(
     shortfall="before Linux 5.1 the shield judges opening packets alone, by their headers: what was being opened "
     "before it stood may still be completed, and to other packets a stranger hears resets",
 )
-# Before Linux 5.1 closing the loopback would mean to search every packet of the job for its TCP header, both ways.
-PROGRAMS = (SOCKET_PROGRAM, CLOSED_LOOPBACK_PROGRAM, HEADER_PROGRAM)
-
-NOTING_NAME = "securerun_note"
-
-
-def describe(policy: Policy) -> str:
-    """Return the shield that this policy makes, for people: who may connect, and the programs."""
-    passing = " ".join(str(network) for network in policy.peers) or "no other host"
-    lines = [
-        "shield: an eBPF program on the job's cgroup, for every TCP port of the job, IPv4 and IPv6",
-        f"may connect: {passing}",
-        f"through: {' '.join(policy.interfaces) or 'any interface'}",
-        *(
-            f"port {opening}, through any interface: {' '.join(map(str, opening.networks)) or 'every host'}"
-            for opening in policy.public
-        ),
-    ]
-    if policy.close_loopback:
-        lines += [
-            "over the loopback, and from this host's own addresses: the job's own processes, nobody else",
-            "always passes: connections that the job opens itself, connections that are established",
-            f"program {CLOSED_LOOPBACK_PROGRAM.name!r} ({CLOSED_LOOPBACK_PROGRAM.needs}; older kernels have none):",
-            listing(CLOSED_LOOPBACK_PROGRAM.build(policy.interfaces, policy.public)),
-            "program for what the job sends, which notes the connections that it opens over the loopback:",
-            listing(noting_program()),
-        ]
-    else:
-        lines += [
-            "always passes: the loopback, connections that the job opens itself, connections that are established",
-            f"program {SOCKET_PROGRAM.name!r} ({SOCKET_PROGRAM.needs}; older kernels get {HEADER_PROGRAM.name!r}):",
-            listing(SOCKET_PROGRAM.build(policy.interfaces, policy.public)),
-        ]
-    return "\n".join(lines)
+PROGRAMS = (SOCKET_PROGRAM, HEADER_PROGRAM)
 
 
 def _pass_unless_listening() -> Iterator[Statement]:
@@ -348,49 +245,6 @@ def pass_public(public: Sequence[Opening]) -> Iterator[Statement]:
         yield from look_up(PUBLIC, _PUBLIC_KEY)
         yield jump_if(R0, "!=", 0, "pass")
     yield Label("not public")
-
-
-def _judge_loopback() -> Iterator[Statement]:
-    """Decide about what came over the loopback, and let the rest fall through."""
-    yield load(R2, 4, R6, CONTEXT_INTERFACE)
-    yield jump_if(R2, "!=", LOOPBACK, "from outside")
-    yield Remark("over the loopback: did a process of the job open this flow?")
-    yield from _load_flow(otherwise="deny")
-    yield from look_up(OPENINGS, _FLOW)
-    yield jump_if(R0, "==", 0, "deny")
-    yield load(R2, 1, R10, _FLOW_FLAGS)
-    yield calculate(R2, "&=", SYN)
-    yield jump_if(R2, "!=", SYN, "pass")
-    yield Remark("a note lets one SYN in, the very one that was noted")
-    yield load(R8, 8, R0, 0)
-    yield store(8, R0, 0, _ARRIVED)
-    yield load(R2, 4, R10, _FLOW_SEQUENCE)
-    yield jump_if(R8, "!=", R2, "deny")
-    yield jump("pass")
-    yield Label("from outside")
-
-
-def _load_flow(otherwise: str) -> Iterator[Statement]:
-    """Put the flow and the beginning of the TCP header to the stack; the packet's protocol is in r9.
-
-    Go to `otherwise` when the TCP header does not follow the IP header at once.
-    """
-    before4, before6 = _FLOW_PORTS - IPV4_HEADER, _FLOW_PORTS - IPV6_HEADER
-    yield jump_if(R9, "==", ETHERTYPE_IPV6, "flow6")
-    yield jump_if(R9, "!=", _ETHERTYPE_IPV4, otherwise)
-    yield from load_packet(offset=0, place=before4, size=IPV4_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
-    yield load(R2, 1, R10, before4)
-    yield jump_if(R2, "!=", IPV4_WITHOUT_OPTIONS, otherwise)
-    yield load(R2, 1, R10, before4 + 9)
-    yield jump_if(R2, "!=", TCP, otherwise)
-    for place in range(_FLOW, _FLOW_PORTS - 8, 8):
-        yield store(8, R10, place, 0)
-    yield jump("flow")
-    yield Label("flow6")
-    yield from load_packet(offset=0, place=before6, size=IPV6_HEADER + _TCP_UNTIL_FLAGS, otherwise=otherwise)
-    yield load(R2, 1, R10, before6 + 6)
-    yield jump_if(R2, "!=", TCP, otherwise)
-    yield Label("flow")
 
 
 def _find_tcp_in_ipv4() -> Iterator[Statement]:

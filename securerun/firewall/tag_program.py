@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from securerun.firewall import siphash, tag
 from securerun.firewall.policy import Admission, Opening
-from securerun.firewall.program_steps import ONLY_IF_NEW, count, load_packet, look_up, point, put
+from securerun.firewall.program_steps import add, count, load_packet, look_up, point
 from securerun.firewall.shield_program import (
     CONTEXT_INTERFACE,
     CONTEXT_SOCKET,
@@ -124,7 +124,7 @@ def tag_program(admission: Admission, *, close_loopback: bool) -> ShieldProgram:
 
     name = "socket, tag and loopback" if close_loopback else "socket and tag"
     kernel_name = _NAME_WITH_LOOPBACK if close_loopback else _NAME
-    return ShieldProgram(name, kernel_name, "from Linux 5.10", build, closes_loopback=close_loopback)
+    return ShieldProgram(name, kernel_name, "from Linux 5.10", build)
 
 
 def _statements(
@@ -316,7 +316,7 @@ def _note() -> Iterator[Statement]:
     yield Remark("a right tag: note its packet")
     yield call(Helper.KTIME_GET_NS)
     yield store(8, R10, _NOTED, R0)
-    yield from put(NOTES, _MESSAGE, _NOTED, ONLY_IF_NEW)
+    yield from add(NOTES, _MESSAGE, _NOTED)
     yield jump_if(R0, "==", 0, "right")
     yield Remark("it was noted before")
     yield from _judge_note("drop", "deny")

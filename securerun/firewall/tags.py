@@ -31,7 +31,7 @@ from securerun.firewall.tag_maps import (
 from securerun.firewall.tag_writer import WRITING_NAME, writing_program
 from securerun.linux.addresses import own_networks
 from securerun.linux.assembler import Statement, assemble
-from securerun.linux.bpf import AttachFlags, AttachType, Map, Program, ProgramType, VerifierError
+from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, ProgramType, VerifierError
 from securerun.linux.networks import Address, Network, collapse
 from securerun.linux.ring_buffer import RingBuffer
 
@@ -127,12 +127,22 @@ def create_maps(policy: Policy, kept: ExitStack, loading: ExitStack) -> dict[str
     """
     maps = {}
     for shape in tag_map_shapes(len(policy.tagged)):
-        with explained("creating the maps of tags"):
-            maps[shape.name] = (kept if shape.name in KEPT else loading).enter_context(Map.create(shape))
+        maps[shape.name] = (kept if shape.name in KEPT else loading).enter_context(_create(shape))
     with explained("filling in where tags are written"):
         maps[TAG_NETWORKS.name].update_many(dict.fromkeys(network_keys(policy.tagged), NO_VALUE))
         maps[PLANNED.name].update_many(planned_words(policy.joined_ports()))
     return maps
+
+
+def _create(shape: MapShape) -> Map:
+    with explained("creating the maps of tags"):
+        try:
+            return Map.create(shape)
+        except OSError as error:
+            # kernel/bpf/syscall.c, find_and_alloc_map(): of a kind that it does not know.
+            if error.errno != errno.EINVAL:
+                raise
+            raise ShieldUnavailable(f"{_LACKING} ({error.strerror})", Obstacle.OLD_KERNEL) from error
 
 
 def secret_words(key: JobKey) -> dict[str, int]:

@@ -280,7 +280,7 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
             undo.callback(lease.shield.close)
             lease.shield.replace_peers(lease.policy.peers)
             return
-    shield.refuse_conflicts(cgroup.ancestors, close_loopback=lease.policy.close_loopback)
+    shield.refuse_conflicts(cgroup.ancestors, tags=lease.policy.close_loopback)
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.

@@ -138,9 +138,9 @@ def whole(plan: Plan, origin: str, otherwise: str = "") -> str:
     elif plan.options.firewall != "off":
         sections += ["", iptables_rules(plan.policy).rstrip()]
     if plan.options.scope not in {"ports", "namespace"}:
-        from securerun.firewall import shield_program
+        from securerun.firewall import description
 
-        sections += ["", "# shield", shield_program.describe(plan.policy).rstrip()]
+        sections += ["", "# shield", description.describe(plan.policy).rstrip()]
     return "\n".join(sections) + "\n"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,10 +15,11 @@ from hosts import Host, Network
 from judging import Judge, judging
 from packets import ACK, SYN, Flow
 
+from securerun.firewall.description import describe
 from securerun.firewall.policy import MOST_OPENINGS, MOST_PUBLIC_NETWORKS, Opening, Policy, PortRange, Purpose
-from securerun.firewall.shield import adopt, attach_first_of
-from securerun.firewall.shield_maps import map_shapes, openings_shape, public_shape
-from securerun.firewall.shield_program import HEADER_PROGRAM, PROGRAMS, ShieldProgram, describe
+from securerun.firewall.shield import Shield, adopt, attach_first_of
+from securerun.firewall.shield_maps import map_shapes, public_shape
+from securerun.firewall.shield_program import HEADER_PROGRAM, PROGRAMS, ShieldProgram
 from securerun.linux.assembler import Instruction, assemble
 from securerun.linux.bpf import Map, verifier_log
 from securerun.linux.networks import collapse
@@ -128,7 +128,7 @@ def test_the_most_public_ports_fit_old_kernels(root: None, program: ShieldProgra
     shape = public_shape(of.public)
     assert shape is not None
     with contextlib.ExitStack() as stack:
-        shapes = (*map_shapes(of), openings_shape(os.sysconf("SC_NPROCESSORS_CONF")), shape)
+        shapes = (*map_shapes(of), shape)
         maps = [stack.enter_context(Map.create(shape)) for shape in shapes]
         log = verifier_log("measured", assemble(statements, {each.shape.name: each.fileno() for each in maps}))
     (line,) = (line for line in log.splitlines() if line.startswith("processed"))
@@ -138,8 +138,13 @@ def test_the_most_public_ports_fit_old_kernels(root: None, program: ShieldProgra
 @pytest.mark.parametrize("program", OF_THIS_KERNEL)
 def test_the_shield_with_the_most_public_ports_is_hung_up(host: Host, program: ShieldProgram) -> None:
     with new_cgroup() as cgroup:
-        of = replace(largest(), close_loopback=program.closes_loopback)
-        attach_first_of((program,), cgroup.descriptor, of).close()
+        attach_first_of((program,), cgroup.descriptor, largest()).close()
+
+
+@kernel.needing(kernel.TAGS)
+def test_the_shield_with_the_most_public_ports_is_hung_up_with_tags_too(host: Host) -> None:
+    with new_cgroup() as cgroup:
+        Shield.attach(cgroup.descriptor, replace(largest(), close_loopback=True)).close()
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)

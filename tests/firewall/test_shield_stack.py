@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from securerun.firewall.policy import Admission, Opening
-from securerun.firewall.shield_program import PROGRAMS, noting_program
+from securerun.firewall.shield_program import PROGRAMS
 from securerun.firewall.tag_program import tag_program
 from securerun.firewall.tag_writer import writing_program
 from securerun.linux.assembler import (
@@ -143,7 +143,6 @@ ALL = {
         for program in PROGRAMS
         for interfaces, public in (((), ()), (("eth0",), PUBLIC))
     },
-    "noting": noting_program(),
     **{
         f"{admission} {'with' if closes else 'without'} loopback": tag_program(admission, close_loopback=closes).build(
             ("eth0",), PUBLIC
