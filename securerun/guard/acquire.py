@@ -281,6 +281,10 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
             lease.shield.replace_peers(lease.policy.peers)
             return
     shield.refuse_conflicts(cgroup.ancestors, tags=lease.policy.close_loopback)
+    if lease.policy.close_loopback and not cgroup.populated():
+        from securerun.firewall import tag_proof  # not every job goes by tags
+
+        tag_proof.require_tags(cgroup.descriptor, lease.caller.pid)
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.

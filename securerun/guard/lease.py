@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
@@ -23,6 +24,9 @@ from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
 
+if TYPE_CHECKING:
+    from securerun.firewall.job_key import JobKey
+
 # The watch goes on in between.
 _KILL_SECONDS = 0.2
 # Whoever is there at two looks is read, so that a process is found within a second; some 30 us for each that is new.
@@ -37,6 +41,9 @@ class Lease:
     nobody asked for and that are not in its plan any more, with the reasons. has_parted: the launcher lives on, and is
     none of the job's any more. stands: the job runs behind what stands of the run, which its record names; until then a
     record that cannot be written is an error.
+
+    key: whose tag lets in whoever shows it; None for a job that goes by addresses alone. key_required: whether nobody
+    comes in without that tag; where there are peers nobody who is none of them either.
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
     there, so the port chains close what the shield does as well; proven_in: the launcher's cgroups of the two when the
@@ -55,6 +62,8 @@ class Lease:
         self.logging = Logging()
         self.notes: tuple[str, ...] = ()
         self.left_out: dict[int, str] = {}
+        self.key: JobKey | None = None
+        self.key_required = False
         self.may_void = False
         self.closes_all = False
         self.proven_in: Mapping[str, str] = {}

@@ -28,6 +28,7 @@ from securerun.linux.links import Links
 from securerun.linux.nf_tables import Deletions
 
 if TYPE_CHECKING:
+    from securerun.guard.answers import Answers
     from securerun.guard.proof import Proof
 
 _NOTICE_SECONDS = 1.0
@@ -158,6 +159,9 @@ class Watch:
         self._deletions = _listen_for_deletions(lease)
         if self._deletions is not None:
             self._poller.register(self._deletions.fileno(), select.POLLIN)
+        self._answers = _open_answers(lease)
+        if self._answers is not None:
+            self._poller.register(self._answers.fileno(), select.POLLIN)
         self._links = _listen_for_links(lease)
         if self._links is not None:
             self._poller.register(self._links.fileno(), select.POLLIN)
@@ -169,6 +173,8 @@ class Watch:
             cgroup.populated()  # poll(2) returns at once until the change has been read (kernfs_generic_poll)
         if drops is not None and drops.fileno() in ready:
             drops.read()
+        if self._answers is not None and self._answers.fileno() in ready:
+            self._attempt(self._end_answered)
         if self._links is not None and self._links.fileno() in ready:
             self._links.take_in()
             self._interfaces.due = 0.0
@@ -244,6 +250,11 @@ class Watch:
             return
         self._speech.say(*self._unanswered.look())
         self._hanging.seconds = max(_UNANSWERED_SECONDS, self._unanswered.pause)
+
+    def _end_answered(self) -> None:
+        """End connections of the job that somebody answered who is no node of it."""
+        if self._answers is not None:
+            self._speech.say(*self._answers.take_in())
 
     def _give_up(self, reason: str) -> None:
         """Have the launcher end a job that insists on the shield and is without; kill it where it does not."""
@@ -378,6 +389,15 @@ def _open_proof(lease: Lease) -> Proof | None:
     from securerun.guard.proof import Proof  # on few hosts
 
     return Proof(lease)
+
+
+def _open_answers(lease: Lease) -> Answers | None:
+    """Open what ends the job's connections to who is no node of it, where its shield goes by tags."""
+    if lease.shield is None or lease.shield.tags is None:
+        return None
+    from securerun.guard.answers import open_answers
+
+    return open_answers(lease)
 
 
 def _listen_for_links(lease: Lease) -> Links | None:

@@ -19,7 +19,7 @@ _REMOTE, _LOCAL = 1, 2
 
 
 def own_networks() -> tuple[Network, ...]:
-    """Return the networks of all interfaces of this network namespace, collapsed. Raises OSError.
+    """Return the networks of all interfaces of this network namespace but the loopback's, collapsed. Raises OSError.
 
     Of a tunnel between two hosts both ends are in, each by itself.
     """
@@ -28,7 +28,8 @@ def own_networks() -> tuple[Network, ...]:
             _GET_ADDRESS, _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0), netlink.REQUEST | netlink.DUMP
         )
         answers = channel.listed(question, _NEW_ADDRESS)
-    return collapse(network for answer in answers for network in _networks_in(answer))
+    found = (network for answer in answers for network in _networks_in(answer))
+    return collapse(network for network in found if not network.is_loopback)
 
 
 def _networks_in(answer: bytes) -> Iterator[Network]:

@@ -1,0 +1,155 @@
+"""Answers without a tag: the job sees an error at once, and people hear who answered, once a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import select
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import kernel
+import pytest
+from cgroups import inside
+from hosts import Network
+from shield_field import FAMILIES, port_of
+from tag_field import BY_TAG, KEY, RETRANSMISSION_SECONDS, TagField, listening, shielded, tag_field, within
+
+from securerun.firewall import tag
+from securerun.firewall.policy import Admission, Policy, PortRange, Purpose
+from securerun.guard import answers, tagging
+from securerun.guard.answers import Answers, open_answers
+from securerun.linux.addresses import own_networks
+from securerun.linux.networks import collapse
+
+
+@pytest.fixture
+def field(network: Network) -> Iterator[TagField]:
+    kernel.require(kernel.TAGS)
+    with tag_field(network) as made:
+        yield made
+
+
+def lease(shield: object, *, required: bool = False, keyed: bool = True) -> Any:  # noqa: ANN401 - what is asked of it
+    return SimpleNamespace(shield=shield, key=KEY if keyed else None, key_required=required)
+
+
+def connected(address: str, port: int) -> int:
+    """The errno of a connection that waits as long as the kernel does."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as endpoint:
+        return endpoint.connect_ex((address, port))
+
+
+@contextlib.contextmanager
+def looked_out(field: TagField, port: int) -> Iterator[Answers]:
+    policy = replace(BY_TAG, ports=(PortRange(port, port, Purpose.STATIC_STORE),))
+    with shielded(field.job, policy) as held, inside(field.host):
+        found = open_answers(lease(held))
+        assert found is not None
+        with contextlib.closing(found):
+            yield found
+
+
+@FAMILIES
+def test_a_job_that_meets_no_node_of_its_own_sees_an_error_at_once(field: TagField, family: int) -> None:
+    address = field.stranger.addresses[0 if family == 4 else 1]
+    with listening(field.stranger) as fake, looked_out(field, port_of(fake)) as found:
+        port = port_of(fake)
+        said: list[str] = []
+
+        def meet() -> None:
+            assert select.select([found], [], [], RETRANSMISSION_SECONDS)[0]
+            said.extend(found.take_in())
+
+        for expected in (1, 1):
+            with _meanwhile(meet):
+                assert within(field.job, field.host, lambda: connected(address, port)) == errno.ECONNABORTED
+            assert len(said) == expected  # the same is not said again
+        who = f"[{address}]:{port}" if family == 6 else f"{address}:{port}"
+        assert said == [
+            f"{who} answered without the tag of this job's key (fingerprint 01234567), so it counts as no node of it: "
+            "if it is one, start it by securerun with the same key, or name it with --peers; the connection was ended"
+        ]
+
+
+@contextlib.contextmanager
+def _meanwhile(work: Any) -> Iterator[None]:  # noqa: ANN401
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as beside:
+        done = beside.submit(work)
+        yield
+        done.result()
+
+
+def test_of_many_who_answer_a_bounded_number_is_told(field: TagField, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "_MOST_TOLD", 3)
+    with looked_out(field, 29500) as found:
+        ended = []
+        fake = SimpleNamespace(answers=lambda: [answer(f"10.0.0.{number % 5}") for number in range(40)])
+        monkeypatch.setattr(found, "_tags", fake)
+        monkeypatch.setattr(
+            found, "_diagnosis", SimpleNamespace(end=lambda *ends: ended.append(ends), close=lambda: None)
+        )
+        assert len(found.take_in()) == 3
+        assert len(ended) == 40
+        assert found.take_in() == ()
+        monkeypatch.setattr(answers, "_FORGOTTEN_SECONDS", 0.0)
+        assert len(found.take_in()) == 3
+
+
+def answer(target: str) -> Any:  # noqa: ANN401
+    address = ipaddress.ip_address
+    return SimpleNamespace(target=address(target), port=1, source=address("10.0.0.9"), source_port=2, cookie=3)
+
+
+def test_the_fix_is_one_that_helps(field: TagField) -> None:
+    with shielded(field.job) as held:
+        for required, keyed, fix in ((True, True, "with the same key"), (False, False, "--loopback any")):
+            found = open_answers(lease(held, required=required, keyed=keyed))
+            assert found is not None
+            with contextlib.closing(found):
+                assert found._whose.endswith(fix)
+    assert open_answers(lease(None)) is None
+    assert open_answers(lease(SimpleNamespace(tags=None))) is None
+
+
+# --- what a key makes of a policy -------------------------------------------------------------------
+
+
+def test_a_key_adds_to_peers_or_narrows_them(field: TagField) -> None:
+    peers = collapse([ipaddress.ip_network("203.0.113.7")])
+    plain = Policy("0123456789ab", (), ())
+    with inside(field.host):
+        own = own_networks()
+        for named, required, admission in (
+            ((), False, Admission.EITHER),
+            (peers, False, Admission.EITHER),
+            ((), True, Admission.TAG),
+            (peers, True, Admission.BOTH),
+        ):
+            made = tagging.by_key(replace(plain, peers=named), required=required)
+            assert made.admission is admission and made.peers == named
+            assert set(tag.WHERE_NODES_ARE) <= set(made.tagged)
+            assert (peers[0] in made.tagged) == bool(named)
+            assert not any(each.is_loopback for each in made.tagged)
+            assert tagging.by_address(made) == replace(plain, peers=named)
+        closed = tagging.by_key(replace(plain, close_loopback=True), required=False)
+        assert set(tag.LOOPBACK) <= set(closed.tagged)
+    assert {str(each) for each in own} >= {"10.77.0.0/24", "fd77::/64"}
+
+
+def test_own_networks_are_those_of_all_interfaces(field: TagField) -> None:
+    for command in (
+        "address add 198.51.100.9/28 dev eth0",
+        "address add 2001:db8:5::9/56 dev eth0",
+        "address add 192.0.2.1 peer 192.0.2.77 dev eth0",
+    ):
+        field.host.run(["ip", *command.split()], check=True)
+    with inside(field.host):
+        found = {str(each) for each in own_networks()}
+    assert found >= {"198.51.100.0/28", "2001:db8:5::/56", "192.0.2.1/32", "192.0.2.77/32"}
