@@ -246,7 +246,8 @@ def _load_with_tags(
         tags.load_judge(chosen.kernel_name, chosen.build(policy.interfaces, policy.public), numbers, key)
     )
     writer = kept.enter_context(tags.load_writer(maps, key))
-    return program, tags.Tags(writer, {name: maps[name] for name in tags.KEPT})
+    with explained("mapping the shield's ring buffer"):
+        return program, tags.Tags(writer, {name: maps[name] for name in tags.KEPT})
 
 
 def adopt(cgroup: int) -> Shield:
