@@ -416,7 +416,7 @@ def _add_chains(lease: Lease) -> None:
             lease.write_to(directory, layers=(*lease.guarding.layers, _layer(chains)))
             lease.chains = chains
             if lease.policy.ports:
-                lease.logging.install(chains, lease.policy, drops.group if drops else None)
+                lease.logging.install(chains, lease.of_chains(lease.policy), drops.group if drops else None)
             else:  # none is to be closed yet, and what `begin` saw is old when one is
                 chains.remove()
             lease.drops = drops

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 
 from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
-from securerun.firewall.policy import SHIELD, Denials, Layer, Policy, PortRange, Purpose, covers, joined, merged
+from securerun.firewall.policy import (
+    SHIELD,
+    Admission,
+    Denials,
+    Layer,
+    Policy,
+    PortRange,
+    Purpose,
+    covers,
+    joined,
+    merged,
+)
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory, unasked
 from securerun.guard.caller import Caller
@@ -170,6 +181,8 @@ class Lease:
         its own peers to ports of this one.
         """
         self.write(layers=self.guarding.layers, void=self.void)
+        if self.policy.has_tags:
+            self.restore_chains()
         self.make_unweakened()
 
     def note_open_ports(self, ports: Iterable[int]) -> None:
@@ -271,12 +284,18 @@ class Lease:
             return
         group = self.drops.group if self.drops else None
         try:
-            self.logging.install(self.chains, policy, group)
+            self.logging.install(self.chains, self.of_chains(policy), group)
         except PortChainsUnavailable:
             if policy is not self.policy:
                 with contextlib.suppress(PortChainsUnavailable):
-                    self.logging.install(self.chains, self.policy, group)
+                    self.logging.install(self.chains, self.of_chains(self.policy), group)
             raise
+
+    def of_chains(self, policy: Policy) -> Policy:
+        """Return the policy as port chains are to have it: without a shield nobody judges a tag that they let on."""
+        if self.is_shielded or not policy.has_tags:
+            return policy
+        return dataclasses.replace(policy, admission=Admission.ADDRESS, tagged=())
 
     def is_over(self) -> bool:
         """Return whether the launcher and all that came from it are gone."""

@@ -33,8 +33,3 @@ def networks_of(peers: Iterable[Network], *, close_loopback: bool) -> tuple[Netw
     """
     loopback = tag.LOOPBACK if close_loopback else ()
     return collapse((*tag.WHERE_NODES_ARE, *own_networks(), *loopback, *peers))
-
-
-def by_address(policy: Policy) -> Policy:
-    """Return the policy of a job that has lost its key, or whose port chains stand without a shield."""
-    return replace(policy, admission=Admission.ADDRESS, tagged=())

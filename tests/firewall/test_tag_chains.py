@@ -114,9 +114,7 @@ def test_an_option_is_let_on_to_planned_ports_and_to_no_port_outside_of_the_shie
             with installed(host, make, policy(admission, network["node1"].addresses)):
                 return [
                     {
-                        f"{origin} {'with' if options else 'without'}": answered(
-                            network, family, origin, EVERY, options
-                        )
+                        f"{origin} {'with' if options else 'without'}": answered(network, family, origin, options)
                         for origin in ("node1", "stranger")
                         for options in (OPTION, b"")
                     }

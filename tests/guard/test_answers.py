@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import json
 import select
 import socket
 from collections.abc import Iterator
@@ -19,10 +20,13 @@ from hosts import Network
 from shield_field import FAMILIES, port_of
 from tag_field import BY_TAG, KEY, RETRANSMISSION_SECONDS, TagField, listening, shielded, tag_field, within
 
+from securerun.errors import PolicyError
 from securerun.firewall import tag
 from securerun.firewall.policy import Admission, Policy, PortRange, Purpose
 from securerun.guard import answers, tagging
 from securerun.guard.answers import Answers, open_answers
+from securerun.guard.documents import ProtocolError, policy_document, read_policy
+from securerun.guard.lease import Lease
 from securerun.linux.addresses import own_networks
 from securerun.linux.networks import collapse
 
@@ -137,10 +141,17 @@ def test_a_key_adds_to_peers_or_narrows_them(field: TagField) -> None:
             assert set(tag.WHERE_NODES_ARE) <= set(made.tagged)
             assert (peers[0] in made.tagged) == bool(named)
             assert not any(each.is_loopback for each in made.tagged)
-            assert tagging.by_address(made) == replace(plain, peers=named)
         closed = tagging.by_key(replace(plain, close_loopback=True), required=False)
         assert set(tag.LOOPBACK) <= set(closed.tagged)
     assert {str(each) for each in own} >= {"10.77.0.0/24", "fd77::/64"}
+
+
+@pytest.mark.parametrize(("is_shielded", "expected"), [(True, [(29500, 29500)]), (False, [])])
+def test_port_chains_let_no_tag_on_where_no_shield_judges_it(
+    is_shielded: bool, expected: list[tuple[int, int]]
+) -> None:
+    policy = replace(BY_TAG, ports=(PortRange(29500, 29500, Purpose.STATIC_STORE),))
+    assert Lease.of_chains(SimpleNamespace(is_shielded=is_shielded), policy).tag_ports() == expected  # type: ignore[arg-type]
 
 
 def test_own_networks_are_those_of_all_interfaces(field: TagField) -> None:
@@ -153,3 +164,28 @@ def test_own_networks_are_those_of_all_interfaces(field: TagField) -> None:
     with inside(field.host):
         found = {str(each) for each in own_networks()}
     assert found >= {"198.51.100.0/28", "2001:db8:5::/56", "192.0.2.1/32", "192.0.2.77/32"}
+
+
+# --- on the way from the launcher, and in records ---------------------------------------------------
+
+
+def test_what_a_policy_says_of_tags_comes_through_and_nothing_that_cannot_be_right() -> None:
+    for policy in (BY_TAG, replace(BY_TAG, admission=Admission.EITHER), Policy("0123456789ab", (), ())):
+        document = policy_document(policy)
+        assert read_policy(json.loads(json.dumps(document))) == policy
+        assert ("tagged" in document) == policy.has_tags
+    document = policy_document(BY_TAG)
+    wrong: tuple[dict[str, object], ...] = (
+        {"admission": "everybody"},
+        {"admission": ["tag"]},
+        {"admission": "address"},
+        {"tagged": []},
+        {"tagged": ["fe80::/10", "10.0.0.0/8"]},
+        {"tagged": "10.0.0.0/8"},
+        {"tagged": [7]},
+        {"tagged": ["10.0.0.0/8%eth0"]},
+        {"key": "00"},
+    )
+    for changes in wrong:
+        with pytest.raises((ProtocolError, PolicyError, ValueError)):
+            read_policy({**document, **changes})
