@@ -10,7 +10,8 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     │   └── TooManyWaiting            guard.waiting
     ├── PolicyError                   78
     │   ├── Unfinished                job.ranktable
-    │   └── Unknown                   job.ranktable
+    │   ├── Unknown                   job.ranktable
+    │   └── Unnamed                   job.peers
     ├── Refusal                       protection.client
     └── CommandError                  ctl.exec
     Unavailable                       something cannot be had on this host
@@ -24,7 +25,8 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     ├── ProtocolError                 guard.documents
     ├── NftablesError                 firewall.libnftables
     ├── JSONError                     job.jsonstream
-    └── TimeUp                        linux.file_lock
+    ├── TimeUp                        linux.file_lock
+    └── Unfit                         linux.secret_file
     OSError
     └── VerifierError                 linux.bpf
 """

@@ -42,6 +42,10 @@ _THIS_HOST = "localhost"
 _NAMES_SHOWN = 3
 
 
+class Unnamed(PolicyError):
+    """Nothing says which hosts the other nodes of a job are."""
+
+
 @dataclass(frozen=True)
 class Peers:
     """Who may connect, and what else the sources said.
@@ -81,7 +85,7 @@ def find_peers(
     tell: takes one line for the user, when something has to be waited for.
 
     Raises PolicyError for a peer that is no address, network or resolvable name, for a list or rank table that cannot
-    be right, and where nothing tells who the other nodes of the job are.
+    be right; and Unnamed where nothing tells who the other nodes of the job are.
     """
     question = _Question(options, job, resolve, os.environ if environment is None else environment, tell)
     for source in SOURCES:
@@ -90,10 +94,11 @@ def find_peers(
             answer = replace(answer, warnings=(*answer.warnings, *_apart(answer, job)))
             return answer if source is _rank_table else _with_ports_of_table(answer, question)
     alone = "; for a job of this host alone, with --peers localhost" if job.max_nodes == UNKNOWN_NODES else ""
-    raise PolicyError(
+    raise Unnamed(
         f"{job.nodes} meet at {job.endpoint or 'a rendezvous without an address'}, and nothing says which hosts they "
         f"are{_in_brackets(question.notes)}; name them with --peers node1,node2 or --peers @hostfile.txt (one host a "
-        f'line), with `export SECURERUN_PEERS=@hostfile.txt`, or with peers = "node1,node2" in {SITE_CONFIG}{alone}'
+        f'line), with `export SECURERUN_PEERS=@hostfile.txt`, or with peers = "node1,node2" in {SITE_CONFIG}{alone}; '
+        "or have them know each other by a key: `securerunctl setup key`"
     )
 
 
