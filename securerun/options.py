@@ -126,6 +126,18 @@ OPTIONS: tuple[Option, ...] = (
         group=WHO,
     ),
     Option(
+        "key",
+        "What the nodes of a job prove themselves with: auto, off, require or a file. Who opens a connection shows, in "
+        "the packet that opens it, a tag made with a key that all nodes of the job have. `auto` looks for the key in "
+        "`~/.config/securerun/key` (`securerunctl setup key` makes it); then the guard does in "
+        "`/etc/securerun/site.key` and, in a Slurm job, in munge's or Slurm's own. A tag lets in besides the peers, "
+        "and where nobody names them it is the only way in. `require` and a file's name close the job to whoever has "
+        "no tag; with `--peers` to whoever is not both. `off` goes by addresses alone.",
+        metavar="KEY",
+        example="--key require",
+        group=WHO,
+    ),
+    Option(
         "loopback",
         "Who may connect over the loopback. `any` process of this host, or only those of the `job`.",
         metavar="WHO",
@@ -274,6 +286,8 @@ class Options:
 
     peers: str | None = None
     peers_source: str = "--peers"
+    key: str = "auto"
+    key_source: str = "--key"
     interface: str | None = None
     interface_source: str = "--interface"
     ports: str | None = None

@@ -18,8 +18,10 @@ SHELLS = ("bash", "zsh")
 
 # What stands for a value where it is none of a few words.
 _FILES, _DIRECTORIES, _HOSTS, _INTERFACES, _USERS = "files", "directories", "hosts", "interfaces", "users"
+_KEYS = "keys"
 _KINDS = {
     "--interface": _INTERFACES,
+    "--key": _KEYS,
     "--log-dir": _DIRECTORIES,
     "--master-addr": _HOSTS,
     "--peers": _HOSTS,
@@ -127,6 +129,7 @@ _BASH_KINDS = {
     _HOSTS: "-A hostname",
     _INTERFACES: '-W "$(cd /sys/class/net && echo *)"',
     _USERS: "-A user",
+    _KEYS: '-W "auto off require" -A file',
 }
 _ZSH_KINDS = {
     _FILES: "_files",
@@ -134,6 +137,7 @@ _ZSH_KINDS = {
     _HOSTS: "_hosts",
     _INTERFACES: "_net_interfaces",
     _USERS: "_users",
+    _KEYS: "{compadd auto off require; _files}",
 }
 
 # A summary stands in brackets, in single quotes.

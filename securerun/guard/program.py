@@ -16,6 +16,8 @@ from securerun.errors import UsageError
 SOCKET_ARGUMENT = "--socket"
 # Of securerun.guard.limits.
 LIMITS_FILE = Path("/etc/securerun/guard.toml")
+# Of securerun.guard.keys: root's, the same on all nodes.
+SITE_KEY = Path("/etc/securerun/site.key")
 # All of securerun: what a guard runs is found in it.
 PACKAGE = Path(__file__).parent.parent
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)

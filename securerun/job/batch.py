@@ -53,6 +53,25 @@ _SEVERAL = re.compile(r"[2-9]|[1-9][0-9]{1,5}")
 # orte_hosts(7), for Open MPI up to 4; PRRTE's prte_default_hostfile in 5, whose own prefix is PRTE_MCA_.
 _OPEN_MPI = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "OMPI_MCA_prte_default_hostfile")
 
+# The number of a job, the first that is there: of all parts of a heterogeneous one that of the first (sbatch(1); PACK
+# before Slurm 20.02). Each task of an array is a job of its own, which LSF and Grid Engine tell by a second number.
+_NUMBERS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "slurm": (
+        ("SLURM_HET_JOB_ID", ""),
+        ("SLURM_PACK_JOB_ID", ""),
+        ("SLURM_JOB_ID", ""),
+        ("SLURM_JOBID", ""),
+    ),
+    "pbs": (("PBS_JOBID", ""),),
+    "lsf": (("LSB_JOBID", "LSB_JOBINDEX"),),
+    "grid engine": (("JOB_ID", "SGE_TASK_ID"),),
+    "flux": (("FLUX_JOB_ID", ""),),
+}
+# JOB_ID alone is anybody's.
+_SURELY = {"grid engine": "PE_HOSTFILE"}
+# What Grid Engine and LSF say of a job that is no array.
+_NO_ARRAY = {"", "0", "undefined"}
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -78,6 +97,20 @@ def allocation(environment: Mapping[str, str], note: Tell) -> Allocation | None:
         found = system(environment, note)
         if found is not None:
             return found
+    return None
+
+
+def job_number(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the batch system that this process is in a job of, and that job's number, which all of its nodes know.
+
+    None where it is in none.
+    """
+    for system, variables in _NUMBERS.items():
+        for variable, of_task in variables:
+            number = environment.get(variable, "").strip()
+            if number and environment.get(_SURELY.get(system, variable)):
+                task = environment.get(of_task, "").strip()
+                return system, number if task in _NO_ARRAY else f"{number}[{task}]"
     return None
 
 

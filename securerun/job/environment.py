@@ -38,6 +38,7 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
         known_ports=_known_ports(environment),
         elsewhere=elsewhere.of_command(command),
         local_address=_value(environment, "PET_LOCAL_ADDR") or None,
+        rendezvous_id=_value(environment, "PET_RDZV_ID"),
     )
 
 

@@ -64,6 +64,7 @@ class Job:
     known_ports: ports that it is known to listen on, beside those that the rendezvous, HCCL and the user name.
     ranks: how many this node has; 0 where nobody asked. elsewhere: what the command has others start for it.
     local_address: what its agent calls this node, if it was told (--local-addr).
+    rendezvous_id: what tells this job from others that meet at the same place (--rdzv-id); "none" is torch's for none.
     """
 
     backend: str
@@ -77,6 +78,7 @@ class Job:
     ranks: int = 0
     elsewhere: tuple[Elsewhere, ...] = ()
     local_address: str | None = None
+    rendezvous_id: str = ""
 
     @property
     def nodes(self) -> str:

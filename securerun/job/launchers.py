@@ -133,6 +133,7 @@ def describe_job(namespace: argparse.Namespace) -> Job:
         log_dir=namespace.log_dir,
         elsewhere=_elsewhere(namespace),
         local_address=getattr(namespace, "local_addr", None) or None,
+        rendezvous_id=getattr(namespace, "rdzv_id", None) or "",
     )
 
 

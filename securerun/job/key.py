@@ -1,0 +1,134 @@
+"""The key of a job, as far as its user has a say in it (--key): the file that it comes from, and what it is for.
+
+All nodes of a job come to the same key without having talked: by the same source, and by what each knows of where the
+job meets. That is the id of the rendezvous, else the number of the batch job, and the port of the rendezvous; not its
+address, which is spelt differently on the node that has it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from securerun.errors import PolicyError
+from securerun.firewall import job_key
+from securerun.guard.program import SITE_KEY
+from securerun.guard.protocol import KeyOrder
+from securerun.job import batch
+from securerun.job.job import Job
+from securerun.linux import secret_file, trust
+from securerun.linux.secret_file import Unfit
+from securerun.options import Options
+from securerun.text import printable
+
+AUTO, OFF, REQUIRE = "auto", "off", "require"
+USERS = Path("~/.config/securerun/key")
+# torch's own, where no id is given (torch/distributed/run.py, get_args_parser).
+_NO_ID = {"", "none"}
+# What somebody writes who takes the option for that of the key itself.
+_LOOKS_LIKE_A_KEY = re.compile(r"[0-9A-Fa-f]{40,}|[A-Za-z0-9+/_-]{42,}={0,2}")
+_HOW = "`securerunctl setup key` makes one"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What becomes of a launch's key. order: what the guard is told; None for no key at all.
+
+    source: the file that it is of, in words; "" where the guard has to find one. fingerprint: of the key, if it is
+    known here.
+    """
+
+    order: KeyOrder | None = None
+    source: str = ""
+    fingerprint: str = ""
+
+    @property
+    def is_required(self) -> bool:
+        """Whether nobody comes in without a tag."""
+        return self.order is not None and self.order.required
+
+    def required(self) -> Key:
+        """Return the same, as the only way in: nobody is known by address."""
+        return self if self.order is None else replace(self, order=replace(self.order, required=True))
+
+
+def find(asked: Options, job: Job, environment: Mapping[str, str]) -> Key:
+    """Return the key that the user asks for.
+
+    By `auto` a job of one node has none, since nobody is to come to it. Nor has one on a host that has no source: then
+    the guard is not asked for one, and need not know of keys.
+    Raises PolicyError for a file that must not be believed, also for the user's own: it was made to be used.
+    """
+    if asked.key == OFF:
+        return Key()
+    if asked.key not in {AUTO, REQUIRE}:
+        return _of_file(_named(asked), f"{asked.key_source}: ", job, environment, required=True)
+    if asked.key == AUTO and job.max_nodes == 1:
+        return Key()
+    required = asked.key == REQUIRE
+    users = _users()
+    if users is not None:
+        return _of_file(users, "", job, environment, required=required)
+    in_slurm = (batch.job_number(environment) or ("",))[0] == "slurm"
+    if not (required or in_slurm or os.path.lexists(SITE_KEY)):
+        return Key()
+    met = meeting(job, environment)
+    return Key(KeyOrder(required=required, meeting=met, in_slurm=in_slurm, nodes=job.max_nodes))
+
+
+def _users() -> Path | None:
+    """Return the user's own file; None where there is nothing of its name, or no home to have it in."""
+    try:
+        users = USERS.expanduser()
+    except RuntimeError:  # a user id that nobody knows, without HOME: of a container
+        return None
+    return users if os.path.lexists(users) else None
+
+
+def meeting(job: Job, environment: Mapping[str, str]) -> bytes:
+    """Return the digest of what all nodes of a job, and of no other one of the user's, know of where it meets."""
+    import hashlib
+    import json
+
+    number = batch.job_number(environment)
+    if job.rendezvous_id not in _NO_ID:
+        known = ("rendezvous", job.rendezvous_id)
+    elif number is not None:
+        known = number
+    else:
+        known = ("", "")
+    port = job.endpoint.port if job.endpoint else None
+    # As ASCII, so that any text is written in one way.
+    return hashlib.sha256(json.dumps([*known, port or 0]).encode("ascii")).digest()
+
+
+def _named(asked: Options) -> Path:
+    """Return the file that was named. Raises PolicyError for what can be none, without saying what may be a key."""
+    name = asked.key
+    if _LOOKS_LIKE_A_KEY.fullmatch(name) and not os.path.lexists(name):
+        raise PolicyError(
+            f"{asked.key_source} takes the name of a file with a key in it, and not the key, which all who see the "
+            f"command or the environment would know now; {_HOW}"
+        )
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody_of_that_name
+        raise PolicyError(f"{asked.key_source} {printable(name)}: {error}; write the whole path") from error
+
+
+def _of_file(path: Path, place: str, job: Job, environment: Mapping[str, str], *, required: bool) -> Key:
+    """Return the key of a file. place: what the message begins with that says why it cannot be."""
+    shown = printable(str(path))
+    try:
+        source = secret_file.read(path, trust.roots() | {os.geteuid()})
+    except FileNotFoundError as error:
+        words = "" if path.parent != Path() else f", nor is it one of {AUTO}, {OFF}, {REQUIRE}"
+        raise PolicyError(f"{place}there is no file {shown}{words}; {_HOW}") from error
+    except Unfit as error:
+        raise PolicyError(f"{place}{shown} {error}; {_HOW}, and --key off goes by addresses alone") from error
+    secret = job_key.derive(source, job_key.OF_USER, meeting(job, environment))
+    order = KeyOrder(required=required, secret=secret, nodes=job.max_nodes)
+    return Key(order, shown, secret.key().fingerprint)
