@@ -50,16 +50,19 @@ AS_ROOT = {
 
 # All of securerun that runs as root, by wing. Who adds a module adds it here, and so says so.
 LOADED_BY_THE_GUARD = {
-    "guard": "acquire caller cgroup channel documents ending exposure inherited lease limits log neighbours notices "
-    "parting presence program protocol reaper records refusals reserved run_directory server unanswered unasked "
-    "waiting watch",
-    "firewall": "backends chains droplog policy program_steps refusals selftest shield shield_maps shield_program",
+    "guard": "acquire caller cgroup channel documents ending exposure inherited job_secret lease limits log neighbours "
+    "notices parting presence program protocol reaper records refusals reserved run_directory server unanswered "
+    "unasked waiting watch",
+    "firewall": "backends chains droplog job_key policy program_steps refusals selftest shield shield_maps shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets net_cgroups "
     "netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
     "": "errors site_file text",
 }
 # And this while the launcher imports torch, for `--firewall auto`, and to tell whether something may void a shield.
 LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux": "commands ip_set kernel_types"}
+
+# And this where an order has a key.
+LOADED_WITH_A_KEY = {"guard": "keys", "linux": "secret_file"}
 
 MOST_LINES = 549
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -87,8 +90,11 @@ from securerun.firewall import backends
 backends.prepare()
 from securerun.linux import net_cgroups
 net_cgroups.may_void_filters()
+second = set(sys.modules)
+import securerun.guard.keys
 for name, module in sys.modules.items():
-    print(name, name in first, getattr(module, "__file__", None) or "built in", sep="\\t")
+    when = "at once" if name in first else "while waiting" if name in second else "with a key"
+    print(name, when, getattr(module, "__file__", None) or "built in", sep="\\t")
 """
 
 
@@ -149,11 +155,15 @@ def test_what_does_the_guards_work_imports_what_is_written_here_and_no_less(modu
 
 
 def test_what_runs_as_root_is_written_here() -> None:
-    loaded = {name: first for name, (first, _) in _loaded_by_the_guard().items() if _is_ours(name)}
+    loaded = {name: when for name, (when, _) in _loaded_by_the_guard().items() if _is_ours(name)}
     parents = {name.rpartition(".")[0] for name in loaded}
-    at_once, later = ({name for name in loaded.keys() - parents if loaded[name] is first} for first in (True, False))
+    at_once, later, with_a_key = (
+        {name for name in loaded.keys() - parents if loaded[name] == when}
+        for when in ("at once", "while waiting", "with a key")
+    )
     assert at_once == _full_names(LOADED_BY_THE_GUARD)
     assert later == _full_names(LOADED_WHILE_WAITING)
+    assert with_a_key == _full_names(LOADED_WITH_A_KEY)
 
 
 def test_what_runs_as_root_needs_the_standard_library_alone() -> None:
@@ -339,10 +349,10 @@ def _used_of(module: str, others: Collection[str]) -> Iterator[tuple[int, str]]:
 
 
 @cache
-def _loaded_by_the_guard() -> dict[str, tuple[bool, str]]:
-    """By name, the modules of a guard that waits for its order: whether it had it from the start, and its file."""
+def _loaded_by_the_guard() -> dict[str, tuple[str, str]]:
+    """By name, the modules of a guard that has its order: whether it had it from the start or later, and its file."""
     fields = [line.split("\t") for line in _printed(["-I", "-S", "-c", LOAD, str(CHECKOUT)]).splitlines()]
-    return {name: (first == "True", place) for name, first, place in fields if name != "__main__"}
+    return {name: (when, place) for name, when, place in fields if name != "__main__"}
 
 
 def _printed(arguments: Sequence[str]) -> str:

@@ -84,7 +84,7 @@ SystemCallArchitectures=native
 """
 
 # The last one to give up all but these.
-_CAPABILITIES = " ".join((*sorted(capabilities.FOR_GUARDING), "CAP_SETPCAP"))
+_CAPABILITIES = " ".join((*sorted({**capabilities.FOR_GUARDING, **capabilities.FOR_BEGINNING}), "CAP_SETPCAP"))
 
 
 def print_sudoers(group: str, user: str | None) -> None:

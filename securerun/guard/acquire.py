@@ -19,13 +19,14 @@ from securerun.errors import Obstacle, PolicyError, PrivilegeError
 from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
 from securerun.firewall.droplog import open_drop_log
+from securerun.firewall.job_key import JobSecret
 from securerun.firewall.policy import Layer, Policy, PortRange, Purpose, covers
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import neighbours, reaper, records, reserved, run_directory, unasked
+from securerun.guard import job_secret, neighbours, reaper, records, reserved, run_directory, unasked
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
-from securerun.guard.lease import Lease, first_record, remove_record
+from securerun.guard.lease import Lease, first_record, remove_record, require_not_required
 from securerun.guard.limits import SitePolicy, unasked_beyond
 from securerun.guard.protocol import Order
 from securerun.guard.records import Record
@@ -51,6 +52,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
     with what stands of a run left as it is, when that could not be taken over.
     """
     lease = Lease(order, caller, site)
+    secret = _take_key(lease)
     lease.leave_out(unasked_beyond(site, order.policy, caller))
     undo = ExitStack()
     try:
@@ -59,6 +61,10 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
         if not lease.stands:
             _require_public_reserved(order.policy)
         _add_shield(lease, undo)
+        if lease.shield is None:
+            lease.forget_key("only the shield can ask for a tag, and there is none")
+        if secret is not None:
+            _hand_out(lease, secret)
         undo.callback(_remove_chains, lease)
         _add_chains(lease)
         if lease.shield is None and lease.chains is None:
@@ -80,6 +86,38 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
         raise
     lease.stands = True
     return lease
+
+
+def _take_key(lease: Lease) -> JobSecret | None:
+    """Make the job's key, where the order has or asks for one; return what it is made of, which the order forgets.
+
+    Raises PolicyError where there is none and nobody is to come in without.
+    """
+    wanted = lease.order.key
+    if wanted is None:
+        return None
+    from securerun.guard import keys  # few jobs have one
+
+    lease.order = dataclasses.replace(lease.order, key=None)
+    found = keys.find(wanted, lease.caller, lease.site)
+    if found.secret is None:
+        require_not_required(wanted.required, found.why)
+        if found.is_wrong:
+            lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
+        return None
+    lease.take_key(found.secret.key(), found.source, wanted)
+    return found.secret
+
+
+def _hand_out(lease: Lease, secret: JobSecret) -> None:
+    """Make the file with the secret of the job's frameworks, which goes with the run's record; or say that there is
+    none."""
+    caller = lease.caller
+    try:
+        with run_directory.host_lock():
+            lease.secret_path = job_secret.make(lease.policy.run_id, secret.for_frameworks(), caller.user, caller.group)
+    except OSError as error:
+        lease.notes += (f"no secret for the job's frameworks: {job_secret.DIRECTORY} cannot be used: {error.strerror}",)
 
 
 def _doubts(lease: Lease) -> Iterator[str]:

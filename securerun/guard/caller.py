@@ -25,7 +25,7 @@ class Caller:
     """The process that the guard serves.
 
     pid, start: which process (proc(5): start time in clock ticks since boot). user: its user id, real, effective
-    and saved. groups: the ids of its groups.
+    and saved. group, groups: the ids of its group and of all of them.
     is_root: whether it may ask for anything. pidfd: readable once it has ended; None before kernel 5.3, where its start
     time tells. attendants: what descends from it and only waits for the guard: sudo, and what it started.
 
@@ -91,7 +91,7 @@ class Caller:
             raise PrivilegeError(
                 f"process {self.pid} is of several users at once ({', '.join(map(str, sorted(users)))})"
             )
-        self.user, self.groups = users.pop(), status.groups
+        self.user, self.group, self.groups = users.pop(), status.group, status.groups
         may_anything = self.user == ROOT and capabilities.NET_ADMIN in status.bits("CapEff")
         self.is_root = self._directly and may_anything and _is_of_our_user_namespace(self.pid)
 

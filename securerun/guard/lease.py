@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from securerun.errors import PolicyError
 from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.policy import (
@@ -28,7 +29,7 @@ from securerun.guard import neighbours, records, reserved, run_directory, unaske
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
-from securerun.guard.protocol import Guarding, Order, mark_of
+from securerun.guard.protocol import Guarding, KeyOrder, Order, mark_of
 from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
 from securerun.linux import proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
@@ -54,7 +55,9 @@ class Lease:
     record that cannot be written is an error.
 
     key: whose tag lets in whoever shows it; None for a job that goes by addresses alone. key_required: whether nobody
-    comes in without that tag; where there are peers nobody who is none of them either.
+    comes in without that tag; where there are peers nobody who is none of them either. secret_path: the file with the
+    secret of its frameworks, "" where there is none. unguarded: the first few addresses that answered at ports of the
+    job's and have no key of it.
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
     there, so the port chains close what the shield does as well; proven_in: the launcher's cgroups of the two when the
@@ -75,6 +78,8 @@ class Lease:
         self.left_out: dict[int, str] = {}
         self.key: JobKey | None = None
         self.key_required = False
+        self.secret_path = ""
+        self.unguarded: tuple[str, ...] = ()
         self.may_void = False
         self.closes_all = False
         self.proven_in: Mapping[str, str] = {}
@@ -107,7 +112,32 @@ class Lease:
             layers.append(Layer(self.chains.backend, self.chains.name))
         left_out = tuple(joined((port, port) for port in self.left_out))
         notes = (*self.notes, *unasked.told(self.left_out))
-        return Guarding(tuple(layers), notes, left_out, needs_guard=self.may_void)
+        fingerprint = self.key.fingerprint if self.key is not None else ""
+        return Guarding(
+            tuple(layers),
+            notes,
+            left_out,
+            needs_guard=self.may_void,
+            fingerprint=fingerprint,
+            key_source=self.record.key_source,
+            secret_path=self.secret_path,
+        )
+
+    def take_key(self, key: JobKey, source: str, wanted: KeyOrder) -> None:
+        """Have the key that was wanted from here on. source: the guard's own, in words, if it is of one."""
+        self.key, self.key_required = key, wanted.required
+        self.record = dataclasses.replace(
+            self.record, key=key.fingerprint, key_source=source, nodes_guarded=1, nodes=wanted.nodes
+        )
+
+    def forget_key(self, why: str) -> None:
+        """Go on without a key, since no tag can be had. Raises PolicyError where nobody is to come in without."""
+        if self.key is None:
+            return
+        require_not_required(self.key_required, why)
+        self.key = None
+        self.record = dataclasses.replace(self.record, key="", key_source="", nodes_guarded=0)
+        self.notes += (f"no key ({why}): who may connect is told by addresses alone",)
 
     def denied(self) -> Denials:
         """Return who was turned away so far, by any layer."""
@@ -397,6 +427,16 @@ class Lease:
             self.drops.close()
         if self._held is not None:
             os.close(self._held)
+
+
+def require_not_required(required: bool, why: str) -> None:
+    """Raise PolicyError where a job that has no key, for this reason, is to be open to nobody without a tag of it."""
+    if required:
+        raise PolicyError(
+            f"the nodes of this job are to be known by a key, and there is none: {why}; make one with "
+            "`securerunctl setup key` on one node and copy it to the others, or name the others with --peers and "
+            "write --key off; nothing was started"
+        )
 
 
 def remove_record(directory: int, run_id: str) -> None:

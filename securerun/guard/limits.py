@@ -44,6 +44,7 @@ class SitePolicy:
     peers_per_run: how many networks, after those that make up one have been joined.
     public: the networks that public ports may be for; None: those of `peers`, and every host where that is None too.
     accept: whether peers may be let past the host's own rules. runs_per_user: how many runs at once.
+    site_key: whether jobs may have a key that is made of what only root reads (securerun.guard.keys).
     """
 
     users: frozenset[int] | None = None
@@ -56,6 +57,7 @@ class SitePolicy:
     public: tuple[Network, ...] | None = None
     accept: bool = False
     runs_per_user: int = 32
+    site_key: bool = True
 
 
 def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
@@ -270,6 +272,12 @@ def _flag(key: str, value: object) -> bool:
     return value
 
 
+def _site_key(key: str, value: object) -> bool:
+    if value not in ("auto", "off"):
+        raise ValueError(f'{key} is neither "auto" nor "off"; write {key} = "off", or leave it out')
+    return value == "auto"
+
+
 def _count(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{key} is no whole number")
@@ -287,4 +295,5 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "public": _public,
     "accept": _flag,
     "runs_per_user": _count,
+    "site_key": _site_key,
 }

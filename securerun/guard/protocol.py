@@ -19,13 +19,16 @@ The guard may run with more privilege than whoever talks to it: what is not exac
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Union
 
 from securerun.errors import PolicyError
 from securerun.firewall.backends import NAMES as BACKENDS
+from securerun.firewall.job_key import SECRET_BYTES, JobSecret
 from securerun.firewall.policy import NAMESPACE, Denial, Layer, Policy
 from securerun.guard import documents
 from securerun.guard.documents import (
@@ -43,17 +46,40 @@ from securerun.guard.documents import (
 )
 from securerun.linux.networks import Network
 
-VERSION = 1
+# A guard speaks first, also to launchers of the release before, and those orders without a key that they know are
+# served as ever. An order with a key is one of the second version, which guards from before refuse.
+VERSION, VERSION_WITH_KEY = 1, 2
 # It tells the processes of a run where no cgroup holds them together, and a launcher which run is around it.
 RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
 FIREWALLS = ("auto", *BACKENDS, "off")
 SCOPES = ("auto", "process", "ports")
 MAXIMUM_GRACE_SECONDS = 24 * 3600
+MAXIMUM_NODES = 1_000_000
+_DIGEST = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}", re.ASCII)
+_OF_KEY = ("fingerprint", "key_source", "secret_path")
 
 
 def presence_of(run_id: str) -> str:
     """Return the abstract address at which the guard of a run stands (unix(7)): of its network namespace."""
     return f"\0securerun-{run_id}"
+
+
+@dataclass(frozen=True)
+class KeyOrder:
+    """What becomes of the job's key, whose tag lets in whoever shows it.
+
+    required: whether nobody comes in without; where there are peers, nobody who is none of them either. Else a tag only
+    adds to them, and a guard that can have no key goes on by addresses.
+    secret: the job's, where its user has the source; else the guard is to make it, of a source that only root reads.
+    meeting: for that, the digest of what all nodes of the job know. in_slurm: whether the launcher takes itself to be
+    in a job of Slurm's; nothing is proven by it. nodes: how many the job has, 0 where that is not known: for people.
+    """
+
+    required: bool
+    secret: JobSecret | None = None
+    meeting: bytes = b""
+    in_slurm: bool = False
+    nodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +90,7 @@ class Order:
     scope: `process` insists on the shield, `ports` leaves it out, `auto` takes the stronger of what can be had.
     grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
     command: how the user started the job, for people who ask what a run is.
-    adopt: a guard of this run has died; take over what it left.
+    adopt: a guard of this run has died; take over what it left. key: None for a job that goes by addresses alone.
     """
 
     policy: Policy
@@ -73,6 +99,7 @@ class Order:
     grace: float
     command: str
     adopt: bool = False
+    key: KeyOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +149,17 @@ class Guarding:
 
     left_out: first and last of ports of the order's plan that are not in force, since nobody asked for them.
     needs_guard: the shield may be switched off on this kernel (securerun.guard.proof), which only a guard notices.
+    fingerprint: of the job's key, "" where it has none; key_source: the guard's own source of it, in words.
+    secret_path: the file with the secret of the job's frameworks.
     """
 
     layers: tuple[Layer, ...]
     notes: tuple[str, ...] = ()
     left_out: tuple[tuple[int, int], ...] = ()
     needs_guard: bool = False
+    fingerprint: str = ""
+    key_source: str = ""
+    secret_path: str = ""
 
     @property
     def has_shield(self) -> bool:
@@ -158,12 +190,14 @@ class Refused:
     """Nothing stands, or what stands is no longer what was ordered, and the launcher has to end its job.
 
     status: the launcher's exit status; message: one line, what is wrong and what to do.
-    later: whether another guard may be had in a moment.
+    later: whether another guard may be had in a moment. knows_keys: whether it understood an order with a key: guards
+    from before there were keys refuse each.
     """
 
     status: int
     message: str
     later: bool = False
+    knows_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,11 +206,15 @@ class Released:
 
     denied: who was turned away so far; more: how many packets of others, of whom there were too many. stays: why a
     launcher that goes on is in the job still, "" where it is out of it.
+    nodes_guarded: how many of the job's nodes were seen with its key, this one among them; 0 without a key.
+    unguarded: the first few addresses that answered at ports of the job's and have no key of it.
     """
 
     denied: tuple[Denial, ...]
     more: int = 0
     stays: str = ""
+    nodes_guarded: int = 0
+    unguarded: tuple[str, ...] = ()
 
 
 Message = Union[Order, Peers, Release, Report, Ready, Runs, Run, Guarding, Notice, Refused, Released]
@@ -216,13 +254,14 @@ def decode(line: bytes) -> Message:
 def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Order):
         return {
-            "version": VERSION,
+            "version": VERSION if message.key is None else VERSION_WITH_KEY,
             "policy": policy_document(message.policy),
             "firewall": message.firewall,
             "scope": message.scope,
             "grace": message.grace,
             "command": message.command,
             "adopt": message.adopt,
+            **({} if message.key is None else {"key": _key_document(message.key)}),
         }
     if isinstance(message, Peers):
         return {"networks": [str(network) for network in message.networks]}
@@ -238,15 +277,23 @@ def _body(message: Message) -> dict[str, Any]:
         return {"version": VERSION, "pid": message.pid}
     if isinstance(message, Guarding):
         layers = [layer_document(layer) for layer in message.layers]
-        few = _given(left_out=[list(ports) for ports in message.left_out], needs_guard=message.needs_guard)
+        few = _given(
+            left_out=[list(ports) for ports in message.left_out],
+            needs_guard=message.needs_guard,
+            fingerprint=message.fingerprint,
+            key_source=message.key_source,
+            secret_path=message.secret_path,
+        )
         return {"layers": layers, "notes": list(message.notes), **few}
     if isinstance(message, Notice):
         denied = [denial_document(denial) for denial in message.denied]
         return {"denied": denied, "words": list(message.words), **_given(more=message.more)}
     if isinstance(message, Refused):
-        return {"status": message.status, "message": message.message, **_given(later=message.later)}
+        few = _given(later=message.later, knows_keys=message.knows_keys)
+        return {"status": message.status, "message": message.message, **few}
     denied = [denial_document(denial) for denial in message.denied]
-    return {"denied": denied, **_given(more=message.more, stays=message.stays)}
+    of_nodes = _given(nodes_guarded=message.nodes_guarded, unguarded=list(message.unguarded))
+    return {"denied": denied, **_given(more=message.more, stays=message.stays), **of_nodes}
 
 
 def _given(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON's own types
@@ -255,8 +302,9 @@ def _given(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON's own types
 
 
 def _read_order(body: Mapping[str, Any]) -> Order:
-    documents.require_fields(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt")
-    _require_version(body, "the launcher")
+    fields = ("version", "policy", "firewall", "scope", "grace", "command", "adopt")
+    documents.require_fields(body, *fields, may={"key"})
+    _require_version(body, "the launcher", VERSION_WITH_KEY if "key" in body else VERSION)
     return Order(
         policy=read_policy(documents.mapping(body["policy"], "policy")),
         firewall=_choice(body, "firewall", FIREWALLS),
@@ -264,7 +312,35 @@ def _read_order(body: Mapping[str, Any]) -> Order:
         grace=_seconds(body, "grace"),
         command=_printable(body, "command"),
         adopt=documents.flag(body, "adopt"),
+        key=_read_key(documents.mapping(body["key"], "key")) if "key" in body else None,
     )
+
+
+def _key_document(key: KeyOrder) -> dict[str, Any]:
+    if key.secret is not None:
+        return {"required": key.required, "nodes": key.nodes, "secret": key.secret.reveal().hex()}
+    source = {"meeting": key.meeting.hex(), "in_slurm": key.in_slurm}
+    return {"required": key.required, "nodes": key.nodes, **source}
+
+
+def _read_key(body: Mapping[str, Any]) -> KeyOrder:
+    """Read what an order says of the key. What is wrong with it is said without a word of it."""
+    source = ("secret",) if "secret" in body else ("meeting", "in_slurm")
+    documents.require_fields(body, "required", "nodes", *source)
+    required, nodes = documents.flag(body, "required"), documents.number(body, "nodes")
+    if not 0 <= nodes <= MAXIMUM_NODES:
+        raise ProtocolError(f"nodes is not a number up to {MAXIMUM_NODES}")
+    if "secret" in body:
+        return KeyOrder(required, JobSecret(_digest(body, "secret")), nodes=nodes)
+    return KeyOrder(required, None, _digest(body, "meeting"), documents.flag(body, "in_slurm"), nodes)
+
+
+def _digest(body: Mapping[str, Any], name: str) -> bytes:
+    """Return 32 bytes, written as that many pairs of digits."""
+    value = documents.text(body, name)
+    if not _DIGEST.fullmatch(value):
+        raise ProtocolError(f"{name} is not {SECRET_BYTES} bytes in hexadecimal digits")
+    return bytes.fromhex(value)
 
 
 def _read_peers(body: Mapping[str, Any]) -> Peers:
@@ -294,16 +370,18 @@ def _read_run(body: Mapping[str, Any]) -> Run:
 
 def _read_ready(body: Mapping[str, Any]) -> Ready:
     documents.require_fields(body, "version", "pid")
-    _require_version(body, "the guard")
+    _require_version(body, "the guard", VERSION)
     return Ready(documents.number(body, "pid"))
 
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:
-    documents.require_fields(body, "layers", "notes", may={"left_out", "needs_guard"})
+    may = {"left_out", "needs_guard", *_OF_KEY}
+    documents.require_fields(body, "layers", "notes", may=may)
     layers = tuple(read_layer(layer) for layer in documents.items(body, "layers", MAXIMUM_TEXT))
     notes = tuple(documents.entry(note) for note in documents.items(body, "notes", MAXIMUM_TEXT))
     left_out = documents.ranges(body, "left_out") if "left_out" in body else ()
-    return Guarding(layers, notes, left_out, _flag_if_given(body, "needs_guard"))
+    of_key = {name: _printable(body, name) for name in _OF_KEY if name in body}
+    return Guarding(layers, notes, left_out, _flag_if_given(body, "needs_guard"), **of_key)
 
 
 def _read_notice(body: Mapping[str, Any]) -> Notice:
@@ -314,14 +392,19 @@ def _read_notice(body: Mapping[str, Any]) -> Notice:
 
 
 def _read_refused(body: Mapping[str, Any]) -> Refused:
-    documents.require_fields(body, "status", "message", may={"later"})
-    return Refused(documents.number(body, "status"), documents.text(body, "message"), _flag_if_given(body, "later"))
+    documents.require_fields(body, "status", "message", may={"later", "knows_keys"})
+    few = {name: _flag_if_given(body, name) for name in ("later", "knows_keys")}
+    return Refused(documents.number(body, "status"), documents.text(body, "message"), **few)
 
 
 def _read_released(body: Mapping[str, Any]) -> Released:
-    documents.require_fields(body, "denied", may={"more", "stays"})
+    documents.require_fields(body, "denied", may={"more", "stays", "nodes_guarded", "unguarded"})
     denied = tuple(read_denial(denial) for denial in documents.items(body, "denied", MAXIMUM_PEERS))
-    return Released(denied, _read_more(body), documents.text(body, "stays") if "stays" in body else "")
+    guarded = documents.number(body, "nodes_guarded") if "nodes_guarded" in body else 0
+    addresses = documents.items(body, "unguarded", MAXIMUM_TEXT) if "unguarded" in body else ()
+    unguarded = tuple(str(ipaddress.ip_address(documents.entry(address))) for address in addresses)
+    stays = documents.text(body, "stays") if "stays" in body else ""
+    return Released(denied, _read_more(body), stays, guarded, unguarded)
 
 
 def _flag_if_given(body: Mapping[str, Any], name: str) -> bool:
@@ -332,9 +415,9 @@ def _read_more(body: Mapping[str, Any]) -> int:
     return documents.number(body, "more") if "more" in body else 0
 
 
-def _require_version(body: Mapping[str, Any], other: str) -> None:
-    if documents.number(body, "version") != VERSION:
-        raise ProtocolError(f"{other} speaks version {body['version']}, this side {VERSION}; install one securerun")
+def _require_version(body: Mapping[str, Any], other: str, version: int) -> None:
+    if documents.number(body, "version") != version:
+        raise ProtocolError(f"{other} speaks version {body['version']}, this side {version}; install one securerun")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -123,6 +123,9 @@ class Record(Known):
     started: seconds since the epoch. draining: the job is over, not all of it gone.
     reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
     left_open: first and last of ports of the job that are open to every host; the first MOST_RANGES_LEFT_OPEN.
+    key: the fingerprint of the job's key, "" where it has none; key_source: the guard's own source of it, in words.
+    nodes_guarded: how many of the job's nodes were seen with that key, this one among them; 0 without a key; nodes: how
+    many the job has, 0 where that is not known.
     """
 
     policy: Policy
@@ -141,6 +144,10 @@ class Record(Known):
     times: int = 0
     cgroup: str = ""
     void: str = ""
+    key: str = ""
+    key_source: str = ""
+    nodes_guarded: int = 0
+    nodes: int = 0
     draining: bool = False
     denied: tuple[Denial, ...] = ()
     reserved: tuple[tuple[int, int], ...] = ()
@@ -225,6 +232,10 @@ _PLAIN: dict[str, type] = {
     "command": str,
     "cgroup": str,
     "void": str,
+    "key": str,
+    "key_source": str,
+    "nodes_guarded": int,
+    "nodes": int,
     "draining": bool,
 }
 
@@ -382,9 +393,10 @@ def understood(document: Mapping[str, Any]) -> Record:
 
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
-    # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted, and
-    # did not look at a shield again.
-    whole = {"root": document["user"] == 0, "times": 0, "void": "", **document}
+    # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted, did
+    # not look at a shield again, and knew no keys.
+    without_key = {"key": "", "key_source": "", "nodes_guarded": 0, "nodes": 0}
+    whole = {"root": document["user"] == 0, "times": 0, "void": "", **without_key, **document}
     plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")

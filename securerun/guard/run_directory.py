@@ -16,7 +16,7 @@ from typing import Any
 
 from securerun.errors import PrivilegeError
 from securerun.firewall.policy import RUN_ID
-from securerun.guard import records
+from securerun.guard import job_secret, records
 from securerun.guard.records import DIRECTORY, Record
 from securerun.linux import capabilities, file_lock
 
@@ -111,7 +111,8 @@ def write_document(directory: int, name: str, document: Mapping[str, Any]) -> No
 
 
 def remove(directory: int, run_id: str) -> None:
-    """Remove a run's record; it may be gone already."""
+    """Remove a run's record, and first what the record stands for beside layers; it may be gone already."""
+    job_secret.remove(run_id)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{run_id}.json", dir_fd=directory)
 

@@ -46,6 +46,7 @@ _PATIENCE_SECONDS = 900.0
 _ORDER_SECONDS = 30.0
 _ANSWER_SECONDS = 2.0
 _NEEDED = frozenset(capabilities.FOR_GUARDING.values())
+_NEEDED_TO_BEGIN = frozenset(capabilities.FOR_BEGINNING.values())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     except PrivilegeError as error:
         _log(f"refused: {error}")
         return error.status
-    caller, by_socket = None, SOCKET_ARGUMENT in arguments
+    caller, order, by_socket = None, None, SOCKET_ARGUMENT in arguments
     try:
         _require_own_proc()
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
@@ -75,15 +76,17 @@ def main(arguments: Sequence[str]) -> int:
             slot.close()
             return 0
         lease = _acquire(order, caller, by_socket=by_socket)
+        _drop_privilege_to_begin()
         slot.close()
         _collect_garbage_from_now_on()
     except ProtocolError as error:
         not_understood = PolicyError(f"the guard did not understand its orders: {error}")
-        return _refuse(not_understood, caller, answers)
+        return _refuse(not_understood, caller, answers, order)
     except SecurerunError as error:
-        return _refuse(error, caller, answers)
+        return _refuse(error, caller, answers, order)
     except Exception as error:  # whatever it is, the launcher gets an answer, and nothing stands
-        return _refuse(SecurerunError(f"a defect of securerun's, please report it: {_place(error)}"), caller, answers)
+        defect = SecurerunError(f"a defect of securerun's, please report it: {_place(error)}")
+        return _refuse(defect, caller, answers, order)
     return _hold(lease, orders, answers)
 
 
@@ -202,13 +205,19 @@ def _drop_privilege(caller: Caller) -> None:
     """
     held = capabilities.effective()
     if caller.user == ROOT and capabilities.SYS_PTRACE not in held:
-        kept = _NEEDED | held
+        kept = _NEEDED | _NEEDED_TO_BEGIN | held
     else:
-        kept = _NEEDED | ({capabilities.SYS_MODULE} if caller.is_root else set())
+        kept = _NEEDED | _NEEDED_TO_BEGIN | ({capabilities.SYS_MODULE} if caller.is_root else set())
     try:
         capabilities.keep_only(kept)
     except OSError as error:
         raise PrivilegeError(f"the guard cannot give up privilege that it does not need: {error.strerror}") from error
+
+
+def _drop_privilege_to_begin() -> None:
+    """Give up what only the beginning took. Whatever stands in the way of that, the job is guarded."""
+    with contextlib.suppress(OSError):
+        capabilities.keep_only(capabilities.effective() - _NEEDED_TO_BEGIN)
 
 
 def _slot(caller: Caller) -> ExitStack:
@@ -324,10 +333,12 @@ class Answers:
         return bool(select.select([], [self._channel.descriptor], [], max(0.0, deadline - time.monotonic()))[1])
 
 
-def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers) -> int:
+def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers, order: Order | None) -> int:
+    has_key = order is not None and order.key is not None
     whom = "somebody" if caller is None else f"user {caller.user}, process {caller.pid}"
     # The answer first: where no file may grow (ulimit -f 0), writing the log is what fails.
-    answers.send(Refused(reason.status, str(reason), later=isinstance(reason, TooManyWaiting)))
+    later = isinstance(reason, TooManyWaiting)
+    answers.send(Refused(reason.status, str(reason), later=later, knows_keys=has_key))
     words = f"refused to {whom}: {reason}"
     for line in [words] if caller is None or caller.is_root else refusals.lines(caller.user, words):
         _log(line)

@@ -309,7 +309,9 @@ class Watch:
 
     def _say_farewell(self, stays: str) -> None:
         denied = self._notices.denied()
-        self._send(Released(denied.listed, denied.more, stays))
+        lease = self._lease
+        of_nodes = (lease.record.nodes_guarded, lease.unguarded) if lease.key is not None else ()
+        self._send(Released(denied.listed, denied.more, stays, *of_nodes))
 
     def _read_order(self) -> Message | None:
         """Read what the launcher says. After anything out of place nothing more from there is believed."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from securerun.linux import libc, prctl, proc
 
 # include/uapi/linux/capability.h
+CHOWN = 0
 DAC_OVERRIDE = 1
 KILL = 5
 SETUID = 7
@@ -36,6 +37,8 @@ FOR_GUARDING = {
     "CAP_DAC_OVERRIDE": DAC_OVERRIDE,
     "CAP_NET_RAW": NET_RAW,
 }
+# And until the job is guarded: to give its user what is made for them.
+FOR_BEGINNING = {"CAP_CHOWN": CHOWN}
 
 _VERSION_3 = 0x20080522
 _HEADER = struct.Struct("=Ii")

@@ -3,7 +3,7 @@
 A line of input names the peers from then on, with commas between, or, `listen PORT [ADDRESS]`, one more to listen on.
 
     holder.py [--peers A,B] [--ports FIRST-LAST] [--purpose TEXT] [--listen PORT] [--firewall B] [--scope S]
-              [--loopback job] [--interface NAMES] [--public PORTS] [--listen-elsewhere]
+              [--loopback job] [--interface NAMES] [--public PORTS] [--listen-elsewhere] [--key SECRET]
 
 {"guarding": [BACKEND, ...], "notes": [...]} once the lease stands and the port listens, {"news": TEXT} for what the
 guard says later. `--listen-elsewhere` makes the listening socket in another cgroup than the job's, as a host does on
@@ -24,8 +24,9 @@ from pathlib import Path
 from hosts import cgroup2_mount
 
 from securerun.errors import SecurerunError
+from securerun.firewall.job_key import JobSecret
 from securerun.firewall.policy import Policy, PortRange, Purpose
-from securerun.guard.protocol import Notice, Order
+from securerun.guard.protocol import KeyOrder, Notice, Order
 from securerun.job.public import openings
 from securerun.linux.networks import Network, collapse
 from securerun.protection.client import Guard
@@ -48,9 +49,13 @@ def main() -> None:
     )
     guard = Guard()
     try:
-        guarding = guard.guard(Order(policy, options.firewall, options.scope, grace=0.5, command="holder"), tell)
+        key = KeyOrder(required=False, secret=JobSecret(bytes.fromhex(options.key))) if options.key else None
+        order = Order(policy, options.firewall, options.scope, grace=0.5, command="holder", key=key)
+        guarding = guard.guard(order, tell)
         listener = listen_elsewhere(options.listen) if options.listen_elsewhere else listen(options.listen)
-        say(guarding=[layer.backend for layer in guarding.layers], notes=guarding.notes, run_id=policy.run_id)
+        layers = [layer.backend for layer in guarding.layers]
+        more = {"secret": guarding.secret_path} if options.key else {}
+        say(guarding=layers, notes=guarding.notes, run_id=policy.run_id, **more)
         listeners = [listener]
         for line in sys.stdin:
             if line.startswith("listen "):
@@ -80,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scope", default="auto")
     parser.add_argument("--loopback", default="any")
     parser.add_argument("--public", default="")
+    parser.add_argument("--key", default="")
     parser.add_argument("--listen-elsewhere", action="store_true")
     return parser.parse_args()
 

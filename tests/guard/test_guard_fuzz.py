@@ -59,13 +59,13 @@ class _Caller:
 
 def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all
     """Whether this is an order, by the words of the design: known fields, right types, sizes and characters."""
-    if not _has(document, "order") or not _has(
-        document["order"], "version", "policy", "firewall", "scope", "grace", "command", "adopt"
-    ):
+    if not _has(document, "order") or type(document["order"]) is not dict:
         return False
     body = document["order"]
+    more = ("key",) if "key" in body else ()
     return (
-        body["version"] == 1
+        _has(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt", *more)
+        and body["version"] == 1 + len(more)
         and type(body["version"]) is int
         and body["firewall"] in ("auto", "iptables", "nftables", "legacy", "off")
         and body["scope"] in ("auto", "process", "ports")
@@ -76,6 +76,24 @@ def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all
         and body["command"].isprintable()
         and type(body["adopt"]) is bool
         and _is_policy(body["policy"])
+        and (not more or _is_key(body["key"]))
+    )
+
+
+def _is_key(key: Any) -> bool:  # noqa: ANN401 - anything at all
+    """Whether this is what an order may say of the job's key: no path, nobody's name, two texts of one form."""
+    of_launcher = _has(key, "required", "nodes", "secret")
+    if not of_launcher and not (
+        _has(key, "required", "nodes", "meeting", "in_slurm") and type(key["in_slurm"]) is bool
+    ):
+        return False
+    digest = key["secret" if of_launcher else "meeting"]
+    return (
+        type(key["required"]) is bool
+        and type(key["nodes"]) is int
+        and 0 <= key["nodes"] <= 1_000_000
+        and type(digest) is str
+        and re.fullmatch("[0-9a-f]{64}", digest) is not None
     )
 
 
@@ -184,12 +202,25 @@ def mutated(chance: random.Random) -> bytes:
     )
     if chance.random() < 0.3:
         _make_public(document["order"]["policy"], chance)
+    if chance.random() < 0.3:
+        _give_key(document["order"], chance)
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
         document = _changed(document, chance)
     line = json.dumps(document).encode()
     if chance.random() < 0.15:
         line = _damaged(line, chance)
     return line.replace(b"\n", b" ")
+
+
+def _give_key(body: dict[str, Any], chance: random.Random) -> None:
+    """Have the order be one with a key, mostly such as may be."""
+    digest = chance.choice(("5a" * 32, "0123456789abcdef" * 4, "5A" * 32, "5a" * 31, "/etc/shadow"))
+    body["version"] = chance.choice((2, 2, 2, 1, 3))
+    body["key"] = {"required": chance.random() < 0.3, "nodes": chance.choice((0, 2, 1_000_001))}
+    if chance.random() < 0.5:
+        body["key"]["secret"] = digest
+    if "secret" not in body["key"] or chance.random() < 0.1:
+        body["key"].update(meeting=digest, in_slurm=chance.random() < 0.5)
 
 
 def _make_public(policy: dict[str, Any], chance: random.Random) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from securerun.firewall.job_key import JobSecret
 from securerun.firewall.policy import Denial, Layer, Opening, Policy, PortRange, Purpose
 from securerun.guard import documents
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
     Guarding,
+    KeyOrder,
     Message,
     Notice,
     Order,
@@ -54,11 +57,14 @@ ORDER = Order(POLICY, "auto", "auto", 10.0, "train.py --epochs 3")
         Guarding((Layer("shield", "socket"),), ("a note",)),
         Guarding((), ("a note",), ((60000, 60002), (60005, 60005))),
         Guarding((Layer("shield", "socket"),), (), needs_guard=True),
+        Guarding((), (), (), False, "0123abcd", "/etc/securerun/site.key", "/run/securerun-jobs/x/secret"),
         Notice((Denial(ipaddress.ip_address("10.0.0.3"), 1, 2),), ("a word",)),
         Refused(77, "why"),
         Refused(77, "why", later=True),
+        Refused(78, "why", knows_keys=True),
         Released((Denial(ipaddress.ip_address("fd00::3"), 29500, 12),)),
         Released((), 3, "it still listens on port 7002"),
+        Released((), nodes_guarded=2, unguarded=("10.0.0.7", "fd00::7")),
     ],
     ids=lambda message: type(message).__name__,
 )
@@ -236,3 +242,76 @@ def test_an_order_with_public_ports_that_cannot_be_right_is_refused_whole(public
     line = order(policy__public=public)
     with pytest.raises(ProtocolError):
         decode(line)
+
+
+SECRET = JobSecret(bytes(range(32)))
+WITH_KEYS = [
+    KeyOrder(required=True, secret=SECRET),
+    KeyOrder(required=False, secret=SECRET, nodes=2),
+    KeyOrder(required=False, meeting=bytes(32), in_slurm=True, nodes=1),
+    KeyOrder(required=True, meeting=bytes(range(32))),
+]
+
+
+@pytest.mark.parametrize("key", WITH_KEYS)
+def test_an_order_with_a_key_survives_the_way_and_one_without_is_of_the_version_before(key: KeyOrder) -> None:
+    line = encode(replace(ORDER, key=key))
+    assert decode(line) == replace(ORDER, key=key)
+    assert json.loads(line)["order"]["version"] == 2
+    assert json.loads(encode(ORDER))["order"]["version"] == 1
+    assert json.loads(encode(Ready(1)))["ready"]["version"] == 1, "launchers of the release before know no other"
+
+
+def with_key(**changes: object) -> bytes:
+    """An order with a key, with these fields of it changed; None takes one away."""
+    document = json.loads(encode(replace(ORDER, key=WITH_KEYS[1])))
+    key = document["order"]["key"]
+    key.update(changes)
+    document["order"]["key"] = {name: value for name, value in key.items() if value is not None}
+    return json.dumps(document).encode()
+
+
+MEETING = {"secret": None, "meeting": "00" * 32, "in_slurm": False}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        order(key=None),
+        order(key={}),
+        order(key=json.loads(with_key())["order"]["key"]),
+        with_key().replace(b'"version": 2', b'"version": 1'),
+        with_key().replace(b'"version": 2', b'"version": 3'),
+        with_key(required=1),
+        with_key(required=None),
+        with_key(nodes=None),
+        with_key(nodes=-1),
+        with_key(nodes=True),
+        with_key(nodes=10**9),
+        with_key(secret=""),
+        with_key(secret="00" * 31),
+        with_key(secret="00" * 33),
+        with_key(secret="0g" * 32),
+        with_key(secret="AB" * 32),
+        with_key(secret=" " + "0" * 63),
+        with_key(secret="\u0660" * 64),
+        with_key(secret=["00" * 32]),
+        with_key(secret=0),
+        with_key(meeting="00" * 32),
+        with_key(in_slurm=False),
+        with_key(more=1),
+        with_key(**{**MEETING, "in_slurm": 1}),
+        with_key(**{**MEETING, "in_slurm": None}),
+        with_key(**{**MEETING, "meeting": "../../etc/munge/munge.key"}),
+        with_key(**{**MEETING, "path": "/etc/shadow"}),
+    ],
+)
+def test_a_key_that_is_not_exactly_one_is_refused_without_a_word_of_it(line: bytes) -> None:
+    with pytest.raises(ProtocolError) as refusal:
+        decode(line)
+    assert "0" * 12 not in str(refusal.value) and "ABAB" not in str(refusal.value)
+
+
+def test_nothing_that_is_logged_has_the_key_of_an_order() -> None:
+    said = f"{replace(ORDER, key=WITH_KEYS[0])!r} {WITH_KEYS[0]}"
+    assert SECRET.reveal().hex() not in said and repr(SECRET.reveal())[2:-1] not in said
