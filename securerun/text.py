@@ -18,6 +18,12 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+def nodes_guarded(guarded: int, nodes: int) -> str:
+    """Return how many of a job's nodes were seen to have its key. nodes: how many it has, 0 where that is not known."""
+    of = f" of {nodes}" if nodes else ""
+    return f"{guarded}{of} {'node' if guarded == 1 and nodes <= 1 else 'nodes'} guarded"
+
+
 def span(first: int, last: int) -> str:
     """Return a range of numbers, both ends included: `29500`, `60000-60015`."""
     return str(first) if first == last else f"{first}-{last}"

@@ -23,7 +23,7 @@ from securerun.guard.records import Record
 from securerun.host.account import name_of
 from securerun.linux import capabilities
 from securerun.protection import apart_runs
-from securerun.text import printable, span
+from securerun.text import nodes_guarded, printable, span
 
 if TYPE_CHECKING:
     from securerun.protection.client import Guard
@@ -120,6 +120,9 @@ def document(record: Record) -> dict[str, Any]:
         "ports": policy["ports"],
         "peers": policy["peers"],
         "public": [opening_document(opening) for opening in record.policy.public],
+        "key": {"fingerprint": record.key, "source": record.key_source or None} if record.key else None,
+        "nodes_guarded": record.nodes_guarded or None,
+        "nodes": record.nodes or None,
         "interface": ",".join(record.policy.interfaces) or None,
         "denied": [denial_document(denial) for denial in record.denied],
     }
@@ -178,7 +181,10 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
         yield "shield", f"holds no more: {record.void}"
     if record.policy.ports:
         yield "ports", _some([f"{port} {port.purpose}" for port in record.policy.ports], "; ")
-    yield "open to", _open_to(record.policy)
+    yield "open to", _open_to(record)
+    if record.key:
+        source = f" of {record.key_source}" if record.key_source else ""
+        yield "key", f"{record.key}{source}; {nodes_guarded(record.nodes_guarded, record.nodes)}"
     if record.policy.public:
         yield "public", f"port {opened(record.policy.public)}"
     if record.left_open:
@@ -207,7 +213,10 @@ def _without_guard(record: Record) -> str:
     return f"{gone}, and processes of the job still run ({_some(list(map(str, running)), ' ')}); end them, then clean"
 
 
-def _open_to(policy: Policy) -> str:
+def _open_to(record: Record) -> str:
+    policy = record.policy
+    if record.key and not policy.peers:
+        return "whoever has the job's key"
     through = f" through {', '.join(policy.interfaces)}" if policy.interfaces else ""
     return _some([str(peer) for peer in policy.peers], ", ") + through if policy.peers else "no other host"
 

@@ -18,8 +18,9 @@ def of_plan(plan: Plan) -> dict[str, Any]:
 
     `not_guarded` has a line for each program of the command that has others start things.
     `policy` is as the guard gets it; `entrance` says why peers come in through its interfaces. `peers` says who named
-    them and what each host name stands for, `hccl_whitelist` what HCCL is given. `options` has the value of each option
-    of securerun's and its origin: a flag, a variable, a file, or `default`.
+    them and what each host name stands for; `key` what the nodes know each other by, where the launcher knows it (a
+    fingerprint, and never the key), and is null without; `hccl_whitelist` what HCCL is given. `options` has the value
+    of each option of securerun's and its origin: a flag, a variable, a file, or `default`.
     """
     job = plan.job
     return {
@@ -38,12 +39,20 @@ def of_plan(plan: Plan) -> dict[str, Any]:
             "names": {name: [str(network) for network in found] for name, found in plan.peers.named.items()},
             "warnings": list(plan.peers.warnings),
         },
+        "key": _key(plan),
         "entrance": plan.entrance.reason,
         "hccl_whitelist": list(plan.whitelist),
         "umask": f"{plan.umask:04o}",
         "grace": plan.grace,
         "options": dict(_options(plan.options)),
     }
+
+
+def _key(plan: Plan) -> dict[str, Any] | None:
+    key = plan.key
+    if key.order is None:
+        return None
+    return {"fingerprint": key.fingerprint or None, "source": key.source or None, "required": key.is_required}
 
 
 def _options(asked: Options) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -23,7 +23,7 @@ from securerun.errors import UsageError
 from securerun.evidence import documents, report_html
 from securerun.firewall.policy import Policy
 from securerun.guard.documents import denial_document, layer_document
-from securerun.guard.protocol import Notice, Released
+from securerun.guard.protocol import Guarding, Notice, Released
 from securerun.host.account import name_of
 from securerun.linux import packages
 from securerun.protection import denials, words
@@ -128,10 +128,30 @@ def of_journal(journal: Journal, ending: Ending) -> dict[str, Any]:
         "guard": installed.way if installed and not installed.guarding.is_apart else None,
         "layers": [layer_document(layer) for layer in guarding.layers] if guarding else [],
         "notes": list(guarding.notes) if guarding else [],
+        "key": _key(plan, guarding),
+        "nodes": _nodes(plan, guarding, released),
         "denied": [denial_document(denial) for denial in released.denied] if released else None,
         "preflight": [finding.document() for finding in checked.preflight] if checked else [],
         "permissions": [finding.document() for finding in checked.permissions] if checked else [],
         "timeline": list(_timeline(journal, ending)),
+    }
+
+
+def _key(plan: Plan | None, guarding: Guarding | None) -> dict[str, Any] | None:
+    if plan is None or guarding is None or not guarding.fingerprint:
+        return None
+    source = guarding.key_source or plan.key.source
+    return {"fingerprint": guarding.fingerprint, "source": source, "required": plan.key.is_required}
+
+
+def _nodes(plan: Plan | None, guarding: Guarding | None, released: Released | None) -> dict[str, Any] | None:
+    """How many nodes were seen to have the job's key, and the addresses that answered without; null without a key."""
+    if plan is None or guarding is None or not guarding.fingerprint or released is None:
+        return None
+    return {
+        "guarded": released.nodes_guarded,
+        "of": plan.job.max_nodes or None,
+        "unguarded": list(released.unguarded),
     }
 
 

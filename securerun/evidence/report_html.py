@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from securerun.firewall.policy import NAMESPACE
-from securerun.text import printable, span
+from securerun.text import nodes_guarded, printable, span
 
 Document = Mapping[str, Any]
 
@@ -180,6 +180,10 @@ def _summary(document: Document) -> str:
     ]
     if launch:
         facts.append(("umask", launch["umask"]))
+    if document["key"]:
+        facts.append(("key", f"{document['key']['fingerprint']} of {document['key']['source']}"))
+    if document["nodes"]:
+        facts.append(("nodes", nodes_guarded(document["nodes"]["guarded"], document["nodes"]["of"] or 0)))
     cells = "".join(f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>" for label, value in facts)
     reason = f'<p class="none">{_text(document["reason"])}</p>' if document["reason"] else ""
     return f'<section>\n<dl class="facts">{cells}</dl>\n{reason}{_phases(document["timeline"])}</section>'

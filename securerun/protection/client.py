@@ -53,6 +53,10 @@ A_PROGRAM_STAYS = (
     "in a network of its own: a program that goes on after the job stays in the one that it is in",
     _APART,
 )
+_KNOWS_NO_KEYS = (
+    "no key (the guard of this host is of an older securerun, which knows none): who may connect is told by addresses "
+    "alone; have its administrator install this version"
+)
 
 Tell = Callable[[Notice], None]
 
@@ -323,8 +327,16 @@ class Guard:
             return None
         answer = self._received(connection, _ANSWER_SECONDS)
         if isinstance(answer, Refused):
+            if order.key is not None and not (order.key.required or answer.knows_keys):
+                return self._ordered_without_key(order)
             raise Refusal(answer)
         return answer if isinstance(answer, Guarding) else None
+
+    def _ordered_without_key(self, order: Order) -> Guarding | None:
+        """Give the order to another guard as those from before there were keys understand it, where that will do."""
+        self._start_over()
+        answer = self._ordered(dataclasses.replace(order, key=None))
+        return None if answer is None else dataclasses.replace(answer, notes=(*answer.notes, _KNOWS_NO_KEYS))
 
     def _received(self, connection: Connection, seconds: float | None) -> Message | None:
         try:
@@ -496,6 +508,7 @@ def guarded(
     grace: float = DEFAULT_GRACE_SECONDS,
     command: str = "",
     tell: Tell = lambda _: None,
+    key: str = "off",
 ) -> Iterator[Guarding]:
     """Hold a lease on this process, and on all that it starts, for a policy (`securerun.policy` makes one).
 
@@ -503,7 +516,8 @@ def guarded(
     what it made in the block stays behind the shield. Where that cannot be, as without a shield while it still listens,
     it stays in, and the next lease is refused.
 
-    grace: seconds between SIGTERM and SIGKILL for what is left when the block raises or this process is killed.
+    grace: seconds between SIGTERM and SIGKILL for what is left when the block raises or this process is killed. key: as
+    for --key; off by default, and where the policy has no peers, and there is a key, its tag is the only way in.
     In a run that is in a network of its own that is relied on: nobody can connect.
     Raises PrivilegeError, with nothing installed, when the job cannot be guarded, PolicyError in a process that is
     in a run of its own which has other peers, and UsageError for a network of this process' own: a program that runs
@@ -523,9 +537,14 @@ def guarded(
         raise UsageError(f"scope='namespace': a program that runs stays in its network; start it with {_APART}")
     require_parted()
     require_peers_of_others(policy.peers)
+    of_job = None
+    if key != "off":
+        from securerun.protection.plan import key_order
+
+        of_job = key_order(key)
     guard = Guard()
     guard.note(*A_PROGRAM_STAYS)
-    guarding = guard.guard(Order(policy, firewall, scope, grace, command), tell)
+    guarding = guard.guard(Order(policy, firewall, scope, grace, command, key=of_job), tell)
     failed = True
     try:
         yield guarding

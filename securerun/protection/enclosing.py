@@ -28,8 +28,13 @@ from securerun.options import Options
 TERMS_VARIABLE = "SECURERUN_LEASE"
 
 # The options that are a lease's own. The others (umask, user, launcher) are in force inside of it as well.
-_TERMS = ("peers", "interface", "ports", "public", "firewall", "scope", "loopback", "grace", "accept", "hccl_whitelist")
+_TERMS = (
+    *("peers", "key", "interface", "ports", "public", "firewall", "scope", "loopback", "grace", "accept"),
+    "hccl_whitelist",
+)
 _DEFAULTS = Options()
+# Of --key: what insists on no key.
+_UNDEMANDING = {"auto", "off"}
 _LONGEST_TERM = 1000
 _ROOT = 0
 _LOOKS, _LOOK_SECONDS = 10, 0.1
@@ -40,8 +45,8 @@ class Enclosing:
     """The run around this process.
 
     terms: what it was asked for where that is no default; `shield`: whether it has one; `needs_guard`: whether that may
-    be switched off; `network`: the namespace that its launcher is in (namespaces(7)). Empty for a run that was begun by
-    `securerun.guarded`.
+    be switched off; `has_key`: whether its nodes are known by a key; `network`: the namespace that its launcher is in
+    (namespaces(7)). Empty for a run that was begun by `securerun.guarded`.
     """
 
     run_id: str
@@ -79,9 +84,10 @@ def in_own_network(environment: Mapping[str, str]) -> str:
     return run_id if RUN_ID.fullmatch(run_id) and _is_in_network_of(run_id) else ""
 
 
-def terms(run_id: str, asked: Options, *, shield: bool, needs_guard: bool = False) -> str:
+def terms(run_id: str, asked: Options, *, shield: bool, needs_guard: bool = False, has_key: bool = False) -> str:
     """Return what a lease was asked for, as the text of the variable that tells launchers inside of it."""
-    has = {"shield": shield, **({"needs_guard": True} if needs_guard else {})}
+    few = {"needs_guard": needs_guard, "has_key": has_key}
+    has = {"shield": shield, **{name: True for name, value in few.items() if value}}
     return json.dumps({**_given(asked), "run": run_id, **has, "network": proc.namespace("net")})
 
 
@@ -99,7 +105,9 @@ def without_effect(asked: Options, enclosing: Enclosing) -> list[str]:
     apart = known.get("scope") == "namespace"
     if asked.loopback == "job" and known.get("loopback") != "job" and not apart:
         raise PolicyError(_too_weak("--loopback job", enclosing, "its loopback is open to this host"))
-    met = ({"scope"} if asked.scope == "process" else set()) | ({"loopback"} if apart else set())
+    if asked.key not in _UNDEMANDING and known.get("has_key") is not True and not apart:
+        raise PolicyError(_too_weak(f"--key {asked.key}", enclosing, "its nodes are not known by a key"))
+    met = ({"scope"} if asked.scope == "process" else set()) | ({"loopback", "key"} if apart else set())
     differing = [name for name, value in _given(asked).items() if known.get(name, _default(name)) != value]
     # Of variables the launchers inside know as well: SECURERUN_REPORT was meant for the one that took the lease.
     reports = asked.report is not None and asked.report_source == "--report"

@@ -20,6 +20,7 @@ from securerun.protection import client, enclosing
 from securerun.protection.client import Guard
 from securerun.protection.enclosing import Enclosing
 from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed, nobody
+from securerun.protection.job_secret import PATH_VARIABLE
 from securerun.text import printable
 
 if TYPE_CHECKING:
@@ -121,15 +122,21 @@ def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers
             say(words.renewed(before, now))
 
     renewal = Renewal(plan.peers, change_peers, say)
-    order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command)
+    order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command, key=plan.key.order)
     guarding = guard.guard(order, _teller(lambda: policy, renewal, hear))
     plan = plan.without(guarding.left_out)
     policy = plan.policy
     hear(Installed(guarding, guard.way))
-    terms_before = os.environ.get(enclosing.TERMS_VARIABLE)
+    before = {name: os.environ.get(name) for name in (enclosing.TERMS_VARIABLE, PATH_VARIABLE)}
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(
-        plan.policy.run_id, asked, shield=guarding.has_shield, needs_guard=guarding.needs_guard
+        plan.policy.run_id,
+        asked,
+        shield=guarding.has_shield,
+        needs_guard=guarding.needs_guard,
+        has_key=bool(guarding.fingerprint),
     )
+    # What is there, and not of this run, is no secret of this job. In a container the host's guard has another /run.
+    client.put_back(PATH_VARIABLE, guarding.secret_path if os.access(guarding.secret_path, os.R_OK) else None)
     for line in words.start(plan, guarding, guard.way):
         say(line)
     failed = True
@@ -143,7 +150,8 @@ def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers
             hear(Finished(failed))
             _say_farewell(guard, plan, policy, hear, failed=failed, tells=not guarding.is_apart)
             if guard.has_parted:
-                client.put_back(enclosing.TERMS_VARIABLE, terms_before)
+                for name, value in before.items():
+                    client.put_back(name, value)
         guard.require_kept()
 
 
@@ -204,5 +212,5 @@ def _say_farewell(guard: Guard | Apart, plan: Plan, now: Policy, hear: Hear, *, 
     denied, more = (released.denied, released.more) if released else (None, 0)
     if denied == () and not (plan.task.is_first and tells):
         return
-    for line in words.end(plan.policy, now, denied, more):
+    for line in (*words.end(plan.policy, now, denied, more), *words.nodes(plan, released)):
         say(line)

@@ -6,19 +6,27 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Callable
 
 from securerun.console import say
 from securerun.firewall.policy import Opening, Policy, PortRange
 from securerun.host import interfaces
 
 if TYPE_CHECKING:
+    from securerun.guard.protocol import KeyOrder
     from securerun.job.entrance import Entrance
     from securerun.job.job import Job
+    from securerun.job.key import Key
     from securerun.job.peers import Peers
     from securerun.job.tasks import Task
     from securerun.options import Options
+
+
+def _no_key() -> Key:
+    from securerun.job.key import Key
+
+    return Key()
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Plan:
     """What is to be done for one job: the job, what the user asked of securerun, and the policy of both.
 
     whitelist: the addresses that HCCL itself is to accept; empty where it is not asked to.
+    key: what the nodes know each other by, as far as this side knows.
     umask: the one in force. grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
     task: which of the node's tasks this launcher is; what all of them would say alike only the first one says.
     """
@@ -39,6 +48,12 @@ class Plan:
     umask: int
     grace: float
     task: Task
+    key: Key = field(default_factory=_no_key)
+
+    @property
+    def goes_by_key(self) -> bool:
+        """Whether a tag of the job's key is the only way in."""
+        return self.key.is_required and not self.policy.peers
 
     def without(self, ranges: Iterable[tuple[int, int]]) -> Plan:
         """Return the plan as it is in force, without ports that nobody asked for and the guard has left out."""
@@ -52,7 +67,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     Raises PolicyError or UsageError.
     """
     from securerun import options
-    from securerun.job import entrance, meeting, peers, ports, tasks, untold
+    from securerun.job import entrance, key, meeting, ports, tasks, untold
     from securerun.job.libraries import Variables
 
     interfaces.require(interfaces.parse(asked.interface), asked.interface_source)
@@ -63,7 +78,8 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     task = tasks.of_environment(os.environ)
     tell = say if task.is_first else _keep_quiet
     # Last, since it may wait for names; nothing that is wrong is to be found after that.
-    found = _everyone() if asked.unprotected and not asked.hccl_whitelist else peers.find_peers(asked, job, tell=tell)
+    of_job = key.Key() if asked.unprotected else key.find(asked, job, os.environ)
+    found, of_job = _who_comes(asked, job, of_job, tell)
     if found.ports:
         known = found.ports
         planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known, variables))
@@ -91,7 +107,33 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
         umask=umask,
         grace=grace,
         task=task,
+        key=of_job,
     )
+
+
+def _who_comes(asked: Options, job: Job, of_job: Key, tell: Callable[[str], None]) -> tuple[Peers, Key]:
+    """Return who may come to a job that has this key, and what becomes of the key.
+
+    Where nobody names the other nodes, its tag is the only way in; and where a tag is insisted on, who a batch system
+    or a rank table names is of no account: others are on their hosts as well. Where it is known that no other host has
+    a part in the job, a key that only adds would let one in, and there is none.
+    Raises PolicyError as `find_peers` does.
+    """
+    from securerun.job import peers
+    from securerun.job.key import Key
+
+    if asked.unprotected and not asked.hccl_whitelist:
+        return _everyone(), of_job
+    by_key = peers.Peers((), "whoever has the job's key")
+    if of_job.is_required and asked.peers is None and not asked.hccl_whitelist:
+        return by_key, of_job
+    try:
+        found = peers.find_peers(asked, job, tell=tell)
+        return found, of_job if found.networks or of_job.is_required else Key()
+    except peers.Unnamed:
+        if of_job.order is None or asked.hccl_whitelist:
+            raise
+        return by_key, of_job.required()
 
 
 def policy(
@@ -102,12 +144,13 @@ def policy(
     public: str | Iterable[int | str] | None = None,
     loopback: str = "any",
     accept: bool = False,
+    key: str = "off",
 ) -> Policy:
     """Make the policy of a job that this process begins by itself, for `securerun.guarded`.
 
     The arguments are those of the command line, or lists of them: peers=["node0", "10.0.0.0/24"], ports=[7000],
     public=["8080=10.0.0.0/8", 9100]. What is not given comes from the environment, the batch system and the site file,
-    as for `securerunctl exec`.
+    as for `securerunctl exec`. key: as for --key; give `guarded` the same.
     Raises PolicyError or UsageError, in one line, for what cannot be right, and where the peers are not known.
     """
     from securerun import options
@@ -115,7 +158,7 @@ def policy(
 
     given = {"peers": peers, "ports": ports, "interface": interface}
     taken: dict[str, options.Value] = {name: _listed(value) for name, value in given.items() if value is not None}
-    taken["loopback"] = loopback
+    taken.update(loopback=loopback, key=key)
     if public is not None:
         taken["public"] = _listed(public, ";")
     if accept:
@@ -123,6 +166,19 @@ def policy(
     job = environment.describe_job(os.environ, sys.argv)
     asked = options.resolve(taken, os.environ)
     return understand(job, asked, umask=0).policy
+
+
+def key_order(key: str) -> KeyOrder | None:
+    """Return what a guard is told of the key of a job that this process begins by itself; None for no key.
+
+    key: as for --key. Raises PolicyError or UsageError.
+    """
+    from securerun import options
+    from securerun.job import environment
+    from securerun.job.key import find
+
+    asked = options.resolve({"key": key}, os.environ)
+    return find(asked, environment.describe_job(os.environ, sys.argv), os.environ).order
 
 
 def _whitelist(job: Job, asked: Options, found: Peers) -> tuple[str, ...]:

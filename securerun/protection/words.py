@@ -9,10 +9,10 @@ from securerun.firewall.policy import Denial, Policy, opened
 from securerun.linux.networks import Network, is_address, shown
 from securerun.protection import denials
 from securerun.protection.ways import DIRECTLY, OF_NAMESPACE, OUTSIDE
-from securerun.text import printable, some
+from securerun.text import nodes_guarded, printable, some
 
 if TYPE_CHECKING:  # every launch has something to say, and few have a plan to print
-    from securerun.guard.protocol import Guarding, Notice
+    from securerun.guard.protocol import Guarding, Notice, Released
     from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.protection.plan import Plan
@@ -40,6 +40,8 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
         yield from (f"{run}{line}" for line in (*elsewhere(plan.job), *guarding.notes))
         return
     yield f"{run}open to {open_to(plan)}; umask {plan.umask:04o}; guard started {way}"
+    if guarding.fingerprint:
+        yield f"{run}{known_by(plan, guarding)}"
     public = plan.policy.public
     if public:
         yield f"{run}public as far as this host's own rules let it be: port {opened(public)}"
@@ -55,6 +57,30 @@ def start(plan: Plan, guarding: Guarding, way: str) -> Iterator[str]:
         yield f"{run}{line}"
     for note in (*_in_silence(plan, guarding), *guarding.notes):
         yield f"{run}{note}"
+
+
+def known_by(plan: Plan, guarding: Guarding) -> str:
+    """Return the key that the nodes know each other by, for people who compare theirs, and what it is for."""
+    if plan.goes_by_key:
+        what = "whoever opens a connection has to prove that they have it"
+    elif plan.key.is_required:
+        what = "of the peers, those may connect who prove that they have it"
+    else:
+        what = "who proves to have it may connect as well"
+    return f"key {guarding.fingerprint} of {guarding.key_source or plan.key.source}, the same on all nodes: {what}"
+
+
+def nodes(plan: Plan, released: Released | None) -> Iterator[str]:
+    """Yield how many of the job's nodes were seen to have its key, and who answered without."""
+    if released is None or not released.nodes_guarded:
+        return
+    run = f"run {plan.policy.run_id}: "
+    yield f"{run}{nodes_guarded(released.nodes_guarded, plan.job.max_nodes)}"
+    if released.unguarded:
+        yield (
+            f"{run}{some(released.unguarded, _NETWORKS_NAMED)} answered without the job's key; start securerun there "
+            "too, with the same key, and see that nothing between the nodes takes TCP option 254 away"
+        )
 
 
 def _in_silence(plan: Plan, guarding: Guarding) -> Iterator[str]:
@@ -234,9 +260,13 @@ def _summary(plan: Plan, origin: str) -> Iterator[str]:
     for network in policy.peers:
         yield _row(label, str(network))
         label = ""
-    if not policy.peers:
+    if plan.goes_by_key:
+        yield _row(label, plan.peers.source)
+    elif not policy.peers:
         yield _row(label, "none: no other host may connect")
-    yield _row("", f"named by {plan.peers.source}")
+    if not plan.goes_by_key:
+        yield _row("", f"named by {plan.peers.source}")
+    yield _row("key", _key(plan))
     yield _row("interfaces", str(plan.entrance))
     yield _row("umask", f"{plan.umask:04o}")
     yield _row("scope", f"{options.scope}: {_SCOPES[options.scope]}")
@@ -246,6 +276,15 @@ def _summary(plan: Plan, origin: str) -> Iterator[str]:
     )
     yield _row("port chains", chains)
     yield _row("guard", origin)
+
+
+def _key(plan: Plan) -> str:
+    key = plan.key
+    if key.order is None:
+        return "none: who may connect is told by addresses"
+    if not key.fingerprint:
+        return "one that the guard has to find: the site's, or Slurm's in a job of Slurm's"
+    return f"{key.fingerprint}, of {key.source}"
 
 
 def _elsewhere_rows(job: Job) -> Iterator[str]:
@@ -279,6 +318,8 @@ def _target(policy: Policy) -> str:
 
 def open_to(plan: Plan) -> str:
     """Who may connect, the first few of many, who said so, and through what."""
+    if plan.goes_by_key:
+        return plan.peers.source
     if not plan.policy.peers:
         return f"no other host ({plan.peers.source})"
     through = f" through {plan.entrance}" if plan.entrance.names else ""

@@ -5,6 +5,7 @@ Each stand-in is a process that says what a line of Python has it say, by the ch
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import os
 import queue
@@ -20,6 +21,7 @@ from securerun.firewall.policy import Layer, Policy
 from securerun.guard.protocol import (
     RUN_ID_VARIABLE,
     Guarding,
+    KeyOrder,
     Message,
     Notice,
     Order,
@@ -337,3 +339,42 @@ def test_a_report_that_breaks_off_is_told_from_an_empty_one(stand_in: queue.Queu
         return
     with pytest.raises(PrivilegeError, match="ended without an answer"):
         guard.report()
+
+
+BY_KEY = KeyOrder(required=False, meeting=bytes(32))
+# What a guard of the release before keys says to an order with one.
+NOT_UNDERSTOOD = Refused(78, "the launcher speaks version 2, this side 1; install one securerun")
+
+
+def order_was(version: int) -> str:
+    """Die, unless the order is of this version."""
+    return f"import json; assert json.loads({READ})['order']['version'] == {version}"
+
+
+def test_a_guard_of_the_release_before_guards_a_job_whose_key_only_adds(stand_in: queue.Queue[str]) -> None:
+    will(
+        stand_in,
+        [say(Ready(1)), order_was(2), say(NOT_UNDERSTOOD)],
+        [say(Ready(1)), order_was(1), say(GUARDING), READ, say(Released(()))],
+    )
+    guard = Guard()
+    answer = guard.guard(dataclasses.replace(ORDER, key=BY_KEY), lambda _: None)
+    assert answer.layers == GUARDING.layers and "older securerun" in answer.notes[-1]
+    assert guard.release(failed=False) == Released(())
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [
+        (dataclasses.replace(BY_KEY, required=True), NOT_UNDERSTOOD),
+        (BY_KEY, Refused(78, "port 22 may not be named", knows_keys=True)),
+    ],
+    ids=["the key is the only way in", "it is not for the key that it refuses"],
+)
+def test_a_job_that_is_refused_with_its_key_is_not_ordered_without(
+    stand_in: queue.Queue[str], key: KeyOrder, refused: Refused
+) -> None:
+    will(stand_in, [say(Ready(1)), order_was(2), say(refused)], [say(Ready(1)), READ, say(GUARDING), READ])
+    with pytest.raises(Refusal) as refusal:
+        Guard().guard(dataclasses.replace(ORDER, key=key), lambda _: None)
+    assert (refusal.value.status, str(refusal.value)) == (78, refused.message)
