@@ -247,6 +247,22 @@ def torchrun(
     make(directory)
 
 
+@setup.command(short_help="Make the key by which the nodes of your jobs know each other.")
+def key(
+    file: str = typer.Argument("", metavar="[FILE]", help="Another file than ~/.config/securerun/key."),
+    site: bool = typer.Option(False, "--site", help="The site's, /etc/securerun/site.key: for guards, as root."),
+) -> None:
+    """Make the key by which the nodes of your jobs know each other, on one of them, and say how the others get it.
+
+    A key that is there stays: nothing is written over.
+    """
+    from securerun.ctl.key import make
+
+    if file and site:
+        raise UsageError(f"--site is {file!r} or /etc/securerun/site.key; leave one of them out")
+    make(file or None, for_site=site)
+
+
 @setup.command(short_help="Print what has a shell complete securerun's options.")
 def completion(shell: str = typer.Argument(..., help="bash or zsh.")) -> None:
     """Print a script that has bash or zsh complete securerun's options and torchrun's, their values, and files.

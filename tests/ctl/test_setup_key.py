@@ -1,0 +1,100 @@
+"""securerunctl setup key: a key that its user alone can read, made once, and how the other nodes get it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import COMMANDS
+from hosts import environment
+
+from securerun.ctl import key as command
+from securerun.errors import PolicyError, PrivilegeError
+from securerun.linux import secret_file
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_the_key_is_where_securerun_looks_and_its_users_alone(home: Path) -> None:
+    wide = {"HOME": str(home)}
+    done = subprocess.run(
+        ["sh", "-c", 'umask 0; exec "$0" setup key', str(COMMANDS / "securerunctl")],
+        env=environment(wide),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    path = home / ".config/securerun/key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o700
+    assert os.listdir(path.parent) == ["key"]
+    text = path.read_text()
+    assert re.fullmatch(r"[0-9a-f]{64}\n", text) and len(secret_file.read(path, {os.geteuid()})) == 64
+    assert text[:8] not in done.stdout + done.stderr, "it is shown to nobody"
+    assert "scp -p ~/.config/securerun/key NODE:" in done.stdout
+
+
+def test_nothing_is_written_over(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.make(None, for_site=False)
+    path = home / ".config/securerun/key"
+    before = path.read_text()
+    with pytest.raises(PolicyError, match="is there already"):
+        command.make(None, for_site=False)
+    assert path.read_text() == before and os.listdir(path.parent) == ["key"]
+    for there in ("a file", "nothing"):
+        link = home / there
+        link.symlink_to(home / "nowhere" if there == "nothing" else path)
+        with pytest.raises(PolicyError, match="is there already"):
+            command.make(str(link), for_site=False)
+        assert link.is_symlink() and path.read_text() == before
+    assert not (home / "nowhere").exists()
+
+
+def test_of_many_at_once_one_makes_it(home: Path) -> None:
+    program = "from securerun.ctl import key; key.make(None, for_site=False)"
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(4)
+    ]
+    assert sorted(process.wait() for process in started) == [0, 1, 1, 1]
+    assert os.listdir(home / ".config/securerun") == ["key"]
+
+
+def test_a_file_by_name_is_made_too_and_its_directory_must_be_ones_own(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.make(str(home / "keys of mine" / "one"), for_site=False)
+    assert f"securerun --key '{home}/keys of mine/one' ..." in capsys.readouterr().out
+    (home / "open").mkdir()
+    (home / "open").chmod(0o777)
+    with pytest.raises(PrivilegeError, match="can be written by others"):
+        command.make(str(home / "open/key"), for_site=False)
+    assert os.listdir(home / "open") == []
+    with pytest.raises(PrivilegeError, match="cannot be made"):
+        command.make("/proc/key", for_site=False)
+
+
+def test_the_sites_key_is_roots_to_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "SITE_KEY", home / "etc/site.key")
+    command.make(None, for_site=True)
+    assert stat.S_IMODE((home / "etc/site.key").stat().st_mode) == 0o400
+
+
+def test_root_by_sudo_makes_no_key_that_its_user_cannot_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch, root: None
+) -> None:
+    os.chown(home, 4711, -1)
+    with pytest.raises(PrivilegeError, match="without sudo"):
+        command.make(None, for_site=False)
+    os.chown(home, 0, -1)
+    assert os.listdir(home) == []
