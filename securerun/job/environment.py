@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from securerun.firewall.policy import LAST_PORT, PortRange, Purpose
 from securerun.job import elsewhere
-from securerun.job.job import BY_ENVIRONMENT, C10D, C10D_PORT, STATIC, UNKNOWN_NODES, Endpoint, Job
+from securerun.job.job import BY_ENVIRONMENT, C10D, C10D_PORT, STATIC, UNKNOWN_NODES, Endpoint, Job, explicit_id
 
 _NODES = re.compile(r"([1-9][0-9]{0,5})(?::([1-9][0-9]{0,5}))?")
 _ENDPOINT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]/]+))(?::(?P<port>[0-9]{1,5}))?")
@@ -38,7 +38,7 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
         known_ports=_known_ports(environment),
         elsewhere=elsewhere.of_command(command),
         local_address=_value(environment, "PET_LOCAL_ADDR") or None,
-        rendezvous_id=_value(environment, "PET_RDZV_ID"),
+        rendezvous_id=explicit_id(_value(environment, "PET_RDZV_ID")),
     )
 
 

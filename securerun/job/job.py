@@ -24,6 +24,11 @@ UNKNOWN_NODES = 0
 C10D_PORT = 29400
 
 
+def explicit_id(text: str | None) -> str:
+    """Return the id of a rendezvous; "" for torch's own word for none (torch/distributed/run.py, get_args_parser)."""
+    return "" if text in {None, "none"} else str(text)
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where the agents of a job meet. No port, or port 0, is one that torch chooses at random."""
@@ -64,7 +69,7 @@ class Job:
     known_ports: ports that it is known to listen on, beside those that the rendezvous, HCCL and the user name.
     ranks: how many this node has; 0 where nobody asked. elsewhere: what the command has others start for it.
     local_address: what its agent calls this node, if it was told (--local-addr).
-    rendezvous_id: what tells this job from others that meet at the same place (--rdzv-id); "none" is torch's for none.
+    rendezvous_id: what tells this job from others that meet at the same place, if it was told (--rdzv-id).
     """
 
     backend: str

@@ -26,8 +26,6 @@ from securerun.text import printable
 
 AUTO, OFF, REQUIRE = "auto", "off", "require"
 USERS = Path("~/.config/securerun/key")
-# torch's own, where no id is given (torch/distributed/run.py, get_args_parser).
-_NO_ID = {"", "none"}
 # What somebody writes who takes the option for that of the key itself.
 _LOOKS_LIKE_A_KEY = re.compile(r"[0-9A-Fa-f]{40,}|[A-Za-z0-9+/_-]{42,}={0,2}")
 _HOW = "`securerunctl setup key` makes one"
@@ -94,7 +92,7 @@ def meeting(job: Job, environment: Mapping[str, str]) -> bytes:
     import json
 
     number = batch.job_number(environment)
-    if job.rendezvous_id not in _NO_ID:
+    if job.rendezvous_id:
         known = ("rendezvous", job.rendezvous_id)
     elif number is not None:
         known = number

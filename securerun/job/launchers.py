@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import UsageError
 from securerun.job import completing, originals
-from securerun.job.job import C10D, C10D_PORT, ETCD, ETCD_V2, PARALLEL, STATIC, Endpoint, Job
+from securerun.job.job import C10D, C10D_PORT, ETCD, ETCD_V2, PARALLEL, STATIC, Endpoint, Job, explicit_id
 from securerun.options import Arity
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def describe_job(namespace: argparse.Namespace) -> Job:
         log_dir=namespace.log_dir,
         elsewhere=_elsewhere(namespace),
         local_address=getattr(namespace, "local_addr", None) or None,
-        rendezvous_id=getattr(namespace, "rdzv_id", None) or "",
+        rendezvous_id=explicit_id(getattr(namespace, "rdzv_id", None)),
     )
 
 

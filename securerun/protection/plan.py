@@ -85,6 +85,8 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
         planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known, variables))
     warnings = tuple(entrance.warnings(os.environ, found.networks, variables))
     way_in = entrance.entrance(asked, os.environ, found.listed or found.networks, variables)
+    if of_job.is_required and not found.networks and asked.interface is None:
+        way_in = replace(way_in, reason="whoever has the job's key")
     listed = found.listed or found.networks
     of_addresses = (*meeting.warnings(job, asked, listed), *untold.warnings(job, os.environ, listed))
     found = replace(found, warnings=(*found.warnings, *warnings, *way_in.warnings, *of_addresses, *variables.warnings))

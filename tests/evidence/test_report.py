@@ -58,6 +58,8 @@ FIELDS: dict[str, Any] = {
     "guard": (str, type(None)),
     "layers": list,
     "notes": list,
+    "key": (dict, type(None)),
+    "nodes": (dict, type(None)),
     "denied": (list, type(None)),
     "preflight": list,
     "permissions": list,

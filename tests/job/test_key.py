@@ -10,7 +10,7 @@ import pytest
 
 from securerun.errors import PolicyError
 from securerun.job import key
-from securerun.job.job import C10D, STATIC, Endpoint, Job
+from securerun.job.job import C10D, STATIC, Endpoint, Job, explicit_id
 from securerun.options import Options, resolve, take
 
 SECRET = "0123456789abcdef" * 4
@@ -121,7 +121,7 @@ ALIKE: list[tuple[Job, dict[str, str]]] = [
     (JOB, {}),
     (replace(JOB, endpoint=Endpoint("10.0.0.1", 29500), node_rank=1), {}),
     (replace(JOB, endpoint=Endpoint("localhost", 29500), local_address="node0"), {}),
-    (replace(JOB, rendezvous_id="none"), {}),
+    (replace(JOB, rendezvous_id=explicit_id("none")), {}),
     (replace(JOB, backend=C10D, min_nodes=1, max_nodes=4), {}),
     (JOB, {"SLURM_JOB_ID": " ", "JOB_ID": "7"}),
 ]
