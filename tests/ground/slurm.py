@@ -68,12 +68,31 @@ _CGROUPS = {
     "cgroup/v1": "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n",
     "cgroup/v2": "CgroupPlugin=cgroup/v2\nCgroupMountpoint={mount}\nIgnoreSystemd=yes\n",
 }
+# In a mount namespace of the daemon's own: the machine's directories are as before.
+_INSTALLED = """
+for place in slurm munge; do
+    mount -t tmpfs -o mode=755 tmpfs /etc/$place
+done
+cp "$0/slurm.conf" /etc/slurm/
+install -m 400 "$0/munge.key" /etc/munge/
+exec "$@"
+"""
 
 
 class Cluster:
     """Slurm on hosts of a network, each node called as its host is; a context manager."""
 
-    def __init__(self, network: Network, controller: str, nodes: Sequence[str], *, tracking: str = "linuxproc") -> None:
+    def __init__(
+        self,
+        network: Network,
+        controller: str,
+        nodes: Sequence[str],
+        *,
+        tracking: str = "linuxproc",
+        as_installed: bool = False,
+    ) -> None:
+        """as_installed: what runs on the nodes finds configuration and keys where packages put them."""
+        self._as_installed = as_installed
         self._network = network
         self._controller = network[controller]
         self._nodes = [network[node] for node in nodes]
@@ -187,6 +206,9 @@ class Cluster:
     def _start(self, host: Host, daemon: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
         """Start a daemon in the foreground, on a host that bears its name."""
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host.name, daemon, *arguments]
+        if self._as_installed and daemon == "slurmd":
+            installed = ["unshare", "--mount", "sh", "-ec", _INSTALLED, str(self._directory)]
+            named = [*installed, *named]
         # Slurm's daemons are where a root shell made by plain `su` does not look.
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         with (self._directory / f"{host.name}-{daemon}.log").open("w") as log:
