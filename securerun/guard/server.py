@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         if not by_socket:
             caller.attendants = _stand_apart(caller)
         inherited.require_unlimited()
-        _drop_privilege(caller)
+        kept = _drop_privilege(caller)
         slot = _slot(caller)
         answers.send(Ready(os.getpid()))
         backends.prepare()  # while the launcher imports torch
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
             slot.close()
             return 0
         lease = _acquire(order, caller, by_socket=by_socket)
-        _drop_privilege_to_begin()
+        _drop_privilege_to_begin(kept)
         slot.close()
         _collect_garbage_from_now_on()
     except ProtocolError as error:
@@ -196,8 +196,10 @@ def _wait_for(guard: int) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def _drop_privilege(caller: Caller) -> None:
-    """Keep what the work takes; of what root in a container has been left, keep all.
+def _drop_privilege(caller: Caller) -> frozenset[int]:
+    """Keep what the work takes, and what its beginning does; of what root in a container has been left, keep all.
+
+    Return what is to be kept for good.
 
     Without SYS_PTRACE a process sees into others of its user only as far as they have no more capabilities than it has
     (ptrace(2)), and a guard of user id 0 is to see the sockets of its job. Root's also loads the modules of legacy
@@ -205,19 +207,20 @@ def _drop_privilege(caller: Caller) -> None:
     """
     held = capabilities.effective()
     if caller.user == ROOT and capabilities.SYS_PTRACE not in held:
-        kept = _NEEDED | _NEEDED_TO_BEGIN | held
+        kept = _NEEDED | held
     else:
-        kept = _NEEDED | _NEEDED_TO_BEGIN | ({capabilities.SYS_MODULE} if caller.is_root else set())
+        kept = _NEEDED | ({capabilities.SYS_MODULE} if caller.is_root else set())
     try:
-        capabilities.keep_only(kept)
+        capabilities.keep_only(kept, _NEEDED_TO_BEGIN)
     except OSError as error:
         raise PrivilegeError(f"the guard cannot give up privilege that it does not need: {error.strerror}") from error
+    return frozenset(kept)
 
 
-def _drop_privilege_to_begin() -> None:
+def _drop_privilege_to_begin(kept: frozenset[int]) -> None:
     """Give up what only the beginning took. Whatever stands in the way of that, the job is guarded."""
     with contextlib.suppress(OSError):
-        capabilities.keep_only(capabilities.effective() - _NEEDED_TO_BEGIN)
+        capabilities.keep_only(kept)
 
 
 def _slot(caller: Caller) -> ExitStack:

@@ -62,15 +62,17 @@ def run_as_root() -> str:
     return "run as root" if os.geteuid() != 0 else "run as root with more capabilities, as the host's own has"
 
 
-def keep_only(capabilities: Collection[int]) -> None:
+def keep_only(capabilities: Collection[int], for_now: Collection[int] = ()) -> None:
     """Give up every other capability for good, for this process and whatever it starts.
 
+    for_now: what this process itself, and nothing that it starts, keeps until it says this again without.
     What this process does not have is not gained. Raises OSError when the kernel refuses.
     """
     if SETPCAP in effective():
         _drop_from_bounding_set(capabilities)
-    kept = _held("CapPrm") & frozenset(capabilities)
-    _set(effective=kept, inheritable=_held("CapInh") & kept)
+    held = _held("CapPrm")
+    kept = held & frozenset(capabilities)
+    _set(effective=kept | (held & frozenset(for_now)), inheritable=_held("CapInh") & kept)
     prctl.forbid_new_privileges()
 
 
