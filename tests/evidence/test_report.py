@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -135,6 +136,16 @@ def test_a_run_has_all_that_happened_in_its_order() -> None:
     assert made["denied"][0] == {"source": "10.77.0.3", "port": 29500, "packets": 12}
     assert made["launch"]["peers"]["source"] == "--peers"
     assert (made["preflight"][0]["mend"], made["permissions"][0]["name"]) == ("umask 0027", "checkpoint")
+
+
+def test_a_run_with_a_key_has_its_fingerprint_and_how_many_nodes_were_seen() -> None:
+    by_guard = replace(GUARDING, fingerprint="0123abcd", key_source="/etc/securerun/site.key")
+    released = Released((), nodes_guarded=1, unguarded=("10.77.0.9",))
+    made = document(plans.plan(), Installed(by_guard, "by sudo"), Finished(failed=False), released)
+    assert made["key"] == {"fingerprint": "0123abcd", "source": "/etc/securerun/site.key", "required": False}
+    assert (made["nodes"]["guarded"], made["nodes"]["unguarded"]) == (1, ["10.77.0.9"])
+    page = report_html.render(made)
+    assert "0123abcd of /etc/securerun/site.key" in page and "nodes guarded" in page
 
 
 def test_what_is_not_known_is_null_and_not_nothing() -> None:

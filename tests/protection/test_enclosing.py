@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from securerun.errors import PolicyError
@@ -42,3 +44,19 @@ def test_who_insists_on_a_shield_has_one_that_ends_its_job_when_it_is_switched_o
     else:
         with pytest.raises(PolicyError, match="not certain to have a shield"):
             enclosing.without_effect(Options(scope="process"), run)
+
+
+@pytest.mark.parametrize("key", ["require", "/home/me/key"])
+def test_who_insists_on_a_key_is_not_content_with_a_run_that_has_none(key: str) -> None:
+    with pytest.raises(PolicyError, match="its nodes are not known by a key"):
+        enclosing.without_effect(Options(key=key), enclosing.Enclosing(RUN, {"shield": True}))
+    run = enclosing.Enclosing(RUN, {"shield": True, "has_key": True, "key": key})
+    assert enclosing.without_effect(Options(key=key), run) == []
+    other = enclosing.Enclosing(RUN, {"shield": True, "has_key": True})
+    assert enclosing.without_effect(Options(key=key), other) == ["--key"]
+
+
+def test_the_terms_of_a_run_say_whether_it_has_a_key_and_nothing_of_it() -> None:
+    said = json.loads(enclosing.terms(RUN, Options(key="/home/me/key"), shield=True, has_key=True))
+    assert (said["has_key"], said["key"]) == (True, "/home/me/key")
+    assert "has_key" not in json.loads(enclosing.terms(RUN, Options(), shield=True))
