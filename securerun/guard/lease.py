@@ -55,8 +55,9 @@ class Lease:
     record that cannot be written is an error.
 
     key: whose tag lets in whoever shows it; None for a job that goes by addresses alone. key_required: whether nobody
-    comes in without that tag; where there are peers nobody who is none of them either. secret_path: the file with the
-    secret of its frameworks, "" where there is none. unguarded: the first few addresses that answered at ports of the
+    comes in without that tag; where there are peers nobody who is none of them either. key_towards: where tags are
+    written as well as towards nodes. secret_path: the file with the secret of its frameworks, "" where there is none.
+    unguarded: the first few addresses that answered at ports of the
     job's and have no key of it.
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
@@ -78,6 +79,7 @@ class Lease:
         self.left_out: dict[int, str] = {}
         self.key: JobKey | None = None
         self.key_required = False
+        self.key_towards: tuple[Network, ...] = ()
         self.secret_path = ""
         self.unguarded: tuple[str, ...] = ()
         self.may_void = False
@@ -125,7 +127,7 @@ class Lease:
 
     def take_key(self, key: JobKey, source: str, wanted: KeyOrder) -> None:
         """Have the key that was wanted from here on. source: the guard's own, in words, if it is of one."""
-        self.key, self.key_required = key, wanted.required
+        self.key, self.key_required, self.key_towards = key, wanted.required, wanted.towards
         self.record = dataclasses.replace(
             self.record, key=key.fingerprint, key_source=source, nodes_guarded=1, nodes=wanted.nodes
         )

@@ -55,6 +55,7 @@ FIREWALLS = ("auto", *BACKENDS, "off")
 SCOPES = ("auto", "process", "ports")
 MAXIMUM_GRACE_SECONDS = 24 * 3600
 MAXIMUM_NODES = 1_000_000
+MAXIMUM_TOWARDS = 64
 _DIGEST = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}", re.ASCII)
 _OF_KEY = ("fingerprint", "key_source", "secret_path")
 
@@ -73,6 +74,7 @@ class KeyOrder:
     secret: the job's, where its user has the source; else the guard is to make it, of a source that only root reads.
     meeting: for that, the digest of what all nodes of the job know. in_slurm: whether the launcher takes itself to be
     in a job of Slurm's; nothing is proven by it. nodes: how many the job has, 0 where that is not known: for people.
+    towards: the addresses where the job meets, which may be none that a node of it has: a Service's, a router's.
     """
 
     required: bool
@@ -80,6 +82,7 @@ class KeyOrder:
     meeting: bytes = b""
     in_slurm: bool = False
     nodes: int = 0
+    towards: tuple[Network, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -317,22 +320,27 @@ def _read_order(body: Mapping[str, Any]) -> Order:
 
 
 def _key_document(key: KeyOrder) -> dict[str, Any]:
+    towards = [str(network) for network in key.towards]
+    said = {"required": key.required, "nodes": key.nodes, "towards": towards}
     if key.secret is not None:
-        return {"required": key.required, "nodes": key.nodes, "secret": key.secret.reveal().hex()}
-    source = {"meeting": key.meeting.hex(), "in_slurm": key.in_slurm}
-    return {"required": key.required, "nodes": key.nodes, **source}
+        return {**said, "secret": key.secret.reveal().hex()}
+    return {**said, "meeting": key.meeting.hex(), "in_slurm": key.in_slurm}
 
 
 def _read_key(body: Mapping[str, Any]) -> KeyOrder:
     """Read what an order says of the key. What is wrong with it is said without a word of it."""
     source = ("secret",) if "secret" in body else ("meeting", "in_slurm")
-    documents.require_fields(body, "required", "nodes", *source)
+    documents.require_fields(body, "required", "nodes", "towards", *source)
     required, nodes = documents.flag(body, "required"), documents.number(body, "nodes")
     if not 0 <= nodes <= MAXIMUM_NODES:
         raise ProtocolError(f"nodes is not a number up to {MAXIMUM_NODES}")
+    towards = tuple(read_network(network) for network in documents.items(body, "towards", MAXIMUM_TOWARDS))
+    if any(network.prefixlen < network.max_prefixlen for network in towards):
+        raise ProtocolError("towards is not a list of single addresses")
     if "secret" in body:
-        return KeyOrder(required, JobSecret(_digest(body, "secret")), nodes=nodes)
-    return KeyOrder(required, None, _digest(body, "meeting"), documents.flag(body, "in_slurm"), nodes)
+        return KeyOrder(required, JobSecret(_digest(body, "secret")), nodes=nodes, towards=towards)
+    meeting, in_slurm = _digest(body, "meeting"), documents.flag(body, "in_slurm")
+    return KeyOrder(required, None, meeting, in_slurm, nodes, towards)
 
 
 def _digest(body: Mapping[str, Any], name: str) -> bytes:

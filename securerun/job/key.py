@@ -20,6 +20,7 @@ from securerun.guard.protocol import KeyOrder
 from securerun.job import batch
 from securerun.job.job import Job
 from securerun.linux import secret_file, trust
+from securerun.linux.networks import Network
 from securerun.linux.secret_file import Unfit
 from securerun.options import Options
 from securerun.text import printable
@@ -47,6 +48,10 @@ class Key:
     def is_required(self) -> bool:
         """Whether nobody comes in without a tag."""
         return self.order is not None and self.order.required
+
+    def met_at(self, towards: tuple[Network, ...]) -> Key:
+        """Return the same, of a job that meets at these addresses."""
+        return self if self.order is None else replace(self, order=replace(self.order, towards=towards))
 
     def required(self) -> Key:
         """Return the same, as the only way in: nobody is known by address."""

@@ -7,9 +7,11 @@ they wait, for longer than the job does.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
 
+from securerun.guard.protocol import MAXIMUM_TOWARDS
 from securerun.host import interfaces
 from securerun.job import resolver
 from securerun.job.job import C10D, ETCD, ETCD_V2, Endpoint, Job
@@ -34,6 +36,15 @@ def warnings(
     yield from _of_endpoint(job, options, peers, resolve)
     if job.backend in _NAMED_BY_AGENT and job.max_nodes != 1:
         yield from _of_workers_store(job, peers, resolve)
+
+
+def addresses(job: Job, resolve: Resolver = resolver.addresses_of) -> tuple[Network, ...]:
+    """Return the addresses where the job meets, the first few where a name has many; none where they are not told."""
+    endpoint = job.meeting_point
+    if endpoint is None or endpoint.is_loopback:
+        return ()
+    found = _addresses(endpoint.host, resolve)[:MAXIMUM_TOWARDS]
+    return tuple(ipaddress.ip_network(address) for address in found if "%" not in address)
 
 
 def _of_endpoint(job: Job, options: Options, peers: Sequence[Network], resolve: Resolver) -> Iterator[str]:

@@ -80,6 +80,8 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     # Last, since it may wait for names; nothing that is wrong is to be found after that.
     of_job = key.Key() if asked.unprotected else key.find(asked, job, os.environ)
     found, of_job = _who_comes(asked, job, of_job, tell)
+    if of_job.order is not None:
+        of_job = of_job.met_at(meeting.addresses(job))
     if found.ports:
         known = found.ports
         planned = public.within(ports.plan_ports(job, os.environ, asked.ports, asked.ports_source, known, variables))

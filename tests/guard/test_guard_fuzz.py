@@ -82,9 +82,9 @@ def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all
 
 def _is_key(key: Any) -> bool:  # noqa: ANN401 - anything at all
     """Whether this is what an order may say of the job's key: no path, nobody's name, two texts of one form."""
-    of_launcher = _has(key, "required", "nodes", "secret")
+    of_launcher = _has(key, "required", "nodes", "towards", "secret")
     if not of_launcher and not (
-        _has(key, "required", "nodes", "meeting", "in_slurm") and type(key["in_slurm"]) is bool
+        _has(key, "required", "nodes", "towards", "meeting", "in_slurm") and type(key["in_slurm"]) is bool
     ):
         return False
     digest = key["secret" if of_launcher else "meeting"]
@@ -92,9 +92,21 @@ def _is_key(key: Any) -> bool:  # noqa: ANN401 - anything at all
         type(key["required"]) is bool
         and type(key["nodes"]) is int
         and 0 <= key["nodes"] <= 1_000_000
+        and _are_addresses(key["towards"])
         and type(digest) is str
         and re.fullmatch("[0-9a-f]{64}", digest) is not None
     )
+
+
+def _are_addresses(networks: Any) -> bool:  # noqa: ANN401 - anything at all
+    if type(networks) is not list or len(networks) > 64:
+        return False
+    if not all(type(one) is str and re.fullmatch(r"[0-9a-fA-F.:/]+", one) for one in networks):
+        return False
+    try:
+        return all(ipaddress.ip_network(one).num_addresses == 1 for one in networks)
+    except ValueError:
+        return False
 
 
 def is_permitted(document: Any) -> bool:  # noqa: ANN401 - anything at all
@@ -216,7 +228,8 @@ def _give_key(body: dict[str, Any], chance: random.Random) -> None:
     """Have the order be one with a key, mostly such as may be."""
     digest = chance.choice(("5a" * 32, "0123456789abcdef" * 4, "5A" * 32, "5a" * 31, "/etc/shadow"))
     body["version"] = chance.choice((2, 2, 2, 1, 3))
-    body["key"] = {"required": chance.random() < 0.3, "nodes": chance.choice((0, 2, 1_000_001))}
+    towards = chance.choice(([], ["10.0.0.1/32", "fd00::7/128"], ["10.0.0.1"], ["10.0.0.0/24"]))
+    body["key"] = {"required": chance.random() < 0.3, "nodes": chance.choice((0, 2, 1_000_001)), "towards": towards}
     if chance.random() < 0.5:
         body["key"]["secret"] = digest
     if "secret" not in body["key"] or chance.random() < 0.1:

@@ -247,7 +247,7 @@ def test_an_order_with_public_ports_that_cannot_be_right_is_refused_whole(public
 SECRET = JobSecret(bytes(range(32)))
 WITH_KEYS = [
     KeyOrder(required=True, secret=SECRET),
-    KeyOrder(required=False, secret=SECRET, nodes=2),
+    KeyOrder(required=False, secret=SECRET, nodes=2, towards=(ipaddress.ip_network("10.0.0.1"),)),
     KeyOrder(required=False, meeting=bytes(32), in_slurm=True, nodes=1),
     KeyOrder(required=True, meeting=bytes(range(32))),
 ]
@@ -286,6 +286,12 @@ MEETING = {"secret": None, "meeting": "00" * 32, "in_slurm": False}
         with_key(required=None),
         with_key(nodes=None),
         with_key(nodes=-1),
+        with_key(towards=None),
+        with_key(towards="10.0.0.1/32"),
+        with_key(towards=["10.0.0.0/8"]),
+        with_key(towards=["node0"]),
+        with_key(towards=["fe80::1%x\n-j ACCEPT/128"]),
+        with_key(towards=["10.0.0.1/32"] * 65),
         with_key(nodes=True),
         with_key(nodes=10**9),
         with_key(secret=""),

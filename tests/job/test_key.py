@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from securerun.errors import PolicyError
-from securerun.job import key
+from securerun.job import key, meeting
 from securerun.job.job import C10D, STATIC, Endpoint, Job, explicit_id
 from securerun.options import Options, resolve, take
 
@@ -170,3 +170,16 @@ def test_root_reads_a_users_file_that_a_server_of_nfs_keeps_from_root(
     monkeypatch.setattr(os, "open", squashed)
     with pytest.raises(PolicyError, match="root_squash"):
         find(str(path))
+
+
+def test_the_guard_is_told_where_the_job_meets_also_where_no_node_has_that_address(home: Path) -> None:
+    """A Service's, or one that a router translates: tags have to be written towards it too."""
+    put(home / ".config/securerun/key")
+    service = ("203.0.113.7", "2001:db8::7", "fe80::1%eth0")
+    job = replace(JOB, endpoint=Endpoint("service", 29500))
+    towards = meeting.addresses(job, lambda _: service)
+    assert [str(network) for network in towards] == ["203.0.113.7/32", "2001:db8::7/128"]
+    order = find().met_at(towards).order
+    assert order is not None and order.towards == towards and key.Key().met_at(towards) == key.Key()
+    assert meeting.addresses(replace(JOB, endpoint=Endpoint("localhost", 29500))) == ()
+    assert len(meeting.addresses(job, lambda _: tuple(f"10.0.{n}.1" for n in range(100)))) == 64
