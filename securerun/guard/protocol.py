@@ -51,6 +51,8 @@ from securerun.linux.networks import Network
 VERSION, VERSION_WITH_KEY = 1, 2
 # It tells the processes of a run where no cgroup holds them together, and a launcher which run is around it.
 RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
+# For programs that take the name of a file with a secret: Ray's RAY_AUTH_TOKEN_PATH.
+SECRET_PATH_VARIABLE = "SECURERUN_JOB_SECRET_PATH"
 FIREWALLS = ("auto", *BACKENDS, "off")
 SCOPES = ("auto", "process", "ports")
 MAXIMUM_GRACE_SECONDS = 24 * 3600

@@ -17,6 +17,7 @@ from securerun.firewall.policy import NAMESPACE, Layer, Policy
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
     RUN_ID_VARIABLE,
+    SECRET_PATH_VARIABLE,
     Guarding,
     Message,
     Notice,
@@ -86,7 +87,7 @@ class Guard:
     def __init__(self, *, goes_on: bool = True) -> None:
         self.has_parted = False
         self._goes_on = goes_on
-        self._run_before: str | None = None
+        self._before: dict[str, str | None] = {}
         self._untried: list[Way] = []
         self._obstacles: list[str] = []
         self._more_advice = ""
@@ -150,7 +151,8 @@ class Guard:
     def guard(self, order: Order, tell: Tell) -> Guarding:
         """Have this process guarded, with everything that it will start; `tell` gets the news while it runs.
 
-        From then on the environment names the run (SECURERUN_RUN_ID), for guards that have no cgroup to go by.
+        From then on the environment names the run (SECURERUN_RUN_ID), for guards that have no cgroup to go by, and the
+        file with the job's secret, if it has one.
         Raises Refusal with the guard's reason, PrivilegeError when no guard can be spoken to, or PolicyError while this
         process is in a run with other peers, which another thread may have begun meanwhile.
         """
@@ -161,8 +163,11 @@ class Guard:
         except BaseException:
             _running.pop(order.policy.run_id, None)
             raise
-        self._run_before = os.environ.get(RUN_ID_VARIABLE)
+        self._before = {name: os.environ.get(name) for name in (RUN_ID_VARIABLE, SECRET_PATH_VARIABLE)}
         os.environ[RUN_ID_VARIABLE] = order.policy.run_id
+        # What is there, and not of this run, is no secret of this job. In a container the host's guard has a
+        # /run of its own.
+        put_back(SECRET_PATH_VARIABLE, answer.secret_path if os.access(answer.secret_path, os.R_OK) else None)
         self._listen()
         return answer
 
@@ -242,7 +247,8 @@ class Guard:
             _stays[run_id] = stays
             return
         self.has_parted = True
-        put_back(RUN_ID_VARIABLE, self._run_before)
+        for name, value in self._before.items():
+            put_back(name, value)
         self._hang_up()
 
     def _start_over(self) -> None:

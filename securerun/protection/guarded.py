@@ -20,7 +20,6 @@ from securerun.protection import client, enclosing
 from securerun.protection.client import Guard
 from securerun.protection.enclosing import Enclosing
 from securerun.protection.events import Finished, Gone, Hear, Installed, Renewed, nobody
-from securerun.protection.job_secret import PATH_VARIABLE
 from securerun.text import printable
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers
     plan = plan.without(guarding.left_out)
     policy = plan.policy
     hear(Installed(guarding, guard.way))
-    before = {name: os.environ.get(name) for name in (enclosing.TERMS_VARIABLE, PATH_VARIABLE)}
+    terms_before = os.environ.get(enclosing.TERMS_VARIABLE)
     os.environ[enclosing.TERMS_VARIABLE] = enclosing.terms(
         plan.policy.run_id,
         asked,
@@ -135,8 +134,6 @@ def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers
         needs_guard=guarding.needs_guard,
         has_key=bool(guarding.fingerprint),
     )
-    # What is there, and not of this run, is no secret of this job. In a container the host's guard has another /run.
-    client.put_back(PATH_VARIABLE, guarding.secret_path if os.access(guarding.secret_path, os.R_OK) else None)
     for line in words.start(plan, guarding, guard.way):
         say(line)
     failed = True
@@ -150,8 +147,7 @@ def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers
             hear(Finished(failed))
             _say_farewell(guard, plan, policy, hear, failed=failed, tells=not guarding.is_apart)
             if guard.has_parted:
-                for name, value in before.items():
-                    client.put_back(name, value)
+                client.put_back(enclosing.TERMS_VARIABLE, terms_before)
         guard.require_kept()
 
 

@@ -10,11 +10,9 @@ import os
 from pathlib import Path
 
 from securerun.errors import PolicyError
+from securerun.guard.protocol import SECRET_PATH_VARIABLE
 from securerun.linux import secret_file, trust
 from securerun.linux.secret_file import Unfit
-
-# For programs that take a file's name: Ray's RAY_AUTH_TOKEN_PATH.
-PATH_VARIABLE = "SECURERUN_JOB_SECRET_PATH"
 
 
 def job_secret() -> bytes:
@@ -22,15 +20,17 @@ def job_secret() -> bytes:
 
     Raises PolicyError, in one line, where the job has none: never another secret in its place.
     """
-    name = os.environ.get(PATH_VARIABLE, "")
+    name = os.environ.get(SECRET_PATH_VARIABLE, "")
     if not name:
         raise PolicyError(
-            f"this job has no secret ({PATH_VARIABLE} is not set): its nodes have no key in common; see `securerunctl "
+            f"this job has no secret ({SECRET_PATH_VARIABLE} is not set): its nodes have no key in common; see `securerunctl "
             "setup key`, and start the job by securerun"
         )
     try:
         return secret_file.read(Path(name), trust.roots() | {os.geteuid()})
     except FileNotFoundError as error:
-        raise PolicyError(f"{PATH_VARIABLE}: there is no {name}: its job has ended, or is on another host") from error
+        raise PolicyError(
+            f"{SECRET_PATH_VARIABLE}: there is no {name}: its job has ended, or is on another host"
+        ) from error
     except Unfit as error:
-        raise PolicyError(f"{PATH_VARIABLE}: {name} {error}") from error
+        raise PolicyError(f"{SECRET_PATH_VARIABLE}: {name} {error}") from error

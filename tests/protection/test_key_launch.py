@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,23 @@ def test_the_plan_tells_the_key_before_anything_is_started(home: Path) -> None:
     (home / ".config/securerun/key").unlink()
     done = subprocess.run([*EXEC, "--dry-run", "--", "true"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 78
+
+
+CALLER = """
+import os
+from securerun import guarded, job_secret, policy
+wanted = policy(ports=[29500], key="auto")
+with guarded(wanted, firewall="off", key="auto") as guarding:
+    print(guarding.fingerprint, len(job_secret()), len(wanted.peers))
+print(os.environ.get("SECURERUN_JOB_SECRET_PATH"))
+"""
+
+
+def test_a_python_caller_has_a_key_by_asking_for_it(node: Host, home: Path) -> None:
+    env = {"HOME": str(home), "MASTER_ADDR": "node0", "NNODES": "2"}
+    done = node.run([sys.executable, "-c", CALLER], env=env)
+    assert done.returncode == 0, done
+    first, second = done.stdout.splitlines()
+    assert len(first.split()[0]) == 8 and first.split()[1:] == ["64", "0"] and second == "None"
+    without = node.run([sys.executable, "-c", CALLER.replace(', key="auto"', "")], env=env)
+    assert "nothing says which hosts they are" in without.stderr
