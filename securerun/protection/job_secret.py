@@ -23,8 +23,8 @@ def job_secret() -> bytes:
     name = os.environ.get(SECRET_PATH_VARIABLE, "")
     if not name:
         raise PolicyError(
-            f"this job has no secret ({SECRET_PATH_VARIABLE} is not set): its nodes have no key in common; see `securerunctl "
-            "setup key`, and start the job by securerun"
+            f"this job has no secret ({SECRET_PATH_VARIABLE} is not set): its nodes have no key in common; see "
+            "`securerunctl setup key`, and start the job by securerun"
         )
     try:
         return secret_file.read(Path(name), trust.roots() | {os.geteuid()})
