@@ -91,7 +91,8 @@ class Caller:
             raise PrivilegeError(
                 f"process {self.pid} is of several users at once ({', '.join(map(str, sorted(users)))})"
             )
-        self.user, self.group, self.groups = users.pop(), status.group, status.groups
+        self.user, self.groups = users.pop(), status.groups
+        self.group = int(status.words("Gid")[1])  # the effective one
         may_anything = self.user == ROOT and capabilities.NET_ADMIN in status.bits("CapEff")
         self.is_root = self._directly and may_anything and _is_of_our_user_namespace(self.pid)
 

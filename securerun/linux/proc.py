@@ -106,11 +106,6 @@ class Status:
         return tuple(map(int, self.words("Uid")))
 
     @property
-    def group(self) -> int:
-        """The id of the group that counts: the effective one."""
-        return int(self.words("Gid")[1])
-
-    @property
     def groups(self) -> frozenset[int]:
         """The ids of all its groups."""
         return frozenset(map(int, (*self.words("Gid"), *self.words("Groups"))))
