@@ -53,7 +53,8 @@ LOADED_BY_THE_GUARD = {
     "guard": "acquire caller cgroup channel documents ending exposure inherited job_secret lease limits log neighbours "
     "notices parting presence program protocol reaper records refusals reserved run_directory server unanswered "
     "unasked waiting watch",
-    "firewall": "backends chains droplog job_key policy program_steps refusals selftest shield shield_maps shield_program",
+    "firewall": "backends chains droplog job_key policy program_steps refusals selftest shield shield_maps "
+    "shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets net_cgroups "
     "netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
     "": "errors site_file text",
@@ -62,7 +63,11 @@ LOADED_BY_THE_GUARD = {
 LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux": "commands ip_set kernel_types"}
 
 # And this where an order has a key.
-LOADED_WITH_A_KEY = {"guard": "keys", "linux": "secret_file"}
+LOADED_WITH_A_KEY = {
+    "guard": "answers keys nodes tagging",
+    "firewall": "siphash tag tag_maps tag_program tag_proof tag_writer tags",
+    "linux": "addresses ring_buffer secret_file",
+}
 
 MOST_LINES = 549
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}

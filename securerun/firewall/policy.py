@@ -157,6 +157,11 @@ class Admission(str, enum.Enum):
 
     __str__ = str.__str__
 
+    @property
+    def is_by_tag_alone(self) -> bool:
+        """Whether a tag alone is enough, from wherever."""
+        return self in (Admission.EITHER, Admission.TAG)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -221,7 +226,7 @@ class Policy:
     @property
     def admits_by_tag(self) -> bool:
         """Whether a tag alone is enough to connect, from wherever."""
-        return self.admission in (Admission.EITHER, Admission.TAG)
+        return self.admission.is_by_tag_alone
 
     def tag_ports(self) -> list[tuple[int, int]]:
         """Return the planned ports where port chains leave it to the shield who has a tag, as `joined_ports` does.

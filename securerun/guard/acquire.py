@@ -43,6 +43,7 @@ _MOST_TAKEN_ALONG = 4096
 _PIDS_NAMED = 8
 _RUNS_NAMED = 4
 _PORTS_NAMED = 8
+_NO_SHIELD_NO_TAG = "only the shield can ask for a tag, and there is none"
 
 
 def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
@@ -62,7 +63,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
             _require_public_reserved(order.policy)
         _add_shield(lease, undo)
         if lease.shield is None:
-            lease.forget_key("only the shield can ask for a tag, and there is none")
+            lease.forget_key(_NO_SHIELD_NO_TAG)
         if secret is not None:
             _hand_out(lease, secret)
         undo.callback(_remove_chains, lease)
@@ -106,6 +107,8 @@ def _take_key(lease: Lease) -> JobSecret | None:
             lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
         return None
     lease.take_key(found.secret.key(), found.source, wanted)
+    if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
+        lease.forget_key(_NO_SHIELD_NO_TAG)
     return found.secret
 
 
@@ -316,18 +319,38 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
         with contextlib.suppress(ShieldUnavailable):
             lease.shield = shield.adopt(cgroup.descriptor)
             undo.callback(lease.shield.close)
+            if lease.shield.tags is None:
+                lease.forget_key("the guard before this one had none")
             lease.shield.replace_peers(lease.policy.peers)
+            if lease.shield.tags is not None and lease.key is not None:
+                lease.shield.tags.replace_networks(lease.policy.tagged)
             return
+    if lease.key is not None:
+        _require_key_of_use(lease, cgroup)
     shield.refuse_conflicts(cgroup.ancestors, tags=lease.policy.close_loopback)
-    if lease.policy.close_loopback and not cgroup.populated():
-        from securerun.firewall import tag_proof  # not every job goes by tags
-
-        tag_proof.require_tags(cgroup.descriptor, lease.caller.pid)
-    lease.shield = Shield.attach(cgroup.descriptor, lease.policy)
+    if lease.policy.close_loopback and lease.key is None and not cgroup.populated():
+        _require_tags(lease, cgroup)
+    lease.shield = Shield.attach(cgroup.descriptor, lease.policy, lease.key)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
     if not cgroup.populated():
         selftest.require_proof(cgroup.descriptor, lease.caller.pid)
+
+
+def _require_key_of_use(lease: Lease, cgroup: JobCgroup) -> None:
+    """Forget a key whose tags do not work here. Raises PolicyError where nobody is to come in without."""
+    try:
+        shield.refuse_conflicts(cgroup.ancestors, tags=True)
+        if not cgroup.populated():
+            _require_tags(lease, cgroup)
+    except ShieldUnavailable as error:
+        lease.forget_key(str(error))
+
+
+def _require_tags(lease: Lease, cgroup: JobCgroup) -> None:
+    from securerun.firewall import tag_proof  # not every job goes by tags
+
+    tag_proof.require_tags(cgroup.descriptor, lease.caller.pid)
 
 
 def _where(caller: Caller) -> net_cgroups.Memberships:

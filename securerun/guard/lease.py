@@ -7,11 +7,11 @@ import dataclasses
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
-from securerun.errors import PolicyError
+from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
+from securerun.firewall.job_key import JobKey
 from securerun.firewall.policy import (
     SHIELD,
     Admission,
@@ -29,18 +29,18 @@ from securerun.guard import neighbours, records, reserved, run_directory, unaske
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
+from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Guarding, KeyOrder, Order, mark_of
 from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
 from securerun.linux import proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
-from securerun.linux.networks import Network
+from securerun.linux.networks import Network, collapse
 from securerun.linux.processes import JobProcesses, Process
-
-if TYPE_CHECKING:
-    from securerun.firewall.job_key import JobKey
+from securerun.text import some
 
 # The watch goes on in between.
 _KILL_SECONDS = 0.2
+_NETWORKS_NAMED = 4
 # Whoever is there at two looks is read, so that a process is found within a second; some 30 us for each that is new.
 _LOOK_ELSEWHERE_SECONDS = 0.5
 
@@ -127,9 +127,27 @@ class Lease:
 
     def take_key(self, key: JobKey, source: str, wanted: KeyOrder) -> None:
         """Have the key that was wanted from here on. source: the guard's own, in words, if it is of one."""
+        from securerun.guard import tagging  # few jobs have one
+
         self.key, self.key_required, self.key_towards = key, wanted.required, wanted.towards
+        within = None if self.caller.is_root else self.site.peers
+        try:
+            self.policy = tagging.by_key(self.policy, required=wanted.required, towards=wanted.towards, within=within)
+        except OSError as error:
+            raise PrivilegeError(f"this host's own addresses cannot be told ({error.strerror})") from error
+        if within is not None:
+            allowed = some([*map(str, within)], _NETWORKS_NAMED)
+            self.notes += (
+                f"whoever shows the key's tag has to come from a peer's address too, since this host allows peers from "
+                f"{allowed} alone ({LIMITS_FILE})",
+            )
         self.record = dataclasses.replace(
-            self.record, key=key.fingerprint, key_source=source, nodes_guarded=1, nodes=wanted.nodes
+            self.record,
+            policy=self.policy,
+            key=key.fingerprint,
+            key_source=source,
+            nodes_guarded=1,
+            nodes=wanted.nodes,
         )
 
     def forget_key(self, why: str) -> None:
@@ -137,8 +155,11 @@ class Lease:
         if self.key is None:
             return
         require_not_required(self.key_required, why)
+        from securerun.guard import tagging
+
         self.key = None
-        self.record = dataclasses.replace(self.record, key="", key_source="", nodes_guarded=0)
+        self.policy = tagging.by_address(self.policy, self.order.policy.peers)
+        self.record = dataclasses.replace(self.record, policy=self.policy, key="", key_source="", nodes_guarded=0)
         self.notes += (f"no key ({why}): who may connect is told by addresses alone",)
 
     def denied(self) -> Denials:
@@ -227,18 +248,31 @@ class Lease:
         Raises PolicyError for networks that this caller may not name, ShieldUnavailable or PortChainsUnavailable when
         a layer cannot take them, and PrivilegeError when the host's lock is not to be had.
         """
-        policy = dataclasses.replace(self.policy, peers=networks)
-        require_permitted_peers(self.site, policy, self.caller)
+        require_permitted_peers(self.site, dataclasses.replace(self.order.policy, peers=networks), self.caller)
+        policy = self._with_peers(networks)
         with run_directory.recording() as directory:
             known = records.read_briefs(directory)
             self.leave_out(unasked.harmful(dataclasses.replace(self.record, policy=policy), known))
-            policy = dataclasses.replace(self.policy, peers=networks)
+            policy = self._with_peers(networks)
             neighbours.require_harmless_peers(dataclasses.replace(self.record, policy=policy), known)
         if self.shield is not None:
-            self.shield.replace_peers(networks)
+            self.shield.replace_peers(policy.peers)
+            if self.shield.tags is not None and self.key is not None:
+                self.shield.tags.replace_networks(policy.tagged)
         self.policy = policy
         self.write(policy=policy)
         self.restore_chains()
+
+    def _with_peers(self, networks: tuple[Network, ...]) -> Policy:
+        """Return the policy with other peers. Raises PolicyError where none are left and each is to show an address."""
+        if self.key is None:
+            return dataclasses.replace(self.policy, peers=networks)
+        from securerun.guard import tagging
+
+        peers = networks if networks or self.caller.is_root else collapse(self.site.peers or ())
+        towards = (*peers, *self.key_towards)
+        tagged = tagging.networks_of(towards, close_loopback=self.policy.close_loopback)
+        return dataclasses.replace(self.policy, peers=peers, tagged=tagged)
 
     def follow_interfaces(self) -> None:
         """Have the shield go by the interfaces that have the policy's names now. Raises ShieldUnavailable."""

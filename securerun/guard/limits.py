@@ -23,13 +23,12 @@ from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
 from securerun.linux import packages, port_ranges, trust
-from securerun.linux.networks import Network
+from securerun.linux.networks import EVERY_HOST, Network
 
 # Peers of more addresses than such a network has are half the world rather than the nodes of a job; and 3,200 networks,
 # none of them wider, are all of IPv4 but 128 addresses.
 _WIDEST = {4: 8, 6: 16}
 _BITS = {4: 32, 6: 128}
-_EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _require_permitted_openings(site: SitePolicy, policy: Policy) -> None:
     if allowed is None:
         return
     for opening in policy.public:
-        for network in opening.networks or _EVERY_HOST:
+        for network in opening.networks or EVERY_HOST:
             if not _is_within(network, allowed):
                 whom = "every host" if opening.is_for_all else str(network)
                 listed = ", ".join(map(str, allowed)) or "no public port"
@@ -262,7 +261,7 @@ def _networks(key: str, value: object) -> tuple[Network, ...]:
 def _public(key: str, value: object) -> tuple[Network, ...]:
     """Return the networks of public ports: all of them for true, none for false."""
     if isinstance(value, bool):
-        return _EVERY_HOST if value else ()
+        return EVERY_HOST if value else ()
     return _networks(key, value)
 
 

@@ -15,7 +15,7 @@ from securerun.guard.caller import ROOT
 from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Brief, Record
 from securerun.linux import sock_diag
-from securerun.linux.networks import Network, collapse
+from securerun.linux.networks import EVERY_HOST, Network, collapse
 from securerun.linux.sock_diag import SocketsUnavailable
 from securerun.text import some, span
 
@@ -143,7 +143,8 @@ def _require_harmless_peers(run: Record, known: Iterable[Brief]) -> None:
 def _would_let_others_in(run: Record, brief: Brief) -> bool:
     """Return whether a run would let others in to another. Whose peers cannot be understood has none to protect."""
     peers = brief.peers()
-    let_in = (*run.policy.peers, *_let_to(brief.ports(), run.policy.public))
+    own = EVERY_HOST if run.policy.admits_by_tag else run.policy.peers
+    let_in = (*own, *_let_to(brief.ports(), run.policy.public))
     return peers is not None and not _are_within(let_in, peers)
 
 

@@ -17,7 +17,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Callable, TypeVar
 
 from securerun.errors import PolicyError
-from securerun.firewall.policy import NAMESPACE, RUN_ID, Denial, Layer, Opening, Policy, joined, require_ports
+from securerun.firewall.policy import (
+    NAMESPACE,
+    RUN_ID,
+    Admission,
+    Denial,
+    Layer,
+    Opening,
+    Policy,
+    joined,
+    require_ports,
+)
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
     MAXIMUM_RECORDED_RANGES,
@@ -33,7 +43,7 @@ from securerun.guard.documents import (
 )
 from securerun.guard.protocol import mark_of
 from securerun.linux import cgroups, file_lock, proc, processes
-from securerun.linux.networks import Network
+from securerun.linux.networks import EVERY_HOST, Network
 
 DIRECTORY = Path("/run/securerun")
 MOST_RANGES_LEFT_OPEN = 1024
@@ -194,8 +204,13 @@ class Brief(Known):
         return []
 
     def peers(self) -> tuple[Network, ...] | None:
-        """Return who may connect; None where that cannot be understood."""
+        """Return who may connect; None where that cannot be understood.
+
+        Whoever has TCP option 254 comes past the port chains of a run that goes by tags, to be judged by its shield.
+        """
         with contextlib.suppress(*NO_RECORD):
+            if not self.is_bare and Admission(self._policy.get("admission", Admission.ADDRESS)).is_by_tag_alone:
+                return EVERY_HOST
             return tuple(read_network(peer) for peer in self._policy["peers"])
         return None
 

@@ -14,22 +14,34 @@ from securerun.linux.addresses import own_networks
 from securerun.linux.networks import Network, collapse
 
 
-def by_key(policy: Policy, *, required: bool) -> Policy:
+def by_key(
+    policy: Policy, *, required: bool, towards: Iterable[Network] = (), within: Iterable[Network] | None = None
+) -> Policy:
     """Return the policy of a job that has a key. Raises OSError where the kernel does not tell this host's networks.
 
     required: nobody comes in without a tag; where there are peers, nobody who is none of them either. Else a tag only
-    adds to who comes in by address.
+    adds to who comes in by address. towards: where the job meets, beside where nodes can be.
+    within: the networks that the site lets peers be in; then a tag is asked for, and an address in the peers' networks,
+    or where nobody is named in those of the site.
     """
-    admission = Admission.EITHER
-    if required:
-        admission = Admission.BOTH if policy.peers else Admission.TAG
-    return replace(policy, admission=admission, tagged=networks_of(policy.peers, close_loopback=policy.close_loopback))
+    admission, peers = Admission.EITHER, policy.peers
+    if within is not None:
+        admission, peers = Admission.BOTH, peers or collapse(within)
+    elif required:
+        admission = Admission.BOTH if peers else Admission.TAG
+    tagged = networks_of((*peers, *towards), close_loopback=policy.close_loopback)
+    return replace(policy, admission=admission, peers=peers, tagged=tagged)
 
 
-def networks_of(peers: Iterable[Network], *, close_loopback: bool) -> tuple[Network, ...]:
-    """Return the networks towards which a job with these peers writes tags. Raises OSError.
+def by_address(policy: Policy, peers: tuple[Network, ...]) -> Policy:
+    """Return the policy of a job that has no key after all, and these peers."""
+    return replace(policy, admission=Admission.ADDRESS, peers=peers, tagged=())
+
+
+def networks_of(networks: Iterable[Network], *, close_loopback: bool) -> tuple[Network, ...]:
+    """Return the networks towards which a job writes tags whose peers, and where it meets, these are. Raises OSError.
 
     Over an open loopback nobody is asked for a tag.
     """
     loopback = tag.LOOPBACK if close_loopback else ()
-    return collapse((*tag.WHERE_NODES_ARE, *own_networks(), *loopback, *peers))
+    return collapse((*tag.WHERE_NODES_ARE, *own_networks(), *loopback, *networks))

@@ -6,6 +6,7 @@ chores that have to look from time to time.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import select
 import time
@@ -29,6 +30,7 @@ from securerun.linux.nf_tables import Deletions
 
 if TYPE_CHECKING:
     from securerun.guard.answers import Answers
+    from securerun.guard.nodes import Nodes
     from securerun.guard.proof import Proof
 
 _NOTICE_SECONDS = 1.0
@@ -61,6 +63,8 @@ _PROOF_SECONDS = 0.05
 _PRESENCE_SECONDS = 1.0
 # A connection that goes nowhere is told of within seconds.
 _UNANSWERED_SECONDS = 2.0
+# How many nodes were seen is for people.
+_NODES_SECONDS = 1.0
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
 _LOOK_SECONDS = 0.05
 
@@ -125,6 +129,9 @@ class Watch:
         self._unanswered = open_unanswered(lease)
         self._hanging = Chore(_UNANSWERED_SECONDS, self._tell_unanswered, time.monotonic() + _UNANSWERED_SECONDS)
         self._chores.append(self._hanging)
+        self._nodes = _open_nodes(lease)
+        if self._nodes is not None:
+            self._chores.append(Chore(_NODES_SECONDS, self._count_nodes))
         presence = Presence(lease.policy.run_id)
         self._chores.append(Chore(_PRESENCE_SECONDS, presence.make_room))
         if lease.caller.pidfd is None or lease.cgroup is None:
@@ -256,6 +263,18 @@ class Watch:
         if self._answers is not None:
             self._speech.say(*self._answers.take_in())
 
+    def _count_nodes(self) -> None:
+        """Count the nodes that were seen with the job's key; tell, and record, what is new."""
+        if self._nodes is None:
+            return
+        words = self._nodes.look()
+        if not self._released:
+            self._speech.say(*words)
+        lease = self._lease
+        lease.unguarded = self._nodes.unguarded
+        if lease.record.nodes_guarded != self._nodes.guarded:
+            lease.write_unless_locked(nodes_guarded=self._nodes.guarded)
+
     def _give_up(self, reason: str) -> None:
         """Have the launcher end a job that insists on the shield and is without; kill it where it does not."""
         if self._given_up or self._released:
@@ -309,8 +328,8 @@ class Watch:
 
     def _say_farewell(self, stays: str) -> None:
         denied = self._notices.denied()
-        lease = self._lease
-        of_nodes = (lease.record.nodes_guarded, lease.unguarded) if lease.key is not None else ()
+        self._attempt(self._count_nodes)
+        of_nodes = () if self._nodes is None else (self._nodes.guarded, self._nodes.unguarded)
         self._send(Released(denied.listed, denied.more, stays, *of_nodes))
 
     def _read_order(self) -> Message | None:
@@ -400,6 +419,17 @@ def _open_answers(lease: Lease) -> Answers | None:
     from securerun.guard.answers import open_answers
 
     return open_answers(lease)
+
+
+def _open_nodes(lease: Lease) -> Nodes | None:
+    """Open what counts the nodes of a job that has a key; None where the kernel does not tell this host's addresses."""
+    if lease.key is None:
+        return None
+    from securerun.guard.nodes import Nodes
+
+    with contextlib.suppress(OSError):
+        return Nodes(lease)
+    return None
 
 
 def _listen_for_links(lease: Lease) -> Links | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from securerun.linux import netlink
 from securerun.linux.netlink import Channel
-from securerun.linux.networks import Network, collapse
+from securerun.linux.networks import Address, Network, collapse
 
 # include/uapi/linux/rtnetlink.h, if_addr.h: struct ifaddrmsg: family, length of the prefix, flags, scope, interface
 _NEW_ADDRESS, _GET_ADDRESS = 20, 22
@@ -23,13 +23,31 @@ def own_networks() -> tuple[Network, ...]:
 
     Of a tunnel between two hosts both ends are in, each by itself.
     """
+    found = (network for answer in _all() for network in _networks_in(answer))
+    return collapse(network for network in found if not network.is_loopback)
+
+
+def own_addresses() -> frozenset[Address]:
+    """Return the addresses of all interfaces of this network namespace. Raises OSError."""
+    return frozenset(ipaddress.ip_address(packed) for answer in _all() for packed in _own_in(answer))
+
+
+def _all() -> list[bytes]:
     with contextlib.closing(Channel(netlink.ROUTE)) as channel:
         question = netlink.framed(
             _GET_ADDRESS, _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0), netlink.REQUEST | netlink.DUMP
         )
-        answers = channel.listed(question, _NEW_ADDRESS)
-    found = (network for answer in answers for network in _networks_in(answer))
-    return collapse(network for network in found if not network.is_loopback)
+        return list(channel.listed(question, _NEW_ADDRESS))
+
+
+def _own_in(answer: bytes) -> Iterator[bytes]:
+    """Yield this host's own end: of a tunnel the other one is told as well."""
+    family, *_ = netlink.unpacked(_ADDRESS, answer)
+    if family in (socket.AF_INET, socket.AF_INET6):
+        found = netlink.attributes(answer[_ADDRESS.size :])
+        kind = _LOCAL if _LOCAL in found else _REMOTE  # IPv6 has the address there, where nobody is at the other end
+        if kind in found:
+            yield found[kind]
 
 
 def _networks_in(answer: bytes) -> Iterator[Network]:

@@ -12,6 +12,8 @@ from securerun.errors import PolicyError
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
+EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
+
 
 def is_address(text: str) -> bool:
     """Return whether a text is an address of IPv4 or IPv6."""

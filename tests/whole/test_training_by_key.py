@@ -1,0 +1,105 @@
+"""Two fresh hosts, a key made on one and copied to the other, and no other word: the job trains, for nobody else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jobs
+import kernel
+import pytest
+from checkout import COMMANDS
+from hosts import Host, Network, finish, finish_all
+from probe import Probe
+from remains import nothing_left_behind
+
+CTL = str(COMMANDS / "securerunctl")
+
+
+@pytest.fixture
+def homes(node: Host, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """The user's homes on two hosts: the key is made in the first, and copied as an ssh key is."""
+    kernel.require(kernel.TAGS)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    made = node.run([CTL, "setup", "key"], env={"HOME": str(first)})
+    assert made.returncode == 0, made
+    shutil.copytree(first, second)
+    yield first, second
+
+
+def start(
+    nodes: Sequence[Host], homes: Sequence[Path], *options: Sequence[str], groups: int = 3
+) -> list[subprocess.Popen[str]]:
+    """`securerun --nnodes 2 --node-rank R --master-addr ADDRESS train.py` on both, with what each has beside."""
+    given = options or ((), ())
+    script = (str(jobs.TRAIN), "--groups", str(groups))
+    return [
+        node.popen(
+            [jobs.SECURERUN, *more, "--nnodes", "2", *jobs.rendezvous("static", node, rank, nodes[0]), *script],
+            env={"HOME": str(home)},
+        )
+        for rank, (node, home, more) in enumerate(zip(nodes, homes, given))
+    ]
+
+
+def test_a_key_that_was_copied_is_all_that_it_takes_and_nobody_else_comes_in(
+    network: Network, homes: tuple[Path, Path], tmp_path: Path
+) -> None:
+    node0, node1, stranger = network
+    reports = [tmp_path / f"{rank}.json" for rank in (0, 1)]
+    options = [("--loopback", "job", "--report", str(report)) for report in reports]
+    with (
+        nothing_left_behind(node0, node1),
+        Probe(stranger, node0) as outside,
+        Probe(node1, node0) as beside_the_peer,
+        Probe(node0, node0) as on_this_host,
+    ):
+        done = finish_all(start((node0, node1), homes, *options), timeout=120)
+    assert [each.returncode for each in done] == [0, 0], done
+    assert jobs.last_loss(done[0].stdout) < 1
+    for probe in (outside, beside_the_peer, on_this_host):
+        assert probe.reached == set() and len({port for _, port in probe.tried}) >= 3
+    for each, report in zip(done, reports):
+        assert "open to whoever has the job's key" in each.stderr
+        assert each.stderr.count("2 of 2 nodes guarded") >= 1, each.stderr
+        assert json.loads(report.read_text())["nodes"] == {"guarded": 2, "of": 2, "unguarded": []}
+
+
+def test_nodes_with_different_keys_both_say_so_within_seconds(network: Network, homes: tuple[Path, Path]) -> None:
+    node0, node1, _ = network
+    (homes[1] / ".config/securerun/key").write_text("another key of thirty-two bytes and a few more\n")
+    started = start((node0, node1), homes)
+    said = [_said_within_seconds(each) for each in started]
+    fingerprints = [line.partition(": key ")[2][:8] for text in said for line in text.splitlines() if ": key " in line]
+    assert len(set(fingerprints)) == 2, said
+    # Whoever opens hears nothing, and whoever listens turns away; each of them has to think of its key.
+    assert f"blocked {node1.ipv4} → {jobs.PORT}" in said[0] and f"(fingerprint {fingerprints[0]})" in said[0], said[0]
+    assert f"{node0.ipv4}" in said[1] and f"(fingerprint {fingerprints[1]})" in said[1], said[1]
+
+
+def _said_within_seconds(launch: subprocess.Popen[str], seconds: float = 8) -> str:
+    """What a launch says that goes on, and is ended then."""
+    try:
+        launch.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        launch.terminate()
+    return finish(launch, timeout=30).stderr
+
+
+def test_a_node_that_is_named_may_be_without_securerun(network: Network, homes: tuple[Path, Path]) -> None:
+    node0, node1, _ = network
+    script = (str(jobs.TRAIN), "--groups", "1")
+    peers = ("--peers", ",".join(address for node in (node0, node1) for address in node.addresses))
+    near = node0.popen(
+        [jobs.SECURERUN, *peers, "--nnodes", "2", *jobs.rendezvous("static", node0, 0, node0), *script],
+        env={"HOME": str(homes[0])},
+    )
+    far = node1.popen([jobs.TORCHRUN, "--nnodes", "2", *jobs.rendezvous("static", node1, 1, node0), *script])
+    done = finish_all([near, far], timeout=120)
+    assert [each.returncode for each in done] == [0, 0], done
+    assert "1 of 2 nodes guarded" in done[0].stderr
+    assert f"peer {node1.ipv4} is let in by its address alone" in done[0].stderr
