@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from securerun.firewall.job_key import JobKey
 from securerun.firewall.policy import covers
 from securerun.guard.lease import Lease
 from securerun.linux import proc, sock_diag
@@ -67,7 +68,7 @@ class Unanswered:
         for pair, since in self._waiting.items():
             if pair not in self._told and now - since >= _WAITED_SECONDS and len(self._told) < _MOST_TOLD:
                 self._told[pair] = now
-                yield _line(found[pair], now - since + _RETRY_SECONDS)
+                yield _line(found[pair], now - since + _RETRY_SECONDS, self._lease.key)
 
     def _of_the_job(self, attempts: Iterable[Attempt]) -> list[Attempt]:
         asked = [one for one in attempts if one.port >= _FIRST_FREE_PORT or covers(self._planned, one.port)]
@@ -88,13 +89,20 @@ def open_unanswered(lease: Lease) -> Unanswered | None:
         return None
 
 
-def _line(attempt: Attempt, seconds: float) -> str:
+def _line(attempt: Attempt, seconds: float, key: JobKey | None) -> str:
     where = f"[{attempt.target}]:{attempt.port}" if attempt.target.version == 6 else f"{attempt.target}:{attempt.port}"
     begin = f"no answer from {where} for {seconds:.0f} s: "
     if attempt.target.is_loopback or attempt.source == attempt.target:
         return (
             f"{begin}if securerun guards that port with --loopback job, start all of the job by one securerun or one "
             "securerunctl exec, or use --loopback any there"
+        )
+    if key is not None:
+        return (
+            f"{begin}that host may be down, or a firewall in between; if securerun guards it, it may have another key "
+            f"than this job's (fingerprint {key.fingerprint}), or none: compare the fingerprints, and see that nothing "
+            f"in between translates the address {attempt.source}, or takes TCP option 254 away; or name it there with "
+            "--peers, and --key auto"
         )
     return (
         f"{begin}that host may be down, or a firewall in between; if securerun guards it, it may not know this one by "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Callable
 
 from securerun.firewall.policy import Denial, Opening, Policy
@@ -18,6 +19,14 @@ _INTERFACES_NAMED = 4
 _DENIALS_NAMED = 10
 
 
+@dataclass(frozen=True)
+class KeyInForce:
+    """The key whose tag lets in whoever shows it. required: whether a peer's address alone does not."""
+
+    fingerprint: str
+    required: bool
+
+
 class Reason(enum.Enum):
     """Which rule turned somebody away."""
 
@@ -26,6 +35,7 @@ class Reason(enum.Enum):
     INTERFACE = "a peer's address, through another interface than --interface permits"
     LOOPBACK = "a process of this host that is none of the job's (--loopback job)"
     PUBLIC = "a public port (--public), and none of its networks has this address"
+    KEY = "no tag of the job's key"
     SINCE = "it has become a peer since"
 
 
@@ -37,7 +47,12 @@ def is_of_this_host(address: Address) -> bool:
 
 
 def reason(
-    policy: Policy, source: Address, is_own: Callable[[Address], bool] = is_of_this_host, *, port: int = 0
+    policy: Policy,
+    source: Address,
+    is_own: Callable[[Address], bool] = is_of_this_host,
+    *,
+    port: int = 0,
+    key: KeyInForce | None = None,
 ) -> Reason:
     """Return which rule of a policy turned this source away from a port.
 
@@ -49,7 +64,11 @@ def reason(
     if policy.close_loopback and (source.is_loopback or is_own(source)):
         return Reason.LOOPBACK
     if policy.has_peer(source):
-        return Reason.INTERFACE if policy.interfaces else Reason.SINCE
+        if policy.interfaces:
+            return Reason.INTERFACE
+        return Reason.KEY if key is not None and key.required else Reason.SINCE
+    if key is not None:
+        return Reason.KEY
     return Reason.VERSION if policy.answered_version == source.version else Reason.STRANGER
 
 
@@ -59,9 +78,9 @@ def blocked(denial: Denial) -> str:
     return f"blocked {denial.source} → {port} ({count(denial.packets, 'attempt')})"
 
 
-def explained(policy: Policy, denial: Denial) -> str:
+def explained(policy: Policy, denial: Denial, key: KeyInForce | None = None) -> str:
     """Who was turned away, and what to do if it belongs to the job."""
-    return f"{blocked(denial)}; {_advice(policy, denial, _reason(policy, denial))}"
+    return f"{blocked(denial)}; {_advice(policy, denial, _reason(policy, denial, key), key)}"
 
 
 def with_rule(policy: Policy, denial: Denial) -> str:
@@ -70,7 +89,9 @@ def with_rule(policy: Policy, denial: Denial) -> str:
     return blocked(denial) if is_stranger else explained(policy, denial)
 
 
-def summary(at_start: Policy, now: Policy, denied: Sequence[Denial], more: int = 0) -> Iterator[str]:
+def summary(
+    at_start: Policy, now: Policy, denied: Sequence[Denial], more: int = 0, key: KeyInForce | None = None
+) -> Iterator[str]:
     """Yield who was turned away, the first few of many, and once for each rule what to do if it was not to be.
 
     at_start, now: the policy with the peers of either. more: attempts of others than those in `denied`, of whom there
@@ -78,12 +99,12 @@ def summary(at_start: Policy, now: Policy, denied: Sequence[Denial], more: int =
     """
     told: set[Reason | Opening] = set()
     for denial in denied[:_DENIALS_NAMED]:
-        why = _reason(now, denial)
+        why = _reason(now, denial, key)
         if why is Reason.INTERFACE and not at_start.has_peer(denial.source):
             why = Reason.SINCE
         # What mends it is the same for all of a rule, but for public ports: each has networks of its own.
         rule = now.opening_at(denial.port) or why if why is Reason.PUBLIC else why
-        advice = "" if why is Reason.STRANGER or rule in told else f"; {_advice(now, denial, why)}"
+        advice = "" if why is Reason.STRANGER or rule in told else f"; {_advice(now, denial, why, key)}"
         told.add(rule)
         yield f"{blocked(denial)}{advice}"
     if len(denied) > _DENIALS_NAMED:
@@ -95,12 +116,18 @@ def summary(at_start: Policy, now: Policy, denied: Sequence[Denial], more: int =
         yield f"if one of {of_whom} is a node of this job, add it with --peers"
 
 
-def _reason(policy: Policy, denial: Denial) -> Reason:
-    return reason(policy, denial.source, port=denial.port)
+def _reason(policy: Policy, denial: Denial, key: KeyInForce | None = None) -> Reason:
+    return reason(policy, denial.source, port=denial.port, key=key)
 
 
-def _advice(policy: Policy, denial: Denial, why: Reason) -> str:
+def _advice(policy: Policy, denial: Denial, why: Reason, key: KeyInForce | None = None) -> str:
     source = denial.source
+    if why is Reason.KEY and key is not None:
+        return (
+            f"it did not show the tag of this job's key (fingerprint {key.fingerprint}): if it is a node of this job, "
+            "start it by securerun with the same key; if addresses are translated in between, or TCP option 254 is "
+            "taken away, add it with --peers, and --key auto"
+        )
     if why is Reason.PUBLIC:
         return (
             f"port {denial.port} is public, and not to this address: if it may connect there, add it, or its network, "

@@ -24,10 +24,12 @@ from securerun.text import printable
 
 if TYPE_CHECKING:
     from securerun.firewall.policy import Policy
+    from securerun.guard.protocol import Guarding
     from securerun.job.job import Job
     from securerun.job.peers import Peers
     from securerun.options import Options
     from securerun.protection.apart import Apart
+    from securerun.protection.denials import KeyInForce
     from securerun.protection.plan import Plan
 
 _COMMAND_SHOWN = 1000
@@ -122,7 +124,12 @@ def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers
 
     renewal = Renewal(plan.peers, change_peers, say)
     order = Order(plan.policy, asked.firewall, asked.scope, plan.grace, command, key=plan.key.order)
-    guarding = guard.guard(order, _teller(lambda: policy, renewal, hear))
+    guarding: Guarding | None = None
+
+    def key() -> KeyInForce | None:
+        return words.key_in_force(plan, guarding)
+
+    guarding = guard.guard(order, _teller(lambda: policy, key, renewal, hear))
     plan = plan.without(guarding.left_out)
     policy = plan.policy
     hear(Installed(guarding, guard.way))
@@ -145,7 +152,7 @@ def _guarded(guard: Guard | Apart, plan: Plan, change_whitelist: Callable[[Peers
         # A second Ctrl-C would end the farewell in its middle: the guard needs none, but the user misses the summary.
         with signals.held_back():
             hear(Finished(failed))
-            _say_farewell(guard, plan, policy, hear, failed=failed, tells=not guarding.is_apart)
+            _say_farewell(guard, plan, policy, hear, guarding, failed=failed)
             if guard.has_parted:
                 client.put_back(enclosing.TERMS_VARIABLE, terms_before)
         guard.require_kept()
@@ -185,13 +192,15 @@ def _unprotected(hear: Hear) -> Iterator[None]:
         say(words.unprotected())
 
 
-def _teller(policy: Callable[[], Policy], renewal: Renewal, hear: Hear) -> Callable[[Notice], None]:
+def _teller(
+    policy: Callable[[], Policy], key: Callable[[], KeyInForce | None], renewal: Renewal, hear: Hear
+) -> Callable[[Notice], None]:
     """Return what takes the news from the guard, while the job runs."""
     from securerun.protection import words
 
     def tell(notice: Notice) -> None:
         hear(notice)
-        for line in words.news(policy(), notice):
+        for line in words.news(policy(), notice, key()):
             say(line)
         if notice.denied or notice.more:
             renewal.hurry()
@@ -199,14 +208,19 @@ def _teller(policy: Callable[[], Policy], renewal: Renewal, hear: Hear) -> Calla
     return tell
 
 
-def _say_farewell(guard: Guard | Apart, plan: Plan, now: Policy, hear: Hear, *, failed: bool, tells: bool) -> None:
-    """Let the guard go. tells: whether anybody can have been turned away."""
+def _say_farewell(
+    guard: Guard | Apart, plan: Plan, now: Policy, hear: Hear, guarding: Guarding, *, failed: bool
+) -> None:
+    """Let the guard go, and say who was turned away, where that anybody can have been."""
     from securerun.protection import words
 
     released = guard.release(failed)
     hear(released or Gone())
     denied, more = (released.denied, released.more) if released else (None, 0)
-    if denied == () and not (plan.task.is_first and tells):
+    if denied == () and not (plan.task.is_first and not guarding.is_apart):
         return
-    for line in (*words.end(plan.policy, now, denied, more), *words.nodes(plan, released)):
+    for line in (
+        *words.end(plan.policy, now, denied, more, words.key_in_force(plan, guarding)),
+        *words.nodes(plan, released),
+    ):
         say(line)

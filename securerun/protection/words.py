@@ -70,6 +70,13 @@ def known_by(plan: Plan, guarding: Guarding) -> str:
     return f"key {guarding.fingerprint} of {guarding.key_source or plan.key.source}, the same on all nodes: {what}"
 
 
+def key_in_force(plan: Plan, guarding: Guarding | None) -> denials.KeyInForce | None:
+    """Return the key that nodes are told by; None where it is by addresses alone."""
+    if guarding is None or not guarding.fingerprint:
+        return None
+    return denials.KeyInForce(guarding.fingerprint, plan.key.is_required)
+
+
 def nodes(plan: Plan, released: Released | None) -> Iterator[str]:
     """Yield how many of the job's nodes were seen to have its key, and who answered without."""
     if released is None or not released.nodes_guarded:
@@ -115,7 +122,13 @@ def elsewhere(job: Job) -> Iterator[str]:
         yield f"what {one} starts is not guarded: {one.client.how}; write {one.client.instead}"
 
 
-def end(at_start: Policy, now: Policy, denied: Sequence[Denial] | None, more: int = 0) -> Iterator[str]:
+def end(
+    at_start: Policy,
+    now: Policy,
+    denied: Sequence[Denial] | None,
+    more: int = 0,
+    key: denials.KeyInForce | None = None,
+) -> Iterator[str]:
     """Who was turned away, how often, and what to do if it should not have been.
 
     at_start, now: the policy with the peers of either. more: attempts of others than those in `denied`, of whom there
@@ -127,12 +140,12 @@ def end(at_start: Policy, now: Policy, denied: Sequence[Denial] | None, more: in
     elif not denied:
         yield f"{run}nobody was turned away"
     else:
-        yield from (f"{run}{line}" for line in denials.summary(at_start, now, denied, more))
+        yield from (f"{run}{line}" for line in denials.summary(at_start, now, denied, more, key))
 
 
-def news(policy: Policy, notice: Notice) -> Iterator[str]:
+def news(policy: Policy, notice: Notice, key: denials.KeyInForce | None = None) -> Iterator[str]:
     """Yield what happens while the job runs. policy: with the peers of now."""
-    yield from (denials.explained(policy, denial) for denial in notice.denied)
+    yield from (denials.explained(policy, denial, key) for denial in notice.denied)
     if notice.more:
         yield f"blocked {more_sources(notice.more)} in the last minute"
     yield from notice.words

@@ -81,7 +81,7 @@ def test_nodes_with_different_keys_both_say_so_within_seconds(network: Network, 
     assert f"{node0.ipv4}" in said[1] and f"(fingerprint {fingerprints[1]})" in said[1], said[1]
 
 
-def _said_within_seconds(launch: subprocess.Popen[str], seconds: float = 8) -> str:
+def _said_within_seconds(launch: subprocess.Popen[str], seconds: float = 10) -> str:
     """What a launch says that goes on, and is ended then."""
     try:
         launch.communicate(timeout=seconds)
