@@ -97,6 +97,9 @@ from securerun.linux import net_cgroups
 net_cgroups.may_void_filters()
 second = set(sys.modules)
 import securerun.guard.keys
+from securerun.firewall import tag_proof
+from securerun.guard import answers, nodes, tagging
+from securerun.firewall import tag_program, tags
 for name, module in sys.modules.items():
     when = "at once" if name in first else "while waiting" if name in second else "with a key"
     print(name, when, getattr(module, "__file__", None) or "built in", sep="\\t")

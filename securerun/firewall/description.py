@@ -34,7 +34,8 @@ def describe(policy: Policy) -> str:
 
 
 def _describe_tags(policy: Policy) -> Iterator[str]:
-    program = tag_program(policy.admission, close_loopback=policy.close_loopback)
+    through_any = policy.tags_through_any
+    program = tag_program(policy.admission, close_loopback=policy.close_loopback, tags_through_any=through_any)
     if policy.has_tags:
         yield f"who connects shows: {policy.admission}, of the job's key"
         yield f"tags are written towards: {' '.join(map(str, policy.tagged))}"

@@ -140,7 +140,7 @@ def passes(policy: Policy, version: int, *, chain: str = CHAIN, with_sets: bool 
                 yield f"-I {chain} 1 {source}{entry}{ports} {_comment(policy.run_id)} -j {target}"
     if policy.admits_by_tag:
         # Never accepted: the shield judges what comes to the job's sockets, and to no others.
-        for entry in entries:
+        for entry in [f"-i {interface} " for interface in reversed(policy.tag_interfaces)] or [""]:
             for ports in _tag_matches(policy, with_sets=with_sets):
                 yield f"-I {chain} 1 {entry}{ports} {_comment(policy.run_id)} -j RETURN"
     yield from _public_passes(policy, version, chain)

@@ -313,7 +313,8 @@ def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterato
         if by_address and policy.admission is not Admission.TAG:
             yield f"{entry}{by_address} {family} saddr @{each.name} meta priority set {place.token} accept"
     if tagged and policy.admits_by_tag:
-        yield f"{entry}{tagged} meta priority set {place.token} accept"
+        through = entry if policy.tag_interfaces else ""
+        yield f"{through}{tagged} meta priority set {place.token} accept"
     for networks, ranges in by_networks(policy.public).items():
         ports = ", ".join(span(first, last) for first, last in ranges)
         for version, family in ((4, "ip"), (6, "ip6")):

@@ -178,6 +178,7 @@ class Policy:
     admission: whether peers are told by their address, by the tag of the job's key, or by both.
     tagged: the networks towards which the job's own connections carry a tag, collapsed: where its nodes can be. None
     where nobody is told by a tag.
+    tags_through_any: the interfaces are for those who are known by address; a tag counts through any.
 
     Raises PolicyError for a field that cannot be right.
     """
@@ -191,6 +192,7 @@ class Policy:
     public: tuple[Opening, ...] = ()
     admission: Admission = Admission.ADDRESS
     tagged: tuple[Network, ...] = ()
+    tags_through_any: bool = False
 
     def __post_init__(self) -> None:
         if not RUN_ID.fullmatch(self.run_id):
@@ -222,6 +224,11 @@ class Policy:
     def has_tags(self) -> bool:
         """Whether the job's own connections carry tags."""
         return bool(self.tagged)
+
+    @property
+    def tag_interfaces(self) -> tuple[str, ...]:
+        """The interfaces through which a tag alone counts; empty means any."""
+        return () if self.tags_through_any else self.interfaces
 
     @property
     def admits_by_tag(self) -> bool:

@@ -116,11 +116,15 @@ _MAPPED_WORD = 0xFFFF0000 << 32
 _OPENING = 1
 
 
-def tag_program(admission: Admission, *, close_loopback: bool) -> ShieldProgram:
-    """Return the program that judges by tags in this way."""
+def tag_program(admission: Admission, *, close_loopback: bool, tags_through_any: bool = False) -> ShieldProgram:
+    """Return the program that judges by tags in this way.
+
+    tags_through_any: the interfaces that it is built for are for those who are known by address.
+    """
 
     def build(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
-        return _statements(admission, interfaces, public, close_loopback=close_loopback)
+        of_tags = () if tags_through_any else interfaces
+        return _statements(admission, interfaces, of_tags, public, close_loopback=close_loopback)
 
     name = "socket, tag and loopback" if close_loopback else "socket and tag"
     kernel_name = _NAME_WITH_LOOPBACK if close_loopback else _NAME
@@ -128,7 +132,12 @@ def tag_program(admission: Admission, *, close_loopback: bool) -> ShieldProgram:
 
 
 def _statements(
-    admission: Admission, interfaces: Sequence[str], public: Sequence[Opening], *, close_loopback: bool
+    admission: Admission,
+    interfaces: Sequence[str],
+    of_tags: Sequence[str],
+    public: Sequence[Opening],
+    *,
+    close_loopback: bool,
 ) -> tuple[Statement, ...]:
     return (
         calculate(R6, "=", R1),
@@ -159,7 +168,7 @@ def _statements(
         *_note(),
         *_judge_noted(),
         *_count_right(),
-        *_admit(admission, interfaces, close_loopback=close_loopback),
+        *_admit(admission, interfaces, of_tags, close_loopback=close_loopback),
         *_count_without(admission),
         *_turn_answer_away(admission),
         *pass_or_deny(),
@@ -366,14 +375,16 @@ def _count_source(name: Symbol, then: str) -> Iterator[Statement]:
     yield from count(name, _COUNTED, _FIRST, then)
 
 
-def _admit(admission: Admission, interfaces: Sequence[str], *, close_loopback: bool) -> Iterator[Statement]:
+def _admit(
+    admission: Admission, interfaces: Sequence[str], of_tags: Sequence[str], *, close_loopback: bool
+) -> Iterator[Statement]:
     """Decide about a packet to a listener, by its tag or by where it comes from."""
     yield Label("tagged")
     yield from _over_loopback(close_loopback, "pass")
     if admission is Admission.BOTH:
         yield jump("address")
     else:
-        yield from pass_through(interfaces)
+        yield from pass_through(of_tags)
         yield jump("pass")
     yield Label("untagged")
     yield from _over_loopback(close_loopback, "deny")

@@ -58,7 +58,12 @@ def policy_document(policy: Policy) -> dict[str, Any]:
 
 
 def _tags_document(policy: Policy) -> dict[str, Any]:
-    return {"admission": str(policy.admission), "tagged": [str(network) for network in policy.tagged]}
+    through = {"tags_through_any": True} if policy.tags_through_any else {}
+    return {
+        "admission": str(policy.admission),
+        "tagged": [str(network) for network in policy.tagged],
+        **through,
+    }
 
 
 def opening_document(opening: Opening) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
     most_ranges: how many ranges of ports it may have.
     """
     names = ("run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
-    require_fields(document, *names, may={"public", "admission", "tagged"})
+    require_fields(document, *names, may={"public", "admission", "tagged", "tags_through_any"})
     return Policy(
         run_id=text(document, "run_id"),
         ports=tuple(_read_port(port) for port in items(document, "ports", most_ranges)),
@@ -85,6 +90,7 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
         tagged=tuple(read_network(each) for each in items(document, "tagged", MAXIMUM_PEERS))
         if "tagged" in document
         else (),
+        tags_through_any="tags_through_any" in document and flag(document, "tags_through_any"),
     )
 
 

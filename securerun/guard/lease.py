@@ -66,6 +66,9 @@ class Lease:
     """
 
     def __init__(self, order: Order, caller: Caller, site: SitePolicy) -> None:
+        """Raise PolicyError for an order that says itself what the guard makes of its key."""
+        if order.policy.has_tags or order.policy.admission is not Admission.ADDRESS:
+            raise PolicyError("an order has a key or none; who shows tags, and where, is not for it to say")
         self.order = order
         self.site = site
         self.policy: Policy = order.policy
@@ -132,7 +135,13 @@ class Lease:
         self.key, self.key_required, self.key_towards = key, wanted.required, wanted.towards
         within = None if self.caller.is_root else self.site.peers
         try:
-            self.policy = tagging.by_key(self.policy, required=wanted.required, towards=wanted.towards, within=within)
+            self.policy = tagging.by_key(
+                self.policy,
+                required=wanted.required,
+                towards=wanted.towards,
+                through_any=wanted.through_any,
+                within=within,
+            )
         except OSError as error:
             raise PrivilegeError(f"this host's own addresses cannot be told ({error.strerror})") from error
         if within is not None:
@@ -361,7 +370,7 @@ class Lease:
         """Return the policy as port chains are to have it: without a shield nobody judges a tag that they let on."""
         if self.is_shielded or not policy.has_tags:
             return policy
-        return dataclasses.replace(policy, admission=Admission.ADDRESS, tagged=())
+        return dataclasses.replace(policy, admission=Admission.ADDRESS, tagged=(), tags_through_any=False)
 
     def is_over(self) -> bool:
         """Return whether the launcher and all that came from it are gone."""

@@ -77,6 +77,7 @@ class KeyOrder:
     meeting: for that, the digest of what all nodes of the job know. in_slurm: whether the launcher takes itself to be
     in a job of Slurm's; nothing is proven by it. nodes: how many the job has, 0 where that is not known: for people.
     towards: the addresses where the job meets, which may be none that a node of it has: a Service's, a router's.
+    through_any: whether the policy's interfaces, which nobody named, are those of addresses alone.
     """
 
     required: bool
@@ -85,6 +86,7 @@ class KeyOrder:
     in_slurm: bool = False
     nodes: int = 0
     towards: tuple[Network, ...] = ()
+    through_any: bool = False
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,7 @@ def _read_order(body: Mapping[str, Any]) -> Order:
 
 def _key_document(key: KeyOrder) -> dict[str, Any]:
     towards = [str(network) for network in key.towards]
-    said = {"required": key.required, "nodes": key.nodes, "towards": towards}
+    said = {"required": key.required, "nodes": key.nodes, "towards": towards, "through_any": key.through_any}
     if key.secret is not None:
         return {**said, "secret": key.secret.reveal().hex()}
     return {**said, "meeting": key.meeting.hex(), "in_slurm": key.in_slurm}
@@ -332,17 +334,19 @@ def _key_document(key: KeyOrder) -> dict[str, Any]:
 def _read_key(body: Mapping[str, Any]) -> KeyOrder:
     """Read what an order says of the key. What is wrong with it is said without a word of it."""
     source = ("secret",) if "secret" in body else ("meeting", "in_slurm")
-    documents.require_fields(body, "required", "nodes", "towards", *source)
+    documents.require_fields(body, "required", "nodes", "towards", "through_any", *source)
     required, nodes = documents.flag(body, "required"), documents.number(body, "nodes")
     if not 0 <= nodes <= MAXIMUM_NODES:
         raise ProtocolError(f"nodes is not a number up to {MAXIMUM_NODES}")
     towards = tuple(read_network(network) for network in documents.items(body, "towards", MAXIMUM_TOWARDS))
     if any(network.prefixlen < network.max_prefixlen for network in towards):
         raise ProtocolError("towards is not a list of single addresses")
+    through_any = documents.flag(body, "through_any")
     if "secret" in body:
-        return KeyOrder(required, JobSecret(_digest(body, "secret")), nodes=nodes, towards=towards)
+        secret = JobSecret(_digest(body, "secret"))
+        return KeyOrder(required, secret, nodes=nodes, towards=towards, through_any=through_any)
     meeting, in_slurm = _digest(body, "meeting"), documents.flag(body, "in_slurm")
-    return KeyOrder(required, None, meeting, in_slurm, nodes, towards)
+    return KeyOrder(required, None, meeting, in_slurm, nodes, towards, through_any)
 
 
 def _digest(body: Mapping[str, Any], name: str) -> bytes:

@@ -15,12 +15,18 @@ from securerun.linux.networks import Network, collapse
 
 
 def by_key(
-    policy: Policy, *, required: bool, towards: Iterable[Network] = (), within: Iterable[Network] | None = None
+    policy: Policy,
+    *,
+    required: bool,
+    towards: Iterable[Network] = (),
+    through_any: bool = False,
+    within: Iterable[Network] | None = None,
 ) -> Policy:
     """Return the policy of a job that has a key. Raises OSError where the kernel does not tell this host's networks.
 
     required: nobody comes in without a tag; where there are peers, nobody who is none of them either. Else a tag only
-    adds to who comes in by address. towards: where the job meets, beside where nodes can be.
+    adds to who comes in by address. towards: where the job meets, beside where nodes can be. through_any: the
+    policy's interfaces are for addresses alone.
     within: the networks that the site lets peers be in; then a tag is asked for, and an address in the peers' networks,
     or where nobody is named in those of the site.
     """
@@ -30,12 +36,12 @@ def by_key(
     elif required:
         admission = Admission.BOTH if peers else Admission.TAG
     tagged = networks_of((*peers, *towards), close_loopback=policy.close_loopback)
-    return replace(policy, admission=admission, peers=peers, tagged=tagged)
+    return replace(policy, admission=admission, peers=peers, tagged=tagged, tags_through_any=through_any)
 
 
 def by_address(policy: Policy, peers: tuple[Network, ...]) -> Policy:
     """Return the policy of a job that has no key after all, and these peers."""
-    return replace(policy, admission=Admission.ADDRESS, peers=peers, tagged=())
+    return replace(policy, admission=Admission.ADDRESS, peers=peers, tagged=(), tags_through_any=False)
 
 
 def networks_of(networks: Iterable[Network], *, close_loopback: bool) -> tuple[Network, ...]:

@@ -53,6 +53,10 @@ class Key:
         """Return the same, of a job that meets at these addresses."""
         return self if self.order is None else replace(self, order=replace(self.order, towards=towards))
 
+    def through_any(self) -> Key:
+        """Return the same, whose tag counts through any interface: nobody named those of the peers."""
+        return self if self.order is None else replace(self, order=replace(self.order, through_any=True))
+
     def required(self) -> Key:
         """Return the same, as the only way in: nobody is known by address."""
         return self if self.order is None else replace(self, order=replace(self.order, required=True))

@@ -89,6 +89,8 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     way_in = entrance.entrance(asked, os.environ, found.listed or found.networks, variables)
     if of_job.is_required and not found.networks and asked.interface is None:
         way_in = replace(way_in, reason="whoever has the job's key")
+    if asked.interface is None:
+        of_job = of_job.through_any()
     listed = found.listed or found.networks
     of_addresses = (*meeting.warnings(job, asked, listed), *untold.warnings(job, os.environ, listed))
     found = replace(found, warnings=(*found.warnings, *warnings, *way_in.warnings, *of_addresses, *variables.warnings))

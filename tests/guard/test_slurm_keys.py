@@ -27,10 +27,12 @@ def cluster(root: None) -> Iterator[Cluster]:
         yield made
 
 
-def step(cluster: Cluster, *options: str, env: Mapping[str, str | None] | None = None) -> list[str]:
+def step(
+    cluster: Cluster, *options: str, env: Mapping[str, str | None] | None = None, program: str = PRINT
+) -> list[str]:
     """What a job of two nodes prints, on standard error as well."""
     tasks = ("srun", "--nodes=2", "--ntasks-per-node=1", "sh", "-c", 'exec "$@" 2>&1', "sh")
-    launch = (*EXEC, "--preflight", "off", *options, "--", "python", "-c", PRINT)
+    launch = (*EXEC, "--preflight", "off", *options, "--", "python", "-c", program)
     return cluster.run(*tasks, *launch, env={**PATH, "MASTER_PORT": "29500", **(env or {})}).splitlines()
 
 
@@ -48,3 +50,21 @@ def test_by_itself_the_key_adds_to_the_nodes_that_slurm_names(cluster: Cluster) 
     said = step(cluster)
     assert sum("(Slurm (SLURM_JOB_NODELIST))" in line for line in said) == 2, said
     assert sum(": key " in line and "may connect as well" in line for line in said) == 2, said
+
+
+def test_nodes_of_a_job_of_slurms_are_guarded_by_it_and_say_how_many_they_are(cluster: Cluster) -> None:
+    """One of them listens, and the other connects to it: each has then seen the other."""
+    meet = (
+        "import os, socket, time; rank = int(os.environ['SLURM_PROCID']); address = ('10.77.0.1', 29500)\n"
+        "if rank == 0:\n"
+        "    with socket.create_server(('', 29500)) as store: store.accept()[0].recv(1)\n"
+        "else:\n"
+        "    deadline = time.monotonic() + 20\n"
+        "    while True:\n"
+        "        try: socket.create_connection(address, 1).close(); break\n"
+        "        except OSError:\n"
+        "            if time.monotonic() > deadline: raise\n"
+        "            time.sleep(0.2)\n"
+    )
+    said = step(cluster, "--key", "require", program=meet)
+    assert sum("2 of 2 nodes guarded" in line for line in said) >= 2, said

@@ -29,6 +29,7 @@ def lease(*pids: int) -> Any:  # noqa: ANN401 - what of a lease is asked
     return SimpleNamespace(
         order=SimpleNamespace(policy=policy),
         cgroup=None,
+        key=None,
         caller=SimpleNamespace(user=os.geteuid()),
         processes=lambda: [SimpleNamespace(pid=pid) for pid in pids],
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import jobs
 import kernel
 import pytest
 from checkout import COMMANDS
-from hosts import Host, Network, finish, finish_all
+from hosts import Host, Network, eventually, finish, finish_all
 from probe import Probe
 from remains import nothing_left_behind
 
@@ -103,3 +105,44 @@ def test_a_node_that_is_named_may_be_without_securerun(network: Network, homes: 
     assert [each.returncode for each in done] == [0, 0], done
     assert "1 of 2 nodes guarded" in done[0].stderr
     assert f"peer {node1.ipv4} is let in by its address alone" in done[0].stderr
+
+
+def test_where_a_tag_is_insisted_on_a_node_without_one_is_told_of_and_comes_in_nowhere(
+    network: Network, homes: tuple[Path, Path]
+) -> None:
+    node0, node1, _ = network
+    script = (str(jobs.TRAIN), "--groups", "1")
+    peers = ("--peers", ",".join(address for node in (node0, node1) for address in node.addresses))
+    options = (*peers, "--key", "require")
+    # The node that listens is plain: its answers have no tag, and node 1 hears of that and ends.
+    far = node0.popen([jobs.TORCHRUN, "--nnodes", "2", *jobs.rendezvous("static", node0, 0, node0), *script])
+    near = node1.popen(
+        [jobs.SECURERUN, *options, "--nnodes", "2", *jobs.rendezvous("static", node1, 1, node0), *script],
+        env={"HOME": str(homes[1])},
+    )
+    said = _said_within_seconds(near)
+    far.terminate()
+    finish(far, timeout=30)
+    assert f"{node0.ipv4}:{jobs.PORT} answered without the tag of this job's key" in said, said
+
+
+def test_a_guard_that_takes_over_has_the_key_again(network: Network, homes: tuple[Path, Path], tmp_path: Path) -> None:
+    node0, node1, stranger = network
+    with Probe(stranger, node0) as outside, Probe(node1, node0) as beside_the_peer:
+        started = start((node0, node1), homes, groups=40)
+        for node in (node0, node1):
+            assert eventually(lambda: jobs.PORT in {port for _, port in node0.targets()}, seconds=20)
+            (guard,) = _guards_in(node)
+            os.kill(guard, signal.SIGKILL)
+        done = finish_all(started, timeout=120)
+    assert [each.returncode for each in done] == [0, 0], done
+    for probe in (outside, beside_the_peer):
+        assert probe.reached == set()
+    for each in done:
+        assert "taken over" in each.stderr and "2 of 2 nodes guarded" in each.stderr, each.stderr
+
+
+def _guards_in(node: Host) -> list[int]:
+    """The guards of the runs of a host, by their records."""
+    found = [json.loads(path.read_text()) for path in Path("/run/securerun").glob("*.json")]
+    return [run["guard"] for run in found if run["network"] == Path(f"/run/netns/{node.namespace}").stat().st_ino]
