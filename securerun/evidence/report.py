@@ -150,7 +150,7 @@ def _nodes(plan: Plan | None, guarding: Guarding | None, released: Released | No
         return None
     return {
         "guarded": released.nodes_guarded,
-        "of": plan.job.max_nodes or None,
+        "of": plan.nodes or None,
         "unguarded": list(released.unguarded),
     }
 

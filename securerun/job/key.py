@@ -83,7 +83,7 @@ def find(asked: Options, job: Job, environment: Mapping[str, str]) -> Key:
     if not (required or in_slurm or os.path.lexists(SITE_KEY)):
         return Key()
     met = meeting(job, environment)
-    return Key(KeyOrder(required=required, meeting=met, in_slurm=in_slurm, nodes=job.max_nodes))
+    return Key(KeyOrder(required=required, meeting=met, in_slurm=in_slurm, nodes=_nodes(job, environment)))
 
 
 def _users() -> Path | None:
@@ -112,6 +112,14 @@ def meeting(job: Job, environment: Mapping[str, str]) -> bytes:
     return hashlib.sha256(json.dumps([*known, port or 0]).encode("ascii")).digest()
 
 
+def _nodes(job: Job, environment: Mapping[str, str]) -> int:
+    """Return how many nodes the job has, for people, also where only Slurm says how many run this step; else 0."""
+    of_step = environment.get("SLURM_STEP_NUM_NODES", "")
+    if job.max_nodes or not re.fullmatch(r"[0-9]{1,6}", of_step, re.ASCII):
+        return job.max_nodes
+    return int(of_step)
+
+
 def _named(asked: Options) -> Path:
     """Return the file that was named. Raises PolicyError for what can be none, without saying what may be a key."""
     name = asked.key
@@ -137,5 +145,5 @@ def _of_file(path: Path, place: str, job: Job, environment: Mapping[str, str], *
     except Unfit as error:
         raise PolicyError(f"{place}{shown} {error}; {_HOW}, and --key off goes by addresses alone") from error
     secret = job_key.derive(source, job_key.OF_USER, meeting(job, environment))
-    order = KeyOrder(required=required, secret=secret, nodes=job.max_nodes)
+    order = KeyOrder(required=required, secret=secret, nodes=_nodes(job, environment))
     return Key(order, shown, secret.key().fingerprint)

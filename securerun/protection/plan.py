@@ -55,6 +55,11 @@ class Plan:
         """Whether a tag of the job's key is the only way in."""
         return self.key.is_required and not self.policy.peers
 
+    @property
+    def nodes(self) -> int:
+        """How many nodes the job has, for people; 0 where nothing says so."""
+        return self.key.order.nodes if self.key.order is not None else self.job.max_nodes
+
     def without(self, ranges: Iterable[tuple[int, int]]) -> Plan:
         """Return the plan as it is in force, without ports that nobody asked for and the guard has left out."""
         ports = {port for first, last in ranges for port in range(first, last + 1)}

@@ -82,7 +82,7 @@ def nodes(plan: Plan, released: Released | None) -> Iterator[str]:
     if released is None or not released.nodes_guarded:
         return
     run = f"run {plan.policy.run_id}: "
-    yield f"{run}{nodes_guarded(released.nodes_guarded, plan.job.max_nodes)}"
+    yield f"{run}{nodes_guarded(released.nodes_guarded, plan.nodes)}"
     if released.unguarded:
         yield (
             f"{run}{some(released.unguarded, _NETWORKS_NAMED)} answered without the job's key; start securerun there "

@@ -67,4 +67,4 @@ def test_nodes_of_a_job_of_slurms_are_guarded_by_it_and_say_how_many_they_are(cl
         "            time.sleep(0.2)\n"
     )
     said = step(cluster, "--key", "require", program=meet)
-    assert sum("2 of 2 nodes guarded" in line for line in said) >= 2, said
+    assert sum("2 of 2 nodes guarded" in line for line in said) >= 2, "\n".join(said)
