@@ -82,9 +82,10 @@ def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all
 
 def _is_key(key: Any) -> bool:  # noqa: ANN401 - anything at all
     """Whether this is what an order may say of the job's key: no path, nobody's name, two texts of one form."""
-    of_launcher = _has(key, "required", "nodes", "towards", "secret")
+    of_launcher = _has(key, "required", "nodes", "towards", "through_any", "secret")
     if not of_launcher and not (
-        _has(key, "required", "nodes", "towards", "meeting", "in_slurm") and type(key["in_slurm"]) is bool
+        _has(key, "required", "nodes", "towards", "through_any", "meeting", "in_slurm")
+        and type(key["in_slurm"]) is bool
     ):
         return False
     digest = key["secret" if of_launcher else "meeting"]
@@ -93,6 +94,7 @@ def _is_key(key: Any) -> bool:  # noqa: ANN401 - anything at all
         and type(key["nodes"]) is int
         and 0 <= key["nodes"] <= 1_000_000
         and _are_addresses(key["towards"])
+        and type(key["through_any"]) is bool
         and type(digest) is str
         and re.fullmatch("[0-9a-f]{64}", digest) is not None
     )
@@ -229,7 +231,12 @@ def _give_key(body: dict[str, Any], chance: random.Random) -> None:
     digest = chance.choice(("5a" * 32, "0123456789abcdef" * 4, "5A" * 32, "5a" * 31, "/etc/shadow"))
     body["version"] = chance.choice((2, 2, 2, 1, 3))
     towards = chance.choice(([], ["10.0.0.1/32", "fd00::7/128"], ["10.0.0.1"], ["10.0.0.0/24"]))
-    body["key"] = {"required": chance.random() < 0.3, "nodes": chance.choice((0, 2, 1_000_001)), "towards": towards}
+    body["key"] = {
+        "required": chance.random() < 0.3,
+        "nodes": chance.choice((0, 2, 1_000_001)),
+        "towards": towards,
+        "through_any": chance.choice((True, False)),
+    }
     if chance.random() < 0.5:
         body["key"]["secret"] = digest
     if "secret" not in body["key"] or chance.random() < 0.1:

@@ -24,11 +24,11 @@ SECRET = bytes(range(1, 33))
 SITE = "0123456789abcdef" * 4
 MEETING = "5a" * 32
 SITE_KEY, JOBS = "/etc/securerun/site.key", "/run/securerun-jobs"
-OF_GUARD = {"required": False, "nodes": 2, "towards": [], "meeting": MEETING, "in_slurm": False}
+OF_GUARD = {"required": False, "nodes": 2, "towards": [], "through_any": False, "meeting": MEETING, "in_slurm": False}
 
 
 def of_launcher(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON's own types
-    return {"required": False, "nodes": 2, "towards": [], "secret": SECRET.hex(), **changes}
+    return {"required": False, "nodes": 2, "towards": [], "through_any": False, "secret": SECRET.hex(), **changes}
 
 
 def keyed(key: dict[str, Any], **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON's own types

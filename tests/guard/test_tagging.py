@@ -1,0 +1,103 @@
+"""What becomes of a policy where the job has a key, and how many nodes were seen with it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from securerun.firewall import tag
+from securerun.firewall.policy import Admission, Layer, Policy, PortRange
+from securerun.guard import neighbours, nodes, tagging
+from securerun.guard.records import Brief, Record
+from securerun.linux.networks import Network
+
+PEERS = (ipaddress.ip_network("10.77.0.2/32"),)
+SITE = (ipaddress.ip_network("10.0.0.0/8"),)
+PUBLIC = ipaddress.ip_network("203.0.113.7/32")
+BY_ADDRESS = Policy("0123456789ab", (PortRange(29500, 29500, "store"),), PEERS)
+
+
+@pytest.mark.parametrize(
+    ("peers", "required", "within", "admission"),
+    [
+        (PEERS, False, None, Admission.EITHER),
+        (PEERS, True, None, Admission.BOTH),
+        ((), True, None, Admission.TAG),
+        (PEERS, False, SITE, Admission.BOTH),
+        ((), True, SITE, Admission.BOTH),
+    ],
+)
+def test_who_comes_in_by_a_key(
+    peers: tuple[Network, ...], required: bool, within: tuple[Network, ...] | None, admission: Admission
+) -> None:
+    by_key = tagging.by_key(replace(BY_ADDRESS, peers=peers), required=required, within=within)
+    assert by_key.admission is admission
+    assert by_key.peers == (peers or within or ())
+    assert tagging.by_address(by_key, peers) == replace(BY_ADDRESS, peers=peers)
+
+
+def test_tags_are_written_where_the_job_meets_and_towards_its_peers() -> None:
+    by_key = tagging.by_key(BY_ADDRESS, required=False, towards=(PUBLIC,))
+    assert PUBLIC in by_key.tagged and set(tag.WHERE_NODES_ARE) <= set(by_key.tagged)
+    assert not any(network.is_loopback for network in by_key.tagged)
+
+
+def test_a_tag_counts_through_any_interface_that_nobody_named() -> None:
+    bound = replace(BY_ADDRESS, interfaces=("eth0",))
+    assert tagging.by_key(bound, required=False).tag_interfaces == ("eth0",)
+    derived = tagging.by_key(bound, required=False, through_any=True)
+    assert derived.tag_interfaces == () and derived.interfaces == ("eth0",)
+
+
+@pytest.mark.parametrize(
+    ("seen", "number"),
+    [
+        ((), 0),
+        (("10.0.0.2",), 1),
+        (("10.0.0.2", "fd00::2", "fd00::77"), 1),  # IPv6 has temporary addresses
+        (("10.0.0.2", "192.168.7.2"), 1),  # one by Ethernet, and the same by InfiniBand
+        (("10.0.0.2", "10.0.0.3", "192.168.7.2"), 2),
+        (("fd00::2", "fd00::3"), 2),
+        (("203.0.113.7", "203.0.113.8"), 2),  # elsewhere
+    ],
+)
+def test_nodes_are_counted_network_by_network(seen: Iterable[str], number: int) -> None:
+    networks = tuple(map(ipaddress.ip_network, ("10.0.0.0/24", "192.168.7.0/24", "fd00::/64")))
+    assert nodes.count(map(ipaddress.ip_address, seen), networks) == number
+
+
+@pytest.mark.parametrize(("required", "counts"), [(False, True), (True, False)])
+def test_a_run_with_a_key_counts_as_one_whose_peers_are_everybody(required: bool, counts: bool) -> None:
+    """Its port chains let on whoever has the option, also to another's job on that port that has no shield."""
+    mine = _record(
+        tagging.by_key(BY_ADDRESS, required=required), owner=1000, layers=(Layer("shield", "socket and tag"),)
+    )
+    bare = _record(replace(BY_ADDRESS, run_id="ba9876543210"), owner=1001, layers=(Layer("iptables", "SECURERUN"),))
+    assert bool([*neighbours.harmed_by(mine, (_brief(bare),))]) == counts
+    assert bool([*neighbours.harming(bare, (_brief(mine),))]) == counts
+
+
+def _record(policy: Policy, *, owner: int, layers: tuple[Layer, ...]) -> Record:
+    return Record(
+        policy=policy,
+        layers=layers,
+        launcher=1,
+        launcher_start=1,
+        guard=1,
+        guard_start=1,
+        boot_id="",
+        network=1,
+        processes=1,
+        user=owner,
+        started=0.0,
+        command="",
+    )
+
+
+def _brief(record: Record) -> Brief:
+    document: dict[str, Any] = record.document()
+    return Brief(record.run_id, document)
