@@ -39,7 +39,8 @@ def _of_launch(arguments: Sequence[str]) -> list[Connection]:
     from securerun import run
 
     launch = run.plan(arguments)
-    ends = _ends(launch.policy)
+    adds = launch.key.order is not None and not (launch.key.is_required and launch.policy.peers)
+    ends = _ends(launch.policy, by_key=adds)
     store, here = _store(launch.job, ends)
     return matrix.planned(launch.job, launch.policy.ports, ends, store, here=here, public=launch.policy.public)
 
@@ -55,7 +56,9 @@ def _of_run(record: Record) -> list[Connection]:
         )
     policy = record.policy
     found = list(_listeners(record))
-    return matrix.running(policy.ports, _ends(policy), found, policy.public, record.left_open)
+    return matrix.running(
+        policy.ports, _ends(policy, by_key=policy.admits_by_tag), found, policy.public, record.left_open
+    )
 
 
 def _find(run_id: str | None) -> Record:
@@ -111,15 +114,17 @@ def _processes(record: Record) -> set[int]:
     return found
 
 
-def _ends(policy: Policy) -> Ends:
+def _ends(policy: Policy, *, by_key: bool) -> Ends:
     """Return this node's addresses on the interfaces that peers come in through, and the peers.
 
-    A list of nodes has this one too, which is no peer of its own.
+    A list of nodes has this one too, which is no peer of its own. by_key: a tag of the job's key is enough to be one,
+    so that where nobody is named they may be anywhere.
     """
     wanted = policy.interfaces or _towards(policy.peers) or interfaces.names()
     every = interfaces.addresses_of(interfaces.names())
     own = interfaces.addresses_of(wanted) or every or ("127.0.0.1",)
-    return Ends(own, tuple(peer for peer in map(shown, policy.peers) if peer not in every))
+    peers = tuple(peer for peer in map(shown, policy.peers) if peer not in every)
+    return Ends(own, peers or matrix.EVERY_HOST * by_key, by_key)
 
 
 def _towards(peers: Iterable[Network]) -> tuple[str, ...]:

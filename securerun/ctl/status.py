@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
-from securerun.firewall.policy import Denial, Policy, opened
+from securerun.firewall.policy import Admission, Denial, opened
 from securerun.guard import records
 from securerun.guard.documents import denial_document, layer_document, opening_document, policy_document
 from securerun.guard.records import Record
@@ -192,16 +192,19 @@ def _details(record: Record) -> Iterator[tuple[str, str]]:
         yield "open", f"to every host: ports {_some(ranges, ', ')}"
     for denial in record.denied[:_NAMED]:
         port = denial.port or "a port that could not be read"
-        yield "blocked", f"{denial.source} → {port}, packets: {denial.packets}{_why(record.policy, denial)}"
+        yield "blocked", f"{denial.source} → {port}, packets: {denial.packets}{_why(record, denial)}"
     if len(record.denied) > _NAMED:
         yield "blocked", f"and {len(record.denied) - _NAMED} more pairs of source and port"
 
 
-def _why(policy: Policy, denial: Denial) -> str:
+def _why(record: Record, denial: Denial) -> str:
     """Which rule turned somebody away, where it is not that no peer has this address."""
     from securerun.protection import denials  # few runs turn anybody away
 
-    why = denials.reason(policy, denial.source, port=denial.port)
+    policy = record.policy
+    required = policy.admission is not Admission.EITHER
+    key = denials.KeyInForce(record.key, required) if record.key else None
+    why = denials.reason(policy, denial.source, port=denial.port, key=key)
     return "" if why is denials.Reason.STRANGER else f"; {why.value}"
 
 
@@ -217,8 +220,11 @@ def _open_to(record: Record) -> str:
     policy = record.policy
     if record.key and not policy.peers:
         return "whoever has the job's key"
+    if not policy.peers:
+        return "no other host"
     through = f" through {', '.join(policy.interfaces)}" if policy.interfaces else ""
-    return _some([str(peer) for peer in policy.peers], ", ") + through if policy.peers else "no other host"
+    keys = {Admission.EITHER: ", and whoever has the job's key", Admission.BOTH: ", of these to who has the job's key"}
+    return _some([str(peer) for peer in policy.peers], ", ") + through + keys.get(policy.admission, "")
 
 
 def _some(parts: Sequence[str], separator: str) -> str:

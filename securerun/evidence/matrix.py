@@ -67,6 +67,7 @@ class Connection:
     sources, destinations: addresses, networks and, where no name service knows it, a host name.
     ports: those listened on, as text; empty for those chosen at random. listening: what listens there now, as
         ADDRESS:PORT; None where nobody has looked.
+    by_key: whether whoever shows the tag of the job's key may connect, from wherever.
     """
 
     service: Service
@@ -75,14 +76,19 @@ class Connection:
     destinations: tuple[str, ...]
     ports: tuple[str, ...] = ()
     listening: tuple[str, ...] | None = None
+    by_key: bool = False
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The two sides of a job. node: this node's addresses. peers: the networks of the others."""
+    """The two sides of a job. node: this node's addresses. peers: the networks of the others.
+
+    by_key: whether a tag of the job's key is enough to be one of these; where nobody is named they may be anywhere.
+    """
 
     node: tuple[str, ...]
     peers: tuple[str, ...]
+    by_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,8 @@ def running(
         texts = tuple(map(str, ranges))
         listening = [one for one in found if any(one.port in ports for ports in ranges)]
         now = tuple(map(str, listening))
-        inbound = Connection(service, IN if ends.peers else WITHIN, ends.peers or ends.node, ends.node, texts, now)
+        sources, direction = (ends.peers, IN) if ends.peers else (ends.node, WITHIN)
+        inbound = Connection(service, direction, sources, ends.node, texts, now, ends.by_key)
         if any(covers(open_to_all, one.port) for one in listening):
             inbound = Connection(service, IN, EVERY_HOST, ends.node, texts, now)
         outbound = Connection(service, OUT, ends.node, ends.peers, texts)
@@ -173,7 +180,8 @@ def _public(public: Sequence[Opening], ends: Ends, found: Sequence[Found] | None
     for networks, ranges in by_networks(public).items():
         ports = tuple(span(first, last) for first, last in ranges)
         now = None if found is None else tuple(str(one) for one in found if covers(ranges, one.port))
-        sources = (*map(shown, networks), *ends.peers) if networks else EVERY_HOST
+        peers = () if ends.by_key and ends.peers == EVERY_HOST else ends.peers
+        sources = (*map(shown, networks), *peers) if networks else EVERY_HOST
         yield Connection(Service.PUBLIC, IN, sources, ends.node, ports, now)
 
 
@@ -193,7 +201,7 @@ def _to_store(
     if not ends.peers:
         return Connection(service, WITHIN, ends.node, store, ports)
     if here:
-        return Connection(service, IN, ends.peers, store, ports)
+        return Connection(service, IN, ends.peers, store, ports, by_key=ends.by_key)
     return Connection(service, OUT, ends.node, store, ports)
 
 
@@ -201,7 +209,7 @@ def _both_ways(service: Service, ports: tuple[str, ...], ends: Ends) -> list[Con
     if not ends.peers:
         return [Connection(service, WITHIN, ends.node, ends.node, ports)]
     return [
-        Connection(service, IN, ends.peers, ends.node, ports),
+        Connection(service, IN, ends.peers, ends.node, ports, by_key=ends.by_key),
         Connection(service, OUT, ends.node, ends.peers, ports),
     ]
 
@@ -212,4 +220,5 @@ def _listening(found: Found, ends: Ends, open_to_all: list[tuple[int, int]]) -> 
         return Connection(found.service, IN, EVERY_HOST, destinations, (str(found.port),), (str(found),))
     from_outside = ends.peers and not found.address.is_loopback
     sources, direction = (ends.peers, IN) if from_outside else (destinations, WITHIN)
-    return Connection(found.service, direction, sources, destinations, (str(found.port),), (str(found),))
+    ports, now = (str(found.port),), (str(found),)
+    return Connection(found.service, direction, sources, destinations, ports, now, ends.by_key)

@@ -77,6 +77,8 @@ class _Language:
     listening: str
     silent: str
     closed: str
+    closed_by_key: str
+    also_by_key: str
     joint: str
     stop: str
     services: Mapping[Service, _Words]
@@ -117,6 +119,8 @@ _ENGLISH = _Language(
     listening="listening now: {ports}",
     silent="nothing listens here now",
     closed="securerun lets only the peers connect",
+    closed_by_key="securerun lets only those connect who show the tag of the job's key, from any address",
+    also_by_key="and whoever shows the tag of the job's key, from any address",
     joint=", ",
     stop="; ",
     services={
@@ -252,6 +256,8 @@ _CHINESE = _Language(
     listening="当前侦听：{ports}",
     silent="当前无侦听",
     closed="securerun 仅允许对端节点连接",
+    closed_by_key="securerun 仅允许出示作业密钥标签的一方连接，不限地址",
+    also_by_key="以及出示作业密钥标签的任何一方，不限地址",
     joint="、",
     stop="；",
     services={
@@ -370,7 +376,7 @@ def _row(connection: Connection, setting: Setting, words: _Language) -> Row:
     own = words.node.format(node=setting.node)
     open_to_all = _EVERY_HOST.intersection(connection.sources + connection.destinations)
     named = words.others if connection.service is Service.PUBLIC else words.peer
-    peer = words.any_peer if open_to_all else named
+    peer = words.any_peer if open_to_all and not connection.by_key else named
     source = peer if connection.direction == IN else own
     destination = peer if connection.direction == OUT else own
     cells = (
@@ -406,9 +412,12 @@ def _remarks(connection: Connection, service: _Words, words: _Language) -> Itera
     yield service.remarks
     if connection.direction == WITHIN:
         yield words.within
-    only_peers = connection.service is not Service.PUBLIC and not _EVERY_HOST.intersection(connection.sources)
-    if connection.direction == IN and only_peers:
-        yield words.closed
+    anywhere = bool(_EVERY_HOST.intersection(connection.sources))
+    if connection.direction == IN and connection.service is not Service.PUBLIC:
+        if not anywhere:
+            yield words.closed
+        if connection.by_key:
+            yield words.closed_by_key if anywhere else words.also_by_key
     if connection.listening is not None:
         yield (
             words.listening.format(ports=words.joint.join(connection.listening))

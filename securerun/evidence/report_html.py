@@ -144,7 +144,7 @@ def render(document: Document) -> str:
         _summary(document),
         _timeline(document),
         _denied(document),
-        *_plan(document["launch"]),
+        *_plan(document["launch"], has_key=bool(document["key"])),
         _layers(document),
         _findings("What the checks of this host found", document["preflight"]),
         _findings("Files that are more open than they should be", document["permissions"]),
@@ -233,7 +233,7 @@ def _denied(document: Document) -> str:
     return _section("Turned away", _table(("source", "port", "attempts"), rows, right=(1, 2)) or _none("nobody"))
 
 
-def _plan(launch: Document | None) -> Iterable[str]:
+def _plan(launch: Document | None, *, has_key: bool) -> Iterable[str]:
     if launch is None:
         return
     policy, rendezvous = launch["policy"], launch["rendezvous"]
@@ -244,7 +244,8 @@ def _plan(launch: Document | None) -> Iterable[str]:
         ports.append((_number(_range(opening)), _text(f"public (--public): open to {whom} as well")))
     ports.append((_short("any other"), _text("chosen at random by torch, gloo or NCCL")))
     peers = "".join(f"<li>{_code(_shortest(peer))}</li>" for peer in policy["peers"])
-    listed = f'<ul class="bare">{peers}</ul>' if peers else _none("none: no other host may connect")
+    nobody = "none that are named: whoever has the job's key" if has_key else "none: no other host may connect"
+    listed = f'<ul class="bare">{peers}</ul>' if peers else _none(nobody)
     through = f"{', '.join(policy['interfaces']) or 'any interface'} ({launch['entrance']})"
     named = f'<p class="none">named by {_text(launch["peers"]["source"])}; through {_text(through)}</p>'
     meeting = rendezvous["backend"] + (f" at {rendezvous['endpoint']}" if rendezvous["endpoint"] else "")
