@@ -64,8 +64,8 @@ LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux
 
 # And this where an order has a key.
 LOADED_WITH_A_KEY = {
-    "guard": "answers keys nodes tagging",
-    "firewall": "siphash tag tag_maps tag_program tag_proof tag_writer tags",
+    "guard": "answers keys nodes",
+    "firewall": "siphash tag tag_maps tag_program tag_proof tag_writer tagging tags",
     "linux": "addresses ring_buffer secret_file",
 }
 
@@ -98,8 +98,8 @@ net_cgroups.may_void_filters()
 second = set(sys.modules)
 import securerun.guard.keys
 from securerun.firewall import tag_proof
-from securerun.guard import answers, nodes, tagging
-from securerun.firewall import tag_program, tags
+from securerun.firewall import tag_program, tagging, tags
+from securerun.guard import answers, nodes
 for name, module in sys.modules.items():
     when = "at once" if name in first else "while waiting" if name in second else "with a key"
     print(name, when, getattr(module, "__file__", None) or "built in", sep="\\t")

@@ -157,13 +157,17 @@ def _nodes(plan: Plan | None, guarding: Guarding | None, released: Released | No
 
 def _timeline(journal: Journal, ending: Ending) -> Iterator[dict[str, Any]]:
     yield _event(journal.began, journal, "began", "securerun started")
-    policy = None
+    plan: Plan | None = None
+    policy: Policy | None = None
+    key: denials.KeyInForce | None = None
     for at, news in journal.heard:
         if isinstance(news, Plan):
-            policy = news.policy
+            plan, policy = news, news.policy
+        elif isinstance(news, Installed) and plan is not None:
+            key = words.key_in_force(plan, news.guarding)
         elif isinstance(news, Renewed) and policy is not None:
             policy = replace(policy, peers=news.now.networks)
-        for kind, text in _told(news, policy):
+        for kind, text in _told(news, policy, key):
             yield _event(at, journal, kind, text)
     if journal.unheard:
         yield _event(ending.at, journal, "notice", f"{journal.unheard} more notices of the guard are not listed")
@@ -171,8 +175,8 @@ def _timeline(journal: Journal, ending: Ending) -> Iterator[dict[str, Any]]:
     yield _event(ending.at, journal, "ended", f"ended with status {ending.status}{reason}")
 
 
-def _told(news: News, policy: Policy | None) -> Iterator[tuple[str, str]]:
-    """Yield what there is to say of something heard: its kind and a line, or several. policy: of then."""
+def _told(news: News, policy: Policy | None, key: denials.KeyInForce | None) -> Iterator[tuple[str, str]]:
+    """Yield what there is to say of something heard: its kind and a line, or several. policy, key: of then."""
     if isinstance(news, Plan):
         yield "understood", f"launch understood: {news.job.nodes}; open to {words.open_to(news)}"
         yield from (("notice", line) for line in words.elsewhere(news.job))
@@ -186,7 +190,7 @@ def _told(news: News, policy: Policy | None) -> Iterator[tuple[str, str]]:
         yield from (("notice", note) for note in news.guarding.notes)
     elif isinstance(news, Notice):
         for denial in news.denied:
-            yield "blocked", denials.with_rule(policy, denial) if policy else denials.blocked(denial)
+            yield "blocked", denials.with_rule(policy, denial, key) if policy else denials.blocked(denial)
         if news.more:
             yield "blocked", f"blocked {words.more_sources(news.more)} in a minute"
         yield from (("notice", line) for line in news.words)

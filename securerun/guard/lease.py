@@ -130,7 +130,7 @@ class Lease:
 
     def take_key(self, key: JobKey, source: str, wanted: KeyOrder) -> None:
         """Have the key that was wanted from here on. source: the guard's own, in words, if it is of one."""
-        from securerun.guard import tagging  # few jobs have one
+        from securerun.firewall import tagging  # few jobs have one
 
         self.key, self.key_required, self.key_towards = key, wanted.required, wanted.towards
         within = None if self.caller.is_root else self.site.peers
@@ -164,7 +164,7 @@ class Lease:
         if self.key is None:
             return
         require_not_required(self.key_required, why)
-        from securerun.guard import tagging
+        from securerun.firewall import tagging
 
         self.key = None
         self.policy = tagging.by_address(self.policy, self.order.policy.peers)
@@ -276,7 +276,7 @@ class Lease:
         """Return the policy with other peers. Raises PolicyError where none are left and each is to show an address."""
         if self.key is None:
             return dataclasses.replace(self.policy, peers=networks)
-        from securerun.guard import tagging
+        from securerun.firewall import tagging
 
         peers = networks if networks or self.caller.is_root else collapse(self.site.peers or ())
         towards = (*peers, *self.key_towards)

@@ -83,10 +83,10 @@ def explained(policy: Policy, denial: Denial, key: KeyInForce | None = None) -> 
     return f"{blocked(denial)}; {_advice(policy, denial, _reason(policy, denial, key), key)}"
 
 
-def with_rule(policy: Policy, denial: Denial) -> str:
+def with_rule(policy: Policy, denial: Denial, key: KeyInForce | None = None) -> str:
     """Who was turned away, and what to do where it is not that no peer has its address."""
-    is_stranger = _reason(policy, denial) is Reason.STRANGER
-    return blocked(denial) if is_stranger else explained(policy, denial)
+    is_stranger = _reason(policy, denial, key) is Reason.STRANGER
+    return blocked(denial) if is_stranger else explained(policy, denial, key)
 
 
 def summary(

@@ -60,6 +60,21 @@ class Plan:
         """How many nodes the job has, for people; 0 where nothing says so."""
         return self.key.order.nodes if self.key.order is not None else self.job.max_nodes
 
+    @property
+    def policy_by_key(self) -> Policy:
+        """The policy as a guard makes it that has the key, to be shown."""
+        order = self.key.order
+        if order is None:
+            return self.policy
+        from securerun.firewall import tagging
+
+        try:
+            return tagging.by_key(
+                self.policy, required=order.required, towards=order.towards, through_any=order.through_any
+            )
+        except OSError:  # this host's own networks cannot be told, which the guard will say
+            return self.policy
+
     def without(self, ranges: Iterable[tuple[int, int]]) -> Plan:
         """Return the plan as it is in force, without ports that nobody asked for and the guard has left out."""
         ports = {port for first, last in ranges for port in range(first, last + 1)}

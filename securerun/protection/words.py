@@ -173,13 +173,13 @@ def whole(plan: Plan, origin: str, otherwise: str = "") -> str:
     if otherwise:
         sections.append(_row("", f"without one, {otherwise}"))
     if plan.options.firewall == "nftables":
-        sections += ["", nftables_rules(plan.policy).rstrip()]
+        sections += ["", nftables_rules(plan.policy_by_key).rstrip()]
     elif plan.options.firewall != "off":
-        sections += ["", iptables_rules(plan.policy).rstrip()]
+        sections += ["", iptables_rules(plan.policy_by_key).rstrip()]
     if plan.options.scope not in {"ports", "namespace"}:
         from securerun.firewall import description
 
-        sections += ["", "# shield", description.describe(plan.policy).rstrip()]
+        sections += ["", "# shield", description.describe(plan.policy_by_key).rstrip()]
     return "\n".join(sections) + "\n"
 
 
@@ -331,11 +331,11 @@ def _target(policy: Policy) -> str:
 
 def open_to(plan: Plan) -> str:
     """Who may connect, the first few of many, who said so, and through what."""
+    through = f" through {plan.entrance}" if plan.entrance.names else ""
     if plan.goes_by_key:
-        return plan.peers.source
+        return f"{plan.peers.source}{through}"
     if not plan.policy.peers:
         return f"no other host ({plan.peers.source})"
-    through = f" through {plan.entrance}" if plan.entrance.names else ""
     return f"{_addresses(plan.policy.peers)} ({plan.peers.source}){through}"
 
 

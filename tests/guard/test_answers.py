@@ -21,9 +21,9 @@ from shield_field import FAMILIES, port_of
 from tag_field import BY_TAG, KEY, RETRANSMISSION_SECONDS, TagField, listening, shielded, tag_field, within
 
 from securerun.errors import PolicyError
-from securerun.firewall import tag
+from securerun.firewall import tag, tagging
 from securerun.firewall.policy import Admission, Policy, PortRange, Purpose
-from securerun.guard import answers, tagging
+from securerun.guard import answers
 from securerun.guard.answers import Answers, open_answers
 from securerun.guard.documents import ProtocolError, policy_document, read_policy
 from securerun.guard.lease import Lease

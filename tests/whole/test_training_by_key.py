@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -146,3 +147,88 @@ def _guards_in(node: Host) -> list[int]:
     """The guards of the runs of a host, by their records."""
     found = [json.loads(path.read_text()) for path in Path("/run/securerun").glob("*.json")]
     return [run["guard"] for run in found if run["network"] == Path(f"/run/netns/{node.namespace}").stat().st_ino]
+
+
+# Node 0 listens, and node 1 connects; what each is told ends on standard output.
+MEETING = """
+import os, socket, sys, time
+rank, address = int(os.environ["RANK"]), ("10.77.0.1", 29500)
+def meet():
+    if rank == 0:
+        with socket.create_server(("", 29500)) as store:
+            store.settimeout(40)
+            print(store.accept()[1][0], flush=True)
+            return
+    deadline = time.monotonic() + 40
+    while True:
+        try:
+            socket.create_connection(address, 2).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+"""
+AROUND = """
+from securerun import guarded, policy
+wanted = policy(ports=[29500], key="auto")
+with guarded(wanted, key="auto") as guarding:
+    meet()
+"""
+
+
+@pytest.mark.parametrize("way", ["exec", "guarded"])
+def test_other_commands_and_python_callers_are_nodes_by_their_key_as_well(
+    network: Network, homes: tuple[Path, Path], way: str
+) -> None:
+    node0, node1, stranger = network
+    program = [sys.executable, "-c", MEETING + (AROUND if way == "guarded" else "meet()")]
+    command = program if way == "guarded" else [CTL, "exec", "--", *program]
+    with Probe(stranger, node0) as outside, Probe(node1, node0) as beside_the_peer:
+        started = [
+            node.popen(
+                command,
+                env={
+                    "HOME": str(home),
+                    "MASTER_ADDR": node0.ipv4,
+                    "MASTER_PORT": "29500",
+                    "NNODES": "2",
+                    "RANK": str(rank),
+                },
+            )
+            for rank, (node, home) in enumerate(zip((node0, node1), homes))
+        ]
+        done = finish_all(started, timeout=60)
+    assert [each.returncode for each in done] == [0, 0], done
+    assert node1.ipv4 in done[0].stdout
+    assert outside.reached == beside_the_peer.reached == set()
+
+
+def test_an_interface_that_is_named_is_where_tags_have_to_come_through(
+    network: Network, homes: tuple[Path, Path]
+) -> None:
+    """Node 0 lets nobody in but through a link that leads nowhere: node 1 has the key, and stays outside."""
+    node0, node1, _ = network
+    node0.run(["ip", "link", "add", "ib0", "type", "dummy"], check=True)
+    node0.run(["ip", "addr", "add", "10.78.0.1/24", "dev", "ib0"], check=True)
+    node0.run(["ip", "link", "set", "ib0", "up"], check=True)
+    try:
+        started = start((node0, node1), homes, ("--interface", "ib0"), ())
+        said = [_said_within_seconds(each) for each in started]
+    finally:
+        node0.run(["ip", "link", "del", "ib0"], check=True)
+    assert f"blocked {node1.ipv4} → {jobs.PORT}" in said[0], said[0]
+    assert "through ib0" in said[0], said[0]
+
+
+def test_a_host_that_can_have_no_tags_says_so_and_what_insists_on_them_is_refused(
+    network: Network, homes: tuple[Path, Path]
+) -> None:
+    node0, _, _ = network
+    launch = [CTL, "exec", "--scope", "ports", "--peers", "10.77.0.2"]
+    env = {"HOME": str(homes[0]), "MASTER_ADDR": "10.77.0.1", "NNODES": "2"}
+    added = node0.run([*launch, "--", "true"], env=env)
+    assert added.returncode == 0, added
+    assert "no key (only the shield can ask for a tag" in added.stderr
+    insisting = node0.run([*launch, "--key", "require", "--", "true"], env=env)
+    assert insisting.returncode == 78 and "only the shield can ask for a tag" in insisting.stderr, insisting

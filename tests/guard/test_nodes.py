@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from securerun.firewall import tag
+from securerun.firewall import tag, tagging
 from securerun.firewall.policy import Admission, Layer, Policy, PortRange
-from securerun.guard import neighbours, nodes, tagging
+from securerun.guard import neighbours, nodes
 from securerun.guard.records import Brief, Record
 from securerun.linux.networks import Network
 
