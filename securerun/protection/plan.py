@@ -200,11 +200,13 @@ def key_order(key: str) -> KeyOrder | None:
     key: as for --key. Raises PolicyError or UsageError.
     """
     from securerun import options
-    from securerun.job import environment
+    from securerun.job import environment, meeting
     from securerun.job.key import find
 
     asked = options.resolve({"key": key}, os.environ)
-    return find(asked, environment.describe_job(os.environ, sys.argv), os.environ).order
+    job = environment.describe_job(os.environ, sys.argv)
+    found = find(asked, job, os.environ)
+    return None if found.order is None else found.met_at(meeting.addresses(job)).order
 
 
 def _whitelist(job: Job, asked: Options, found: Peers) -> tuple[str, ...]:

@@ -116,9 +116,22 @@ def test_the_plan_tells_the_key_before_anything_is_started(home: Path) -> None:
     assert done.returncode == 0, done
     assert f", of {home}/.config/securerun/key" in done.stdout and "whoever has the job's key" in done.stdout
     assert SOURCE[:16] not in done.stdout + done.stderr
+    assert "who connects shows: tag, of the job's key" in done.stdout and "--tcp-option 254" in done.stdout
     (home / ".config/securerun/key").unlink()
     done = subprocess.run([*EXEC, "--dry-run", "--", "true"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 78
+
+
+def test_the_matrix_says_who_comes_in_by_the_key(node: Host, home: Path) -> None:
+    matrix = [str(COMMANDS / "securerunctl"), "matrix", "--", "--nnodes", "2", "--node-rank", "0"]
+    job = ["--master-addr", "10.77.0.1", "--master-port", "29500", "train.py"]
+    alone = node.run([*matrix, *job], env={"HOME": str(home)})
+    assert alone.returncode == 0, alone
+    assert "only those connect who show the tag of the job's key" in alone.stdout and "any host" not in alone.stdout
+    added = node.run([*matrix, "--peers", "10.77.0.2", *job], env={"HOME": str(home)})
+    assert "only the peers connect; and whoever shows the tag of the job's key" in added.stdout, added
+    off = node.run([*matrix, "--peers", "10.77.0.2", "--key", "off", *job], env={"HOME": str(home)})
+    assert off.returncode == 0 and "tag of the job's key" not in off.stdout
 
 
 CALLER = """
