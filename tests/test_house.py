@@ -64,7 +64,7 @@ LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux
 
 # And this where an order has a key.
 LOADED_WITH_A_KEY = {
-    "guard": "answers keys nodes",
+    "guard": "answers keyed keys nodes",
     "firewall": "siphash tag tag_maps tag_program tag_proof tag_writer tagging tags",
     "linux": "addresses ring_buffer secret_file",
 }
@@ -96,7 +96,7 @@ backends.prepare()
 from securerun.linux import net_cgroups
 net_cgroups.may_void_filters()
 second = set(sys.modules)
-import securerun.guard.keys
+import securerun.guard.keyed
 from securerun.firewall import tag_proof
 from securerun.firewall import tag_program, tagging, tags
 from securerun.guard import answers, nodes

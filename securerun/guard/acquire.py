@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import PurePosixPath
@@ -23,13 +23,13 @@ from securerun.firewall.job_key import JobSecret
 from securerun.firewall.policy import Layer, Policy, PortRange, Purpose, covers
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import job_secret, neighbours, reaper, records, reserved, run_directory, unasked
+from securerun.guard import neighbours, reaper, records, reserved, run_directory, unasked
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
-from securerun.guard.lease import Lease, first_record, remove_record, require_not_required
+from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, first_record, remove_record
 from securerun.guard.limits import SitePolicy, unasked_beyond
 from securerun.guard.protocol import Order
-from securerun.guard.records import Record
+from securerun.guard.records import Brief, Record
 from securerun.linux import net_cgroups, port_ranges, proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.port_ranges import ReservationUnavailable
@@ -43,7 +43,6 @@ _MOST_TAKEN_ALONG = 4096
 _PIDS_NAMED = 8
 _RUNS_NAMED = 4
 _PORTS_NAMED = 8
-_NO_SHIELD_NO_TAG = "only the shield can ask for a tag, and there is none"
 
 
 def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
@@ -63,7 +62,7 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
             _require_public_reserved(order.policy)
         _add_shield(lease, undo)
         if lease.shield is None:
-            lease.forget_key(_NO_SHIELD_NO_TAG)
+            lease.forget_key(NO_SHIELD_NO_TAG)
         if secret is not None:
             _hand_out(lease, secret)
         undo.callback(_remove_chains, lease)
@@ -94,33 +93,17 @@ def _take_key(lease: Lease) -> JobSecret | None:
 
     Raises PolicyError where there is none and nobody is to come in without.
     """
-    wanted = lease.order.key
-    if wanted is None:
+    if lease.order.key is None:
         return None
-    from securerun.guard import keys  # few jobs have one
+    from securerun.guard import keyed  # few jobs have one
 
-    lease.order = dataclasses.replace(lease.order, key=None)
-    found = keys.find(wanted, lease.caller, lease.site)
-    if found.secret is None:
-        require_not_required(wanted.required, found.why)
-        if found.is_wrong:
-            lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
-        return None
-    lease.take_key(found.secret.key(), found.source, wanted)
-    if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
-        lease.forget_key(_NO_SHIELD_NO_TAG)
-    return found.secret
+    return keyed.take(lease, lease.order.key)
 
 
 def _hand_out(lease: Lease, secret: JobSecret) -> None:
-    """Make the file with the secret of the job's frameworks, which goes with the run's record; or say that there is
-    none."""
-    caller = lease.caller
-    try:
-        with run_directory.host_lock():
-            lease.secret_path = job_secret.make(lease.policy.run_id, secret.for_frameworks(), caller.user, caller.group)
-    except OSError as error:
-        lease.notes += (f"no secret for the job's frameworks: {job_secret.DIRECTORY} cannot be used: {error.strerror}",)
+    from securerun.guard import keyed
+
+    keyed.hand_out(lease, secret)
 
 
 def _doubts(lease: Lease) -> Iterator[str]:
@@ -181,9 +164,23 @@ def _begin(lease: Lease) -> None:
             if not lease.order.adopt:  # else what listens there may be the job itself
                 lease.leave_out(unasked.in_the_way(lease.record, known))
             lease.leave_out(unasked.harmful(lease.record, known))
-            neighbours.require_harmless(lease.record, known, _closed_already(own))
+            _require_harmless(lease, known, _closed_already(own))
         lease.hold()
         _reserve_ports(lease, directory)
+
+
+def _require_harmless(lease: Lease, known: Collection[Brief], standing: list[tuple[int, int]]) -> None:
+    """Look at the other runs of this host; what only a key makes harmful goes without it, where it only adds.
+
+    Raises PolicyError.
+    """
+    try:
+        neighbours.require_harmless(lease.record, known, standing)
+    except PolicyError as error:
+        if lease.key is None or lease.key_required:
+            raise
+        lease.forget_key(str(error))
+        neighbours.require_harmless(lease.record, known, standing)
 
 
 def _reserve_ports(lease: Lease, directory: int) -> None:
@@ -326,31 +323,19 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
                 lease.shield.tags.replace_networks(lease.policy.tagged)
             return
     if lease.key is not None:
-        _require_key_of_use(lease, cgroup)
+        from securerun.guard import keyed
+
+        keyed.try_tags(lease, cgroup)
     shield.refuse_conflicts(cgroup.ancestors, tags=lease.policy.close_loopback)
     if lease.policy.close_loopback and lease.key is None and not cgroup.populated():
-        _require_tags(lease, cgroup)
+        from securerun.firewall import tag_proof  # not every job goes by tags
+
+        tag_proof.require_tags(cgroup.descriptor, lease.caller.pid)
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy, lease.key)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
     if not cgroup.populated():
         selftest.require_proof(cgroup.descriptor, lease.caller.pid)
-
-
-def _require_key_of_use(lease: Lease, cgroup: JobCgroup) -> None:
-    """Forget a key whose tags do not work here. Raises PolicyError where nobody is to come in without."""
-    try:
-        shield.refuse_conflicts(cgroup.ancestors, tags=True)
-        if not cgroup.populated():
-            _require_tags(lease, cgroup)
-    except ShieldUnavailable as error:
-        lease.forget_key(str(error))
-
-
-def _require_tags(lease: Lease, cgroup: JobCgroup) -> None:
-    from securerun.firewall import tag_proof  # not every job goes by tags
-
-    tag_proof.require_tags(cgroup.descriptor, lease.caller.pid)
 
 
 def _where(caller: Caller) -> net_cgroups.Memberships:

@@ -38,6 +38,7 @@ from securerun.linux.networks import Network, collapse
 from securerun.linux.processes import JobProcesses, Process
 from securerun.text import some
 
+NO_SHIELD_NO_TAG = "only the shield can ask for a tag, and there is none"
 # The watch goes on in between.
 _KILL_SECONDS = 0.2
 _NETWORKS_NAMED = 4

@@ -1,0 +1,55 @@
+"""What becomes of the key that an order has, or asks for: made, tried, handed out; or forgotten, and said why.
+
+Loaded where an order has a key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from securerun.firewall import shield, tag_proof
+from securerun.firewall.job_key import JobSecret
+from securerun.firewall.refusals import ShieldUnavailable
+from securerun.guard import job_secret, keys, run_directory
+from securerun.guard.cgroup import JobCgroup
+from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, require_not_required
+from securerun.guard.protocol import KeyOrder
+
+
+def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
+    """Make the key of a lease; return what it is made of, which the order forgets, or None.
+
+    Raises PolicyError where there is none and nobody is to come in without.
+    """
+    lease.order = dataclasses.replace(lease.order, key=None)
+    found = keys.find(wanted, lease.caller, lease.site)
+    if found.secret is None:
+        require_not_required(wanted.required, found.why)
+        if found.is_wrong:
+            lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
+        return None
+    lease.take_key(found.secret.key(), found.source, wanted)
+    if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
+        lease.forget_key(NO_SHIELD_NO_TAG)
+    return found.secret
+
+
+def try_tags(lease: Lease, cgroup: JobCgroup) -> None:
+    """Forget a key whose tags do not work here. Raises PolicyError where nobody is to come in without."""
+    try:
+        shield.refuse_conflicts(cgroup.ancestors, tags=True)
+        if not cgroup.populated():
+            tag_proof.require_tags(cgroup.descriptor, lease.caller.pid)
+    except ShieldUnavailable as error:
+        lease.forget_key(str(error))
+
+
+def hand_out(lease: Lease, secret: JobSecret) -> None:
+    """Make the file with the secret of the job's frameworks, which goes with the run's record; or say that there is
+    none."""
+    caller = lease.caller
+    try:
+        with run_directory.host_lock():
+            lease.secret_path = job_secret.make(lease.policy.run_id, secret.for_frameworks(), caller.user, caller.group)
+    except OSError as error:
+        lease.notes += (f"no secret for the job's frameworks: {job_secret.DIRECTORY} cannot be used: {error.strerror}",)
