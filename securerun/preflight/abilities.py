@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from securerun.errors import Obstacle, SecurerunError
-from securerun.firewall import backends, selftest, shield
+from securerun.firewall import backends, selftest, shield, tag_proof
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import SHIELD, Policy
 from securerun.firewall.refusals import ShieldUnavailable
@@ -145,7 +145,7 @@ def _shield() -> Ability:
     policy = Policy(secrets.token_hex(6), (), (_EXAMPLE_PEER,), ())
     try:
         with signals.held_back():  # what is made goes again
-            name, shortfall = _try_shield(policy)
+            name, shortfall, tags = _try_shield(policy)
     except (CgroupUnavailable, ShieldUnavailable) as error:
         if not proc.governs_network():
             return Ability(SHIELD, None, "only a guard from outside of this user namespace can hang one")
@@ -155,7 +155,8 @@ def _shield() -> Ability:
             return Ability(SHIELD, False, "the kernel takes none from a user namespace", ways.OUTSIDE)
         return Ability(SHIELD, False, str(error), _FIXES_OF_SHIELD.get(error.obstacle, _FIX_OF_SHIELD))
     less = f"; {shortfall}" if shortfall else ""
-    return Ability(SHIELD, True, f"the {name} filter was hung on a cgroup here, proven, and taken off{less}{_doubt()}")
+    what = f"the {name} filter was hung on a cgroup here, proven, and taken off{less}; {tags}{_doubt()}"
+    return Ability(SHIELD, True, what)
 
 
 def _doubt() -> str:
@@ -167,8 +168,8 @@ def _doubt() -> str:
     )
 
 
-def _try_shield(policy: Policy) -> tuple[str, str]:
-    """Return the name of the program that the kernel took, and what that promises less than the others.
+def _try_shield(policy: Policy) -> tuple[str, str, str]:
+    """Return the name of the program that the kernel took, what that promises less than the others, and of tags.
 
     Raises CgroupUnavailable or ShieldUnavailable.
     """
@@ -181,7 +182,17 @@ def _try_shield(policy: Policy) -> tuple[str, str]:
         undo.callback(hung.close)
         undo.callback(hung.detach)
         selftest.require_proof(made.descriptor)
-        return hung.name, hung.shortfall
+        return hung.name, hung.shortfall, _tags(made)
+
+
+def _tags(made: cgroup.JobCgroup) -> str:
+    """Return whether the nodes of a job can be known by its key here."""
+    try:
+        shield.refuse_conflicts(made.ancestors, tags=True)
+        tag_proof.require_tags(made.descriptor)
+    except ShieldUnavailable as error:
+        return f"nodes cannot be known by a key (--key): {error}"
+    return "nodes can be known by a key (--key)"
 
 
 def _port_chains() -> Iterator[Ability]:

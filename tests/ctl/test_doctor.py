@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kernel
 import pytest
 from checkout import COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
@@ -56,6 +57,8 @@ def test_root_can_do_everything_and_nothing_of_the_trial_stays(node: Host) -> No
         "guard by sudo",
     }
     assert "proven" in host["shield"]["what"]
+    known = "nodes can be known by a key" if not kernel.lack_of(kernel.TAGS) else "nodes cannot be known by a key"
+    assert known in host["shield"]["what"]
     assert host["kernel"]["what"].startswith(f"Linux {os.uname().release}")
     assert status == 1
     (umask,) = (finding for finding in findings if finding["name"] == "umask")
