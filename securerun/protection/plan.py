@@ -157,7 +157,8 @@ def _who_comes(asked: Options, job: Job, of_job: Key, tell: Callable[[str], None
         found = peers.find_peers(asked, job, tell=tell)
         return found, of_job if found.networks or of_job.is_required else Key()
     except peers.Unnamed:
-        if of_job.order is None or asked.hccl_whitelist:
+        # What the command has others start is in no cgroup of ours, and shows no tag.
+        if of_job.order is None or asked.hccl_whitelist or job.elsewhere:
             raise
         return by_key, of_job.required()
 

@@ -122,6 +122,12 @@ def test_the_plan_tells_the_key_before_anything_is_started(home: Path) -> None:
     assert done.returncode == 78
 
 
+def test_ranks_that_others_start_show_no_tag_so_their_nodes_have_to_be_named(node: Host, home: Path) -> None:
+    env = {"HOME": str(home), "MASTER_ADDR": "10.77.0.1", "NNODES": "2"}
+    done = node.run([*EXEC, "--", "mpirun", "--host", "node0,node1", "true"], env=env)
+    assert done.returncode == 78 and "--peers" in done.stderr, done
+
+
 def test_the_matrix_says_who_comes_in_by_the_key(node: Host, home: Path) -> None:
     matrix = [str(COMMANDS / "securerunctl"), "matrix", "--", "--nnodes", "2", "--node-rank", "0"]
     job = ["--master-addr", "10.77.0.1", "--master-port", "29500", "train.py"]
