@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from securerun.protection.client import guarded
     from securerun.protection.job_secret import job_secret
+    from securerun.protection.own_process import guarded
     from securerun.protection.plan import policy
 
 __all__ = ["guarded", "job_secret", "policy"]
@@ -24,7 +24,7 @@ __all__ = ["guarded", "job_secret", "policy"]
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module holds
     if name == "guarded":
-        from securerun.protection.client import guarded
+        from securerun.protection.own_process import guarded
 
         return guarded
     if name == "job_secret":

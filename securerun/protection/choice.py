@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from securerun.errors import PolicyError, UsageError
 from securerun.job.job import UNKNOWN_NODES
-from securerun.protection.client import A_PROGRAM_STAYS, Guard
+from securerun.protection.client import Guard
+from securerun.protection.own_process import A_PROGRAM_STAYS
 
 if TYPE_CHECKING:
     from securerun.job.job import Job

@@ -240,7 +240,7 @@ _FORKSERVER = """
 import json, os, socket, sys, threading, time
 sys.path[:0] = sys.argv[1:]
 from securerun.firewall.policy import Policy, PortRange
-from securerun.protection.client import guarded
+from securerun.protection.own_process import guarded
 
 def helper(port, telling):
     before = socket.create_server(("", port))
