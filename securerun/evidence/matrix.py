@@ -67,7 +67,7 @@ class Connection:
     sources, destinations: addresses, networks and, where no name service knows it, a host name.
     ports: those listened on, as text; empty for those chosen at random. listening: what listens there now, as
         ADDRESS:PORT; None where nobody has looked.
-    by_key: whether whoever shows the tag of the job's key may connect, from wherever.
+    by_key: whether whoever shows the tag of the job's key is a peer, wherever they are.
     """
 
     service: Service
@@ -162,7 +162,7 @@ def running(
         inbound = Connection(service, direction, sources, ends.node, texts, now, ends.by_key)
         if any(covers(open_to_all, one.port) for one in listening):
             inbound = Connection(service, IN, EVERY_HOST, ends.node, texts, now)
-        outbound = Connection(service, OUT, ends.node, ends.peers, texts)
+        outbound = Connection(service, OUT, ends.node, ends.peers, texts, by_key=ends.by_key)
         if service not in _STORES:
             rows += [inbound, outbound] if ends.peers else [inbound]
         else:
@@ -210,7 +210,7 @@ def _both_ways(service: Service, ports: tuple[str, ...], ends: Ends) -> list[Con
         return [Connection(service, WITHIN, ends.node, ends.node, ports)]
     return [
         Connection(service, IN, ends.peers, ends.node, ports, by_key=ends.by_key),
-        Connection(service, OUT, ends.node, ends.peers, ports),
+        Connection(service, OUT, ends.node, ends.peers, ports, by_key=ends.by_key),
     ]
 
 

@@ -71,6 +71,7 @@ class _Language:
     hccl_source: str
     none: str
     no_authentication: str
+    by_tag: str
     not_applicable: str
     all_versions: str
     within: str
@@ -113,6 +114,7 @@ _ENGLISH = _Language(
     hccl_source="{ports}, or chosen by the operating system",
     none="none",
     no_authentication="none",
+    by_tag="the tag of the job's key, in the packet that opens a connection (securerun)",
     not_applicable="not applicable",
     all_versions="all versions",
     within="no other host takes part",
@@ -250,6 +252,7 @@ _CHINESE = _Language(
     hccl_source="{ports}，或由操作系统自动分配",
     none="无",
     no_authentication="无认证方式",
+    by_tag="作业密钥的标签，由发起连接的首个报文携带（securerun）",
     not_applicable="不涉及",
     all_versions="所有版本",
     within="无其他主机参与",
@@ -390,7 +393,7 @@ def _row(connection: Connection, setting: Setting, words: _Language) -> Row:
         "TCP",
         service.description,
         service.changeable,
-        words.no_authentication,
+        words.by_tag if open_to_all and connection.by_key else words.no_authentication,
         words.none,
         words.not_applicable,
         setting.torch if service.of_torch and setting.torch else words.all_versions,

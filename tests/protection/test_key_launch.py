@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,10 @@ def test_the_plan_tells_the_key_before_anything_is_started(home: Path) -> None:
 
 
 def test_ranks_that_others_start_show_no_tag_so_their_nodes_have_to_be_named(node: Host, home: Path) -> None:
-    env = {"HOME": str(home), "MASTER_ADDR": "10.77.0.1", "NNODES": "2"}
+    mpirun = home / "mpirun"
+    mpirun.write_text("#!/bin/sh\n")
+    mpirun.chmod(0o755)
+    env = {"HOME": str(home), "MASTER_ADDR": "10.77.0.1", "NNODES": "2", "PATH": f"{home}:{os.environ['PATH']}"}
     done = node.run([*EXEC, "--", "mpirun", "--host", "node0,node1", "true"], env=env)
     assert done.returncode == 78 and "--peers" in done.stderr, done
 

@@ -209,7 +209,7 @@ def test_an_interface_that_is_named_is_where_tags_have_to_come_through(
 ) -> None:
     """Node 0 lets nobody in but through a link that leads nowhere: node 1 has the key, and stays outside."""
     node0, node1, _ = network
-    node0.run(["ip", "link", "add", "ib0", "type", "dummy"], check=True)
+    node0.run(["ip", "link", "add", "ib0", "type", "veth", "peer", "name", "nowhere"], check=True)
     node0.run(["ip", "addr", "add", "10.78.0.1/24", "dev", "ib0"], check=True)
     node0.run(["ip", "link", "set", "ib0", "up"], check=True)
     try:
