@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import kernel
@@ -36,12 +35,6 @@ def programs_on(field: TagField) -> int:
 def test_tags_are_proven_and_the_proof_leaves_nothing_there(field: TagField) -> None:
     with inside(field.host):
         require_tags(field.job.descriptor)
-        took = []
-        for _ in range(5):
-            began = time.monotonic()
-            require_tags(field.job.descriptor)
-            took.append(time.monotonic() - began)
-        assert min(took) < 0.05
         assert programs_on(field) == 0
         assert not (field.job.path / "cgroup.procs").read_text()
         with shielded(field.job) as held:
