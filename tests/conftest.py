@@ -17,6 +17,8 @@ from hosts import Host, MachineState, Network, eventually, hear_signals, machine
 from patience import wait_for_programs_as_patiently
 from users import PrivateMachine
 
+from securerun.guard.protocol import RUN_ID_VARIABLE
+
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
 
@@ -125,8 +127,13 @@ def machine_at_start() -> MachineState | None:
 
 @pytest.fixture(autouse=True)
 def _nothing_of_securerun_is_left(machine_at_start: MachineState | None) -> Iterator[None]:
-    """No test leaves a cgroup or a record; the next one begins when the guards of the one before are done."""
+    """No test leaves a cgroup or a record; the next one begins when the guards of the one before are done.
+
+    Nor the id of a run in this process' environment: all that is started later would be taken for that run's.
+    """
+    before = os.environ.get(RUN_ID_VARIABLE)
     yield
+    assert os.environ.get(RUN_ID_VARIABLE) == before, os.environ.pop(RUN_ID_VARIABLE)
     if machine_at_start is not None:
         assert eventually(lambda: _is_clean(machine_at_start), seconds=_GUARD_SECONDS), machine_snapshot()
 

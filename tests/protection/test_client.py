@@ -48,12 +48,17 @@ def say(*messages: Message) -> str:
     return f"os.write(1, {b''.join(map(encode, messages))!r})"
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
-    """What the next guards do, one text each; the last one's is that of all after it."""
+@pytest.fixture(autouse=True)
+def _every_test_begins_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does what is started after a test carry the run of one, which another test's guard may look for."""
     monkeypatch.setenv(RUN_ID_VARIABLE, "")
     monkeypatch.setattr(client, "_running", {})
     monkeypatch.setattr(client, "_stays", {})
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
+    """What the next guards do, one text each; the last one's is that of all after it."""
     scripts: queue.Queue[str] = queue.Queue()
     last = [DIE]
 
