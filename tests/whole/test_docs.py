@@ -45,6 +45,10 @@ ELSEWHERE = {
         "test_examples.py",
         "test_slurm_job_trains_on_both_nodes_and_the_stranger_reaches_nothing",
     ),
+    "securerun --nnodes 2 --node-rank $NODE_RANK --master-addr node0 --master-port 6000 train.py": (
+        "test_training_by_key.py",
+        "test_a_key_that_was_copied_is_all_that_it_takes_and_nobody_else_comes_in",
+    ),
     "scripts/quickstart.sh": ("test_docs.py", "test_quickstart_keeps_its_promises"),
 }
 # And pages all of whose commands another test runs.
