@@ -5,6 +5,7 @@ It is 1 unless somebody sets it, and nothing else makes a limit wider.
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 from typing import Any, Callable
@@ -26,7 +27,12 @@ def wait_for_programs_as_patiently() -> None:
 
 
 def _stretched(method: Callable[..., Any]) -> Callable[..., Any]:
-    def stretched(self: object, *words: Any, timeout: float | None = None, **more: Any) -> Any:  # noqa: ANN401
-        return method(self, *words, timeout=None if timeout is None else patient(timeout), **more)
+    named = inspect.signature(method)
+
+    def stretched(*words: Any, **more: Any) -> Any:  # noqa: ANN401
+        given = named.bind(*words, **more)
+        if given.arguments.get("timeout") is not None:
+            given.arguments["timeout"] = patient(given.arguments["timeout"])
+        return method(*given.args, **given.kwargs)
 
     return stretched
