@@ -25,7 +25,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Callable
 
 from securerun.firewall.chains import ANSWERED_A_SECOND, PortChainsUnavailable, Resets, of_another
@@ -53,6 +53,10 @@ _CONTENT = re.compile(r"^\t(chain|set) (\w+) \{$", re.MULTILINE)
 # Data packets cost this rule in each chain. SYN and ACK alone decide: a sender may set FIN and RST too. What is too
 # short to hold flags matches no rule that asks for them and so counts as an opening packet below.
 _DATA = "tcp flags & (syn | ack) != syn"
+# What becomes of opening packets to the run's ports that nothing has let pass.
+_REFUSE = "refuse"
+# Ports of a range that is compared with, not taken apart.
+_LONG_RANGE = 64
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def render(policy: Policy, log_group: int | None, *, owned: bool = True, resets:
     name = table_name(policy.run_id)
     peers = tuple(_peer_sets(policy))
     chains = _chains(_RUNS, policy, peers, log_group, resets=resets)
-    blocks = [*([[f"\t{_OWNER}"]] if owned else []), *_sets(policy, peers), *chains]
+    blocks = [*([[f"\t{_OWNER}"]] if owned else []), *_sets(peers), *chains]
     owner = f"{_OWNER}; " if owned else ""
     return f"create table inet {name} {{ {owner}{_comment(policy.run_id)}; }}\n{_table(name, blocks)}"
 
@@ -99,15 +103,11 @@ def render_lasting(policy: Policy) -> str:
     that a table of ours may hold is declared first.
     """
     name = f"{_LASTING.prefix}{policy.run_id}"
-    every = [_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True)]
-    sets = _sets(replace(policy, ports=(), public=()), every)
-    chains = (_chain(_LASTING, what, ()) for what in _LASTING.priorities)
+    chains = (_chain(_LASTING, what, ()) for what in (*_LASTING.priorities, _REFUSE))
     peers = tuple(_peer_sets(policy))
-    empty = _table(name, [*sets, *chains])
+    empty = _table(name, [*_every_set(), *chains])
     flushes = [f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty)]
-    return "\n".join(
-        [empty, *flushes, "", _table(name, [*_sets(policy, peers), *_chains(_LASTING, policy, peers, None)])]
-    )
+    return "\n".join([empty, *flushes, "", _table(name, [*_sets(peers), *_chains(_LASTING, policy, peers, None)])])
 
 
 def render_lasting_removal(run_id: str) -> str:
@@ -136,9 +136,8 @@ def render_in_place(policy: Policy, log_group: int | None, *, resets: bool = Tru
     that such a table may hold is declared first.
     """
     name = table_name(policy.run_id)
-    every = [_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True)]
-    chains = (_chain(_RUNS, what, ()) for what in _RUNS.priorities)
-    empty = _table(name, [*_sets(replace(policy, ports=(), public=()), every), *chains])
+    chains = (_chain(_RUNS, what, ()) for what in (*_RUNS.priorities, _REFUSE))
+    empty = _table(name, [*_every_set(), *chains])
     flushes = (f"flush {kind} inet {name} {what}" for kind, what in _CONTENT.findall(empty))
     _, _, content = render(policy, log_group, owned=False, resets=resets).partition("\n")
     return "\n".join([empty, *flushes, content])
@@ -252,10 +251,12 @@ class _PeerSet:
         return f"{'networks' if self.of_networks else 'hosts'}{self.version}"
 
 
-def _sets(policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[list[str]]:
-    yield _set("ports", "inet_service", (span(first, last) for first, last in policy.joined_ports()))
-    for each in peers:
-        yield _set(each.name, f"ipv{each.version}_addr", each.elements, interval=each.of_networks)
+def _sets(peers: Iterable[_PeerSet]) -> Iterator[list[str]]:
+    return (_set(each.name, f"ipv{each.version}_addr", each.elements, interval=each.of_networks) for each in peers)
+
+
+def _every_set() -> Iterator[list[str]]:
+    return _sets(_PeerSet(version, of_networks, ()) for version in (4, 6) for of_networks in (False, True))
 
 
 def _peer_sets(policy: Policy) -> Iterator[_PeerSet]:
@@ -272,7 +273,7 @@ def _peer_sets(policy: Policy) -> Iterator[_PeerSet]:
                 yield _PeerSet(version, of_networks, tuple(elements))
 
 
-def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool = True) -> list[str]:
+def _set(name: str, kind: str, elements: Iterable[str], *, interval: bool) -> list[str]:
     listed = ", ".join(elements)
     # The language has no empty list of elements.
     content = [f"\t\telements = {{ {listed} }}"] if listed else []
@@ -286,15 +287,18 @@ def _chains(
     if policy.peers or policy.tag_ports() or any(not opening.is_for_all for opening in policy.public):
         yield _chain(place, "pass", _rules(policy.run_id, _passes(place, policy, peers)))
     answered = policy.answered_version if resets else None
-    yield _chain(place, "close", _rules(policy.run_id, _drops(place, policy.run_id, log_group, answered)))
+    yield _chain(place, _REFUSE, _rules(policy.run_id, _refusals(policy, log_group, answered), after_data=False))
+    yield _chain(place, "close", _rules(policy.run_id, _closes(place, policy)))
 
 
 def _chain(place: _Place, name: str, rules: Iterable[str]) -> list[str]:
-    return [f"\tchain {name} {{", f"\t\t{_hook(place.priorities[name])}", *rules, "\t}"]
+    hook = [f"\t\t{_hook(place.priorities[name])}"] if name in place.priorities else []
+    return [f"\tchain {name} {{", *hook, *rules, "\t}"]
 
 
-def _rules(run_id: str, rules: Iterable[str]) -> Iterator[str]:
-    return (f"\t\t{rule} {_comment(run_id)}" for rule in (f"{_DATA} accept", *rules))
+def _rules(run_id: str, rules: Iterable[str], *, after_data: bool = True) -> Iterator[str]:
+    before = [f"{_DATA} accept"] if after_data else []
+    return (f"\t\t{rule} {_comment(run_id)}" for rule in (*before, *rules))
 
 
 def _hook(priority: int) -> str:
@@ -304,17 +308,16 @@ def _hook(priority: int) -> str:
 def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterator[str]:
     names = ", ".join(f'"{interface}"' for interface in policy.interfaces)
     entry = f"iifname {{ {names} }} " if names else ""
-    tag_ports = ", ".join(span(first, last) for first, last in policy.tag_ports())
     # nft 1.0.6 crashes, in the guard too, when it is asked for the option's length as well.
-    tagged = f"tcp dport {{ {tag_ports} }} tcp option {TAG_OPTION} exists" if tag_ports else ""
-    by_address = tagged if policy.admission is Admission.BOTH else "tcp dport @ports"
-    for each in peers:
+    tagged = [f"{to_ports} tcp option {TAG_OPTION} exists" for to_ports in _to(policy.tag_ports())]
+    by_address = tagged if policy.admission is Admission.BOTH else [*_to(policy.joined_ports())]
+    for each in peers if policy.admission is not Admission.TAG else ():
         family = "ip" if each.version == 4 else "ip6"
-        if by_address and policy.admission is not Admission.TAG:
-            yield f"{entry}{by_address} {family} saddr @{each.name} meta priority set {place.token} accept"
-    if tagged and policy.admits_by_tag:
+        for match in by_address:
+            yield f"{entry}{match} {family} saddr @{each.name} meta priority set {place.token} accept"
+    for match in tagged if policy.admits_by_tag else ():
         through = entry if policy.tag_interfaces else ""
-        yield f"{through}{tagged} meta priority set {place.token} accept"
+        yield f"{through}{match} meta priority set {place.token} accept"
     for networks, ranges in by_networks(policy.public).items():
         ports = ", ".join(span(first, last) for first, last in ranges)
         for version, family in ((4, "ip"), (6, "ip6")):
@@ -324,15 +327,40 @@ def _passes(place: _Place, policy: Policy, peers: Iterable[_PeerSet]) -> Iterato
                 yield f"{match} meta priority set {place.token} accept"
 
 
-def _drops(place: _Place, run_id: str, log_group: int | None, answered: int | None) -> Iterator[str]:
+def _closes(place: _Place, policy: Policy) -> Iterator[str]:
     yield f"meta priority {place.token} accept"
     yield 'iifname "lo" accept'
+    for to_ports in _to(policy.joined_ports()):
+        yield f"{to_ports} goto {_REFUSE}"
+
+
+def _refusals(policy: Policy, log_group: int | None, answered: int | None) -> Iterator[str]:
     if log_group is not None:
-        yield f'tcp dport @ports {_limit(LOGGED_A_SECOND)} log prefix "{log_prefix(run_id)}" group {log_group}'
+        yield f'{_limit(LOGGED_A_SECOND)} log prefix "{log_prefix(policy.run_id)}" group {log_group}'
     if answered is not None:
         # A client with addresses of both IP versions, which tried the one that no peer has, takes the other at once.
-        yield f"meta nfproto ipv{answered} tcp dport @ports {_limit(ANSWERED_A_SECOND)} counter {RESET}"
-    yield "tcp dport @ports counter drop"
+        yield f"meta nfproto ipv{answered} {_limit(ANSWERED_A_SECOND)} counter {RESET}"
+    yield "counter drop"
+
+
+def _to(ports: Iterable[tuple[int, int]]) -> Iterator[str]:
+    """Yield what matches opening packets to these ports: single ones by a set that its rule brings along, long ranges by themselves.
+
+    Not by a set with intervals: where ports are added while packets come, such a set misses for a moment ports that
+    are in it before and after. Emptied and refilled it does before Linux 6.17 (a60f7bf4a152), brought along by a rule
+    since its intervals are an array that is put in place after the rules (7.0, 6.18.y). Neither holds for sets of
+    single ports, nor for comparisons.
+    """
+    single: list[int] = []
+    ranges: list[str] = []
+    for first, last in ports:
+        if last - first < _LONG_RANGE:
+            single += range(first, last + 1)
+        else:
+            ranges.append(span(first, last))
+    if single:
+        yield f"tcp dport {{ {', '.join(map(str, single))} }}"
+    yield from (f"tcp dport {each}" for each in ranges)
 
 
 def _limit(packets: int) -> str:
