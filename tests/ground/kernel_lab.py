@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import inspect
 import os
+import platform
 import re
 import shutil
 import stat
@@ -45,6 +46,8 @@ WHEELS = (
     *("numpy", "setuptools<80"),
 )
 SOURCES = ("ClusterShell>=1.9",)
+# What the tests of the legacy backend need, and what pip compiles for the machine that it runs on, alone.
+COMPILED = ("python-iptables>=1.2.0,<2",)
 COMMANDS = {
     "securerun": "securerun.run:command",
     "securerunctl": "securerun.ctl.app:main",
@@ -374,14 +377,15 @@ def _configure(root: Path) -> None:
 
 def site_image(architecture: str, *, torch: bool) -> Path:
     """A disk with a virtual environment on it, mounted at /srv/site; the checkout is in its path."""
-    made_by = key_of(PYTHON, WHEELS, SOURCES, COMMANDS, TORCH if torch else None, 1)
+    compiled = COMPILED if _is_like_this_one(architecture) else ()
+    made_by = key_of(PYTHON, WHEELS, SOURCES, compiled, COMMANDS, TORCH if torch else None, 1)
 
     def make(file: Path) -> None:
         site = file.parent / "site"
         packages = site / f"lib/python{PYTHON}/site-packages"
         packages.mkdir(parents=True)
         _install(architecture, packages, WHEELS)
-        _pip("--target", str(packages), "--no-deps", *SOURCES)
+        _pip("--target", str(packages), "--no-deps", *SOURCES, *compiled)
         if torch:
             _install_torch(architecture, packages)
         (packages / "checkout.pth").write_text("/srv/securerun\n")
@@ -437,9 +441,18 @@ def _pip(*words: str) -> None:
 
 def _compile(tree: Path, root: Path, becomes: str) -> None:
     """Compile Python's files where this Python is of the machines' version: emulated it takes a minute."""
-    if f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON:
+    if _is_of_the_machines_version():
         words = ("-m", "compileall", "-q", "-j", "0", "-s", str(root), "-p", becomes, str(tree))
         subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+def _is_of_the_machines_version() -> bool:
+    return f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON
+
+
+def _is_like_this_one(architecture: str) -> bool:
+    """Whether what is compiled here runs there."""
+    return _is_of_the_machines_version() and platform.machine() == MACHINE_TYPES[architecture]
 
 
 def product_archive(file: Path, orders: dict[str, str]) -> None:
