@@ -344,7 +344,7 @@ def _refusals(policy: Policy, log_group: int | None, answered: int | None) -> It
 
 
 def _to(ports: Iterable[tuple[int, int]]) -> Iterator[str]:
-    """Yield what matches opening packets to these ports: single ones by a set that its rule brings along, long ranges by themselves.
+    """Yield what matches packets to these ports: by a set that its rule brings along, and long ranges by themselves.
 
     Not by a set with intervals: while ports are added, such a set misses for a moment ports that are in it before and
     after. Emptied and refilled it does before Linux 6.17 (a60f7bf4a152), brought along by a rule it did on 6.18.44.
