@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jobs
-import kernel
 import pytest
 from checkout import COMMANDS
 from hosts import Host, Network, eventually, finish, finish_all
+from key_homes import make_homes
 from probe import Probe
 from remains import nothing_left_behind
 
@@ -23,15 +22,8 @@ CTL = str(COMMANDS / "securerunctl")
 
 
 @pytest.fixture
-def homes(node: Host, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """The user's homes on two hosts: the key is made in the first, and copied as an ssh key is."""
-    kernel.require(kernel.TAGS)
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    made = node.run([CTL, "setup", "key"], env={"HOME": str(first)})
-    assert made.returncode == 0, made
-    shutil.copytree(first, second)
-    yield first, second
+def homes(node: Host, tmp_path: Path) -> tuple[Path, ...]:
+    return make_homes(node, tmp_path)
 
 
 def start(
@@ -50,7 +42,7 @@ def start(
 
 
 def test_a_key_that_was_copied_is_all_that_it_takes_and_nobody_else_comes_in(
-    network: Network, homes: tuple[Path, Path], tmp_path: Path
+    network: Network, homes: tuple[Path, ...], tmp_path: Path
 ) -> None:
     node0, node1, stranger = network
     reports = [tmp_path / f"{rank}.json" for rank in (0, 1)]
@@ -72,7 +64,7 @@ def test_a_key_that_was_copied_is_all_that_it_takes_and_nobody_else_comes_in(
         assert json.loads(report.read_text())["nodes"] == {"guarded": 2, "of": 2, "unguarded": []}
 
 
-def test_nodes_with_different_keys_both_say_so_within_seconds(network: Network, homes: tuple[Path, Path]) -> None:
+def test_nodes_with_different_keys_both_say_so_within_seconds(network: Network, homes: tuple[Path, ...]) -> None:
     node0, node1, _ = network
     (homes[1] / ".config/securerun/key").write_text("another key of thirty-two bytes and a few more\n")
     started = start((node0, node1), homes)
@@ -93,7 +85,7 @@ def _said_within_seconds(launch: subprocess.Popen[str], seconds: float = 10) -> 
     return finish(launch, timeout=30).stderr
 
 
-def test_a_node_that_is_named_may_be_without_securerun(network: Network, homes: tuple[Path, Path]) -> None:
+def test_a_node_that_is_named_may_be_without_securerun(network: Network, homes: tuple[Path, ...]) -> None:
     node0, node1, _ = network
     script = (str(jobs.TRAIN), "--groups", "1")
     peers = ("--peers", ",".join(address for node in (node0, node1) for address in node.addresses))
@@ -109,7 +101,7 @@ def test_a_node_that_is_named_may_be_without_securerun(network: Network, homes: 
 
 
 def test_where_a_tag_is_insisted_on_a_node_without_one_is_told_of_and_comes_in_nowhere(
-    network: Network, homes: tuple[Path, Path]
+    network: Network, homes: tuple[Path, ...]
 ) -> None:
     node0, node1, _ = network
     script = (str(jobs.TRAIN), "--groups", "1")
@@ -127,7 +119,7 @@ def test_where_a_tag_is_insisted_on_a_node_without_one_is_told_of_and_comes_in_n
     assert f"{node0.ipv4}:{jobs.PORT} answered without the tag of this job's key" in said, said
 
 
-def test_a_guard_that_takes_over_has_the_key_again(network: Network, homes: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_guard_that_takes_over_has_the_key_again(network: Network, homes: tuple[Path, ...], tmp_path: Path) -> None:
     node0, node1, stranger = network
     with Probe(stranger, node0) as outside, Probe(node1, node0) as beside_the_peer:
         started = start((node0, node1), homes, groups=40)
@@ -179,7 +171,7 @@ with guarded(wanted, key="auto") as guarding:
 
 @pytest.mark.parametrize("way", ["exec", "guarded"])
 def test_other_commands_and_python_callers_are_nodes_by_their_key_as_well(
-    network: Network, homes: tuple[Path, Path], way: str
+    network: Network, homes: tuple[Path, ...], way: str
 ) -> None:
     node0, node1, stranger = network
     program = [sys.executable, "-c", MEETING + (AROUND if way == "guarded" else "meet()")]
@@ -205,7 +197,7 @@ def test_other_commands_and_python_callers_are_nodes_by_their_key_as_well(
 
 
 def test_an_interface_that_is_named_is_where_tags_have_to_come_through(
-    network: Network, homes: tuple[Path, Path]
+    network: Network, homes: tuple[Path, ...]
 ) -> None:
     """Node 0 lets nobody in but through a link that leads nowhere: node 1 has the key, and stays outside."""
     node0, node1, _ = network
@@ -222,7 +214,7 @@ def test_an_interface_that_is_named_is_where_tags_have_to_come_through(
 
 
 def test_a_host_that_can_have_no_tags_says_so_and_what_insists_on_them_is_refused(
-    network: Network, homes: tuple[Path, Path]
+    network: Network, homes: tuple[Path, ...]
 ) -> None:
     node0, _, _ = network
     launch = [CTL, "exec", "--scope", "ports", "--peers", "10.77.0.2"]
