@@ -80,9 +80,12 @@ def _lacking(lease: Lease) -> str:
             "being a process of this job, the only ones that --loopback job lets it meet on its planned ports of this "
             "host; start all of the job by one securerun, or use --loopback any"
         )
-    fix = "start it by securerun with the same key"
-    if not lease.key_required:
-        fix = f"{fix}, or name it with --peers"
+    fix = "start it by securerun with the same key, or name it with --peers"
+    if lease.key_required:
+        fix = (
+            "start it by securerun with the same key; if something in between takes TCP option 254 away, name it with "
+            "--peers, and --key auto"
+        )
     key = f"the tag of this job's key (fingerprint {lease.key.fingerprint})"
     return f"{key}, so it counts as no node of it: if it is one, {fix}"
 

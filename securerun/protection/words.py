@@ -78,15 +78,16 @@ def key_in_force(plan: Plan, guarding: Guarding | None) -> denials.KeyInForce | 
 
 
 def nodes(plan: Plan, released: Released | None) -> Iterator[str]:
-    """Yield how many of the job's nodes were seen to have its key, and who answered without."""
+    """Yield how many of the job's nodes were seen to have its key, and who came or answered without."""
     if released is None or not released.nodes_guarded:
         return
     run = f"run {plan.policy.run_id}: "
     yield f"{run}{nodes_guarded(released.nodes_guarded, plan.nodes)}"
     if released.unguarded:
         yield (
-            f"{run}{some(released.unguarded, _NETWORKS_NAMED)} answered without the job's key; start securerun there "
-            "too, with the same key, and see that nothing between the nodes takes TCP option 254 away"
+            f"{run}{some(released.unguarded, _NETWORKS_NAMED)} came or answered without the job's key; start securerun "
+            "there too, with the same key, and see that nothing between the nodes translates addresses or takes TCP "
+            "option 254 away"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,13 @@ def address(host: Host) -> str:
 def address6(host: Host) -> str:
     """Its IPv6 address there."""
     return f"fd81::{host.ipv6.rpartition(':')[2]}"
+
+
+def there(host: Host) -> Host:
+    """The same host, known by its addresses there."""
+    other = copy.copy(host)
+    other.ipv4, other.ipv6 = address(host), address6(host)
+    return other
 
 
 def connect(network: Network) -> None:
