@@ -17,8 +17,10 @@ SIGNALS: dict[str, tuple[signal.Signals, ...]] = {
     "STOPKILL": (signal.SIGSTOP, signal.SIGKILL),
 }
 BACKENDS = ("iptables", "nftables", "legacy", "off")
-# The shield; --scope ports, with a cgroup that tells who belongs to the job; no cgroup to be had, so no shield either.
-PROTECTIONS = ("shield", "ports", "nocgroup")
+# The shield; --scope ports, with a cgroup that tells who belongs to the job; no cgroup to be had, so no shield either;
+# the shield by a key: no peer is named, and who shows the key's tag comes in.
+PROTECTIONS = ("shield", "ports", "nocgroup", "key")
+WITHOUT_A_SHIELD = ("ports", "nocgroup")
 WITHOUT_WORKERS = ("before", "layers", "guarded")
 # What a guard ignores, as terminals and batch systems send it.
 IGNORED_BY_GUARDS = ("TERM", "INT", "HUP", "QUIT")
@@ -49,7 +51,12 @@ class Cell:
     @property
     def has_shield(self) -> bool:
         """Whether a stranger can never get in; else to a port that was opened at random until it has been seen."""
-        return self.protection == "shield"
+        return self.protection not in WITHOUT_A_SHIELD
+
+    @property
+    def has_key(self) -> bool:
+        """Whether a peer is known by its tag, and by that alone."""
+        return self.protection == "key"
 
     @property
     def ends_a_guard(self) -> bool:
@@ -77,20 +84,20 @@ def all_cells() -> list[Cell]:
     """Every combination that there is.
 
     Without a shield the signals that a guard ignores take the backends in turn: whoever dies by them, the guard lives,
-    and does under one backend what it does under another.
+    and does under one backend what it does under another. With a key so does whatever ends no guard.
     """
     everything = itertools.product(VICTIMS, MOMENTS, SIGNALS, BACKENDS, PROTECTIONS)
     cells = itertools.starmap(Cell, everything)
-    return [cell for cell in cells if cell.exists and (cell.has_shield or _is_its_turn(cell))]
+    return [cell for cell in cells if cell.exists and (cell.protection == "shield" or _is_its_turn(cell))]
 
 
 def _is_its_turn(cell: Cell) -> bool:
-    if cell.signal not in IGNORED_BY_GUARDS:
+    if cell.ends_a_guard if cell.has_key else cell.signal not in IGNORED_BY_GUARDS:
         return True
     place = (PROTECTIONS, VICTIMS, MOMENTS, tuple(SIGNALS))
     values = (cell.protection, cell.victim, cell.moment, cell.signal)
     turn = sum(names.index(value) for names, value in zip(place, values))
-    return BACKENDS.index(cell.backend) == turn % 3
+    return BACKENDS.index(cell.backend) == turn % (4 if cell.has_shield else 3)
 
 
 def parse_cell(text: str) -> Cell:

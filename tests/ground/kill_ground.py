@@ -13,10 +13,11 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
-from checkout import GROUND
+from checkout import COMMANDS, GROUND
 from containers import READ_ONLY_CGROUPS
-from hosts import NAMESPACES, RECORDS, Host, Network, cgroup2_mount, is_alive
+from hosts import NAMESPACES, RECORDS, Endpoint, Host, Network, cgroup2_mount, is_alive
 from kill_cells import PROTECTIONS
+from probe import reach
 from process_table import signal_if
 
 # At these marks the light job waits for an answer.
@@ -27,7 +28,10 @@ GRACE_SECONDS = 0.5
 PATIENCE_SECONDS = 20.0
 TAKEN_OVER = "another has taken over"
 
-_SCOPES = dict(zip(PROTECTIONS, ("auto", "ports", "auto")))
+_SCOPES = dict(zip(PROTECTIONS, ("auto", "ports", "auto", "auto")))
+# What of a launch the key is made of, beside its file.
+_MEETING = {"MASTER_PORT": "29500"}
+_SECRETS = Path("/run/securerun-jobs")
 _WITHOUT_CGROUP = ("unshare", "--mount", "sh", "-ec", f'{READ_ONLY_CGROUPS}; exec "$@"')
 _REAP = (
     "from securerun.guard import reaper, run_directory\n"
@@ -84,6 +88,13 @@ class LightJob:
         self.node = ground.node
         self.run_id = secrets.token_hex(6)
         self.has_cgroup = protection != "nocgroup"
+        self._key: Path | None = None
+        way_in = ("--peers", ",".join(ground.peer.addresses))
+        if protection == "key":
+            self._key = place / "key"
+            self._key.touch(0o600)
+            self._key.write_text(secrets.token_hex(32))
+            way_in = ("--key", str(self._key))
         self.marks: list[str] = []
         self.children: dict[str, int] = {}
         self.pids: set[int] = set()
@@ -106,11 +117,12 @@ class LightJob:
             [
                 *(() if self.has_cgroup else (*_WITHOUT_CGROUP, str(cgroup2_mount()))),
                 *(sys.executable, LIGHT_JOB, "--run-id", self.run_id, "--lifeline", fifo),
-                *("--peers", ",".join(ground.peer.addresses), "--firewall", backend),
+                *(*way_in, "--firewall", backend),
                 *("--scope", _SCOPES[protection], "--grace", str(GRACE_SECONDS), *(["--naked"] if naked else [])),
             ],
             stdin=-1,
             stderr=self._errors,
+            env=_MEETING,
         )
         assert self.launcher.stdin is not None and self.launcher.stdout is not None
         self._orders: IO[str] = self.launcher.stdin
@@ -151,6 +163,14 @@ class LightJob:
         with self._news_came:
             self._news_came.wait_for(lambda: mark in self.marks or not self._speaks, timeout=PATIENCE_SECONDS)
         require(mark in self.marks, f"the launcher never came to {mark!r}: {self.errors()}")
+
+    def reach_as_peer(self, ground: Ground, targets: set[Endpoint]) -> dict[Endpoint, bool]:
+        """For each address and port, whether a process of the job on another host connects: by a tag where it has a
+        key."""
+        if self._key is None:
+            return reach(ground.peer, targets)
+        around = (str(COMMANDS / "securerunctl"), "exec", "--key", str(self._key), "--")
+        return reach(ground.peer, targets, around=around, env=_MEETING)
 
     def has_ended(self) -> bool:
         return self.launcher.poll() is not None
@@ -204,8 +224,9 @@ class LightJob:
         return int(record["guard"])
 
     def remains(self) -> list[str]:
-        """The record, half-written ones too, and the cgroup, as far as they are there."""
-        names = (self.cgroup, RECORDS / f"{self.run_id}.json", RECORDS / f".{self.run_id}.json.partial")
+        """The record, half-written ones too, the cgroup, and what has the secret, as far as they are there."""
+        of_run = (RECORDS / f"{self.run_id}.json", RECORDS / f".{self.run_id}.json.partial", _SECRETS / self.run_id)
+        names = (self.cgroup, *of_run)
         left = [str(name) for name in names if name.exists()]
         return left + [f"guard {pid}" for pid in self.guards if is_alive(pid)]
 

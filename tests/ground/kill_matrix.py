@@ -13,7 +13,8 @@ the start until after the end. Then somebody dies:
     signal       TERM, INT, HUP, QUIT, KILL, STOP followed by KILL
     backend      iptables, nftables, legacy, off
     protection   the shield, port chains beside it; ports: port chains alone, and a cgroup that tells who belongs to the
-                 job; nocgroup: port chains alone, and no cgroup to be had
+                 job; nocgroup: port chains alone, and no cgroup to be had; key: the shield, which nobody passes but by
+                 the tag of the job's key, port chains beside it
 
 Behind the shield the stranger must never get in. Without it never to a planned port, and to one that was opened at
 random only until a guard has seen it (tests/ground/gains.py); whatever he got is counted.
@@ -265,7 +266,10 @@ def _require_guarded(job: LightJob, ground: Ground, cell: Cell) -> None:
     if cell.moment == "training":
         targets = ground.node.targets()
         require(len(targets) >= CHILDREN, f"listeners: {targets}")
-        require(all(reach(ground.peer, targets).values()), f"a peer is kept out: {reach(ground.peer, targets)}")
+        of_peer = job.reach_as_peer(ground, targets)
+        require(all(of_peer.values()), f"a peer is kept out: {of_peer}")
+        beside = reach(ground.peer, targets) if cell.has_key else {}
+        require(not any(beside.values()), f"another process of a peer's host gets in: {beside}")
 
 
 def _require_takeover(job: LightJob, cell: Cell) -> None:

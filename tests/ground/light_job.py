@@ -1,6 +1,7 @@
 """A job without torch, for tests that kill: a launcher with a lease, and children that listen.
 
-    light_job.py --run-id ID --lifeline FIFO [--peers A,B] [--port N] [--firewall B] [--scope S] [--grace S] [--naked]
+    light_job.py --run-id ID --lifeline FIFO [--peers A,B] [--port N] [--firewall B] [--scope S] [--grace S]
+                 [--key FILE] [--naked]
 
 The launcher holds its lease through `securerun.guarded`. On standard output it and its children write one JSON
 object a line:
@@ -149,7 +150,12 @@ def main() -> None:
 
     _mark_moments(launcher)
     with securerun.guarded(
-        _policy(options), firewall=options.firewall, scope=options.scope, grace=options.grace, tell=_tell
+        _policy(options),
+        firewall=options.firewall,
+        scope=options.scope,
+        grace=options.grace,
+        tell=_tell,
+        key=options.key,
     ) as guarding:
         for note in guarding.notes:
             _say(news=note)
@@ -184,6 +190,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--firewall", default="auto")
     parser.add_argument("--scope", default="auto")
     parser.add_argument("--grace", type=float, default=0.5)
+    parser.add_argument("--key", default="off", help="a file; who shows the tag of its key comes in")
     parser.add_argument("--naked", action="store_true", help="no lease: what a stranger reaches then is the control")
     options = parser.parse_args()
     CHILDREN["planned"] = ("::", options.port)

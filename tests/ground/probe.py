@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,14 +141,20 @@ class Probe:
                 self.dropped.setdefault((address, port), []).append(begun)
 
 
-def reach(origin: Host, targets: Iterable[Endpoint], *, seconds: float = CONNECT_SECONDS) -> dict[Endpoint, bool]:
-    """For each (address, port), whether a connect() from `origin` completes."""
+def reach(
+    origin: Host,
+    targets: Iterable[Endpoint],
+    *,
+    seconds: float = CONNECT_SECONDS,
+    around: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> dict[Endpoint, bool]:
+    """For each (address, port), whether a connect() from `origin` completes. around: what starts the program."""
     from patience import patient  # where this is a program, it has but itself
 
     request = json.dumps(sorted(set(targets)))
-    answer = origin.run(
-        _program("once", "--connect-seconds", str(patient(seconds))), text_input=request + "\n", check=True
-    ).stdout
+    program = [*around, *_program("once", "--connect-seconds", str(patient(seconds)))]
+    answer = origin.run(program, text_input=request + "\n", check=True, env=env).stdout
     results = (json.loads(line) for line in answer.splitlines())
     return {(address, port): result == "connected" for address, port, result, _ in results}
 

@@ -19,7 +19,17 @@ import kernel
 import pytest
 from gains import Deaf, gains
 from hosts import Network, eventually, finish, is_alive, machine_snapshot
-from kill_cells import BACKENDS, MOMENTS, PROTECTIONS, SIGNALS, VICTIMS, Cell, all_cells, parse_cell
+from kill_cells import (
+    BACKENDS,
+    MOMENTS,
+    PROTECTIONS,
+    SIGNALS,
+    VICTIMS,
+    WITHOUT_A_SHIELD,
+    Cell,
+    all_cells,
+    parse_cell,
+)
 from kill_ground import GRACE_SECONDS, TAKEN_OVER, Ground, LightJob, send
 from kill_matrix import CLEAN_SECONDS, Figures, control, run_cell
 from probe import Probe, reach
@@ -52,11 +62,12 @@ def spread() -> Iterator[Cell]:
     for number, (victim, moment) in enumerate(itertools.product(("guard", "both"), MOMENTS)):
         yield Cell(victim, moment, ("KILL", "STOPKILL")[number % 2], BACKENDS[number % 4])
     yield from spread_without_a_shield()
+    yield from spread_with_a_key()
 
 
 def spread_without_a_shield() -> Iterator[Cell]:
     """Likewise, with a cgroup and without one in turn; and guards that die, at every moment, with and without one."""
-    bare = [name for name in PROTECTIONS if name != "shield"]
+    bare = WITHOUT_A_SHIELD
     for number, (moment, victim) in enumerate(itertools.product(MOMENTS, VICTIMS)):
         protection = bare[(number + number // 12) % 2] if victim != "cgroup" else "ports"
         yield Cell(victim, moment, list(SIGNALS)[(number + number // 6) % 6], BACKENDS[number % 3], protection)
@@ -64,10 +75,22 @@ def spread_without_a_shield() -> Iterator[Cell]:
         yield Cell(victim, moment, ("KILL", "STOPKILL")[number // 2 % 2], BACKENDS[number % 3], protection)
 
 
+def spread_with_a_key() -> Iterator[Cell]:
+    """Guards that die, at every moment; and every other victim at every second moment."""
+    for number, (moment, victim) in enumerate(itertools.product(MOMENTS, ("guard", "both"))):
+        yield Cell(victim, moment, ("KILL", "STOPKILL")[number // 2 % 2], BACKENDS[number % 4], "key")
+    others = [victim for victim in VICTIMS if victim not in ("guard", "both")]
+    for number, (moment, victim) in enumerate(itertools.product(MOMENTS, others)):
+        if (number + number // 4) % 2:
+            yield Cell(victim, moment, list(SIGNALS)[number // 2 % 6], BACKENDS[number // 3 % 4], "key")
+
+
 @pytest.mark.parametrize("cell", [cell for cell in dict.fromkeys(spread()) if cell.exists], ids=str)
 def test_nothing_leaks_and_nothing_opens(network: Network, cell: Cell) -> None:
     if cell.has_shield and cell.backend == "nftables":
         kernel.require(kernel.OWNED_TABLES)
+    if cell.has_key:
+        kernel.require(kernel.TAGS)
     figures = Figures()
     run_cell(Ground(network, legacy=cell.backend == "legacy"), cell, random.Random(f"{SEED}/{cell}"), figures)  # noqa: S311
     assert figures.forbidden == figures.leaks == 0
@@ -83,13 +106,18 @@ def test_the_spread_has_every_victim_moment_signal_backend_and_protection() -> N
 
 
 def test_the_matrix_has_every_combination_that_there_is() -> None:
-    """Without a shield what ends no guard takes the three backends in turn: 4 signals once, and 2 under each."""
+    """Without a shield what ends no guard takes the three backends in turn: 4 signals once, and 2 under each.
+
+    With a key all take the four in turn, and those that end a guard meet each: 2 victims at 7 moments by 2 signals.
+    """
     cells = all_cells()
     places = 6 * 7 - 3
     shielded, with_a_cgroup, without_one = places * 6 * 4, places * (4 + 2 * 3), (places - 7) * (4 + 2 * 3)
-    assert len(set(cells)) == len(cells) == shielded + with_a_cgroup + without_one
+    by_key = places * 6 + 3 * 2 * 7 * 2
+    assert len(set(cells)) == len(cells) == shielded + with_a_cgroup + without_one + by_key
     assert all(parse_cell(str(cell)) == cell for cell in cells)
     assert {cell.backend for cell in cells if not cell.has_shield and not cell.ends_a_guard} == set(BACKENDS[:3])
+    assert {cell.backend for cell in cells if cell.has_key and not cell.ends_a_guard} == set(BACKENDS)
 
 
 class Tried:
@@ -123,7 +151,7 @@ def test_a_stranger_gets_no_more_than_what_is_said_of_ports_without_a_shield(
     assert [gain.is_too_much for gain in gains(tried, deaf)].count(True) == wrong
 
 
-@pytest.mark.parametrize("protection", [name for name in PROTECTIONS if name != "shield"])
+@pytest.mark.parametrize("protection", WITHOUT_A_SHIELD)
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_guards_that_are_killed_one_after_the_other_open_nothing_again(
     network: Network, tmp_path: Path, backend: str, protection: str
