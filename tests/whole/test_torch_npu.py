@@ -16,10 +16,13 @@ from pathlib import Path
 import jobs
 import npu
 import pytest
+from checkout import COMMANDS
 from hosts import Host, Network, finish, kill_group, machine_snapshot
+from key_homes import make_homes
 from probe import Probe, reach
 from remains import nothing_left_behind
 
+CTL = str(COMMANDS / "securerunctl")
 _TIERED = "--enable_tiered_parallel_tcpstore=true"
 # torch_npu/csrc/distributed: the name of the abstract unix socket (unix(7)) on which an agent serves its workers.
 _LOCAL_SOCKET = "@local_abstract_namespace"
@@ -73,6 +76,36 @@ def test_stranger_cannot_reach_any_port_of_two_nodes_under_torch_npu_run(
         assert len({port for _, port in probe.tried}) >= len(npu.HCCL_PORTS) + 8
     assert _STORE in {port for _, port in at_node0.tried}
     assert [len(sockets) > 0 for sockets in local_sockets] == [bool(tiered)] * 2
+
+
+@pytest.mark.parametrize("tiered", [(), (_TIERED,)], ids=["plain", "tiered"])
+def test_two_nodes_that_nobody_named_train_by_their_key_and_nobody_else_reaches_hccls_ports(
+    network: Network, environment: Environment, tmp_path: Path, tiered: tuple[str, ...]
+) -> None:
+    node0, node1, stranger = network
+    homes = make_homes(node0, tmp_path)
+    of_job = {"HOME": str(homes[1]), "MASTER_ADDR": node0.ipv4, "MASTER_PORT": str(_STORE), "NNODES": "2"}
+    with (
+        nothing_left_behind(node0, node1),
+        Probe(stranger, node0) as outside,
+        Probe(node1, node0) as beside_the_peer,
+    ):
+        started = [
+            _start_on(node, rank, (jobs.SECURERUN, *tiered), {**environment, "HOME": str(home)}, network, tmp_path)
+            for rank, (node, home) in enumerate(zip((node0, node1), homes))
+        ]
+        _wait_for_training(started, tmp_path, 2)
+        targets = node0.targets()
+        with_the_key = reach(node1, targets, around=(CTL, "exec", "--"), env=of_job)
+        (tmp_path / "go on").touch()
+        done = _finish_both(started, tmp_path, 2)
+    assert _ended_well(done), done
+    assert jobs.last_loss(done[0].stdout) < 0.6
+    assert {_STORE, *npu.HCCL_PORTS} <= {port for _, port in targets}
+    assert with_the_key == dict.fromkeys(targets, True)
+    assert outside.reached == beside_the_peer.reached == set()
+    assert {_STORE, *npu.HCCL_PORTS} <= {port for _, port in outside.tried}
+    assert "2 of 2 nodes guarded" in done[0].stderr, done[0].stderr
 
 
 def test_torch_npu_run_lets_the_stranger_in_where_securerun_does_not(
@@ -341,6 +374,15 @@ def _start_on_both(
         workers=workers,
         env=environment,
     )
+
+
+def _start_on(
+    node: Host, rank: int, launcher: tuple[str, ...], environment: Environment, network: Network, place: Path
+) -> subprocess.Popen[str]:
+    """One node of such a job, with one worker."""
+    meeting = jobs.rendezvous("static", node, rank, network["node0"])
+    command = [*launcher, "--rdzv_backend=parallel", "--nnodes", "2", *meeting]
+    return node.popen([*command, npu.TRAIN, "--hccl", "--wait", str(place)], env=environment)
 
 
 def _finish_both(
