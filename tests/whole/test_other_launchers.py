@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from checkout import CHECKOUT, COMMANDS
-from hosts import Network
+from hosts import Host, Network, eventually
 from pages import DIRECTORY, Block, Stage, blocks_of
 from probe import Probe
 from users import PrivateMachine
@@ -21,13 +22,17 @@ from users import PrivateMachine
 pytestmark = pytest.mark.slow
 
 LAUNCHERS = Path(sys.prefix) / "launchers"
-BLOCKS = [block for block in blocks_of(CHECKOUT / "docs/launchers.md") if block.language == "sh"]
+PAGE = blocks_of(CHECKOUT / "docs/launchers.md")
+BLOCKS = [block for block in PAGE if block.language == "sh"]
+(CLUSTER,) = (block.text for block in PAGE if block.text.startswith("export RAY_AUTH_MODE"))
 # What is many in the page, and one a node here.
 FEWER = (
     ("--nproc-per-node 8", "--nproc-per-node 1"),
     ("--num_processes 16", "--num_processes 2"),
     ("--devices 8", "--devices 1"),
     ("-j 1x8", "-j 1x2"),
+    ("ray start", "ray start --num-cpus 1 --object-store-memory 80000000"),
+    ("--head", "--head --include-dashboard=false"),
 )
 
 # What a worker does that was told its rank: it adds ranks up, and stays until the stranger has tried its ports.
@@ -86,6 +91,22 @@ address, port = ray.get(workers[0].address.remote())
 assert len(set(ray.get([worker.train.remote(rank, address, port) for rank, worker in enumerate(workers)]))) == 2
 ray.shutdown()
 """.replace("TRAIN,", f"{TRAIN!r},")
+# Whoever has no token of the cluster's is turned away by ray itself, although they come from inside of the job.
+RAY_WITH_TOKEN = """
+import subprocess, sys, time
+join = "import ray; ray.init('auto')"
+""" + RAY.replace(
+    "workers = [Worker.remote(), Worker.remote()]",
+    """
+while len([node for node in ray.nodes() if node["Alive"]]) < 2:
+    time.sleep(0.5)
+without = subprocess.Popen([sys.executable, "-c", join], env={**os.environ, "RAY_AUTH_TOKEN": "0" * 64},
+                           stderr=subprocess.PIPE, text=True)
+assert any("InvalidAuthToken" in line for line in without.stderr), "nobody asked for the token"
+without.kill()
+workers = [Worker.remote(), Worker.remote()]
+""",
+).replace("ALONE", "'auto'")
 RAY_ALONE = RAY.replace("ALONE", "num_cpus=2, include_dashboard=False, object_store_memory=80_000_000")
 SPAWN = f"""{MEET}
 import os
@@ -110,22 +131,27 @@ subprocess.run(words, check=True)'
 
 @dataclass(frozen=True)
 class Case:
-    """What the page's train.py is behind a launcher. ports: how many of a node the stranger tries at least."""
+    """What the page's train.py is behind a launcher. ports: how many of a node the stranger tries at least.
+
+    by_key: the user has a key, in a home that both nodes have.
+    """
 
     train: str = TRAIN
     nodes: int = 2
     workers: int = 2
     ports: int = 2
+    by_key: bool = False
 
 
 # Where they go with the private machine; and nobody is told that ray runs here.
-RAYS_FILES = f"export RAY_TMPDIR={DIRECTORY}/ray RAY_USAGE_STATS_ENABLED=0\n"
+RAYS_FILES = f"export RAY_TMPDIR={DIRECTORY}/ray$NODE_RANK RAY_USAGE_STATS_ENABLED=0\n"
 # By a word of the block.
 CASES = {
     "python -m securerun": Case(),
     "which torchrun": Case(),
     "bash pretrain.sh": Case(),
     "accelerate launch": Case(),
+    "bash cluster.sh": Case(RAY_WITH_TOKEN, by_key=True),
     "NODE_RANK=": Case(TRAINER, workers=4, ports=4),
     "fabric run": Case(),
     "torchx run": Case(nodes=1),
@@ -153,6 +179,7 @@ def stage(root_and_tools: None) -> Iterator[Stage]:
             subprocess.run(["ip", "-n", node.namespace, "route", "add", "8.8.8.8", "dev", "eth0"], check=True)
         machine.write(f"{DIRECTORY}/hostfile.txt", "node0 slots=1\nnode1 slots=1\n")
         machine.write(f"{DIRECTORY}/pretrain.sh", PRETRAIN)
+        machine.write(f"{DIRECTORY}/cluster.sh", _with_fewer(CLUSTER))
         machine.write("/etc/hosts", names)
         yield Stage(machine, tuple(network), (LAUNCHERS / "bin", COMMANDS))
 
@@ -162,8 +189,13 @@ def test_stranger_cannot_reach_any_port_of_what_the_page_has_written(stage: Stag
     case = case_of(block)
     stage.machine.write(f"{DIRECTORY}/train.py", case.train)
     node0, node1, stranger = stage.nodes
-    with Probe(stranger, node0) as at_node0, Probe(stranger, node1) as at_node1:
+    with (
+        _users_key(stage) if case.by_key else contextlib.nullcontext(),
+        Probe(stranger, node0) as at_node0,
+        Probe(stranger, node1) as at_node1,
+    ):
         said = stage.run(*(_on_node(block, rank) for rank in range(case.nodes)))
+        assert eventually(lambda: not [*_jobs(node0), *_jobs(node1)], seconds=30)
     assert f"{case.workers} workers, all-reduce right" in said[0], said
     for words, probe in zip(said, (at_node0, at_node1)):
         assert "every TCP port of this job closed to all others by shield" in words
@@ -196,8 +228,27 @@ def test_stranger_cannot_reach_a_job_of_a_launcher_that_gets_securerun_in_torchs
     assert len({port for _, port in probe.tried}) >= 4, probe.tried
 
 
+def _jobs(node: Host) -> list[int]:
+    """What is left of a job on a node, its guard too."""
+    return [pid for pid, command in node.processes().items() if "probe.py" not in command]
+
+
+@contextlib.contextmanager
+def _users_key(stage: Stage) -> Iterator[None]:
+    stage.run("securerunctl setup key")
+    yield
+    stage.run("rm ~/.config/securerun/key")
+
+
 def _on_node(block: Block, rank: int) -> str:
-    script = "\n".join(block.commands).replace("NODE_RANK=$NODE_RANK", f"NODE_RANK={rank}")
+    script = _with_fewer("\n".join(block.commands).replace("NODE_RANK=$NODE_RANK", f"NODE_RANK={rank}"))
+    if rank and "cluster.sh" in script:
+        # ray's own daemons hear of no SIGTERM once they are alone.
+        script = f"export SECURERUN_GRACE=1\n! {script}"
+    return f"export NODE_RANK={rank}\n{RAYS_FILES}{script}"
+
+
+def _with_fewer(script: str) -> str:
     for many, one in FEWER:
         script = script.replace(many, one)
-    return f"{RAYS_FILES}export NODE_RANK={rank}\n{script}"
+    return script
