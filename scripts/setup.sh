@@ -37,6 +37,11 @@ missing_packages() {
     # The Slurm example runs on a cluster of its own.
     [ "$extra" != test ] || { command -v slurmctld && command -v slurmd && command -v munged; } > /dev/null ||
         echo slurm-wlm munge
+    # Containers are tried in real engines; nothing of theirs is started by their packages.
+    [ "$extra" != test ] || [ -x /usr/bin/podman ] || echo podman
+    # A developer's machine may have another client, in /usr/local.
+    [ "$extra" != test ] || { [ -x /usr/bin/docker ] && [ -x /usr/sbin/dockerd ]; } || echo docker.io
+    [ "$extra" != test ] || { command -v runc && command -v catatonit; } > /dev/null || echo runc catatonit
     # What belongs in a package is what git tracks.
     [ "$extra" != test ] || command -v git > /dev/null || echo git
     # Machines with older kernels are made and booted (scripts/kernels.sh).
@@ -65,8 +70,12 @@ install_system_packages() {
     # shellcheck disable=SC2086 # a list of words
     without_services apt-get -o DPkg::Lock::Timeout=120 install -y -qq --no-install-recommends $missing < /dev/null > /dev/null
     # Nor at the next start of the machine.
-    case " $missing " in *" munge "*) systemctl disable --quiet munge slurmctld slurmd > /dev/null 2>&1 || true ;; esac
+    case " $missing " in *" munge "*) disable munge slurmctld slurmd ;; esac
+    case " $missing " in *" docker.io "*) disable docker.service docker.socket containerd ;; esac
+    case " $missing " in *" podman "*) disable podman.service podman.socket podman-restart podman-auto-update.timer ;; esac
 }
+
+disable() { systemctl disable --quiet "$@" > /dev/null 2>&1 || true; }
 
 # Slurm's tests start what they need of it. Before a package starts its service it asks policy-rc.d (Debian Policy 9.3.3).
 without_services() (

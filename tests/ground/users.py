@@ -86,7 +86,7 @@ class PrivateMachine:
     """
 
     def __init__(self, *more: Path) -> None:
-        self._needed = _needed_paths(more)
+        self._needed = needed_paths(more)
         self._holder: subprocess.Popen[str] | None = None
         self._started: list[subprocess.Popen[str]] = []
         self._users = 0
@@ -186,7 +186,7 @@ class PrivateMachine:
         user: with nothing but his own environment and in his home; None is root with the tester's, in `/`. env adds
         to the environment.
         """
-        words = ["nsenter", f"--mount=/proc/{self._holder_pid}/ns/mnt", "--"]
+        words = self._entrance()
         if cgroup is not None:
             words += ["sh", "-ec", 'echo $$ > "$0"; exec "$@"', str(cgroup.path / "cgroup.procs")]
         variables = dict(env or {})
@@ -248,6 +248,10 @@ class PrivateMachine:
         found.pop(self._holder_pid, None)
         return found
 
+    def _entrance(self) -> list[str]:
+        """What a command of this machine begins with."""
+        return ["nsenter", f"--mount=/proc/{self._holder_pid}/ns/mnt", "--"]
+
     @property
     def _holder_pid(self) -> int:
         assert self._holder is not None, "used outside of its block"
@@ -258,9 +262,8 @@ class PrivateMachine:
 
         What is mounted here stays here; what others mount outside is seen, as are later network namespaces.
         """
-        script = "echo; exec cat"
         self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", script],
+            self._holding(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -269,6 +272,9 @@ class PrivateMachine:
         assert self._holder.stdout is not None
         if not self._holder.stdout.readline():
             raise RuntimeError("no mount namespace can be made; run this as root, in a container with --privileged")
+
+    def _holding(self) -> list[str]:
+        return ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", "echo; exec cat"]
 
     def _make_system_directories(self) -> None:
         """Private /var/log, /run, /etc and /dev, with what has to be there."""
@@ -306,7 +312,7 @@ class PrivateMachine:
                 if any(other == directory or other in directory.parents for other in needed):
                     self._cover(directory, self._entries(directory))
                 else:
-                    self._cover(directory, _outermost(other for other in needed if directory in other.parents))
+                    self._cover(directory, outermost(other for other in needed if directory in other.parents))
 
     def _entries(self, directory: Path) -> list[Path]:
         return [directory / name for name in os.listdir(self.place(directory))]
@@ -402,7 +408,7 @@ def require_tools() -> None:
         )
 
 
-def _needed_paths(more: Iterable[Path]) -> list[Path]:
+def needed_paths(more: Iterable[Path]) -> list[Path]:
     """What users need to run Python, torch, securerun and the tests' own programs, and more; those above come first."""
     interpreters = [Path(sys.executable)]
     while interpreters[-1].is_symlink():
@@ -413,7 +419,7 @@ def _needed_paths(more: Iterable[Path]) -> list[Path]:
     return sorted(paths | {path.resolve() for path in paths}, key=lambda path: len(path.parts))
 
 
-def _outermost(paths: Iterable[Path]) -> list[Path]:
+def outermost(paths: Iterable[Path]) -> list[Path]:
     """Without those that are found below another of them."""
     found: list[Path] = []
     for path in sorted(paths, key=lambda path: len(path.parts)):
