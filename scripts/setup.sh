@@ -72,7 +72,7 @@ install_system_packages() {
     # Nor at the next start of the machine.
     case " $missing " in *" munge "*) disable munge slurmctld slurmd ;; esac
     case " $missing " in *" docker.io "*) disable docker.service docker.socket containerd ;; esac
-    case " $missing " in *" podman "*) disable podman.service podman.socket podman-restart podman-auto-update.timer ;; esac
+    case " $missing " in *" podman "*) disable podman.service podman.socket podman-restart podman-auto-update.service podman-auto-update.timer ;; esac
 }
 
 disable() { systemctl disable --quiet "$@" > /dev/null 2>&1 || true; }

@@ -390,6 +390,20 @@ class Lease:
         self._job.forget(launcher)
         self._strays -= {launcher}
 
+    def is_launcher_alone(self) -> bool:
+        """Return whether nothing of the job is left but its launcher, in its cgroup or out of the job by now."""
+        if self.cgroup is None:
+            return False
+        self._look_elsewhere(patient=False)
+        launcher = Process(self.caller.pid, self.caller.start)
+        return self.processes() <= {launcher} and (self.has_parted or launcher in self.cgroup.members())
+
+    def remove_chains(self) -> None:
+        """Remove the port chains for good. Raises PortChainsUnavailable."""
+        if self.chains is not None:
+            self.chains.remove()
+            self.chains = None
+
     def processes(self) -> frozenset[Process]:
         """Return what runs of the job: in its cgroup, and what is elsewhere by run id and descent.
 
@@ -466,8 +480,7 @@ class Lease:
             self.cgroup.remove()
             self.cgroup.close()
         with run_directory.host_lock() as directory:
-            if self.chains is not None:
-                self.chains.remove()
+            self.remove_chains()
             remove_record(directory, self.policy.run_id)
         if self.drops is not None:
             self.drops.close()

@@ -1,13 +1,20 @@
-"""How a launcher leaves its job when that is over and its process goes on: a notebook, or a script of several runs.
+"""How a launcher leaves its job when that is over and its process goes on, and what the host gets back before it ends.
 
-It goes back to the cgroup that it came from, alone: what it started in the job stays there. What it still holds of the
+A process that goes on (a notebook, or a script of several runs) goes back to the cgroup that it came from, alone: what it started in the job stays there. What it still holds of the
 job's sockets stays behind the shield all the same, and after the cgroup is gone: a socket is of the cgroup that it was
 made in, and the cgroup's programs last as long as its sockets (kernel/bpf/cgroup.c, cgroup_bpf_get). Port chains end
 with the lease, so who listens where they alone close stays in the job, and with it the lease.
+
+What is the host's, rules and reserved ports, goes before the launcher hears that it may end. In a container whose first
+process ends with it, or is it, the kernel kills the guard before that has seen anything, and its record, in the
+container's own /run, is gone.
 """
 
 from __future__ import annotations
 
+import time
+
+from securerun.guard import reserved, run_directory
 from securerun.guard.lease import Lease
 from securerun.linux import proc, sock_diag
 from securerun.linux.cgroups import cgroup_of, relative
@@ -20,6 +27,9 @@ _PORTS_NAMED = 4
 _UNTOLD = (None, 1)
 # One may be missed in a look (sock_diag.py).
 _LOOKS = 2
+# The launcher waits for its answer; a guard that gets no turn does the same when the launcher has ended.
+_TURN_SECONDS = 1.0
+_AGAIN_SECONDS = 0.01
 
 
 def part(lease: Lease) -> str:
@@ -41,6 +51,32 @@ def part(lease: Lease) -> str:
             return f"it cannot be moved out of the cgroup {lease.cgroup.path}"
     lease.forget_launcher()
     return ""
+
+
+def give_back(lease: Lease) -> bool:
+    """Remove a job's rules and reserved ports where only its launcher is left, behind the shield; return whether.
+
+    Raises PortChainsUnavailable, PrivilegeError, SocketsUnavailable or OSError; what was not removed goes later.
+    """
+    if not lease.is_shielded or not lease.is_launcher_alone() or _closed_by_the_lease_alone(lease):
+        return False
+    deadline = time.monotonic() + _TURN_SECONDS
+    while not _gave_back(lease):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_AGAIN_SECONDS)
+    return True
+
+
+def _gave_back(lease: Lease) -> bool:
+    """Do it if no other guard has the host's lock."""
+    with run_directory.recording_unless_locked() as directory:
+        if directory is None:
+            return False
+        lease.remove_chains()
+        reserved.give_back(directory, lease.policy.run_id)
+        lease.write_to(directory, layers=lease.guarding.layers, reserved=())
+    return True
 
 
 def _closed_by_the_lease_alone(lease: Lease) -> set[Listener]:

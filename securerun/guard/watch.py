@@ -20,7 +20,7 @@ from securerun.guard.ending import Ending
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
-from securerun.guard.parting import part
+from securerun.guard.parting import give_back, part
 from securerun.guard.presence import Presence
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
 from securerun.guard.unanswered import open_unanswered
@@ -299,7 +299,9 @@ class Watch:
         message = self._last_word() if has_ended else self._read_order()
         self._has_more_to_hear = message is not None
         if isinstance(message, Release):
-            self._say_farewell(self._part() if message.goes_on else "")
+            stays = self._part() if message.goes_on else ""
+            self._attempt(self._give_back)
+            self._say_farewell(stays)
             self._release(message.failed)
         elif has_ended or self._orders.ended:
             self._release(failed=True)
@@ -325,6 +327,12 @@ class Watch:
             return part(self._lease)
         except EXPECTED as error:
             return f"it cannot be let out ({error})"
+
+    def _give_back(self) -> None:
+        """Leave nothing to be removed that the launcher's end, or a container's, might keep this guard from."""
+        if give_back(self._lease):
+            self._exposure = None
+            self._closing.seconds = math.inf
 
     def _say_farewell(self, stays: str) -> None:
         denied = self._notices.denied()

@@ -57,6 +57,8 @@ _LINKS = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64"}
 # sbin is a directory: docker puts its init there.
 _DIRECTORIES = ("dev", "etc", "home", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "var")
 _CONTAINER_PATH = f"{COMMANDS}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# What a container is given for the shield, beside CAP_NET_ADMIN and one of CAP_BPF and CAP_SYS_ADMIN.
+HOSTS_CGROUPS = ("--cgroupns=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw")
 _START_SECONDS = 20.0
 _END_SECONDS = 5.0
 _numbers = itertools.count()
@@ -147,6 +149,9 @@ class Node(PrivateMachine):
 
 class Engine:
     """How containers are started on a node. Options are those that podman and docker have in common."""
+
+    privileged: tuple[str, ...] = ("--privileged",)
+    """Options that give a container all that root of this machine has."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -255,6 +260,13 @@ class Podman(Engine):
 
 class Docker(Engine):
     """dockerd with all that it keeps below /run of the node, no bridge and no firewall rules."""
+
+    # --privileged asks for capabilities that root of this machine may lack.
+    privileged = (
+        *(f"--cap-add={name}" for name in ("NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE")),
+        *("--security-opt=seccomp=unconfined", "--security-opt=systempaths=unconfined"),
+        *HOSTS_CGROUPS,
+    )
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)

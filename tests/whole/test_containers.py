@@ -12,6 +12,7 @@ import kernel
 import pytest
 from checkout import COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
+from engines import ENGINES, Engine, Node
 from holding import HOLDER, Held
 from hosts import Host, Network, eventually, finish_all
 from key_homes import make_homes
@@ -93,3 +94,36 @@ def _training(node: Host, rank: int, first: Host) -> list[str]:
 
 def _held(node: Host, command: list[str]) -> Held:
     return Held(node.popen(command, stdin=subprocess.PIPE))
+
+
+# --- on real engines ---
+
+
+@pytest.fixture(scope="module")
+def own_network(root_and_tools: None) -> Iterator[Network]:
+    with Network("node0", "stranger") as network:
+        yield network
+
+
+@pytest.fixture(scope="module")
+def machine(own_network: Network) -> Iterator[Node]:
+    with Node(own_network["node0"]) as machine:
+        yield machine
+
+
+@pytest.mark.parametrize("first", [(), ("--init",)], ids=["alone", "init"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_is_left_on_the_host_after_a_good_end(machine: Node, engine: str, first: tuple[str, ...]) -> None:
+    before = machine.host.snapshot()
+    held = contained(machine.engine(engine), *machine.engine(engine).privileged, *first)
+    assert held.start["guarding"] == ["shield", "iptables"], held.start
+    during = machine.host.snapshot()
+    assert held.run_id in during["iptables-save"] and "60000-60015" in during["reserved ports"]
+    held.let_go()
+    assert machine.host.snapshot() == before
+
+
+def contained(engine: Engine, *options: str) -> Held:
+    """A lease in a container with the host's network."""
+    command = ["python", HOLDER, "--peers", "10.77.0.9"]
+    return Held(engine.popen("--network=host", *options, command=command, stdin=subprocess.PIPE))
