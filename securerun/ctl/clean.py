@@ -11,6 +11,7 @@ from securerun.guard import cleaning, records
 from securerun.guard.cleaning import Abandoned, Remains
 from securerun.guard.records import Record
 from securerun.host.account import name_of
+from securerun.linux import proc
 from securerun.text import printable
 
 # Tables of nftables go with the guard that owns them.
@@ -23,7 +24,7 @@ def clean_host(*, dry_run: bool) -> int:
     Raises PrivilegeError for whoever may not do that.
     """
     # Nothing is printed before the host's lock is free: a reader of this output that takes its time must not keep it.
-    remains = cleaning.clean(dry_run=dry_run) if _may_hold_something(dry_run) else Remains((), (), ())
+    remains = cleaning.clean(dry_run=dry_run) if _may_hold_something(dry_run) else Remains()
     done, failures = list(_done(remains, dry_run)), list(_failures(remains))
     if not done and not failures:
         print("nothing to remove")
@@ -37,10 +38,12 @@ def clean_host(*, dry_run: bool) -> int:
 def _may_hold_something(dry_run: bool) -> bool:
     """Return whether to look at all: the host's lock makes the directory of records, and removes an empty one."""
     directory = open_records()
-    if directory is None:
-        return False
-    os.close(directory)
-    return not dry_run or any(records.DIRECTORY.iterdir())
+    if directory is not None:
+        os.close(directory)
+        if not dry_run or any(records.DIRECTORY.iterdir()):
+            return True
+    # Without the right to it nobody is told, nor has made any.
+    return os.geteuid() == 0 and proc.governs_network() and bool(cleaning.unrecorded_rules())
 
 
 def _done(remains: Remains, dry_run: bool) -> Iterator[str]:
@@ -51,12 +54,18 @@ def _done(remains: Remains, dry_run: bool) -> Iterator[str]:
     for run in remains.abandoned:
         if run.is_dead and run.failure is None:
             yield f"{verb} {_named(run.record)}: {', '.join(_left_of(run))}"
+    for rules in remains.rules:
+        if not rules.stands and rules.failure is None:
+            yield f"{verb} run {rules.run_id}, which has no record here (a container's, then): rules in {rules.backend}"
 
 
 def _failures(remains: Remains) -> Iterator[str]:
     for run in remains.abandoned:
         if run.failure is not None:
             yield f"what is left of {_named(run.record)} cannot be removed: {run.failure}"
+    for rules in remains.rules:
+        if rules.failure is not None:
+            yield f"the rules in {rules.backend} that run {rules.run_id} left cannot be removed: {rules.failure}"
     for run in remains.abandoned:
         if not run.is_dead:
             yield _obstacle(run)

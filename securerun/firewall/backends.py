@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Callable, cast
 
 from securerun.firewall.chains import PortChains, PortChainsUnavailable
@@ -15,6 +16,9 @@ _CLASSES = {
     "legacy": ("securerun.firewall.legacy", "LegacyChains"),
 }
 NAMES = tuple(_CLASSES)
+_NO_RUN = "0" * 12
+_LEGACY_TABLES = (Path("/proc/net/ip_tables_names"), Path("/proc/net/ip6_tables_names"))
+_LEGACY_FILTER = "filter"
 
 
 def open_chains(backend: str, run_id: str) -> PortChains:
@@ -25,6 +29,28 @@ def open_chains(backend: str, run_id: str) -> PortChains:
     module, name = _CLASSES[backend]
     make = cast("Callable[[str], PortChains]", getattr(importlib.import_module(module), name))
     return make(run_id)
+
+
+def standing_runs(backend: str) -> frozenset[str]:
+    """Return the runs that have rules in one backend that stay without their guard; none where it is not in use here.
+
+    To look at legacy tables registers them in the kernel, so only those that are registered are looked at.
+    """
+    if backend == "legacy" and not any(_LEGACY_FILTER in _names(tables) for tables in _LEGACY_TABLES):
+        return frozenset()
+    try:
+        chains = open_chains(backend, _NO_RUN)
+        chains.begin(adopt=True, outlive=True)
+    except PortChainsUnavailable:
+        return frozenset()
+    return chains.others
+
+
+def _names(tables: Path) -> list[str]:
+    try:
+        return tables.read_text(encoding="ascii").split()
+    except OSError:
+        return []
 
 
 def prepare() -> None:

@@ -66,6 +66,8 @@ class PortChains(Protocol):
     """The chain or table to look for in the kernel."""
     resets: Resets
     """Whether they can answer the IP version that no peer has."""
+    others: frozenset[str]
+    """The other runs whose rules `begin` found, and that keep them when their guard is killed."""
 
     def begin(self, *, adopt: bool, outlive: bool) -> None:
         """Look whether rules of a run of this id stand already, before any are installed.

@@ -68,6 +68,10 @@ class Dispatcher:
         ours = (*self.jumps, *self.lasting_jumps)
         return next((made for made in (MADE_TABLE, MADE_CHAIN) for jump in ours if made in jump), MADE_NOTHING)
 
+    def runs(self) -> frozenset[str]:
+        """Return the runs that have rules in it."""
+        return frozenset(run for rule in self.rules if (run := run_of(rule)) is not None)
+
     def rules_of(self, run_id: str) -> tuple[str, ...]:
         """Return the rules whose comment names this run."""
         return tuple(rule for rule in self.rules if run_of(rule) == run_id)

@@ -71,6 +71,7 @@ class IptablesChains:
         self._families = families()
         self._sets = RunSets(run_id)
         self.resets = Resets()
+        self.others: frozenset[str] = frozenset()
         # What `begin` has just read, for the first transaction.
         self._found: dict[Family, Dispatcher] | None = None
 
@@ -80,6 +81,7 @@ class IptablesChains:
         if not adopt and any(dispatcher.rules_of(self._run_id) for dispatcher in found.values()):
             raise of_another(self._run_id)
         self._found = found
+        self.others = frozenset().union(*(dispatcher.runs() for dispatcher in found.values())) - {self._run_id}
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.

@@ -39,12 +39,15 @@ class LegacyChains:
         self._tables = filter_tables()
         self._sets = RunSets(run_id)
         self.resets = Resets()
+        self.others: frozenset[str] = frozenset()
 
     def begin(self, *, adopt: bool, outlive: bool) -> None:
         """Refuse rules of another run of this id. Such rules belong to no process, and stay in any case."""
         with xtables_lock():
-            if not adopt and any(self._has_rules_in(table) for table in self._tables):
-                raise of_another(self._run_id)
+            found = frozenset(run for table in self._tables for run in _runs_in(table))
+        if not adopt and self._run_id in found:
+            raise of_another(self._run_id)
+        self.others = found - {self._run_id}
 
     def install(self, policy: Policy, log_group: int | None) -> None:
         """Install in one transaction a family, and read back that the rules stand where they must.
@@ -81,10 +84,6 @@ class LegacyChains:
     def _stands_in(self, table: FilterTable) -> bool:
         with table.reading() as view:
             return bool(view.jumps()) and any(entry.run_id == self._run_id for entry in view.entries(CHAIN))
-
-    def _has_rules_in(self, table: FilterTable) -> bool:
-        with table.reading() as view:
-            return any(entry.run_id == self._run_id for entry in view.entries(CHAIN))
 
     def _remove(self) -> None:
         for table in self._tables:
@@ -126,6 +125,11 @@ def _install_in(table: FilterTable, policy: Policy, log_group: int | None, *, wi
         stands = _jumped_to_first(view) and any(entry.run_id == policy.run_id for entry in view.entries(CHAIN))
     if not stands:
         raise PortChainsUnavailable(f"libiptc reported success, but the IPv{table.version} rules are not there")
+
+
+def _runs_in(table: FilterTable) -> Iterator[str]:
+    with table.reading() as view:
+        yield from (entry.run_id for entry in view.entries(CHAIN) if entry.run_id is not None)
 
 
 def _put_in(view: View, version: int, policy: Policy, log_group: int | None, *, with_sets: bool, resets: bool) -> None:

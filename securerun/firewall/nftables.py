@@ -31,7 +31,7 @@ from typing import Callable
 from securerun.firewall.chains import ANSWERED_A_SECOND, PortChainsUnavailable, Resets, of_another
 from securerun.firewall.droplog import LOGGED_A_SECOND, log_prefix
 from securerun.firewall.libnftables import Nftables, NftablesError
-from securerun.firewall.policy import TAG_OPTION, Admission, Policy, by_networks
+from securerun.firewall.policy import RUN_ID, TAG_OPTION, Admission, Policy, by_networks
 from securerun.linux import nf_tables
 from securerun.linux.networks import written_address
 from securerun.text import span
@@ -47,6 +47,7 @@ NO_ACCEPT = (
     "nftables cannot accept past the host's own rules: accept ends only its own base chain; leave --accept out or use "
     "--firewall iptables"
 )
+_NAMED = re.compile(f"securerun-({RUN_ID.pattern})")
 _RUN_IN_COMMENT = "securerun "
 _COMMENTED = f'comment "{_RUN_IN_COMMENT}'
 _CONTENT = re.compile(r"^\t(chain|set) (\w+) \{$", re.MULTILINE)
@@ -160,11 +161,16 @@ class NftablesChains:
         self._outlives = False
         self._adopts = False
         self.resets = Resets()
+        self.others: frozenset[str] = frozenset()
 
     def begin(self, *, adopt: bool, outlive: bool) -> None:
         """Refuse a table of another run of this id, and have no owner for one that is to stay."""
-        if not adopt and _asked(nf_tables.table_exists, self.name):
+        standing = _standing()
+        if not adopt and self.name in standing:
             raise of_another(self._run_id)
+        # A table with an owner goes with that.
+        ours = ((_NAMED.fullmatch(name), is_owned) for name, is_owned in standing.items())
+        self.others = frozenset(named[1] for named, is_owned in ours if named and not is_owned) - {self._run_id}
         self._outlives, self._adopts = outlive, adopt and outlive
 
     def install(self, policy: Policy, log_group: int | None) -> None:
@@ -223,6 +229,14 @@ class NftablesChains:
             owner.close()
             raise
         return owner
+
+
+def _standing() -> dict[str, bool]:
+    """Return the tables of family inet, and whether each has an owner. Raises PortChainsUnavailable."""
+    try:
+        return nf_tables.tables(nf_tables.INET)
+    except OSError as error:
+        raise PortChainsUnavailable(f"nf_tables cannot be asked: {error.strerror}") from error
 
 
 def _asked(question: Callable[[int, str], bool], name: str) -> bool:

@@ -459,6 +459,7 @@ def _add_chains(lease: Lease) -> None:
         with run_directory.host_lock() as directory:
             chains = _choose(order, lease.caller, directory)
             chains.begin(adopt=_layer(chains) in lease.record.layers, outlive=lease.shield is None or lease.may_void)
+            lease.unrecorded = _left_over(directory, chains)
             lease.write_to(directory, layers=(*lease.guarding.layers, _layer(chains)))
             lease.chains = chains
             if lease.policy.ports:
@@ -479,6 +480,16 @@ def _add_chains(lease: Lease) -> None:
             ) from error
         alone = "; the shield closes every port by itself" if lease.shield else ""
         lease.notes += (f"no port chains ({error}){alone}",)
+
+
+def _left_over(directory: int, chains: PortChains) -> frozenset[str]:
+    """Return the runs that have rules here, no record, and nobody who stands for them."""
+    found = [run for run in chains.others if not records.exists(directory, run)]
+    if not found:
+        return frozenset()
+    from securerun.guard import unrecorded  # few launches find any
+
+    return frozenset(unrecorded.left_over(directory, found))
 
 
 def _choose(order: Order, caller: Caller, directory: int) -> PortChains:

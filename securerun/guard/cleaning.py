@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from securerun.guard import reaper, records, reserved, run_directory
+from securerun.firewall import backends
+from securerun.firewall.chains import PortChainsUnavailable
+from securerun.guard import reaper, records, reserved, run_directory, unrecorded
 from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
+
+_SECOND_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,15 +35,30 @@ class Abandoned:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """Rules of a run in this network that no record here names: those of a container have theirs in its own /run.
+
+    stands: whether its guard stands, or may, so that they stay. failure: why they could not be removed, None where they
+    were, or that was not tried.
+    """
+
+    run_id: str
+    backend: str
+    stands: bool
+    failure: str | None
+
+
+@dataclass(frozen=True)
 class Remains:
-    """What was found in the record directory beside the runs that live.
+    """What was found in the record directory beside the runs that live, and in this network's rules.
 
     partial: names of what killed guards were writing. foreign: names of what is not ours, or no longer readable.
     """
 
-    partial: tuple[str, ...]
-    abandoned: tuple[Abandoned, ...]
-    foreign: tuple[str, ...]
+    partial: tuple[str, ...] = ()
+    abandoned: tuple[Abandoned, ...] = ()
+    foreign: tuple[str, ...] = ()
+    rules: tuple[Rules, ...] = ()
 
 
 def clean(*, dry_run: bool) -> Remains:
@@ -44,8 +66,30 @@ def clean(*, dry_run: bool) -> Remains:
 
     Raises PrivilegeError for whoever may not do that.
     """
+    if any(not rules.stands for rules in unrecorded_rules()):
+        # A guard that was killed alone is replaced in a moment. Nobody waits for that: the lock is not held.
+        time.sleep(_SECOND_LOOK_SECONDS)
     with run_directory.host_lock() as directory:
         return _cleaned(directory, dry_run=dry_run)
+
+
+def unrecorded_rules() -> tuple[Rules, ...]:
+    """Look for rules of runs without a record, in every backend that is in use here. Changes nothing."""
+    with contextlib.suppress(OSError):
+        directory = records.open_to_read()
+        try:
+            return tuple(_unrecorded(directory))
+        finally:
+            if directory is not None:
+                os.close(directory)
+    return ()
+
+
+def _unrecorded(directory: int | None) -> Iterator[Rules]:
+    for backend in backends.NAMES:
+        for run_id in sorted(backends.standing_runs(backend)):
+            if directory is None or not records.exists(directory, run_id):
+                yield Rules(run_id, backend, unrecorded.is_stood_for(run_id), None)
 
 
 def _cleaned(directory: int, *, dry_run: bool) -> Remains:
@@ -55,7 +99,18 @@ def _cleaned(directory: int, *, dry_run: bool) -> Remains:
     readable = records.read_all(directory)
     abandoned = tuple(_reaped(directory, record, dry_run=dry_run) for record in readable if record.is_abandoned)
     ours = {*(f"{record.run_id}.json" for record in readable), *partial, *reserved.ledgers(directory)}
-    return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)))
+    rules = tuple(_removed(found, dry_run=dry_run) for found in _unrecorded(directory))
+    return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)), rules)
+
+
+def _removed(found: Rules, *, dry_run: bool) -> Rules:
+    if found.stands or dry_run:
+        return found
+    try:
+        backends.open_chains(found.backend, found.run_id).remove()
+    except PortChainsUnavailable as error:
+        return replace(found, failure=str(error))
+    return found
 
 
 def _reaped(directory: int, record: Record, *, dry_run: bool) -> Abandoned:

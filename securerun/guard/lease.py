@@ -29,6 +29,7 @@ from securerun.guard import neighbours, records, reserved, run_directory, unaske
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.limits import SitePolicy, require_permitted_peers
+from securerun.guard.presence import Presence
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Guarding, KeyOrder, Order, mark_of
 from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
@@ -55,6 +56,8 @@ class Lease:
     none of the job's any more. stands: the job runs behind what stands of the run, which its record names; until then a
     record that cannot be written is an error.
 
+    unrecorded: the runs whose rules of the same backend were found left over when this one began: of killed containers.
+
     key: whose tag lets in whoever shows it; None for a job that goes by addresses alone. key_required: whether nobody
     comes in without that tag; where there are peers nobody who is none of them either. key_towards: where tags are
     written as well as towards nodes. secret_path: the file with the secret of its frameworks, "" where there is none.
@@ -80,6 +83,7 @@ class Lease:
         self.drops: DropLog | None = None
         self.logging = Logging()
         self.notes: tuple[str, ...] = ()
+        self.unrecorded: frozenset[str] = frozenset()
         self.left_out: dict[int, str] = {}
         self.key: JobKey | None = None
         self.key_required = False
@@ -94,6 +98,7 @@ class Lease:
         self.has_parted = False
         self.stands = False
         self._is_recorded = False
+        self.presence: Presence | None = None
         self._held: int | None = None
         self._killed: frozenset[Process] = frozenset()
         self._strays: frozenset[Process] = frozenset()
@@ -292,6 +297,7 @@ class Lease:
     def hold(self) -> None:
         """Show that the run has its guard, to whoever does not see this process."""
         self._held = run_directory.hold(self.policy.run_id)
+        self.presence = Presence(self.policy.run_id)
 
     def restore_chains(self) -> None:
         """Put the port chains in place again. Raises PortChainsUnavailable or PrivilegeError."""

@@ -1,13 +1,14 @@
 """How a launcher leaves its job when that is over and its process goes on, and what the host gets back before it ends.
 
-A process that goes on (a notebook, or a script of several runs) goes back to the cgroup that it came from, alone: what it started in the job stays there. What it still holds of the
-job's sockets stays behind the shield all the same, and after the cgroup is gone: a socket is of the cgroup that it was
-made in, and the cgroup's programs last as long as its sockets (kernel/bpf/cgroup.c, cgroup_bpf_get). Port chains end
-with the lease, so who listens where they alone close stays in the job, and with it the lease.
+A process that goes on (a notebook, or a script of several runs) goes back to the cgroup that it came from, alone: what
+it started in the job stays there. What it still holds of the job's sockets stays behind the shield all the same, and
+after the cgroup is gone: a socket is of the cgroup that it was made in, and the cgroup's programs last as long as its
+sockets (kernel/bpf/cgroup.c, cgroup_bpf_get). Port chains end with the lease, so who listens where they alone close
+stays in the job, and with it the lease.
 
-What is the host's, rules and reserved ports, goes before the launcher hears that it may end. In a container whose first
-process ends with it, or is it, the kernel kills the guard before that has seen anything, and its record, in the
-container's own /run, is gone.
+In a container, what is the host's goes before the launcher hears that it may end: rules and reserved ports. Where the
+first process ends with it, or is it, the kernel kills the guard before that has seen anything, and its record, in the
+container's own /run, is gone. On a host the guard outlives its launcher, which need not wait for that.
 """
 
 from __future__ import annotations
@@ -54,11 +55,18 @@ def part(lease: Lease) -> str:
 
 
 def give_back(lease: Lease) -> bool:
-    """Remove a job's rules and reserved ports where only its launcher is left, behind the shield; return whether.
+    """In a container, remove a job's rules and reserved ports where only its launcher is left, behind the shield.
+
+    Return whether that was done.
 
     Raises PortChainsUnavailable, PrivilegeError, SocketsUnavailable or OSError; what was not removed goes later.
     """
-    if not lease.is_shielded or not lease.is_launcher_alone() or _closed_by_the_lease_alone(lease):
+    if (
+        proc.sees_all_processes()
+        or not lease.is_shielded
+        or not lease.is_launcher_alone()
+        or _closed_by_the_lease_alone(lease)
+    ):
         return False
     deadline = time.monotonic() + _TURN_SECONDS
     while not _gave_back(lease):

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from securerun.errors import UsageError
 
+NAME = "securerun-guard"
 SOCKET_ARGUMENT = "--socket"
 # Of securerun.guard.limits.
 LIMITS_FILE = Path("/etc/securerun/guard.toml")

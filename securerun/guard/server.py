@@ -28,7 +28,7 @@ from securerun.guard.channel import Channel
 from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
-from securerun.guard.program import SOCKET_ARGUMENT
+from securerun.guard.program import NAME, SOCKET_ARGUMENT
 from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
 from securerun.guard.waiting import Slot, TooManyWaiting
 from securerun.guard.watch import Watch
@@ -36,7 +36,6 @@ from securerun.linux import capabilities, net_cgroups, prctl, proc
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.processes import Process
 
-NAME = "securerun-guard"
 _WAITING_NAME = "securerun-waits"
 _INPUT, _OUTPUT = 0, 1
 _FIRST_OTHER_DESCRIPTOR = 3

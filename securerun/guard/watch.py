@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Protocol
 
 from securerun.errors import PrivilegeError
+from securerun.guard import run_directory
 from securerun.guard.documents import ProtocolError
 from securerun.guard.ending import Ending
 from securerun.guard.exposure import open_exposure
 from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.parting import give_back, part
-from securerun.guard.presence import Presence
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
 from securerun.guard.unanswered import open_unanswered
 from securerun.guard.unasked import told
@@ -63,6 +63,8 @@ _PROOF_SECONDS = 0.05
 _PRESENCE_SECONDS = 1.0
 # A connection that goes nowhere is told of within seconds.
 _UNANSWERED_SECONDS = 2.0
+# A guard that was killed alone is replaced within that, and stands for its run again.
+_SECOND_LOOK_SECONDS = 2.0
 # How many nodes were seen is for people.
 _NODES_SECONDS = 1.0
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
@@ -126,14 +128,17 @@ class Watch:
         if lease.shield is not None and lease.policy.interfaces:
             # Before the exposure's look: who has an interface's old number gets in until then.
             self._chores.insert(0, self._interfaces)
+        self._removing = Chore(math.inf, self._remove_unrecorded, time.monotonic() + _SECOND_LOOK_SECONDS)
+        if lease.unrecorded:
+            self._chores.append(self._removing)
         self._unanswered = open_unanswered(lease)
         self._hanging = Chore(_UNANSWERED_SECONDS, self._tell_unanswered, time.monotonic() + _UNANSWERED_SECONDS)
         self._chores.append(self._hanging)
         self._nodes = _open_nodes(lease)
         if self._nodes is not None:
             self._chores.append(Chore(_NODES_SECONDS, self._count_nodes))
-        presence = Presence(lease.policy.run_id)
-        self._chores.append(Chore(_PRESENCE_SECONDS, presence.make_room))
+        if lease.presence is not None:
+            self._chores.append(Chore(_PRESENCE_SECONDS, lease.presence.make_room))
         if lease.caller.pidfd is None or lease.cgroup is None:
             self._chores.append(Chore(_LOOK_SECONDS, lambda: None))
 
@@ -300,6 +305,7 @@ class Watch:
         self._has_more_to_hear = message is not None
         if isinstance(message, Release):
             stays = self._part() if message.goes_on else ""
+            self._attempt(self._remove_unrecorded)
             self._attempt(self._give_back)
             self._say_farewell(stays)
             self._release(message.failed)
@@ -327,6 +333,17 @@ class Watch:
             return part(self._lease)
         except EXPECTED as error:
             return f"it cannot be let out ({error})"
+
+    def _remove_unrecorded(self) -> None:
+        """Remove what killed containers left, when a second look finds it left over still."""
+        lease = self._lease
+        runs, lease.unrecorded = lease.unrecorded, frozenset()
+        if runs and lease.chains is not None:
+            from securerun.guard import unrecorded  # few launches find any
+
+            with run_directory.recording() as directory:
+                lines = tuple(unrecorded.remove(directory, lease.chains.backend, runs))
+            self._speech.log(*lines)
 
     def _give_back(self) -> None:
         """Leave nothing to be removed that the launcher's end, or a container's, might keep this guard from."""

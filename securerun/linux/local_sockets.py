@@ -1,11 +1,19 @@
-"""Who is at the other end of a local socket, as the kernel noted when it was connected (unix(7))."""
+"""Who is at the other end of a local socket, as the kernel noted when it was connected, and who listens (unix(7))."""
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_SOCKETS = Path("/proc/net/unix")
+# Number, references, protocol, flags, type, state, inode and name; the flag of a socket that takes connections is
+# __SO_ACCEPTCON (net/unix/af_unix.c, unix_seq_show). "@name" is an abstract one, which begins with a zero byte.
+_LISTENING = re.compile(rb"\S+ \S+ \S+ 00010000 \S+ \S+ +([0-9]+) @(.*)\n")
 _SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h, kernel 6.5
 
 
@@ -24,3 +32,22 @@ def pidfd_of_peer(end: socket.socket) -> int | None:
         return end.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
         return None
+
+
+def listening(names: re.Pattern[bytes], seconds: float, most: int) -> Iterator[tuple[bytes, int]]:
+    """Yield the abstract names of this network namespace that match and take connections, each with its inode.
+
+    Anybody may have as many as they like. Raises OSError, and TimeoutError for more than can be read, or are wanted.
+    """
+    deadline, found = time.monotonic() + seconds, 0
+    with _SOCKETS.open("rb") as lines:
+        for line in lines:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{_SOCKETS} is too long to be read")
+            entry = _LISTENING.fullmatch(line)
+            if entry is None or not names.fullmatch(entry[2]):
+                continue
+            found += 1
+            if found > most:
+                raise TimeoutError(f"more than {most} sockets have such a name")
+            yield b"\0" + entry[2], int(entry[1])

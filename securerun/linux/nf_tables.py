@@ -29,8 +29,8 @@ from securerun.linux.nfnetlink import (
 )
 
 # include/uapi/linux/netfilter/nf_tables.h: enum nf_tables_msg_types
-_GET_TABLE, _DELETE_TABLE, _NEW_CHAIN, _GET_CHAIN, _DELETE_CHAIN, _NEW_RULE, _GET_RULE, _DELETE_RULE = (
-    type_of(NF_TABLES, message) for message in range(1, 9)
+_NEW_TABLE, _GET_TABLE, _DELETE_TABLE, _NEW_CHAIN, _GET_CHAIN, _DELETE_CHAIN, _NEW_RULE, _GET_RULE, _DELETE_RULE = (
+    type_of(NF_TABLES, message) for message in range(9)
 )
 _TABLE_NAME, _TABLE_FLAGS = 1, 2
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_USE = 1, 3, 4, 5, 6
@@ -87,6 +87,17 @@ def input_chains() -> tuple[BaseChain, ...]:
         # Each rule counts as a use of its chain (net/netfilter/nf_tables_api.c, nf_tables_newrule).
         found.append(BaseChain(family, table, name, accepts, number(chain.get(_CHAIN_USE)) > 0))
     return tuple(found)
+
+
+def tables(family: int) -> dict[str, bool]:
+    """Return the names of all tables of a family, and whether each belongs to a socket. Raises OSError."""
+    found = (attributes_of(answer) for answer in _dump(request(_GET_TABLE, family, b"", netlink.DUMP), _NEW_TABLE))
+    return {
+        table.get(_TABLE_NAME, b"").rstrip(b"\0").decode(errors="replace"): bool(
+            number(table.get(_TABLE_FLAGS)) & _HAS_OWNER
+        )
+        for table in found
+    }
 
 
 def table_has_owner(family: int, table: str) -> bool:

@@ -224,6 +224,15 @@ class Engine:
         place = listed.split("0::")[1].splitlines()[0]
         return place.partition(f"/{self.node.cgroup.name}/")[2]
 
+    def pids_in(self, name: str) -> list[int]:
+        """The processes of a container, seen from the tester: those of its pid namespace, in whichever cgroup."""
+        found, wanted = [], os.readlink(f"/proc/{self.pid_of(name)}/ns/pid")  # noqa: PTH115 - no path
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended while we looked
+                if os.readlink(directory / "ns/pid") == wanted:  # noqa: PTH115
+                    found.append(int(directory.name))
+        return found
+
     def kill(self, name: str) -> None:
         """SIGKILL to a container's first process, and by the kernel to all others in it."""
         os.kill(self.pid_of(name), signal.SIGKILL)

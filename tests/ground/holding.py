@@ -50,6 +50,12 @@ class Held:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
+    def close(self) -> None:
+        """Let go of the pipes of one that was killed."""
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+
     def let_go(self) -> str:
         """End its input, wait for its end, and return what it said until then."""
         assert self.process.stdin is not None and self.process.stdout is not None
