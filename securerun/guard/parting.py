@@ -17,7 +17,7 @@ import time
 
 from securerun.guard import reserved, run_directory
 from securerun.guard.lease import Lease
-from securerun.linux import proc, sock_diag
+from securerun.linux import proc, processes, sock_diag
 from securerun.linux.cgroups import cgroup_of, relative
 from securerun.linux.sock_diag import Listener
 from securerun.text import some
@@ -62,7 +62,7 @@ def give_back(lease: Lease) -> bool:
     Raises PortChainsUnavailable, PrivilegeError, SocketsUnavailable or OSError; what was not removed goes later.
     """
     if (
-        proc.sees_all_processes()
+        processes.all_are_seen()
         or not lease.is_shielded
         or not lease.is_launcher_alone()
         or _closed_by_the_lease_alone(lease)

@@ -23,7 +23,7 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import program, records
 from securerun.guard.presence import MORE_NAMES
 from securerun.guard.protocol import presence_of
-from securerun.linux import capabilities, local_sockets, proc
+from securerun.linux import capabilities, local_sockets, proc, processes, user_namespaces
 
 # Looking and removing are done under the host's lock, for which others wait.
 _SECONDS = 3.0
@@ -84,7 +84,7 @@ def _is_a_guards(name: str | bytes) -> bool:
 
 def _is_held_by_a_guard(name: str | bytes) -> bool:
     """Return whether one of all guards holds the socket of this name; by its name alone nobody is one."""
-    if not proc.sees_all_processes():
+    if not processes.all_are_seen():
         return True
     written = (name.encode() if isinstance(name, str) else name)[1:]
     exactly = re.compile(re.escape(written))
@@ -103,7 +103,7 @@ def _may_make_rules(pid: int) -> bool:
     """Return whether a process has CAP_NET_ADMIN for this network: in the user namespace that it is of, or here."""
     try:
         has = capabilities.NET_ADMIN in proc.status(pid).bits("CapEff")
-        return has and proc.namespace("user", pid) in (proc.namespace("user"), proc.owner_of_network())
+        return has and proc.namespace("user", pid) in (proc.namespace("user"), user_namespaces.of_network())
     except (FileNotFoundError, ProcessLookupError):
         return False
     except OSError:

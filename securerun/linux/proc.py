@@ -46,7 +46,6 @@ _NS_GET_OWNER_UID = 0xB704
 EVERYBODY = "0 0 4294967295"
 # include/linux/proc_ns.h, PROC_USER_INIT_INO
 _FIRST_USER_NAMESPACE = 0xEFFFFFFD
-_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # likewise, PROC_PID_INIT_INO
 
 
 # Plain classes: making dataclasses of them would take a guard half a millisecond at its start.
@@ -286,24 +285,6 @@ def namespace(kind: str, pid: Pid = SELF) -> int:
     return Path(f"/proc/{pid}/ns/{kind}").stat().st_ino
 
 
-def owner_of_network() -> int | None:
-    """Return the user namespace in which capabilities count for this network, its inode; None where nobody may tell.
-
-    Before kernel 4.9 nobody is told.
-    """
-    network = open_namespace("net")
-    try:
-        owner = fcntl.ioctl(network, _NS_GET_USERNS)
-    except OSError:
-        return None
-    finally:
-        os.close(network)
-    try:
-        return os.fstat(owner).st_ino
-    finally:
-        os.close(owner)
-
-
 def open_namespace(kind: str, pid: Pid = SELF) -> int:
     """Open a process' namespace of a kind, by default this one's."""
     return os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
@@ -315,11 +296,6 @@ def is_in_first_user_namespace() -> bool:
         return namespace("user") == _FIRST_USER_NAMESPACE
     except FileNotFoundError:  # a kernel without any
         return True
-
-
-def sees_all_processes() -> bool:
-    """Return whether this process is in the host's own pid namespace, which ends with the host alone."""
-    return namespace("pid") == _FIRST_PID_NAMESPACE
 
 
 def governs_network() -> bool:

@@ -30,6 +30,7 @@ _LOOK_SECONDS = 0.02
 # A process is in the middle of execve(2) for far less than 1 ms, unless it waits for a core or a slow disk.
 _EXECVE_LOOKS = 20
 _EXECVE_SECONDS = 0.005
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # include/linux/proc_ns.h, PROC_PID_INIT_INO
 _STOPPING_ROUNDS = 50
 _GROWN_SECONDS = 2.0
 
@@ -172,6 +173,11 @@ def descendants(pid: int, spare: Collection[int] = ()) -> frozenset[Process]:
         with contextlib.suppress(OSError):
             living.add(Process.of(child))
     return frozenset(living)
+
+
+def all_are_seen() -> bool:
+    """Return whether this process is in the host's own pid namespace, which ends with the host alone."""
+    return proc.namespace("pid") == _FIRST_PID_NAMESPACE
 
 
 def lives(process: Process) -> bool:

@@ -1,14 +1,16 @@
-"""A user namespace of this process' own, and a network namespace in it (user_namespaces(7), network_namespaces(7)).
+"""A user namespace of this process' own, a network namespace in it, and of which its network is (user_namespaces(7)).
 
 Whoever begins one has all capabilities over both, and none over anything else: linux/capabilities.py gives them up.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from securerun.linux import libc, proc
 
+_NS_GET_USERNS = 0xB701  # ioctl_ns(2)
 # include/uapi/linux/sched.h
 _NEW_MOUNTS, _NEW_USERS, _NEW_NETWORK = 0x00020000, 0x10000000, 0x40000000
 
@@ -33,3 +35,21 @@ def enter(pid: int) -> None:
             libc.check(libc.library.setns(descriptor, number))
         finally:
             os.close(descriptor)
+
+
+def of_network() -> int | None:
+    """Return the user namespace in which capabilities count for this network, its inode; None where nobody may tell.
+
+    Before kernel 4.9 nobody is told.
+    """
+    network = proc.open_namespace("net")
+    try:
+        owner = fcntl.ioctl(network, _NS_GET_USERNS)
+    except OSError:
+        return None
+    finally:
+        os.close(network)
+    try:
+        return os.fstat(owner).st_ino
+    finally:
+        os.close(owner)
