@@ -6,6 +6,7 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     ├── UsageError                    2
     ├── PrivilegeError                77
     │   ├── Barred                    protection.apart
+    │   ├── Powerless
     │   ├── ReservationUnavailable    linux.port_ranges
     │   └── TooManyWaiting            guard.waiting
     ├── PolicyError                   78
@@ -56,6 +57,10 @@ class PrivilegeError(SecurerunError):
     """This process or this host cannot install what the job needs (EX_NOPERM of sysexits.h)."""
 
     status = 77
+
+
+class Powerless(PrivilegeError):
+    """A guard has too little privilege, or finds too little here; one that is come by in another way may have more."""
 
 
 class PolicyError(SecurerunError):

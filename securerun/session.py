@@ -155,8 +155,18 @@ def begin(
     early = inspection.begin(asked, shells_umask, reads_rules=isinstance(guard, Guard))
     # Before torch, and whatever it loads from places that the user can write: none of that is root's business.
     if other is not None:
+        if isinstance(guard, Guard):
+            _let_look(guard)
         _become(other, parent)
     return Session(command, began, guard, around, asked.run_as, early)
+
+
+def _let_look(guard: Guard) -> None:
+    """Have a guard look at this process before it becomes another user's, where it could not see into that one."""
+    from securerun.linux import capabilities
+
+    if capabilities.SYS_PTRACE not in capabilities.effective():
+        guard.can_be_had()
 
 
 def _print(plan: Plan) -> None:

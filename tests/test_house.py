@@ -51,7 +51,7 @@ AS_ROOT = {
 # All of securerun that runs as root, by wing. Who adds a module adds it here, and so says so.
 LOADED_BY_THE_GUARD = {
     "guard": "acquire caller cgroup channel documents ending exposure inherited job_secret lease limits log neighbours "
-    "notices parting presence program protocol reaper records refusals reserved run_directory server unanswered "
+    "notices parting presence program protocol reaper records refusals reserved run_directory server sight unanswered "
     "unasked waiting watch",
     "firewall": "backends chains droplog job_key policy program_steps refusals selftest shield shield_maps "
     "shield_program",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import selftest
 from securerun.firewall.policy import Admission, Denial, Policy
-from securerun.firewall.refusals import CANNOT_OPEN, FORBIDDEN_ABOVE, LACK_OF_PRIVILEGE, ShieldUnavailable, explained
+from securerun.firewall.refusals import CANNOT_OPEN, FORBIDDEN_ABOVE, ShieldUnavailable, explained, lack_of_privilege
 from securerun.firewall.shield_maps import (
     DENIED,
     INTERFACES,
@@ -332,7 +332,7 @@ def _load_first_of(
             return program, Program.load(program.kernel_name, code)
         except VerifierError as error:
             if error.errno == errno.EPERM:
-                raise ShieldUnavailable(f"loading the shield: {LACK_OF_PRIVILEGE}", Obstacle.NOT_PERMITTED) from error
+                raise ShieldUnavailable(f"loading the shield: {lack_of_privilege()}", Obstacle.NOT_PERMITTED) from error
             refusals.append(f"{program.name}: {error.strerror}")
     raise ShieldUnavailable(
         f"this kernel accepts none of the shield's programs: {'; '.join(refusals)}", Obstacle.OLD_KERNEL

@@ -12,7 +12,7 @@ from securerun.errors import Obstacle
 from securerun.firewall import siphash, tag
 from securerun.firewall.job_key import JobKey
 from securerun.firewall.policy import Policy
-from securerun.firewall.refusals import LACK_OF_PRIVILEGE, ShieldUnavailable, explained
+from securerun.firewall.refusals import ShieldUnavailable, explained, lack_of_privilege
 from securerun.firewall.shield_maps import NO_VALUE
 from securerun.firewall.tag_maps import (
     ANSWERS,
@@ -172,7 +172,7 @@ def _load(
         )
     except VerifierError as error:
         if error.errno == errno.EPERM:
-            raise ShieldUnavailable(f"loading the shield: {LACK_OF_PRIVILEGE}", Obstacle.NOT_PERMITTED) from error
+            raise ShieldUnavailable(f"loading the shield: {lack_of_privilege()}", Obstacle.NOT_PERMITTED) from error
         raise ShieldUnavailable(f"{_LACKING} ({error.strerror})", Obstacle.OLD_KERNEL) from error
 
 

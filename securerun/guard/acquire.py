@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import PurePosixPath
 
-from securerun.errors import Obstacle, PolicyError, PrivilegeError
+from securerun.errors import Obstacle, PolicyError, Powerless, PrivilegeError
 from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
 from securerun.firewall.droplog import open_drop_log
@@ -23,7 +23,7 @@ from securerun.firewall.job_key import JobSecret
 from securerun.firewall.policy import Layer, Policy, PortRange, Purpose, covers
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import neighbours, reaper, records, reserved, run_directory, unasked
+from securerun.guard import neighbours, reaper, records, reserved, run_directory, sight, unasked
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
 from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, first_record, remove_record
@@ -34,7 +34,6 @@ from securerun.linux import net_cgroups, port_ranges, proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.linux.processes import Process
-from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 from securerun.text import some
 
 # Of looks for what the launcher started before; whoever forks faster than that is found later.
@@ -68,14 +67,15 @@ def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
         undo.callback(_remove_chains, lease)
         _add_chains(lease)
         if lease.shield is None and lease.chains is None:
-            raise PrivilegeError(
-                f"the job cannot be guarded: {'; '.join(lease.notes)}. It takes the host's own root, or CAP_BPF, "
-                "CAP_NET_ADMIN and a writable cgroup file system; --unprotected starts it open to everyone"
+            raise Powerless(
+                f"the job cannot be guarded: {'; '.join(lease.lacking)}. It takes the host's own root, or "
+                "CAP_NET_ADMIN, CAP_BPF or CAP_SYS_ADMIN, and a writable cgroup file system; --unprotected starts it "
+                "open to everyone"
             )
         if lease.shield is None:
-            _require_sight_of_listeners()
+            sight.require_of_listeners(caller)
             lease.make_unweakened()
-        lease.notes += tuple(_doubts(lease))
+        lease.notes += tuple(sight.doubts(lease))
         lease.write(layers=lease.guarding.layers)
         if caller.has_ended() and not lease.stands:
             raise _ended(caller)
@@ -106,18 +106,6 @@ def _hand_out(lease: Lease, secret: JobSecret) -> None:
     keyed.hand_out(lease, secret)
 
 
-def _doubts(lease: Lease) -> Iterator[str]:
-    """Yield what is done, or would be, where something may switch the shield off while the job runs."""
-    if lease.void:
-        yield f"the shield holds no more: {lease.void}"
-    elif lease.closes_all:
-        also = "so the port chains close each port of this job as well, within 0.2 s of its appearing"
-        if lease.chains is None or not _sees_listeners():
-            end = "ended" if lease.order.scope == "process" else "open"
-            also = f"and no port chains can close its ports then: the job would be {end}, which is said"
-        yield f"net_cls or net_prio of cgroup version 1 is here and may switch the shield off on this kernel, {also}"
-
-
 def _ended(caller: Caller) -> PrivilegeError:
     return PrivilegeError(f"the launcher, process {caller.pid}, ended before its job could be guarded")
 
@@ -126,24 +114,6 @@ def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
     """Look a first time, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
     with contextlib.suppress(OSError):  # `acquire` says what is wrong with the records
         neighbours.require_room(first_record(order, caller), records.read_briefs_of_host(), site)
-
-
-def _sees_listeners() -> bool:
-    try:
-        _require_sight_of_listeners()
-    except PrivilegeError:
-        return False
-    return True
-
-
-def _require_sight_of_listeners() -> None:
-    """Raise PrivilegeError where the kernel does not tell who listens: scope `ports` closes what it sees."""
-    try:
-        SocketDiagnosis().close()
-    except SocketsUnavailable as error:
-        raise PrivilegeError(
-            f"the job cannot be guarded: no shield, and no sight of its ports ({error}); `modprobe tcp_diag inet_diag`"
-        ) from error
 
 
 def _begin(lease: Lease) -> None:
@@ -277,15 +247,15 @@ def _add_shield(lease: Lease, undo: ExitStack) -> None:
         _move_in(lease, undo)
     except (CgroupUnavailable, ShieldUnavailable) as error:
         if lease.order.scope == "process":
-            raise PrivilegeError(
+            raise Powerless(
                 f"the job cannot be shielded: {error}; fix that, or use --scope auto; nothing was started"
             ) from error
         if lease.order.scope == "auto":
-            lease.notes += (f"no shield ({error})",)
+            lease.lacks(f"no shield ({error})")
         _forget_shield(lease, undo)
     if lease.shield is None and lease.policy.close_loopback:
-        reason = "; ".join(lease.notes) or "--scope ports leaves it out"
-        raise PrivilegeError(f"only the shield can close the loopback, and there is none: {reason}; use --loopback any")
+        reason = "; ".join(lease.lacking) or "--scope ports leaves it out"
+        raise Powerless(f"only the shield can close the loopback, and there is none: {reason}; use --loopback any")
     if lease.shield is not None and lease.shield.shortfall:
         lease.notes += (lease.shield.shortfall,)
 
@@ -475,11 +445,11 @@ def _add_chains(lease: Lease) -> None:
         if isinstance(error, TooManyRules) and (order.firewall != "auto" or lease.shield is None):
             raise PolicyError(f"no port chains are installed: {error}; nothing was started") from error
         if order.firewall != "auto":
-            raise PrivilegeError(
+            raise Powerless(
                 f"no port chains can be installed: {error}; fix that, or use --firewall auto; nothing was started"
             ) from error
         alone = "; the shield closes every port by itself" if lease.shield else ""
-        lease.notes += (f"no port chains ({error}){alone}",)
+        lease.lacks(f"no port chains ({error}){alone}")
 
 
 def _left_over(directory: int, chains: PortChains) -> frozenset[str]:

@@ -6,6 +6,7 @@ asked who it is, and whether it is still where it was found.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -36,6 +37,7 @@ class Caller:
         """Hold the process. directly: it started this guard itself, by nobody who has more privilege than it has."""
         self.pid = pid
         self._directly = directly
+        self._network: int | None = None
         self.pidfd = processes.pidfd(pid) if pidfd is None else pidfd
         self.attendants: tuple[Process, ...] = ()
         try:
@@ -43,6 +45,11 @@ class Caller:
             self._identify()
         except OSError as error:
             raise PrivilegeError(f"process {pid}, which started the guard, has ended") from error
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it started this guard itself, of the same securerun and with no more privilege than it has."""
+        return self._directly
 
     def has_ended(self) -> bool:
         """Return whether the process is gone, or is no longer the one that this guard began to serve."""
@@ -79,6 +86,14 @@ class Caller:
         if before not in (ROOT, self.user):
             raise PrivilegeError(f"process {self.pid} began as user {before} and is user {self.user} now")
 
+    def _network_now(self) -> int:
+        try:
+            return proc.namespace("net", self.pid)
+        except PermissionError:
+            if self._network is None or not self._directly:
+                raise
+            return self._network
+
     def _identify(self) -> None:
         """Look who it is. Raises OSError when there is no such process, and PrivilegeError for one of several users.
 
@@ -96,10 +111,23 @@ class Caller:
         may_anything = self.user == ROOT and capabilities.NET_ADMIN in status.bits("CapEff")
         self.is_root = self._directly and may_anything and _is_of_our_user_namespace(self.pid)
 
+    def can_be_looked_into(self) -> bool:
+        """Return whether what this process, and others of its user, hold can be seen from here (ptrace(2))."""
+        return self.user == os.geteuid() or capabilities.SYS_PTRACE in capabilities.effective()
+
+    def look_at_network(self) -> None:
+        """Look which network namespace it is in while that can be seen: before it changes its user (`--run-as`).
+
+        Without CAP_SYS_PTRACE nobody sees that of who is of another user by now. It is believed to be there still: who
+        starts a guard with root's rights and goes elsewhere leaves its own job open, and nobody else's.
+        """
+        with contextlib.suppress(OSError):
+            self._network = proc.namespace("net", self.pid)
+
     def require_same_network(self) -> None:
         """Raise PrivilegeError when the process is in another network namespace: rules made here would miss it."""
         try:
-            theirs = proc.namespace("net", self.pid)
+            theirs = self._network_now()
         except OSError as error:
             raise PrivilegeError(f"the network namespace of process {self.pid} cannot be seen: {error}") from error
         if theirs != proc.namespace("net"):

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Callable, Protocol
 
-from securerun.errors import PrivilegeError
+from securerun.errors import Obstacle, PrivilegeError
 from securerun.linux import cgroups, proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of, refused, relative
 from securerun.linux.processes import Process
@@ -229,7 +229,7 @@ def make_job_cgroup(path: str) -> JobCgroup:
     name, parent = PurePosixPath(path).name, PurePosixPath(path).parent
     place = next(cgroups.places_of(path), None)
     if place is None:
-        raise CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
+        raise _none_mounted()
     try:
         with _ancestors(place) as (ancestors, undo):
             os.mkdir(name, 0o755, dir_fd=ancestors[-1])
@@ -242,6 +242,16 @@ def make_job_cgroup(path: str) -> JobCgroup:
         cgroup.close()
         raise CgroupUnavailable(f"{path} was replaced by another user's cgroup")
     return cgroup
+
+
+def _none_mounted() -> CgroupUnavailable:
+    if cgroups.shows_only_what_is_outside():
+        return CgroupUnavailable(
+            "the cgroup file system that is mounted here is the host's, and this cgroup namespace begins below it: a "
+            "container takes --cgroupns host with it",
+            Obstacle.READ_ONLY_CGROUPS,
+        )
+    return CgroupUnavailable("no cgroup v2 file system is mounted here, and none may be mounted")
 
 
 def open_job_cgroup(path: str) -> JobCgroup | None:

@@ -237,7 +237,9 @@ def _shared_with(user: int) -> str:
 
 
 def open_exposure(lease: Lease) -> Exposure | None:
-    """Open the look-out of a lease; None where the kernel has no sock_diag, and scope `ports` is refused anyway."""
+    """Open the look-out of a lease; None where it would see nothing, and scope `ports` is refused anyway."""
+    if not lease.caller.can_be_looked_into():
+        return None
     try:
         return Exposure(lease)
     except SocketsUnavailable:

@@ -51,7 +51,8 @@ class Lease:
     """The layers of one job and its record. Made by `acquire`, undone by `release`.
 
     cgroup: None where the job can have none. shield: None in scope `ports`. chains, drops: None without port chains.
-    notes: what a person should know about layers that are missing, or promise less. left_out: ports of the order that
+    notes: what a person should know about layers that are missing, or promise less; lacking: of these, why a layer is
+    missing. left_out: ports of the order that
     nobody asked for and that are not in its plan any more, with the reasons. has_parted: the launcher lives on, and is
     none of the job's any more. stands: the job runs behind what stands of the run, which its record names; until then a
     record that cannot be written is an error.
@@ -83,6 +84,7 @@ class Lease:
         self.drops: DropLog | None = None
         self.logging = Logging()
         self.notes: tuple[str, ...] = ()
+        self.lacking: tuple[str, ...] = ()
         self.unrecorded: frozenset[str] = frozenset()
         self.left_out: dict[int, str] = {}
         self.key: JobKey | None = None
@@ -133,6 +135,11 @@ class Lease:
             key_source=self.record.key_source,
             secret_path=self.secret_path,
         )
+
+    def lacks(self, why: str) -> None:
+        """Take note of a layer that is missing."""
+        self.notes += (why,)
+        self.lacking += (why,)
 
     def take_key(self, key: JobKey, source: str, wanted: KeyOrder) -> None:
         """Have the key that was wanted from here on. source: the guard's own, in words, if it is of one."""

@@ -197,14 +197,16 @@ class Refused:
     """Nothing stands, or what stands is no longer what was ordered, and the launcher has to end its job.
 
     status: the launcher's exit status; message: one line, what is wrong and what to do.
-    later: whether another guard may be had in a moment. knows_keys: whether it understood an order with a key: guards
-    from before there were keys refuse each.
+    later: whether another guard may be had in a moment. another_may: whether one that is come by in another way may do
+    what this one cannot; said only to who started it directly. knows_keys: whether it understood an order with a key:
+    guards from before there were keys refuse each.
     """
 
     status: int
     message: str
     later: bool = False
     knows_keys: bool = False
+    another_may: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ def _body(message: Message) -> dict[str, Any]:
         denied = [denial_document(denial) for denial in message.denied]
         return {"denied": denied, "words": list(message.words), **_given(more=message.more)}
     if isinstance(message, Refused):
-        few = _given(later=message.later, knows_keys=message.knows_keys)
+        few = _given(later=message.later, knows_keys=message.knows_keys, another_may=message.another_may)
         return {"status": message.status, "message": message.message, **few}
     denied = [denial_document(denial) for denial in message.denied]
     of_nodes = _given(nodes_guarded=message.nodes_guarded, unguarded=list(message.unguarded))
@@ -406,8 +408,8 @@ def _read_notice(body: Mapping[str, Any]) -> Notice:
 
 
 def _read_refused(body: Mapping[str, Any]) -> Refused:
-    documents.require_fields(body, "status", "message", may={"later", "knows_keys"})
-    few = {name: _flag_if_given(body, name) for name in ("later", "knows_keys")}
+    documents.require_fields(body, "status", "message", may={"later", "knows_keys", "another_may"})
+    few = {name: _flag_if_given(body, name) for name in ("later", "knows_keys", "another_may")}
     return Refused(documents.number(body, "status"), documents.text(body, "message"), **few)
 
 

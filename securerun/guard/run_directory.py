@@ -7,6 +7,7 @@ goes with the last record.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from securerun.errors import PrivilegeError
+from securerun.errors import Powerless, PrivilegeError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard import job_secret, records
 from securerun.guard.records import DIRECTORY, Record
@@ -180,10 +181,7 @@ def _open_directory() -> int | None:
             return None
         directory = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise PrivilegeError(
-            f"cannot use {DIRECTORY}: {error.strerror}; {capabilities.run_as_root()}, with /run writable, or use "
-            "--unprotected"
-        ) from error
+        raise Powerless(f"cannot use {DIRECTORY}: {error.strerror}; {_advice(error)}, or use --unprotected") from error
     status = os.fstat(directory)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
         os.close(directory)
@@ -192,6 +190,12 @@ def _open_directory() -> int | None:
             "so its records cannot be trusted; remove it, or `chown 0` and `chmod 700` it"
         )
     return directory
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == errno.EROFS:
+        return "mount something writable at /run (a container with --read-only takes --tmpfs /run as well)"
+    return f"{capabilities.run_as_root()}, with /run writable"
 
 
 def _is_current(directory: int) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NoReturn
 
-from securerun.errors import PolicyError, PrivilegeError, SecurerunError
+from securerun.errors import PolicyError, Powerless, PrivilegeError, SecurerunError
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import opened
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         _require_own_proc()
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
         if not by_socket:
+            caller.look_at_network()
             caller.attendants = _stand_apart(caller)
         inherited.require_unlimited()
         kept = _drop_privilege(caller)
@@ -98,7 +99,7 @@ def _collect_garbage_from_now_on() -> None:
 def _require_own_proc() -> None:
     """Raise PrivilegeError where the proc file system is another pid namespace's: its numbers mean others here."""
     if not proc.is_of_this_pid_namespace():
-        raise PrivilegeError(
+        raise Powerless(
             "the proc file system here shows the processes of another pid namespace than the guard's; mount one of its "
             "own (`unshare --mount-proc` does), then try again"
         )
@@ -340,7 +341,9 @@ def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers, ord
     whom = "somebody" if caller is None else f"user {caller.user}, process {caller.pid}"
     # The answer first: where no file may grow (ulimit -f 0), writing the log is what fails.
     later = isinstance(reason, TooManyWaiting)
-    answers.send(Refused(reason.status, str(reason), later=later, knows_keys=has_key))
+    # Said to nobody whose securerun may be of another version.
+    another = isinstance(reason, Powerless) and (caller is None or caller.is_direct)
+    answers.send(Refused(reason.status, str(reason), later=later, knows_keys=has_key, another_may=another))
     words = f"refused to {whom}: {reason}"
     for line in [words] if caller is None or caller.is_root else refusals.lines(caller.user, words):
         _log(line)

@@ -207,6 +207,12 @@ def write(directory: int, name: str, text: str) -> None:
         os.close(descriptor)
 
 
+def shows_only_what_is_outside() -> bool:
+    """Return whether version 2 is mounted, and from above the root of this process' cgroup namespace: `/..` is told."""
+    roots = [PurePosixPath(mount.root).parts[1:2] for mount in _mounts(proc.SELF) if mount.shows("")]
+    return bool(roots) and all(first == ("..",) for first in roots)
+
+
 def relative(path: str, root: str) -> PurePosixPath | None:
     """Return the way from one cgroup to one below it, by their paths; None where it is not below."""
     try:

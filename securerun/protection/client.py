@@ -301,6 +301,8 @@ class Guard:
                 return self._connection
             answer = self._received(self._connection, _READY_SECONDS)
             if isinstance(answer, Refused):
+                if answer.another_may and self._may_go_on(answer):
+                    continue
                 if not answer.later or time.monotonic() > deadline:
                     raise Refusal(answer)
                 # Not all at the same moments again: each by another part of the pause.
@@ -326,10 +328,19 @@ class Guard:
             return None
         answer = self._received(connection, _ANSWER_SECONDS)
         if isinstance(answer, Refused):
+            if answer.another_may and self._may_go_on(answer):
+                return self._ordered(order)
             if order.key is not None and not (order.key.required or answer.knows_keys):
                 return self._ordered_without_key(order)
             raise Refusal(answer)
         return answer if isinstance(answer, Guarding) else None
+
+    def _may_go_on(self, refused: Refused) -> bool:
+        """Turn from a guard that this process started itself, which has too little privilege, to one of another way."""
+        self._untried = [way for way in self._untried if way.name != DIRECTLY]
+        self._note(f"{self._way}: {refused.message}")
+        self._try_next_way()
+        return self._connection is not None
 
     def _ordered_without_key(self, order: Order) -> Guarding | None:
         """Give the order to another guard as those from before there were keys understand it, where that will do."""

@@ -34,6 +34,7 @@ _UNMAPPED = 65534
 _OTHERS_WRITE = 0o022
 # What is so in a user namespace, and the way that works there: what descends from a launcher outside is guarded.
 OF_NAMESPACE = "in this user namespace root is not root of the host"
+ROOT_OF_CONTAINER = "this process is root without CAP_NET_ADMIN, as in a container"
 OUTSIDE = "securerunctl exec -- unshare -Ur torchrun …"
 _LAST_WORDS_SECONDS = 1.0
 _LAST_STANDARD = 2
@@ -160,6 +161,12 @@ def advice() -> list[str]:
             f"  start the job from outside of this user namespace: {OUTSIDE} (or apptainer, or enroot)",
             f"  or bring the host's guard in: mount {SOCKET} here (securerunctl setup systemd, on the host)",
         ]
+    if _obstacle_to_direct() == ROOT_OF_CONTAINER:
+        return [
+            f"  bring the host's guard in: mount {SOCKET} here (securerunctl setup systemd, on the host)",
+            "  or give the container CAP_NET_ADMIN and, for the shield, CAP_SYS_ADMIN and the host's cgroups",
+            "  or start it open to everyone: --unprotected",
+        ]
     return [
         "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
         *([] if barred_to_sudo() else ["  an administrator permits the guard by sudo: securerunctl setup sudoers"]),
@@ -200,9 +207,11 @@ def _obstacle_to_direct() -> str:
     # Where the network is an outer namespace's, capabilities of this one, root's too, count for nothing.
     if not proc.governs_network():
         return OF_NAMESPACE
+    held = capabilities.effective()
     if os.geteuid() == _ROOT:
-        return ""
-    if capabilities.suffice_for_guarding(capabilities.effective()):
+        # Either has port chains or, on new kernels, the shield.
+        return "" if {capabilities.NET_ADMIN, capabilities.SYS_ADMIN} & held else ROOT_OF_CONTAINER
+    if capabilities.suffice_for_guarding(held):
         return ""
     return "this process is not root and has no CAP_NET_ADMIN and CAP_BPF"
 
@@ -211,6 +220,8 @@ def _obstacle_to_sudo() -> str:
     barred = barred_to_sudo()
     if barred:
         return barred
+    if os.geteuid() == _ROOT:
+        return "sudo gives root no more than it has"
     if sudo_program() is None:
         return "sudo is not installed"
     if guard_program() is None:
