@@ -13,6 +13,7 @@ import kernel
 import pytest
 from attacking import Ground
 from conversation import nothing_left, permit, socket_unit
+from engines import Node
 from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
 from patience import wait_for_programs_as_patiently
 from users import PrivateMachine
@@ -143,6 +144,14 @@ def _is_clean(before: MachineState) -> bool:
     return (now.cgroups or frozenset()) <= (before.cgroups or frozenset()) and (
         now.records is None or (before.records is not None and now.records <= before.records)
     )
+
+
+@pytest.fixture(scope="module")
+def container_node(root_and_tools: None) -> Iterator[Node]:
+    """A node that has podman and docker, on a network with a stranger."""
+    with Network("node0", "stranger") as network, Node(network["node0"]) as node:
+        node.stranger = network["stranger"]
+        yield node
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ class Node(PrivateMachine):
     def __init__(self, host: Host, *more: Path) -> None:
         super().__init__(*more)
         self.host = host
+        self.stranger: Host | None = None
         self._more = more
         self._root: Path | None = None
         self._engines: dict[str, Engine] = {}
