@@ -35,18 +35,18 @@ _LEAST_KERNEL = (4, 15)
 _INDISPENSABLE = ("CAP_NET_ADMIN", "CAP_BPF")
 _FIXES_OF_SHIELD = {
     Obstacle.NET_CLS: "reboot with cgroup_no_v1=net_cls,net_prio",
-    Obstacle.READ_ONLY_CGROUPS: "docker run --cap-add BPF --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw",
+    Obstacle.READ_ONLY_CGROUPS: "docker run --cap-add SYS_ADMIN --cgroupns host -v /sys/fs/cgroup:/sys/fs/cgroup:rw",
 }
 _FIXES_OF_CGROUP = {Obstacle.OLD_KERNEL: "upgrade to Linux 4.15 or newer"}
 _FIX_OF_CGROUP = "docker run --cap-add SYS_ADMIN (in a container)"
-_FIX_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add BPF (in a container); else start in another cgroup"
+_FIX_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add SYS_ADMIN (in a container); else start in another cgroup"
+_FIX_IN_CONTAINER = f"docker run -v {ways.SOCKET}:{ways.SOCKET} (securerunctl setup systemd, on the host)"
 _BACKENDS = {
     "iptables": "apt-get install iptables (dnf install iptables-nft)",
     "nftables": "apt-get install nftables (dnf install nftables)",
     "legacy": "pip install 'securerun[legacy]'",
 }
 _WAYS = {
-    ways.DIRECTLY: "sudo securerunctl doctor",
     ways.BY_SUDO: "securerunctl setup sudoers",
     ways.BY_SYSTEMD: "securerunctl setup systemd",
 }
@@ -107,11 +107,16 @@ def _capabilities() -> Ability:
         return Ability("capabilities", False, what, ways.OUTSIDE)
     if not capabilities.suffice_for_guarding(held):
         what = "this process has no CAP_NET_ADMIN and CAP_BPF, so it cannot start a guard by itself"
-        return Ability("capabilities", False, what, "sudo securerunctl doctor")
+        return Ability("capabilities", False, what, _fix_of_privilege())
     needed = capabilities.FOR_GUARDING.items()
     missing = [name for name, number in needed if number not in held and name not in _INDISPENSABLE]
     without = f"; without {', '.join(missing)}" if missing else ""
     return Ability("capabilities", True, f"CAP_NET_ADMIN and CAP_BPF{without}")
+
+
+def _fix_of_privilege() -> str:
+    """Return the command for who lacks it: root does so in a container."""
+    return _FIX_IN_CONTAINER if os.geteuid() == 0 else "sudo securerunctl doctor"
 
 
 def _cgroup() -> Ability:
@@ -256,6 +261,8 @@ def _guards() -> Iterator[Ability]:
 def _fix_of(way: Way) -> str:
     if not proc.governs_network():
         return "securerunctl setup systemd" if way.name == ways.BY_SYSTEMD else ways.OUTSIDE
+    if way.name == ways.DIRECTLY:
+        return _fix_of_privilege()
     return _WAYS[ways.BY_SYSTEMD if way.name == ways.BY_SUDO and ways.barred_to_sudo() else way.name]
 
 

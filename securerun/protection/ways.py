@@ -220,12 +220,12 @@ def _obstacle_to_sudo() -> str:
     barred = barred_to_sudo()
     if barred:
         return barred
-    if os.geteuid() == _ROOT:
-        return "sudo gives root no more than it has"
     if sudo_program() is None:
         return "sudo is not installed"
     if guard_program() is None:
         return f"no {_PROGRAM} of root's beside {sys.executable} or in {_SYSTEM_DIRECTORIES[0]}"
+    if _obstacle_to_direct() == ROOT_OF_CONTAINER:
+        return "sudo gives root no more than it has"
     return ""
 
 
