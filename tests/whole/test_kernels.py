@@ -15,9 +15,13 @@ import pytest
 from kernel_cells import OF_THE_SUITE, parse_cell
 from kernel_matrix import Trial
 
-# Those that ask the kernel most in the least time: programs that it has to take and to run, and cgroups that it has to
-# make.
-TESTS = ("tests/firewall/test_shield_programs.py", "tests/guard/test_cgroup.py")
+# Those that ask the kernel most in the least time: programs that it has to take and to run, cgroups that it has to make,
+# and a table that it has to change while packets come.
+TESTS = (
+    "tests/firewall/test_shield_programs.py",
+    "tests/guard/test_cgroup.py",
+    "tests/firewall/test_nftables.py::test_no_packet_slips_through_while_the_table_is_changed[in a range-outlives]",
+)
 PARTS = ("truth", "chains", "tests", "left")
 # Some minutes are enough on an idle machine; on one that has ten other things to do it was five.
 SECONDS = 1200
