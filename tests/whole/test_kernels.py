@@ -15,8 +15,8 @@ import pytest
 from kernel_cells import OF_THE_SUITE, parse_cell
 from kernel_matrix import Trial
 
-# Those that ask the kernel most in the least time: programs that it has to take and to run, cgroups that it has to make,
-# and a table that it has to change while packets come.
+# Those that ask the kernel most in the least time: programs that it has to take and to run, cgroups that it has to
+# make, and a table that it has to change while packets come.
 TESTS = (
     "tests/firewall/test_shield_programs.py",
     "tests/guard/test_cgroup.py",
