@@ -136,6 +136,21 @@ def status(
     show(as_json=as_json, watch=watch)
 
 
+@app.command(short_help="Print the runs of this host as numbers, for Prometheus.")
+def metrics(
+    output: str = typer.Option(
+        "", "--output", metavar="FILE", help="Write them to a file for node_exporter's textfile collector."
+    ),
+) -> None:
+    """Print Prometheus' text: runs by state, their layers, packets turned away, guards that died, and findings.
+
+    FILE ends with .prom, is readable by all, and changes all at once. `setup systemd` has a timer that writes it.
+    """
+    from securerun.ctl.metrics import write
+
+    write(output or None)
+
+
 @app.command(short_help="Remove what dead runs left on this host.")
 def clean(
     dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be removed, and change nothing."),
@@ -223,11 +238,19 @@ def sudoers(
 
 
 @setup.command(short_help="Print the systemd units.")
-def systemd(group: str = typer.Option("securerun", help="The group whose members may connect.")) -> None:
-    """Print a socket unit and a service unit: systemd starts a guard for each member of a group who connects."""
+def systemd(
+    group: str = typer.Option("securerun", help="The group whose members may connect."),
+    textfiles: str = typer.Option(
+        "/var/lib/prometheus/node-exporter", metavar="DIR", help="Where node_exporter looks for files of metrics."
+    ),
+) -> None:
+    """Print a socket unit and a service unit: systemd starts a guard for each member of a group who connects.
+
+    And a service unit and a timer unit, by which `securerunctl metrics` is written to DIR/securerun.prom each minute.
+    """
     from securerun.ctl.setup import print_systemd
 
-    print_systemd(group)
+    print_systemd(group, textfiles)
 
 
 @setup.command(short_help="Make a torchrun that is securerun.")

@@ -26,17 +26,22 @@ _STATES = {True: "yes", False: "no", None: "?"}
 def examine(*, as_json: bool) -> int:
     """Print what was found. Returns the exit status: 1 where anything is to be mended."""
     found = abilities.find()
-    findings = (*_of_abilities(found), *_of_host())
+    to_fix = findings(found)
     if as_json:
         document = {
-            "findings": [finding.document() for finding in findings],
+            "findings": [finding.document() for finding in to_fix],
             "host": [ability.document() for ability in found],
         }
         print(json.dumps(document, indent=2))
     else:
-        for line in _lines(found, findings):
+        for line in _lines(found, to_fix):
             print(line)
-    return 1 if findings else 0
+    return 1 if to_fix else 0
+
+
+def findings(found: Sequence[Ability]) -> tuple[Finding, ...]:
+    """Return what is to be fixed on this host. found: what securerun can do on it."""
+    return (*_of_abilities(found), *_of_host())
 
 
 def _of_host() -> tuple[Finding, ...]:

@@ -1,4 +1,4 @@
-"""securerunctl setup: what an administrator installs once, so that ordinary users have their jobs guarded.
+"""securerunctl setup: what an administrator installs once: ways for ordinary users to a guard, and a timer for metrics.
 
 Prints, and installs nothing: these files are for somebody's eyes first. A guard that others than root could change
 would make root of whoever changes it, so for such a one there is nothing to print.
@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from securerun.protection.ways import SOCKET
 
 DEFAULT_GROUP = "securerun"
 _PROGRAM = "securerun-guard"
+_METRICS_PROGRAM = "securerunctl"
 _LIBRARY = Path(os.__file__).parent
 _ADMINISTRATORS_PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
 # useradd(8)'s own rule, without its closing dollar sign.
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_PLAIN_PATH = re.compile(r"/[\w/.+-]*")
 
 _SUDOERS = """\
 # /etc/sudoers.d/securerun, mode 0440. Made by `securerunctl setup sudoers`.
@@ -83,6 +86,43 @@ LockPersonality=yes
 SystemCallArchitectures=native
 """
 
+_METRICS_UNIT = """\
+# /etc/systemd/system/securerun-metrics.service. Made by `securerunctl setup systemd`.
+[Unit]
+Description=securerun: the runs of this host as numbers, for Prometheus
+ConditionPathIsDirectory={directory}
+
+[Service]
+Type=oneshot
+ExecStart={program} metrics --output {directory}/securerun.prom
+TimeoutStartSec=50
+MemoryMax=512M
+TasksMax=16
+NoNewPrivileges=yes
+CapabilityBoundingSet={capabilities}
+ProtectSystem=full
+ProtectHome=read-only
+PrivateTmp=yes
+RestrictRealtime=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+"""
+
+_TIMER_UNIT = """\
+# /etc/systemd/system/securerun-metrics.timer. Made by `securerunctl setup systemd`.
+# Then: systemctl enable --now securerun-metrics.timer
+[Unit]
+Description=securerun: the runs of this host as numbers, for Prometheus
+
+[Timer]
+OnBootSec=1min
+OnUnitActiveSec=1min
+AccuracySec=5s
+
+[Install]
+WantedBy=timers.target
+"""
+
 # The last one to give up all but these.
 _CAPABILITIES = " ".join((*sorted({**capabilities.FOR_GUARDING, **capabilities.FOR_BEGINNING}), "CAP_SETPCAP"))
 
@@ -99,14 +139,48 @@ def print_sudoers(group: str, user: str | None) -> None:
     print(text, end="")
 
 
-def print_systemd(group: str) -> None:
-    """Print the socket unit and the service unit that start a guard for each member of a group who connects.
+def print_systemd(group: str, textfiles: str) -> None:
+    """Print the units that start a guard for each member of a group who connects, and those of metrics.
+
+    textfiles: the directory of node_exporter's textfile collector. Where others than root could change what metrics
+    load, those units are left out, which is said.
 
     Raises UsageError for a name that is none, and PrivilegeError for a guard that others than root could change.
     """
-    program = trusted_program()
-    print(_SOCKET_UNIT.format(socket=SOCKET, group=_required_name(group, "--group")))
-    print(_SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, capabilities=_CAPABILITIES), end="")
+    if not _PLAIN_PATH.fullmatch(textfiles):
+        raise UsageError(
+            f"--textfiles: {textfiles!r} is no plain absolute path; write one"
+        )
+    units = [*guard_units(trusted_program(), _required_name(group, "--group"))]
+    try:
+        units += metrics_units(_trusted_metrics_program(), textfiles)
+    except PrivilegeError as error:
+        print(f"securerunctl: the units of metrics are left out: {error}", file=sys.stderr)
+    print("\n".join(units), end="")
+
+
+def guard_units(program: Path, group: str) -> tuple[str, str]:
+    """Return the socket unit and the service unit of guards. program: of root's, and of nobody else's."""
+    socket = _SOCKET_UNIT.format(socket=SOCKET, group=group)
+    return socket, _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, capabilities=_CAPABILITIES)
+
+
+def metrics_units(program: Path, textfiles: str) -> tuple[str, str]:
+    """Return the service unit and the timer unit of metrics. program: securerunctl, of root's and of nobody else's."""
+    return _METRICS_UNIT.format(program=program, directory=textfiles, capabilities=_CAPABILITIES), _TIMER_UNIT
+
+
+def _trusted_metrics_program() -> Path:
+    """Return this installation's securerunctl, which loads packages of others as well.
+
+    Raises PrivilegeError when others than root could change any of it.
+    """
+    program = Path(sys.executable).parent / _METRICS_PROGRAM
+    packages = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    weaknesses = (trust.weak_point(program), *map(trust.weak_point, packages), *map(trust.weak_point_below, packages))
+    for weakness in filter(None, weaknesses):
+        raise PrivilegeError(f"{program} would run as root, but {weakness}")
+    return program
 
 
 def trusted_program() -> Path:
@@ -123,7 +197,7 @@ def trusted_program() -> Path:
                 )
     except FileNotFoundError as error:
         raise PrivilegeError(f"{error.filename} is missing; install securerun with pip, then try again") from error
-    if re.search(r"[^\w/.+-]", str(program)):
+    if not _PLAIN_PATH.fullmatch(str(program)):
         raise PolicyError(f"{program} has characters that sudo or systemd read in their own way; install it elsewhere")
     return program
 

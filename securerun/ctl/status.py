@@ -28,6 +28,7 @@ from securerun.text import nodes_guarded, printable, span
 if TYPE_CHECKING:
     from securerun.protection.client import Guard
 
+STATES = ("guarding", "draining", "stale")
 _NO_RUNS = "no runs on this host"
 _HEADINGS = ("RUN", "STATE", "USER", "PID", "STARTED", "COMMAND")
 _INDENT = " " * 14  # below STATE

@@ -219,7 +219,12 @@ def _take_over(lease: Lease, found: Record) -> None:
     lease.leave_out({port: "" for port in unasked_ports if not covers(kept, port)})
     # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
     lease.record = dataclasses.replace(
-        lease.record, cgroup=found.cgroup, started=found.started, layers=found.layers, void=found.void
+        lease.record,
+        cgroup=found.cgroup,
+        started=found.started,
+        layers=found.layers,
+        void=found.void,
+        guard_restarts=found.guard_restarts + 1,
     )
     lease.void = found.void
     more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)

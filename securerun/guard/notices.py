@@ -107,7 +107,7 @@ class Notices:
         """Write down who was turned away; not often, and not while another guard has the host's lock."""
         if self._known == self._recorded or now < self._record_due:
             return
-        if self._lease.write_unless_locked(denied=self._known.listed):
+        if self._lease.write_unless_locked(denied=self._known.listed, denied_more=self._known.more):
             self._recorded, self._record_due = self._known, now + _RECORD_SECONDS
 
 

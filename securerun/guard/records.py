@@ -132,6 +132,8 @@ class Record(Known):
     user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
     started: seconds since the epoch. draining: the job is over, not all of it gone.
     reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
+    denied_more: packets of those who were turned away and are not among `denied`, which is bounded.
+    guard_restarts: how many guards of this run have died and been replaced.
     left_open: first and last of ports of the job that are open to every host; the first MOST_RANGES_LEFT_OPEN.
     key: the fingerprint of the job's key, "" where it has none; key_source: the guard's own source of it, in words.
     nodes_guarded: how many of the job's nodes were seen with that key, this one among them; 0 without a key; nodes: how
@@ -160,6 +162,8 @@ class Record(Known):
     nodes: int = 0
     draining: bool = False
     denied: tuple[Denial, ...] = ()
+    denied_more: int = 0
+    guard_restarts: int = 0
     reserved: tuple[tuple[int, int], ...] = ()
     left_open: tuple[tuple[int, int], ...] = ()
 
@@ -252,6 +256,8 @@ _PLAIN: dict[str, type] = {
     "nodes_guarded": int,
     "nodes": int,
     "draining": bool,
+    "denied_more": int,
+    "guard_restarts": int,
 }
 
 
@@ -409,9 +415,10 @@ def understood(document: Mapping[str, Any]) -> Record:
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
     # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted, did
-    # not look at a shield again, and knew no keys.
+    # not look at a shield again, knew no keys, and did not count what metrics tell.
     without_key = {"key": "", "key_source": "", "nodes_guarded": 0, "nodes": 0}
-    whole = {"root": document["user"] == 0, "times": 0, "void": "", **without_key, **document}
+    uncounted = {"denied_more": 0, "guard_restarts": 0}
+    whole = {"root": document["user"] == 0, "times": 0, "void": "", **without_key, **uncounted, **document}
     plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")

@@ -652,7 +652,7 @@ def test_commands_load_neither_torch_nor_psutil(planted: int, arguments: list[st
 
 def test_help_has_a_line_for_each_command() -> None:
     help_text = ctl("--help").stdout
-    for words in ("plan    Print the plan", "status  Show the runs", "clean   Remove what dead runs left"):
+    for words in ("plan     Print the plan", "status   Show the runs", "clean    Remove what dead runs left"):
         assert words in help_text.replace("\n", " "), help_text
 
 
