@@ -148,9 +148,7 @@ def print_systemd(group: str, textfiles: str) -> None:
     Raises UsageError for a name that is none, and PrivilegeError for a guard that others than root could change.
     """
     if not _PLAIN_PATH.fullmatch(textfiles):
-        raise UsageError(
-            f"--textfiles: {textfiles!r} is no plain absolute path; write one"
-        )
+        raise UsageError(f"--textfiles: {textfiles!r} is no plain absolute path; write one")
     units = [*guard_units(trusted_program(), _required_name(group, "--group"))]
     try:
         units += metrics_units(_trusted_metrics_program(), textfiles)

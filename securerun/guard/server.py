@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import NoReturn
 
 from securerun.errors import PolicyError, Powerless, PrivilegeError, SecurerunError
@@ -282,28 +283,41 @@ def _require_left() -> None:
 def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     """Keep the lease until the job's last process has gone, then release it."""
     run = f"run {lease.policy.run_id}"
+
+    def noted(words: str) -> None:
+        _log(words, _fields_of(lease))
+
     answers.send(lease.guarding)
     layers = ", ".join(layer.backend for layer in lease.guarding.layers)
     ports = ", ".join(map(str, lease.order.policy.ports)) or "none"
     public = f"; public {opened(lease.policy.public)}" if lease.policy.public else ""
-    _log(
+    noted(
         f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding by {layers}; ports {ports}; "
         f"{len(lease.policy.peers)} peer networks{public}"
     )
     try:
-        Watch(lease, orders, answers.send, _log).until_over()
+        Watch(lease, orders, answers.send, noted).until_over()
     except Exception as error:  # a defect of ours must not leave what nobody looks after
-        _log(f"{run}: a defect of securerun's: {_place(error)}")
+        noted(f"{run}: a defect of securerun's: {_place(error)}")
         if not lease.caller.has_ended():
             return 1  # the launcher starts another guard, which takes over
         lease.kill()
     try:
         lease.release()
     except (SecurerunError, CgroupUnavailable, PortChainsUnavailable) as error:
-        _log(f"{run}: not all of it could be removed, the next run tries again: {error}")
+        noted(f"{run}: not all of it could be removed, the next run tries again: {error}")
         return 1
-    _log(f"{run}: released")
+    noted(f"{run}: released")
     return 0
+
+
+def _fields_of(lease: Lease) -> log.Fields:
+    """Return by what the lines about a run can be found in the journal. Peers change."""
+    return {
+        "RUN_ID": [lease.policy.run_id],
+        "USER": [str(lease.caller.user)],
+        "PEERS": [str(peer) for peer in islice(lease.policy.peers, log.MOST_VALUES)],
+    }
 
 
 def _place(error: Exception) -> str:
@@ -345,10 +359,12 @@ def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers, ord
     another = isinstance(reason, Powerless) and (caller is None or caller.is_direct)
     answers.send(Refused(reason.status, str(reason), later=later, knows_keys=has_key, another_may=another))
     words = f"refused to {whom}: {reason}"
+    of_caller = {} if caller is None else {"USER": [str(caller.user)]}
+    of_run = {} if order is None else {"RUN_ID": [order.policy.run_id]}
     for line in [words] if caller is None or caller.is_root else refusals.lines(caller.user, words):
-        _log(line)
+        _log(line, {**of_run, **of_caller})
     return reason.status
 
 
-def _log(words: str) -> None:
-    log.note(NAME, words)
+def _log(words: str, fields: log.Fields | None = None) -> None:
+    log.note(NAME, words, fields or {})

@@ -17,9 +17,8 @@ from conversation import WAYS, Conversation, guards, log_of, order
 from hosts import eventually, finish
 
 from securerun.errors import PrivilegeError
-from securerun.guard import server
+from securerun.guard import log, server
 from securerun.guard.channel import Channel
-from securerun.guard.log import note
 from securerun.guard.waiting import FILE, SLOTS
 
 # A launcher that has its guard come up while it is busy for some seconds, as with `import torch`.
@@ -167,9 +166,15 @@ def test_refusal_is_one_short_line_whatever_was_asked(ground: Ground) -> None:
 
 def test_line_of_the_log_is_cut_between_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("securerun.guard.log._send", said.append)
+
+    def hear(place: str, data: bytes) -> None:
+        if place != log.SYSTEM_LOG:
+            raise FileNotFoundError(place)
+        said.append(data.decode()[len("<86>Nov 28 18:00:00 ") :])
+
+    monkeypatch.setattr("securerun.guard.log._send", hear)
     for words in ("short", "ü" * 3000, "\x1b" * 3000, "x" * 497):
-        note("securerun-guard", words)
+        log.note("securerun-guard", words)
     assert said[0].endswith(": short")
     assert all(len(line.encode()) <= 500 for line in said)
     assert said[1].endswith("ü... (of 3000 characters)")
