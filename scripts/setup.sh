@@ -50,6 +50,10 @@ missing_packages() {
     [ "$extra" != test ] || { command -v cpio && command -v depmod && command -v mke2fs; } > /dev/null ||
         echo cpio kmod e2fsprogs
     [ "$extra" != test ] || { command -v xz && command -v zstd; } > /dev/null || echo xz-utils zstd
+    # Packages of the guard are built, and installed into roots of their own.
+    [ "$extra" != test ] || command -v rpmbuild > /dev/null || echo rpm
+    [ "$extra" != test ] || command -v mmdebstrap > /dev/null || echo mmdebstrap
+    [ "$extra" != test ] || command -v mandoc > /dev/null || echo mandoc
     # The page of --report is looked at in a browser.
     [ "$extra" != test ] || command -v chromium > /dev/null || echo chromium fonts-noto-core
     # Debian's python3 comes without what makes virtual environments.

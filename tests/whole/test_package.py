@@ -105,7 +105,9 @@ def tracked() -> set[str]:
 def test_the_wheel_holds_the_package_with_all_its_files_and_nothing_else(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     metadata = {name for name in held if name.startswith(f"securerun-{VERSION}.dist-info/")}
-    assert held - metadata == {name for name in tracked() if name.startswith("securerun/")}
+    pages = {name for name in held if name.startswith(f"securerun-{VERSION}.data/data/share/man/")}
+    assert {PurePosixPath(name).name for name in pages} == {"securerun.1", "securerunctl.1", "securerun-guard.8"}
+    assert held - metadata - pages == {name for name in tracked() if name.startswith("securerun/")}
     assert {PurePosixPath(name).name for name in metadata} >= {"LICENSE", "METADATA", "entry_points.txt"}
 
 
