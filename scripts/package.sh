@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds an sdist of what git tracks here, as it stands here now, and a wheel from that sdist:
+# Builds an sdist of what git tracks here, as it stands here now, a wheel from that sdist, and a .deb and an .rpm of the
+# guard alone (scripts/guard_packages.py):
 #   scripts/package.sh              into dist/
 #   scripts/package.sh DIRECTORY    into another directory
 # pip fetches what builds them (pypa/build, setuptools) into an environment that is gone afterwards. The tree that is
@@ -24,3 +25,4 @@ python3 -m venv "$place/environment"
 python=$place/environment/bin/python
 "$python" -m pip install --quiet --no-input --disable-pip-version-check build < /dev/null
 "$python" -m build --outdir "$into" "$place/tree" < /dev/null
+"$python" "$place/tree/scripts/guard_packages.py" "$into"

@@ -29,13 +29,13 @@ _ADMINISTRATORS_PATH = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _PLAIN_PATH = re.compile(r"/[\w/.+-]*")
 
+_HEADER = "# {place}. Made by `securerunctl setup {command}`.\n"
+_UNITS = "/etc/systemd/system"
 _SUDOERS = """\
-# /etc/sudoers.d/securerun, mode 0440. Made by `securerunctl setup sudoers`.
 {who} ALL=(root) NOPASSWD:NOSETENV: {program} ""
 """
 
 _SOCKET_UNIT = """\
-# /etc/systemd/system/securerun.socket. Made by `securerunctl setup systemd`.
 # Then: systemctl daemon-reload && systemctl enable --now securerun.socket
 [Unit]
 Description=securerun: guards for the jobs of ordinary users
@@ -58,7 +58,6 @@ WantedBy=sockets.target
 """
 
 _SERVICE_UNIT = """\
-# /etc/systemd/system/securerun@.service. Made by `securerunctl setup systemd`.
 [Unit]
 Description=securerun: the guard of one job
 CollectMode=inactive-or-failed
@@ -87,7 +86,6 @@ SystemCallArchitectures=native
 """
 
 _METRICS_UNIT = """\
-# /etc/systemd/system/securerun-metrics.service. Made by `securerunctl setup systemd`.
 [Unit]
 Description=securerun: the runs of this host as numbers, for Prometheus
 ConditionPathIsDirectory={directory}
@@ -109,7 +107,6 @@ SystemCallArchitectures=native
 """
 
 _TIMER_UNIT = """\
-# /etc/systemd/system/securerun-metrics.timer. Made by `securerunctl setup systemd`.
 # Then: systemctl enable --now securerun-metrics.timer
 [Unit]
 Description=securerun: the runs of this host as numbers, for Prometheus
@@ -134,9 +131,14 @@ def print_sudoers(group: str, user: str | None) -> None:
     PolicyError when visudo does not take the rule.
     """
     who = _required_name(user, "--user") if user else f"%{_required_name(group, '--group')}"
-    text = _SUDOERS.format(who=who, program=trusted_program())
-    _check_sudoers(text)
-    print(text, end="")
+    rule = sudoers_rule(who, trusted_program())
+    _check_sudoers(rule)
+    print(_HEADER.format(place="/etc/sudoers.d/securerun, mode 0440", command="sudoers") + rule, end="")
+
+
+def sudoers_rule(who: str, program: Path) -> str:
+    """Return the rule that lets somebody have guards by sudo. program: of root's, and of nobody else's."""
+    return _SUDOERS.format(who=who, program=program)
 
 
 def print_systemd(group: str, textfiles: str) -> None:
@@ -149,23 +151,25 @@ def print_systemd(group: str, textfiles: str) -> None:
     """
     if not _PLAIN_PATH.fullmatch(textfiles):
         raise UsageError(f"--textfiles: {textfiles!r} is no plain absolute path; write one")
-    units = [*guard_units(trusted_program(), _required_name(group, "--group"))]
+    units = guard_units(trusted_program(), _required_name(group, "--group"))
     try:
-        units += metrics_units(_trusted_metrics_program(), textfiles)
+        units.update(metrics_units(_trusted_metrics_program(), textfiles))
     except PrivilegeError as error:
         print(f"securerunctl: the units of metrics are left out: {error}", file=sys.stderr)
-    print("\n".join(units), end="")
+    places = {name: _HEADER.format(place=f"{_UNITS}/{name}", command="systemd") for name in units}
+    print("\n".join(places[name] + text for name, text in units.items()), end="")
 
 
-def guard_units(program: Path, group: str) -> tuple[str, str]:
-    """Return the socket unit and the service unit of guards. program: of root's, and of nobody else's."""
-    socket = _SOCKET_UNIT.format(socket=SOCKET, group=group)
-    return socket, _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, capabilities=_CAPABILITIES)
+def guard_units(program: Path, group: str) -> dict[str, str]:
+    """Return the socket unit and the service unit of guards, by name. program: of root's, and of nobody else's."""
+    service = _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, capabilities=_CAPABILITIES)
+    return {"securerun.socket": _SOCKET_UNIT.format(socket=SOCKET, group=group), "securerun@.service": service}
 
 
-def metrics_units(program: Path, textfiles: str) -> tuple[str, str]:
-    """Return the service unit and the timer unit of metrics. program: securerunctl, of root's and of nobody else's."""
-    return _METRICS_UNIT.format(program=program, directory=textfiles, capabilities=_CAPABILITIES), _TIMER_UNIT
+def metrics_units(program: Path, textfiles: str) -> dict[str, str]:
+    """Return the units of metrics, by name. program: securerunctl, of root's and of nobody else's."""
+    service = _METRICS_UNIT.format(program=program, directory=textfiles, capabilities=_CAPABILITIES)
+    return {"securerun-metrics.service": service, "securerun-metrics.timer": _TIMER_UNIT}
 
 
 def _trusted_metrics_program() -> Path:

@@ -37,6 +37,8 @@ OF_NAMESPACE = "in this user namespace root is not root of the host"
 ROOT_OF_CONTAINER = "this process is root without CAP_NET_ADMIN, as in a container"
 OUTSIDE = "securerunctl exec -- unshare -Ur torchrun …"
 _LAST_WORDS_SECONDS = 1.0
+# For sudo to say whether it would run something; it may have to ask a directory service.
+_SUDO_SECONDS = 10.0
 _LAST_STANDARD = 2
 
 
@@ -133,13 +135,43 @@ def ways() -> tuple[Way, ...]:
     )
 
 
-def guard_program() -> Path | None:
-    """Return the program that sudo is asked for: this installation's if it belongs to root, else the system's.
+def guard_programs() -> tuple[Path, ...]:
+    """Return the programs that sudo may be asked for: this installation's if it belongs to root, then the system's.
 
-    None where there is neither. Whether the caller may run it is for sudo to say.
+    Whether the caller may run one is for sudo to say.
     """
-    places = (Path(sys.executable).parent, *_SYSTEM_DIRECTORIES)
-    return next((place / _PROGRAM for place in places if _is_of_root(place / _PROGRAM)), None)
+    found: dict[Path, Path] = {}
+    for place in (Path(sys.executable).parent, *_SYSTEM_DIRECTORIES):
+        if _is_of_root(place / _PROGRAM):
+            found.setdefault(place.resolve(), place / _PROGRAM)  # /sbin mostly is /usr/sbin
+    return tuple(found.values())
+
+
+def _permitted_program() -> Path:
+    """Return the first of them that sudo lets this user run, where there is a choice.
+
+    An administrator may permit the one of a package while root has another beside the Python that users share.
+    """
+    first, *others = guard_programs()
+    if not others:
+        return first
+    return next((program for program in (first, *others) if _is_permitted(program)), first)
+
+
+def _is_permitted(program: Path) -> bool:
+    try:
+        done = subprocess.run(  # noqa: S603 - absolute paths, and an environment of our own
+            [str(sudo_program()), "-n", "-l", "--", str(program)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=_SUDO_ENVIRONMENT,
+            timeout=_SUDO_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def sudo_program() -> Path | None:
@@ -222,7 +254,7 @@ def _obstacle_to_sudo() -> str:
         return barred
     if sudo_program() is None:
         return "sudo is not installed"
-    if guard_program() is None:
+    if not guard_programs():
         return f"no {_PROGRAM} of root's beside {sys.executable} or in {_SYSTEM_DIRECTORIES[0]}"
     if _obstacle_to_direct() == ROOT_OF_CONTAINER:
         return "sudo gives root no more than it has"
@@ -241,7 +273,7 @@ def _open_directly() -> Connection:
 
 
 def _open_by_sudo() -> Connection:
-    return _start([str(sudo_program()), "-n", "--", str(guard_program())], _SUDO_ENVIRONMENT)
+    return _start([str(sudo_program()), "-n", "--", str(_permitted_program())], _SUDO_ENVIRONMENT)
 
 
 def _start(command: list[str], environment: dict[str, str]) -> Connection:

@@ -127,12 +127,12 @@ def test_without_sudo_or_a_guard_of_roots_that_way_is_closed(tmp_path: Path, mon
     assert ways._obstacle_to_sudo() == "sudo is not installed"
     (tmp_path / "sudo").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert ways.guard_program() is None
+    assert ways.guard_programs() == ()
     assert "securerun-guard of root's" in ways._obstacle_to_sudo()
     guard = tmp_path / "securerun-guard"
     guard.touch()
     os.chown(guard, NOBODY, -1)
-    assert ways.guard_program() is None
+    assert ways.guard_programs() == ()
     os.chown(guard, 0, -1)
     assert ways._obstacle_to_sudo() == ""
 
