@@ -35,7 +35,7 @@ _LIBRARY = "usr/lib/securerun"
 _PROGRAM = Path("usr/sbin", NAME)
 _UNITS = "usr/lib/systemd/system"
 _DOCUMENTS = f"usr/share/doc/{NAME}"
-_BEGINNING = ("securerun.guard.server", "securerun.guard.program")
+_BEGINNING = ("securerun.guard.server", "securerun.guard.program", "securerun.guard.listener")
 _OLDEST_PYTHON = "3.9"
 
 _PROGRAM_TEXT = f"""\
@@ -202,7 +202,8 @@ def build_rpm(root: Path, work: Path, into: Path) -> None:
     """Build the .rpm of what is staged. Raises CalledProcessError with rpmbuild's own words before."""
     top = work / "rpm"
     below = sorted(root.rglob("*"))
-    own = [path for path in below if path.is_dir() and path.is_relative_to(root / _LIBRARY)]
+    ours = (root / _LIBRARY, root / _DOCUMENTS)
+    own = [path for path in below if path.is_dir() and {path, *path.parents}.intersection(ours)]
     spec = _SPEC.format(
         name=NAME,
         version=_version(),
@@ -210,7 +211,7 @@ def build_rpm(root: Path, work: Path, into: Path) -> None:
         python=_OLDEST_PYTHON,
         description="\n".join(textwrap.wrap(_DESCRIPTION, 76)),
         root=root,
-        directories="\n".join(f"%dir /{path.relative_to(root)}" for path in (*own, root / _DOCUMENTS)),
+        directories="\n".join(f"%dir /{path.relative_to(root)}" for path in own),
         files="\n".join(f"/{path.relative_to(root)}" for path in below if path.is_file()),
         post=_AFTER_INSTALLING,
         preun=_STOP + _BEFORE_REMOVING,

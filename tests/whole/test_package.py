@@ -1,21 +1,28 @@
-"""What scripts/package.sh builds: a wheel and an sdist that hold what they should, install, and work once installed."""
+"""What scripts/package.sh builds: packages that hold what they should, install, and work once installed.
+
+A wheel and an sdist of all of it, and a .deb and an .rpm of the guard alone.
+"""
 
 from __future__ import annotations
 
 import configparser
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pytest
 from checkout import CHECKOUT
-from hosts import Network, environment
+from debian_root import NoDebian, Root
+from hosts import Host, Network, environment
+from test_house import LOADED_BY_THE_GUARD, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +60,16 @@ def wheel(packages: Path) -> Path:
 def sdist(packages: Path) -> Path:
     (found,) = packages.glob("*.tar.gz")
     return found
+
+
+@pytest.fixture(scope="module", params=["deb", "rpm"])
+def guard_package(request: pytest.FixtureRequest, packages: Path) -> Path:
+    """The package of the guard alone, of each kind that this machine can build."""
+    found = [*packages.glob(f"securerun-guard*.{request.param}")]
+    if not found and "CI" not in os.environ:
+        pytest.skip(f"what builds a .{request.param} is not installed; scripts/setup.sh test installs it")
+    (package,) = found
+    return package
 
 
 @dataclass(frozen=True)
@@ -167,3 +184,137 @@ def test_a_guard_of_what_was_installed_has_a_job_guarded(installed: Installed, r
 def test_the_guards_own_command_begins_there(installed: Installed, root_and_tools: None) -> None:
     assert "securerunctl setup" in installed.run("securerun-guard", "--unknown", status=2).stderr
     assert '"ready"' in installed.run("securerun-guard").stdout
+
+
+# The guard alone
+
+
+class Machine:
+    """A Debian, and how a package of one kind is installed there and removed."""
+
+    def __init__(self, place: Path, package: Path, host: Host) -> None:
+        self.root = Root(place, shown=[Path(sysconfig.get_path("purelib"))])
+        self.package = package
+        self.host = host
+
+    def install(self) -> None:
+        if self.package.suffix == ".deb":
+            shutil.copy(self.package, self.root.place / "root")
+            self.run("dpkg", "--install", f"/root/{self.package.name}")
+            (self.root.place / "root" / self.package.name).unlink()
+        else:
+            self._rpm("--upgrade", "--replacepkgs", str(self.package))
+
+    def remove(self) -> None:
+        if self.package.suffix == ".deb":
+            self.run("dpkg", "--purge", "securerun-guard")
+        else:
+            self._rpm("--erase", "securerun-guard")
+
+    def run(self, *argv: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+        return self.root.run(self.host, argv, status=status)
+
+    def _rpm(self, *words: str) -> None:
+        done = self.host.run(["rpm", "--root", str(self.root.place), "--nodeps", *words], cwd=Path("/"))
+        assert done.returncode == 0 and "failed" not in done.stderr, done
+
+
+@pytest.fixture(scope="module")
+def machine(guard_package: Path, tmp_path_factory: pytest.TempPathFactory, root_and_tools: None) -> Iterator[Machine]:
+    """A Debian without the package, on a host of its own."""
+    with Network("alone") as network:
+        try:
+            yield Machine(tmp_path_factory.mktemp("machine"), guard_package, network["alone"])
+        except NoDebian as error:
+            if "CI" in os.environ:
+                raise
+            pytest.skip(str(error))
+
+
+def files_of(package: Path) -> dict[str, str]:
+    """The files of a package, with the mode and the owner of each."""
+    if package.suffix == ".deb":
+        words = ["dpkg-deb", "--contents", str(package)]
+        lines = subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
+        parts = [line.split() for line in lines]
+        return {part[5][1:]: f"{part[0]} {part[1]}" for part in parts if not part[0].startswith("d")}
+    words = [
+        "rpm",
+        "--query",
+        "--package",
+        "--queryformat",
+        "[%{FILEMODES:perms} %{FILEUSERNAME}/%{FILEGROUPNAME} %{FILENAMES}\n]",
+    ]
+    lines = subprocess.run([*words, str(package)], check=True, capture_output=True, text=True).stdout.splitlines()
+    parts = [line.split() for line in lines]
+    return {part[2]: f"{part[0]} {part[1]}" for part in parts if not part[0].startswith("d")}
+
+
+def test_the_guards_package_holds_what_it_loads_and_no_launcher(guard_package: Path) -> None:
+    held = files_of(guard_package)
+    assert held.pop("/usr/sbin/securerun-guard") == "-rwxr-xr-x root/root"
+    assert set(held.values()) == {"-rw-r--r-- root/root"}
+    modules = {name.removeprefix("/usr/lib/securerun/") for name in held if name.endswith(".py")}
+    wings = (LOADED_BY_THE_GUARD, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY)
+    needed = {
+        str(PurePosixPath("securerun", wing, f"{name}.py"))
+        for one in wings
+        for wing in one
+        for name in one[wing].split()
+    }
+    assert needed <= modules
+    tops = {PurePosixPath(name).parts[1] for name in modules}
+    assert tops == {"__init__.py", "errors.py", "site_file.py", "text.py", "guard", "firewall", "linux"}
+    rest = {PurePosixPath(name).name for name in held if not name.endswith(".py")}
+    assert rest == {
+        *("securerun.socket", "securerun@.service", "sudoers", "copyright"),
+        *("securerun.1.gz", "securerunctl.1.gz", "securerun-guard.8.gz"),
+    }
+
+
+def test_the_installed_guard_answers_and_goes_with_its_package(machine: Machine) -> None:
+    before = machine.root.files()
+    machine.install()
+    assert "securerunctl setup" in machine.run("securerun-guard", "--unknown", status=2).stderr
+    assert '"ready"' in machine.run("sh", "-c", "true | securerun-guard").stdout
+    assert machine.run("getent", "group", "securerun").stdout.startswith("securerun:")
+    compiled = [*machine.root.place.glob("usr/lib/securerun/securerun/guard/__pycache__/server.*.pyc")]
+    assert compiled, "every guard would compile all that it loads"
+    machine.install()  # once more, as an upgrade is
+    machine.remove()
+    changed = {name for name, what in machine.root.files().items() if before.get(name) != what}
+    assert not [name for name in changed if "securerun" in name], changed
+    assert not before.keys() - machine.root.files().keys()
+
+
+def test_a_launcher_of_a_wheel_in_an_environment_of_a_users_has_the_packages_guard(
+    machine: Machine, wheel: Path
+) -> None:
+    machine.install()
+    try:
+        machine.run("useradd", "--create-home", "--groups", "securerun", "alice")
+        rule = machine.root.place / "usr/share/doc/securerun-guard/examples/sudoers"
+        shutil.copy(rule, machine.root.place / "etc/sudoers.d/securerun")
+        (machine.root.place / "etc/sudoers.d/securerun").chmod(0o440)
+        machine.run("visudo", "--check")
+        as_alice = ["setpriv", "--reuid=alice", "--regid=alice", "--init-groups", "env", "HOME=/home/alice"]
+        machine.run(*as_alice, "python3", "-m", "venv", "--without-pip", "/home/alice/venv")
+        (packages,) = (machine.root.place / "home/alice/venv/lib").glob("python3*/site-packages")
+        shutil.unpack_archive(wheel, packages, "zip")
+        (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        exec_ = "import sys; from securerun.ctl.app import main; sys.argv[0] = 'securerunctl'; main()"
+        python = "/home/alice/venv/bin/python"
+        job = ["exec", "--firewall", "off", "--peers", "10.77.0.2", "--", "echo", "trained"]
+        done = machine.run(*as_alice, python, "-c", exec_, *job)
+        assert "trained" in done.stdout and "guard started by sudo" in done.stderr, done
+        assert "closed to all others by shield" in done.stderr, done
+        # A Python that users share has a guard of root's too, which sudo does not permit.
+        machine.run("cp", "--archive", "/home/alice/venv", "/opt/venv")
+        machine.run("chown", "--recursive", "root:root", "/opt/venv")
+        shutil.copy(
+            machine.root.place / "usr/sbin/securerun-guard", machine.root.place / "opt/venv/bin/securerun-guard"
+        )
+        done = machine.run(*as_alice, "/opt/venv/bin/python", "-c", exec_, *job)
+        assert "trained" in done.stdout and "guard started by sudo" in done.stderr, done
+    finally:
+        machine.remove()
