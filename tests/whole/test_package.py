@@ -1,11 +1,13 @@
 """What scripts/package.sh builds: packages that hold what they should, install, and work once installed.
 
-A wheel and an sdist of all of it, and a .deb and an .rpm of the guard alone.
+A wheel and an sdist of all of it, a .deb and an .rpm of the guard alone, and the image that scripts/image.sh makes.
 """
 
 from __future__ import annotations
 
 import configparser
+import hashlib
+import json
 import os
 import shutil
 import stat
@@ -18,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import engines
+import kernel_lab
 import pytest
 from checkout import CHECKOUT
 from debian_root import NoDebian, Root
@@ -318,3 +322,69 @@ def test_a_launcher_of_a_wheel_in_an_environment_of_a_users_has_the_packages_gua
         assert "trained" in done.stdout and "guard started by sudo" in done.stderr, done
     finally:
         machine.remove()
+
+
+# The image of the guard
+
+IMAGE = f"localhost/securerun-guard:{VERSION}"
+
+
+@pytest.fixture(scope="module")
+def image(wheel: Path, tmp_path_factory: pytest.TempPathFactory, root_and_tools: None) -> Path:
+    """The file that holds the image; the Debian in it is kept where the machines of the kernel matrix are kept."""
+    script = CHECKOUT / "scripts/image.sh"
+    if shutil.which("mmdebstrap") is None and "CI" not in os.environ:
+        pytest.skip("mmdebstrap is not installed; scripts/setup.sh test installs it")
+    with kernel_lab.making():
+        base = kernel_lab.PLACE / f"image-{kernel_lab.key_of(script.read_text())}.tar"
+        into = tmp_path_factory.mktemp("image")
+        subprocess.run(
+            [script, wheel, into],
+            check=True,
+            env={**os.environ, "SECURERUN_IMAGE_BASE": str(base)},
+            timeout=900,
+            umask=0o077,
+        )
+    (file,) = into.iterdir()
+    return file
+
+
+def test_the_image_is_what_it_says_and_the_same_from_the_same_wheel(image: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(image) as archive:
+        files = {name: archive.extractfile(name) for name in archive.getnames()}
+        contents = {name: file.read() for name, file in files.items() if file is not None}
+    for name, content in contents.items():
+        if name.startswith("blobs/"):
+            assert name == f"blobs/sha256/{hashlib.sha256(content).hexdigest()}"
+    (described,) = json.loads(contents["index.json"])["manifests"]
+    manifest = json.loads(contents[f"blobs/sha256/{described['digest'].partition(':')[2]}"])
+    (of_docker,) = json.loads(contents["manifest.json"])
+    assert of_docker["RepoTags"] == [IMAGE]
+    assert [f"blobs/sha256/{layer['digest'][7:]}" for layer in manifest["layers"]] == of_docker["Layers"]
+    base = next(kernel_lab.PLACE.glob(f"image-{kernel_lab.key_of((CHECKOUT / 'scripts/image.sh').read_text())}.tar"))
+    again = [sys.executable, str(CHECKOUT / "scripts/guard_image.py"), str(base), str(wheel), str(tmp_path)]
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    (file,) = tmp_path.iterdir()
+    with tarfile.open(file) as archive:
+        assert set(archive.getnames()) == set(contents)
+
+
+@pytest.mark.parametrize("name", engines.ENGINES)
+def test_engines_take_the_image_and_have_a_guard_by_it(image: Path, name: str) -> None:
+    with Network("alone") as network, engines.Node(network["alone"]) as node:
+        engine = node.engine(name)
+        shutil.copy(image, node.place("/run/guard.tar"))
+        engine.call("load", "--input", "/run/guard.tar")
+        node.place("/run/guard.tar").unlink()
+        entry = json.loads(engine.call("inspect", "--format={{json .Config.Entrypoint}}", IMAGE))
+        assert entry == ["/usr/sbin/securerun-guard", "--listen"]
+
+        def said(script: str) -> subprocess.CompletedProcess[str]:
+            options = ["--rm", "--network=none", "--cap-add=NET_ADMIN", "--entrypoint=/bin/sh"]
+            return node.run(node.host, [*engine._client(), "run", *options, IMAGE, "-c", script], timeout=120)
+
+        done = said("true | securerun-guard | cat; iptables --version")
+        assert '"ready"' in done.stdout and "iptables v1" in done.stdout, done
+        # Without a log of the node's, what a guard did is in the container's.
+        done = said("echo nonsense | securerun-guard | cat")
+        assert "securerun-guard[" in done.stderr and "refused to user 0" in done.stderr, done
