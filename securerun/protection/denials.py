@@ -63,12 +63,10 @@ def reason(
         return Reason.PUBLIC
     if policy.close_loopback and (source.is_loopback or is_own(source)):
         return Reason.LOOPBACK
-    if policy.has_peer(source):
-        if policy.interfaces:
-            return Reason.INTERFACE
-        return Reason.KEY if key is not None and key.required else Reason.SINCE
-    if key is not None:
+    if key is not None and (key.required or not policy.has_peer(source)):
         return Reason.KEY
+    if policy.has_peer(source):
+        return Reason.INTERFACE if policy.interfaces else Reason.SINCE
     return Reason.VERSION if policy.answered_version == source.version else Reason.STRANGER
 
 
@@ -126,7 +124,7 @@ def _advice(policy: Policy, denial: Denial, why: Reason, key: KeyInForce | None 
         return (
             f"it did not show the tag of this job's key (fingerprint {key.fingerprint}): if it is a node of this job, "
             "start it by securerun with the same key; if addresses are translated in between, or TCP option 254 is "
-            "taken away, add it with --peers, and --key auto"
+            f"taken away, {_without_tags(policy, source)}"
         )
     if why is Reason.PUBLIC:
         return (
@@ -154,3 +152,14 @@ def _advice(policy: Policy, denial: Denial, why: Reason, key: KeyInForce | None 
             "end, add this address with --peers"
         )
     return "if it is a node of this job, add it with --peers"
+
+
+def _without_tags(policy: Policy, source: Address) -> str:
+    """Return what lets in a node that cannot be known by its tag."""
+    if not policy.has_peer(source):
+        return "add it with --peers, and --key auto"
+    by_address = "say --key auto, which lets peers in by their address"
+    if not policy.interfaces:
+        return by_address
+    through = some(list(policy.interfaces), _INTERFACES_NAMED)
+    return f"{by_address}; or it comes through another interface than {through}, to be named with --interface too"

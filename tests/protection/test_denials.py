@@ -14,7 +14,7 @@ from securerun.guard.protocol import Guarding, Notice
 from securerun.job.job import Endpoint, Job
 from securerun.linux.networks import Address, collapse
 from securerun.protection import denials, words
-from securerun.protection.denials import Reason
+from securerun.protection.denials import KeyInForce, Reason
 
 PORT = 29500
 RUN = "0123456789ab"
@@ -51,6 +51,34 @@ def test_the_rule_that_turned_somebody_away_is_told_from_policy_and_source(
     policy: Policy, source: str, expected: Reason
 ) -> None:
     assert denials.reason(policy, ipaddress.ip_address(source), is_own) is expected
+
+
+ADDS, INSISTS = KeyInForce("1a2b3c4d", required=False), KeyInForce("1a2b3c4d", required=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "key", "source", "expected"),
+    [
+        (ANY_WAY, ADDS, "10.99.0.9", Reason.KEY),
+        (ANY_WAY, INSISTS, "10.77.0.2", Reason.KEY),
+        (BY_ETH0, INSISTS, "10.77.0.2", Reason.KEY),
+        (BY_ETH0, ADDS, "10.77.0.2", Reason.INTERFACE),
+        (CLOSED, INSISTS, "10.77.0.1", Reason.LOOPBACK),
+    ],
+)
+def test_who_has_no_tag_where_one_is_insisted_on_is_told_of_that_whatever_its_address(
+    policy: Policy, key: KeyInForce, source: str, expected: Reason
+) -> None:
+    assert denials.reason(policy, ipaddress.ip_address(source), is_own, key=key) is expected
+
+
+def test_a_peer_without_a_tag_is_not_to_be_named_once_more() -> None:
+    said = {policy: denials.explained(policy, Denial(PEER, PORT, 1), INSISTS) for policy in (ANY_WAY, BY_ETH0)}
+    for line in said.values():
+        assert "did not show the tag of this job's key (fingerprint 1a2b3c4d)" in line
+        assert "--key auto" in line and "--peers" not in line
+    assert "eth0" not in said[ANY_WAY] and "through another interface than eth0" in said[BY_ETH0]
+    assert "add it with --peers, and --key auto" in denials.explained(ANY_WAY, Denial(STRANGER, PORT, 1), INSISTS)
 
 
 def test_this_hosts_own_addresses_are_known_as_such() -> None:

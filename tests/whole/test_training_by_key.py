@@ -119,6 +119,24 @@ def test_where_a_tag_is_insisted_on_a_node_without_one_is_told_of_and_comes_in_n
     assert f"{node0.ipv4}:{jobs.PORT} answered without the tag of this job's key" in said, said
 
 
+def test_a_plain_node_that_comes_where_a_tag_is_insisted_on_is_turned_away_with_that_reason(
+    network: Network, homes: tuple[Path, ...]
+) -> None:
+    node0, node1, _ = network
+    script = (str(jobs.TRAIN), "--groups", "1")
+    options = ("--peers", f"{node0.ipv4},{node1.ipv4}", "--key", "require")
+    near = node0.popen(
+        [jobs.SECURERUN, *options, "--nnodes", "2", *jobs.rendezvous("static", node0, 0, node0), *script],
+        env={"HOME": str(homes[0])},
+    )
+    far = node1.popen([jobs.TORCHRUN, "--nnodes", "2", *jobs.rendezvous("static", node1, 1, node0), *script])
+    said = _said_within_seconds(near)
+    far.terminate()
+    finish(far, timeout=30)
+    (line, *_) = (line for line in said.splitlines() if f"blocked {node1.ipv4} → {jobs.PORT}" in line)
+    assert "did not show the tag of this job's key" in line and "--key auto" in line, said
+
+
 def test_a_guard_that_takes_over_has_the_key_again(network: Network, homes: tuple[Path, ...], tmp_path: Path) -> None:
     node0, node1, stranger = network
     with Probe(stranger, node0) as outside, Probe(node1, node0) as beside_the_peer:
