@@ -25,7 +25,7 @@ PACKAGE = CHECKOUT / "securerun"
 WINGS = (
     ("securerun", "__main__"),
     ("ctl",),
-    ("run", "launch"),
+    ("run", "launch", "slurm"),
     ("session", "ending"),
     ("evidence",),
     ("preflight",),
@@ -41,7 +41,7 @@ WINGS = (
 FLOORS = {name: floor for floor, wing in enumerate(WINGS) for name in wing}
 
 # What those who run as the user may know of the guard: what is said to it, how it is started, what it has written down.
-OF_THE_GUARD = {f"securerun.guard.{name}" for name in ("protocol", "documents", "records", "program")}
+OF_THE_GUARD = {f"securerun.guard.{name}" for name in ("protocol", "documents", "records", "program", "slurm_job")}
 # They do the guard's own work, as root, in the process of the command.
 AS_ROOT = {
     "securerun.ctl.clean": {"securerun.guard.cleaning"},
@@ -51,8 +51,8 @@ AS_ROOT = {
 # All of securerun that runs as root, by wing. Who adds a module adds it here, and so says so.
 LOADED_BY_THE_GUARD = {
     "guard": "acquire caller cgroup channel documents ending exposure inherited job_secret lease limits log neighbours "
-    "notices parting presence program protocol reaper records refusals reserved run_directory server sight unanswered "
-    "unasked waiting watch",
+    "notices parting place presence program protocol reaper records refusals reserved run_directory server sight "
+    "slurm_job unanswered unasked waiting watch",
     "firewall": "backends chains droplog job_key policy program_steps refusals selftest shield shield_maps "
     "shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets net_cgroups "
@@ -68,6 +68,9 @@ LOADED_WITH_A_KEY = {
     "firewall": "siphash tag tag_maps tag_program tag_proof tag_writer tagging tags",
     "linux": "addresses ring_buffer secret_file",
 }
+
+# And this where it is for a job of Slurm's.
+LOADED_OF_SLURM = {"guard": "slurm_served unattended", "host": "slurm"}
 
 MOST_LINES = 549
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -96,12 +99,15 @@ backends.prepare()
 from securerun.linux import net_cgroups
 net_cgroups.may_void_filters()
 second = set(sys.modules)
+import securerun.guard.slurm_served, securerun.guard.unattended
+of_slurm = set(sys.modules)
 import securerun.guard.keyed
 from securerun.firewall import tag_proof
 from securerun.firewall import tag_program, tagging, tags
 from securerun.guard import answers, nodes
 for name, module in sys.modules.items():
-    when = "at once" if name in first else "while waiting" if name in second else "with a key"
+    late = "of Slurm" if name in of_slurm else "with a key"
+    when = "at once" if name in first else "while waiting" if name in second else late
     print(name, when, getattr(module, "__file__", None) or "built in", sep="\\t")
 """
 
@@ -165,12 +171,13 @@ def test_what_does_the_guards_work_imports_what_is_written_here_and_no_less(modu
 def test_what_runs_as_root_is_written_here() -> None:
     loaded = {name: when for name, (when, _) in _loaded_by_the_guard().items() if _is_ours(name)}
     parents = {name.rpartition(".")[0] for name in loaded}
-    at_once, later, with_a_key = (
+    at_once, later, of_slurm, with_a_key = (
         {name for name in loaded.keys() - parents if loaded[name] == when}
-        for when in ("at once", "while waiting", "with a key")
+        for when in ("at once", "while waiting", "of Slurm", "with a key")
     )
     assert at_once == _full_names(LOADED_BY_THE_GUARD)
     assert later == _full_names(LOADED_WHILE_WAITING)
+    assert of_slurm == _full_names(LOADED_OF_SLURM)
     assert with_a_key == _full_names(LOADED_WITH_A_KEY)
 
 

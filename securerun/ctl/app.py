@@ -253,6 +253,22 @@ def systemd(
     print_systemd(group, textfiles)
 
 
+@setup.command(short_help="Print what has Slurm guard its jobs.")
+def slurm(
+    part: str = typer.Argument("", metavar="[PART]", help="prolog, epilog or task-prolog; none for slurm.conf."),
+    peers: str = typer.Option("", help="Who may connect to every job besides its nodes: login nodes. For prolog."),
+    ports: str = typer.Option("", help="Ports that the port chains close as well. For prolog."),
+    public: str = typer.Option("", help="Ports that are open to every host. For prolog."),
+) -> None:
+    """Print the lines of slurm.conf, or a script that they name, by which Slurm has its jobs guarded.
+
+    Users change nothing: a plain `srun torchrun train.py` is closed to all but the job's nodes.
+    """
+    from securerun.ctl.setup_slurm import print_slurm
+
+    print_slurm(part, peers=peers, ports=ports, public=public)
+
+
 @setup.command(short_help="Make a torchrun that is securerun.")
 def torchrun(
     directory: str = typer.Argument(..., metavar="DIR", help="Where it is to be; made if its parent is there."),

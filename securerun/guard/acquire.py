@@ -23,9 +23,9 @@ from securerun.firewall.job_key import JobSecret
 from securerun.firewall.policy import Layer, Policy, PortRange, Purpose, covers
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import neighbours, reaper, records, reserved, run_directory, sight, unasked
+from securerun.guard import neighbours, place, reaper, records, reserved, run_directory, sight, unasked
 from securerun.guard.caller import Caller
-from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
+from securerun.guard.cgroup import JobCgroup, open_job_cgroup
 from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, first_record, remove_record
 from securerun.guard.limits import SitePolicy, unasked_beyond
 from securerun.guard.protocol import Order
@@ -267,11 +267,11 @@ def _add_shield(lease: Lease, undo: ExitStack) -> None:
 
 def _add_cgroup(lease: Lease, undo: ExitStack) -> None:
     """Make the job's cgroup, or open what a dead guard made. Recorded first: a reaper finds no other way to it."""
-    path = lease.record.cgroup or path_of_job_cgroup(lease.caller.pid, lease.policy.run_id)
+    path = place.path_for(lease)
     if lease.caller.has_ended() and not lease.record.cgroup:  # then the path may be that of whoever has its number now
         raise _ended(lease.caller)
     lease.write(cgroup=path)
-    lease.cgroup = (open_job_cgroup(path) if lease.order.adopt else None) or make_job_cgroup(path)
+    lease.cgroup = place.make(lease, path)
     undo.callback(_remove_cgroup, lease)
     lease.cgroup.leave()
 
@@ -309,8 +309,8 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy, lease.key)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
-    if not cgroup.populated():
-        selftest.require_proof(cgroup.descriptor, lease.caller.pid)
+    if not cgroup.populated() or cgroup.proving_ground != cgroup.descriptor:
+        selftest.require_proof(cgroup.proving_ground, lease.caller.pid)
 
 
 def _where(caller: Caller) -> net_cgroups.Memberships:
@@ -322,8 +322,8 @@ def _where(caller: Caller) -> net_cgroups.Memberships:
 
 
 def _move_in(lease: Lease, undo: ExitStack) -> None:
-    cgroup = lease.cgroup
-    if cgroup is None:
+    cgroup, slurm = lease.cgroup, lease.order.slurm
+    if cgroup is None or (slurm and slurm.is_whole):  # Slurm puts into it what it starts
         return
     home = cgroup_of(lease.caller.pid)
     if home == cgroup.path:

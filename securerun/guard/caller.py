@@ -172,14 +172,14 @@ def find_peer(connection: int) -> Caller:
     caller = Caller(pid, pidfd)
     if caller.user != user:
         raise PrivilegeError(f"user {user} connected, and process {pid} is of user {caller.user} now")
-    _require_own_number(caller)
+    require_own_number(caller)
     # What was asked of a number was asked of whoever is held only if they have it still.
     if caller.has_ended():
         raise PrivilegeError(f"process {pid}, which connected, has ended")
     return caller
 
 
-def _require_own_number(caller: Caller) -> None:
+def require_own_number(caller: Caller) -> None:
     """Raise PrivilegeError for a user id that another user may have taken on: limits count by it.
 
     Within a user namespace of theirs users may take on all ids that are subordinate to them (subuid(5), 65,536 as a

@@ -75,6 +75,11 @@ class JobCgroup:
         return self._ancestors
 
     @property
+    def proving_ground(self) -> int:
+        """The cgroup in which a program on it is tried: itself."""
+        return self.descriptor
+
+    @property
     def events(self) -> int:
         """A descriptor that polls POLLPRI when the cgroup becomes empty or is no longer so (cgroup-v2.rst)."""
         return self._events

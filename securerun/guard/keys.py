@@ -27,18 +27,12 @@ from securerun.guard.caller import ROOT, Caller
 from securerun.guard.limits import SitePolicy
 from securerun.guard.program import LIMITS_FILE, SITE_KEY
 from securerun.guard.protocol import KeyOrder
+from securerun.host import slurm
 from securerun.linux import secret_file, trust
 from securerun.linux.secret_file import Unfit
 
-# Where slurm.conf is on a node: distributions, builds from source, and what a slurmd without one got from slurmctld.
 # Not where the launcher's SLURM_CONF says: that is the user's.
-SLURM_CONFIGURATIONS = (
-    Path("/etc/slurm/slurm.conf"),
-    Path("/etc/slurm-llnl/slurm.conf"),
-    Path("/run/slurm/conf/slurm.conf"),
-    Path("/usr/local/etc/slurm.conf"),
-    Path("/opt/slurm/etc/slurm.conf"),
-)
+SLURM_CONFIGURATIONS = slurm.CONFIGURATIONS
 MUNGE_KEYS = (Path("/etc/munge/munge.key"), Path("/usr/local/etc/munge/munge.key"))
 SLURM_KEYS = (Path("/etc/slurm/slurm.key"), Path("/etc/slurm-llnl/slurm.key"), Path("/opt/slurm/etc/slurm.key"))
 # slurm.conf(5): "auth/munge", which it is where nothing is said.

@@ -536,6 +536,7 @@ def first_record(order: Order, caller: Caller) -> Record:
         times=proc.time_namespace(),
         user=caller.user,
         root=caller.is_root,
+        slurm_job=0 if order.slurm is None else order.slurm.number,
         started=time.time(),
         command=order.command,
     )

@@ -26,8 +26,7 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 # -S: it needs the standard library alone, and site-packages' start-up files take longer than all of its own.
 # The package's directory comes last on the path, so that nothing beside it can stand in for the standard library.
 _PROGRAM = (
-    "import sys; sys.path.append(sys.argv.pop(1)); "
-    "from securerun.guard.server import main; sys.exit(main(sys.argv[1:]))"
+    "import sys; sys.path.append(sys.argv.pop(1)); from securerun.{module} import main; sys.exit(main(sys.argv[1:]))"
 )
 # sudo says in it who called; nothing else of the environment is for the guard.
 _KEPT = ("SUDO_UID",)
@@ -35,7 +34,16 @@ _KEPT = ("SUDO_UID",)
 
 def command(*arguments: str) -> list[str]:
     """Return the command line of a guard with this interpreter and this package."""
-    return [sys.executable, "-I", "-S", "-c", _PROGRAM, _PACKAGE_PARENT, *arguments]
+    return _command("guard.server", arguments)
+
+
+def of_slurm(*arguments: str) -> list[str]:
+    """Return the command line of what Slurm starts, with this interpreter and this package, as a guard is started."""
+    return _command("slurm", arguments)
+
+
+def _command(module: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", _PROGRAM.format(module=module), _PACKAGE_PARENT, *arguments]
 
 
 def main() -> NoReturn:

@@ -30,7 +30,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.backends import NAMES as BACKENDS
 from securerun.firewall.job_key import SECRET_BYTES, JobSecret
 from securerun.firewall.policy import NAMESPACE, Denial, Layer, Policy
-from securerun.guard import documents
+from securerun.guard import documents, slurm_job
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
     MAXIMUM_PEERS,
@@ -44,6 +44,7 @@ from securerun.guard.documents import (
     read_network,
     read_policy,
 )
+from securerun.guard.slurm_job import SlurmJob
 from securerun.linux.networks import Network
 
 # A guard speaks first, also to launchers of the release before, and those orders without a key that they know are
@@ -98,6 +99,7 @@ class Order:
     grace: seconds between SIGTERM and SIGKILL for what a failed job leaves behind.
     command: how the user started the job, for people who ask what a run is.
     adopt: a guard of this run has died; take over what it left. key: None for a job that goes by addresses alone.
+    slurm: the job of Slurm's that it is for, where no launcher goes on with it; None for a launcher's own job.
     """
 
     policy: Policy
@@ -107,6 +109,7 @@ class Order:
     command: str
     adopt: bool = False
     key: KeyOrder | None = None
+    slurm: SlurmJob | None = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,7 @@ def _body(message: Message) -> dict[str, Any]:
             "command": message.command,
             "adopt": message.adopt,
             **({} if message.key is None else {"key": _key_document(message.key)}),
+            **({} if message.slurm is None else {"slurm": slurm_job.document(message.slurm)}),
         }
     if isinstance(message, Peers):
         return {"networks": [str(network) for network in message.networks]}
@@ -312,7 +316,7 @@ def _given(**fields: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON's own types
 
 def _read_order(body: Mapping[str, Any]) -> Order:
     fields = ("version", "policy", "firewall", "scope", "grace", "command", "adopt")
-    documents.require_fields(body, *fields, may={"key"})
+    documents.require_fields(body, *fields, may={"key", "slurm"})
     _require_version(body, "the launcher", VERSION_WITH_KEY if "key" in body else VERSION)
     return Order(
         policy=read_policy(documents.mapping(body["policy"], "policy")),
@@ -322,6 +326,7 @@ def _read_order(body: Mapping[str, Any]) -> Order:
         command=_printable(body, "command"),
         adopt=documents.flag(body, "adopt"),
         key=_read_key(documents.mapping(body["key"], "key")) if "key" in body else None,
+        slurm=slurm_job.read(documents.mapping(body["slurm"], "slurm")) if "slurm" in body else None,
     )
 
 

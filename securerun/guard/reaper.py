@@ -16,9 +16,9 @@ from securerun.firewall.backends import NAMES, open_chains
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import records, reserved, run_directory
 from securerun.guard.caller import ROOT
-from securerun.guard.cgroup import open_job_cgroup
+from securerun.guard.cgroup import JobCgroup, open_job_cgroup
 from securerun.guard.records import Record
-from securerun.linux import proc, sock_diag
+from securerun.linux import cgroups, proc, sock_diag
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.port_ranges import ReservationUnavailable
 from securerun.linux.sock_diag import SocketsUnavailable
@@ -96,12 +96,19 @@ def what_runs(record: Record) -> str:
         return f"processes of it still run ({listed})"
     cgroup = open_job_cgroup(record.cgroup) if record.cgroup else None
     if cgroup is not None:
-        populated = cgroup.populated()
+        populated, holds = cgroup.populated(), _holds(record, cgroup)
         cgroup.close()
         if populated:
             return "processes of it still run"
+        if holds:
+            return f"job {record.slurm_job} of Slurm's has not ended here"
     port = _port_in_use(record) if record.is_bare and record.stands_here else None
     return "" if port is None else f"user {record.user} still listens on port {port} of it"
+
+
+def _holds(record: Record, cgroup: JobCgroup) -> bool:
+    """Return whether the cgroup is that of a whole job of Slurm's, and no epilog has let go of it."""
+    return record.is_of_whole_slurm_job and f"securerun-{record.run_id}" in cgroups.children(cgroup.descriptor)
 
 
 def _port_in_use(record: Record) -> int | None:

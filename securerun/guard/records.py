@@ -28,6 +28,7 @@ from securerun.firewall.policy import (
     joined,
     require_ports,
 )
+from securerun.guard import slurm_job
 from securerun.guard.documents import (
     MAXIMUM_BYTES,
     MAXIMUM_RECORDED_RANGES,
@@ -71,6 +72,7 @@ class Known:
     root: bool
     cgroup: str
     void: str
+    slurm_job: int
 
     @property
     def owner(self) -> tuple[int, bool]:
@@ -86,6 +88,11 @@ class Known:
     def is_apart(self) -> bool:
         """Whether the run is in a network of its own, which no guard closes; such runs have no record in DIRECTORY."""
         return any(layer.backend == NAMESPACE for layer in self.layers)
+
+    @property
+    def is_of_whole_slurm_job(self) -> bool:
+        """Whether it is of a job of Slurm's with all that runs of it here, and Slurm makes and removes its cgroup."""
+        return bool(self.slurm_job) and PurePosixPath(self.cgroup).name == f"job_{self.slurm_job}"
 
     @property
     def guard_lives(self) -> bool:
@@ -136,6 +143,7 @@ class Record(Known):
     guard_restarts: how many guards of this run have died and been replaced.
     left_open: first and last of ports of the job that are open to every host; the first MOST_RANGES_LEFT_OPEN.
     key: the fingerprint of the job's key, "" where it has none; key_source: the guard's own source of it, in words.
+    slurm_job: the number of the job of Slurm's that it is for, where no launcher goes on with it; 0 for any other.
     nodes_guarded: how many of the job's nodes were seen with that key, this one among them; 0 without a key; nodes: how
     many the job has, 0 where that is not known.
     """
@@ -160,6 +168,7 @@ class Record(Known):
     key_source: str = ""
     nodes_guarded: int = 0
     nodes: int = 0
+    slurm_job: int = 0
     draining: bool = False
     denied: tuple[Denial, ...] = ()
     denied_more: int = 0
@@ -255,6 +264,7 @@ _PLAIN: dict[str, type] = {
     "key_source": str,
     "nodes_guarded": int,
     "nodes": int,
+    "slurm_job": int,
     "draining": bool,
     "denied_more": int,
     "guard_restarts": int,
@@ -415,9 +425,9 @@ def understood(document: Mapping[str, Any]) -> Record:
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
     # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted, did
-    # not look at a shield again, knew no keys, and did not count what metrics tell.
+    # not look at a shield again, knew neither keys nor jobs of Slurm's, and did not count what metrics tell.
     without_key = {"key": "", "key_source": "", "nodes_guarded": 0, "nodes": 0}
-    uncounted = {"denied_more": 0, "guard_restarts": 0}
+    uncounted = {"slurm_job": 0, "denied_more": 0, "guard_restarts": 0}
     whole = {"root": document["user"] == 0, "times": 0, "void": "", **without_key, **uncounted, **document}
     plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
@@ -425,7 +435,8 @@ def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     os.fsencode(plain["cgroup"])  # or it is the name of nothing: UnicodeEncodeError is a ValueError
     cgroup = PurePosixPath(plain["cgroup"])
     # Reaping removes this cgroup and what is below it, so it has to be one that a guard made for this run.
-    if plain["cgroup"] and (cgroup.name != f"securerun-{run_id}" or {"..", "\0"} & {*cgroup.parts, *str(cgroup)}):
+    of_run = cgroup.name == f"securerun-{run_id}" and not {"..", "\0"} & {*cgroup.parts, *str(cgroup)}
+    if plain["cgroup"] and not (of_run or slurm_job.is_cgroup_of(plain["cgroup"], plain["slurm_job"])):
         raise ValueError(f"the record of run {run_id} names a cgroup that is not of its run")
     return plain
 

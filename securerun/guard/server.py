@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import islice
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from securerun.errors import PolicyError, Powerless, PrivilegeError, SecurerunError
 from securerun.firewall import backends
@@ -29,13 +29,19 @@ from securerun.guard.channel import Channel
 from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
+from securerun.guard.notices import Send
 from securerun.guard.program import NAME, SOCKET_ARGUMENT
 from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
+from securerun.guard.records import Brief
+from securerun.guard.slurm_job import SlurmJob
 from securerun.guard.waiting import Slot, TooManyWaiting
 from securerun.guard.watch import Watch
 from securerun.linux import capabilities, net_cgroups, prctl, proc
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.processes import Process
+
+if TYPE_CHECKING:
+    from securerun.guard.unattended import Unattended
 
 _WAITING_NAME = "securerun-waits"
 _INPUT, _OUTPUT = 0, 1
@@ -238,11 +244,17 @@ def _slot(caller: Caller) -> ExitStack:
 def _report(caller: Caller, answers: Answers) -> None:
     """Tell the caller of their own runs, and of nobody else's. Reads, and takes no lock that others wait for."""
     caller.identify_again()
-    own = [brief for brief in records.read_briefs_of_host() if brief.owner == (caller.user, caller.is_root)]
+    own = [brief for brief in records.read_briefs_of_host() if _is_own(brief, caller)]
     found = [record for brief in own if (record := brief.whole()) is not None]
     answers.send(Runs(len(found)))
     for record in found:
         answers.send(Run(record.document()))
+
+
+def _is_own(brief: Brief, caller: Caller) -> bool:
+    """Return whether a run is the caller's; that of their job of Slurm's is, which root's Prolog ordered."""
+    of_prolog = brief.slurm_job and brief.root and brief.user == caller.user != ROOT
+    return brief.owner == (caller.user, caller.is_root) or bool(of_prolog)
 
 
 def _read_site_policy(caller: Caller) -> SitePolicy:
@@ -261,6 +273,11 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
     permitted = _read_site_policy(caller)
     limits.require_permitted(permitted, order, caller)
     caller.require_same_network()
+    if order.slurm is not None:
+        from securerun.guard import slurm_served  # few hosts are Slurm's
+
+        waiting, caller = caller.attendants, slurm_served.whom(order.slurm, caller, by_socket=by_socket)
+        caller.attendants = waiting
     if not by_socket:
         # Whom a cgroup is delegated to could freeze a guard that holds the host's lock, or keep it from memory, so out
         # of all of them before that; but not before the order is found good: until then a flood of guards is charged
@@ -288,6 +305,11 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
         _log(words, _fields_of(lease))
 
     answers.send(lease.guarding)
+    send: Send = answers.send
+    of_slurm = None
+    if lease.order.slurm is not None:
+        of_slurm = _unattended(lease, lease.order.slurm, noted)
+        send = of_slurm.send
     layers = ", ".join(layer.backend for layer in lease.guarding.layers)
     ports = ", ".join(map(str, lease.order.policy.ports)) or "none"
     public = f"; public {opened(lease.policy.public)}" if lease.policy.public else ""
@@ -295,8 +317,10 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
         f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding by {layers}; ports {ports}; "
         f"{len(lease.policy.peers)} peer networks{public}"
     )
+    for note in lease.notes if of_slurm is not None else ():
+        noted(f"{run}: {note}")  # a launcher would say it
     try:
-        Watch(lease, orders, answers.send, noted).until_over()
+        Watch(lease, of_slurm or orders, send, noted, () if of_slurm is None else (of_slurm.look,)).until_over()
     except Exception as error:  # a defect of ours must not leave what nobody looks after
         noted(f"{run}: a defect of securerun's: {_place(error)}")
         if not lease.caller.has_ended():
@@ -318,6 +342,17 @@ def _fields_of(lease: Lease) -> log.Fields:
         "USER": [str(lease.caller.user)],
         "PEERS": [str(peer) for peer in islice(lease.policy.peers, log.MOST_VALUES)],
     }
+
+
+def _unattended(lease: Lease, job: SlurmJob, write: Callable[[str], None]) -> Unattended:
+    """Hear nobody from now on: whoever ordered has their answer, and may go on as they like."""
+    from securerun.guard.unattended import Unattended
+
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for descriptor in (_INPUT, _OUTPUT):
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+    return Unattended(lease, job, write)
 
 
 def _place(error: Exception) -> str:

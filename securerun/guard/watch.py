@@ -67,6 +67,8 @@ _UNANSWERED_SECONDS = 2.0
 _SECOND_LOOK_SECONDS = 2.0
 # How many nodes were seen is for people.
 _NODES_SECONDS = 1.0
+# What else there is to do, and whether a job of Slurm's has ended, which no descriptor tells.
+_MORE_SECONDS = 1.0
 # Without a pidfd (before kernel 5.3) or a cgroup, ends are seen by looking.
 _LOOK_SECONDS = 0.05
 
@@ -95,7 +97,10 @@ class Chore:
 class Watch:
     """Looks after one lease: hears the launcher, does the chores, ends what a failed job leaves behind."""
 
-    def __init__(self, lease: Lease, orders: Orders, send: Send, log: Log) -> None:
+    def __init__(
+        self, lease: Lease, orders: Orders, send: Send, log: Log, more: Iterable[Callable[[], None]] = ()
+    ) -> None:
+        """Begin to listen. more: what is to be done every second besides."""
         self._lease = lease
         self._orders = orders
         self._send = send
@@ -139,6 +144,7 @@ class Watch:
             self._chores.append(Chore(_NODES_SECONDS, self._count_nodes))
         if lease.presence is not None:
             self._chores.append(Chore(_PRESENCE_SECONDS, lease.presence.make_room))
+        self._chores += [Chore(_MORE_SECONDS, work) for work in more]
         if lease.caller.pidfd is None or lease.cgroup is None:
             self._chores.append(Chore(_LOOK_SECONDS, lambda: None))
 
@@ -273,9 +279,10 @@ class Watch:
         if self._nodes is None:
             return
         words = self._nodes.look()
-        if not self._released:
-            self._speech.say(*words)
         lease = self._lease
+        if not self._released:
+            # Slurm's daemons come by their addresses, and each of a job's guards would tell of the nodes.
+            (self._speech.log if lease.order.slurm else self._speech.say)(*words)
         lease.unguarded = self._nodes.unguarded
         if lease.record.nodes_guarded != self._nodes.guarded:
             lease.write_unless_locked(nodes_guarded=self._nodes.guarded)
@@ -310,7 +317,8 @@ class Watch:
             self._say_farewell(stays)
             self._release(message.failed)
         elif has_ended or self._orders.ended:
-            self._release(failed=True)
+            # What is left of a job of Slurm's Slurm ends.
+            self._release(failed=self._lease.order.slurm is None)
         elif isinstance(message, Peers):
             self._newest_peers = message
             self._peers.due = max(time.monotonic(), self._peers_may_change)

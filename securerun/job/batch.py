@@ -6,28 +6,19 @@ are never looked at: they mean other things under other schedulers.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from securerun.errors import PolicyError
+from securerun.host import slurm
+from securerun.host.slurm import SCONTROL_DIRECTORIES
 from securerun.job import entries, folded
 from securerun.job.entries import Entry, Tell
 
 # `scontrol show node` asks slurmctld, which may be busy or away.
 SCONTROL_SECONDS = 10.0
-# Where Slurm's commands are: distributions, a build from source, Bright Cluster Manager. Never from PATH.
-SCONTROL_DIRECTORIES = (
-    "/usr/bin",
-    "/usr/local/bin",
-    "/opt/slurm/bin",
-    "/opt/slurm/current/bin",
-    "/usr/local/slurm/bin",
-    "/cm/shared/apps/slurm/current/bin",
-)
-
 # Slurm writes no other characters; to ClusterShell, @ & ! ^ * would mean groups and operations.
 _NODE_LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*")
 # Each part of a heterogeneous job has a list of its own (sbatch(1); PACK before Slurm 20.02).
@@ -128,7 +119,7 @@ def expand(text: str, place: str, environment: Mapping[str, str]) -> tuple[str, 
         return folded.unfold(text)
     except ValueError as error:
         # Slurm folds n0999 and n10000 together where the names are not all of one width; NodeSet refuses that.
-        names = tuple(_scontrol(("show", "hostnames", text), environment).split())
+        names = tuple(ask_scontrol(("show", "hostnames", text), environment).split())
         if names:
             return names
         raise PolicyError(
@@ -156,7 +147,7 @@ def _slurm_node(name: str, others: Iterable[str], source: str) -> Entry:
 def _other_ways(lists: Iterable[str], environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Slurm's own addresses and names of each node that it knows; of none where Slurm cannot be asked."""
     nodes = ",".join(lists)
-    text = _scontrol(("--oneliner", "show", "node", *((nodes,) if len(nodes) <= _LONGEST_WORD else ())), environment)
+    text = ask_scontrol(("--oneliner", "show", "node", *((nodes,) if len(nodes) <= _LONGEST_WORD else ())), environment)
     found: dict[str, tuple[str, ...]] = {}
     for line in text.splitlines():
         name = _NODE_NAME.search(line)
@@ -167,21 +158,18 @@ def _other_ways(lists: Iterable[str], environment: Mapping[str, str]) -> dict[st
     return found
 
 
-def _scontrol(arguments: tuple[str, ...], environment: Mapping[str, str]) -> str:
+def ask_scontrol(arguments: tuple[str, ...], environment: Mapping[str, str]) -> str:
     """Return what Slurm's scontrol prints; nothing where there is none, and where it fails or takes too long."""
-    command = _find_scontrol()
+    command = slurm.find_scontrol(SCONTROL_DIRECTORIES)
     if command is None:
         return ""
     import subprocess
 
-    clean = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
-    if "SLURM_CONF" in environment:
-        clean["SLURM_CONF"] = environment["SLURM_CONF"]
     try:
         # An absolute path, no shell, and no argument of the environment's that begins with a dash.
         done = subprocess.run(  # noqa: S603
             [command, *arguments],
-            env=clean,
+            env=slurm.environment(environment.get("SLURM_CONF")),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -191,24 +179,6 @@ def _scontrol(arguments: tuple[str, ...], environment: Mapping[str, str]) -> str
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode(errors="replace")
-
-
-def _find_scontrol() -> str | None:
-    for directory in SCONTROL_DIRECTORIES:
-        command = Path(directory, "scontrol")
-        if os.access(command, os.X_OK) and command.is_file() and _may_run(command):
-            return str(command)
-    return None
-
-
-def _may_run(command: Path) -> bool:
-    """Root runs only what nobody else could have put there."""
-    from securerun.linux import trust
-
-    try:
-        return os.geteuid() != 0 or trust.weak_point(command, trust.roots() | {os.geteuid()}) is None
-    except OSError:
-        return False
 
 
 def _pbs(environment: Mapping[str, str], note: Tell) -> Allocation | None:

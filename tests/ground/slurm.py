@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hosts import Argument, Host, Network, cgroup2_mount, end_processes, eventually
+from users import PrivateMachine, User
 
 TOOLS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "unshare")
 # slurmd, and what srun listens on in a job's batch step: all that is Slurm's own on a node.
@@ -36,6 +37,8 @@ FIRST_SRUN_PORT, LAST_SRUN_PORT = 53000, 53063
 PORTS = frozenset({SLURMD_PORT, *range(FIRST_SRUN_PORT, LAST_SRUN_PORT + 1)})
 # From SIGTERM to SIGKILL when a job is cancelled; 30 by default.
 KILL_WAIT_SECONDS = 2
+# Where packages put it.
+INSTALLED = "/etc/slurm/slurm.conf"
 FREEZER = Path("/sys/fs/cgroup/freezer")
 _START_SECONDS = 30.0
 _END_SECONDS = 15.0
@@ -62,6 +65,7 @@ MpiDefault=none
 KillWait={kill_wait}
 {nodes}
 PartitionName=all Nodes=ALL Default=YES State=UP
+{more}
 """
 # cgroup.conf(5)
 _CGROUPS = {
@@ -90,9 +94,18 @@ class Cluster:
         *,
         tracking: str = "linuxproc",
         as_installed: bool = False,
+        machines: Mapping[str, PrivateMachine] | None = None,
+        more: str = "",
     ) -> None:
-        """as_installed: what runs on the nodes finds configuration and keys where packages put them."""
+        """Of these nodes.
+
+        as_installed: what runs on the nodes finds configuration and keys where packages put them. machines: what each
+        host's daemons see, so that it has users and a /run of its own; they find both in them. more: lines of
+        slurm.conf.
+        """
         self._as_installed = as_installed
+        self._machines = machines or {}
+        self._more = more
         self._network = network
         self._controller = network[controller]
         self._nodes = [network[node] for node in nodes]
@@ -141,6 +154,12 @@ class Cluster:
         """What a command, such as Slurm's own, prints on the controller; CalledProcessError if it fails."""
         return self._controller.run(argv, env={**(env or {}), **self.environment}, check=True).stdout
 
+    def popen(self, user: User, *argv: Argument, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start a command of a user's on the controller."""
+        machine = self._machines[self._controller.name]
+        variables = {**(env or {}), **self.environment}
+        return machine.popen(self._controller, argv, user=user, env=variables)
+
     def submit(self, *words: Argument, env: Mapping[str, str | None] | None = None) -> str:
         """sbatch: options, the script and its arguments. Returns the job's id."""
         return self.run("sbatch", "--parsable", *words, env=env).strip()
@@ -176,8 +195,11 @@ class Cluster:
                 tracking=self._tracking.partition("/")[0],
                 kill_wait=KILL_WAIT_SECONDS,
                 nodes="\n".join(nodes),
+                more=self._more,
             )
         )
+        for machine in self._machines.values():
+            machine.write(INSTALLED, self._configuration.read_text())
         if self._tracking in _CGROUPS:
             text = _CGROUPS[self._tracking].format(mount=cgroup2_mount())
             (self._directory / "cgroup.conf").write_text(text)
@@ -197,6 +219,13 @@ class Cluster:
         files = {name: self._directory / f"munge.{name}" for name in ("key", "socket", "pid", "seed")}
         files["key"].touch(mode=0o600)
         files["key"].write_bytes(os.urandom(128))
+        for machine in self._machines.values():
+            machine.place("/etc/munge").mkdir(exist_ok=True)
+            machine.place("/etc/munge/munge.key").unlink(missing_ok=True)
+            place = machine.place("/etc/munge/munge.key")
+            place.touch(mode=0o400)
+            place.write_bytes(files["key"].read_bytes())
+            os.chown(place, place.parent.stat().st_uid, place.parent.stat().st_gid)
         options = [f"--{name}{'' if name == 'socket' else '-file'}={path}" for name, path in files.items()]
         # Its origin is written out: its host's name resolves to nothing.
         self._start(self._controller, "munged", "--foreground", "--origin=127.0.0.1", *options)
@@ -211,10 +240,13 @@ class Cluster:
             named = [*installed, *named]
         # Slurm's daemons are where a root shell made by plain `su` does not look.
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        variables = {"PATH": path, **self.environment, **(env or {})}
         with (self._directory / f"{host.name}-{daemon}.log").open("w") as log:
-            started = host.popen(
-                named, env={"PATH": path, **self.environment, **(env or {})}, stdout=log, stderr=subprocess.STDOUT
-            )
+            machine = self._machines.get(host.name)
+            if machine is not None:
+                started = machine.popen(host, named, env=variables, stdout=log, stderr=subprocess.STDOUT)
+            else:
+                started = host.popen(named, env=variables, stdout=log, stderr=subprocess.STDOUT)
         self._daemons.append(started)
 
     def _preload(self) -> dict[str, str]:

@@ -63,8 +63,9 @@ def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all
         return False
     body = document["order"]
     more = ("key",) if "key" in body else ()
+    of_slurm = ("slurm",) if "slurm" in body else ()
     return (
-        _has(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt", *more)
+        _has(body, "version", "policy", "firewall", "scope", "grace", "command", "adopt", *more, *of_slurm)
         and body["version"] == 1 + len(more)
         and type(body["version"]) is int
         and body["firewall"] in ("auto", "iptables", "nftables", "legacy", "off")
@@ -77,6 +78,30 @@ def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all
         and type(body["adopt"]) is bool
         and _is_policy(body["policy"])
         and (not more or _is_key(body["key"]))
+        and (not of_slurm or _is_of_slurm(body["slurm"]))
+    )
+
+
+def _is_of_slurm(job: Any) -> bool:  # noqa: ANN401 - anything at all
+    """Whether this is what an order may say of a job of Slurm's: flags and a number, and of a whole job its place."""
+    is_whole = type(job) is dict and "cgroup" in job
+    if not _has(job, "job", "speaks", "renews", *(("user", "cgroup", "more") if is_whole else ())):
+        return False
+    number = job["job"]
+    if type(number) is not int or not 0 < number < 2**32 or {type(job["speaks"]), type(job["renews"])} != {bool}:
+        return False
+    if not is_whole:
+        return True
+    user, more, cgroup = job["user"], job["more"], job["cgroup"]
+    place = rf"/system\.slice/([\w.-]+_)?slurmstepd\.scope/job_{number}"
+    return (
+        type(user) is int
+        and 0 <= user < 2**32 - 1
+        and type(more) is str
+        and len(more) <= 4096
+        and more.isprintable()
+        and type(cgroup) is str
+        and re.fullmatch(place, cgroup, re.ASCII) is not None
     )
 
 
@@ -218,6 +243,8 @@ def mutated(chance: random.Random) -> bytes:
         _make_public(document["order"]["policy"], chance)
     if chance.random() < 0.3:
         _give_key(document["order"], chance)
+    if chance.random() < 0.3:
+        _give_job_of_slurm(document["order"], chance)
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
         document = _changed(document, chance)
     line = json.dumps(document).encode()
@@ -241,6 +268,16 @@ def _give_key(body: dict[str, Any], chance: random.Random) -> None:
         body["key"]["secret"] = digest
     if "secret" not in body["key"] or chance.random() < 0.1:
         body["key"].update(meeting=digest, in_slurm=chance.random() < 0.5)
+
+
+def _give_job_of_slurm(body: dict[str, Any], chance: random.Random) -> None:
+    """Have the order be for a job of Slurm's, mostly such as may be."""
+    number = chance.choice((7, 7, 7, 0, 2**32))
+    body["slurm"] = {"job": number, "speaks": chance.random() < 0.5, "renews": chance.random() < 0.5}
+    if chance.random() < 0.5:
+        scope = chance.choice(("slurmstepd.scope", "cn1_slurmstepd.scope", "sshd.scope", "../slurmstepd.scope"))
+        cgroup = f"/system.slice/{scope}/job_{chance.choice((number, number, 8))}"
+        body["slurm"].update(user=chance.choice((0, 1000, -1)), cgroup=cgroup, more=chance.choice(("", "login1", "\n")))
 
 
 def _make_public(policy: dict[str, Any], chance: random.Random) -> None:
