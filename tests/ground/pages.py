@@ -70,9 +70,9 @@ class Stage:
         shell = ["bash", "-euo", "pipefail", "-c", script]
         return self.machine.popen(self.nodes[rank], shell, env=environment, cwd=DIRECTORY)
 
-    def run(self, *scripts: str) -> list[str]:
+    def run(self, *scripts: str, timeout: float = 100) -> list[str]:
         """Run a script a node at once, to the good end; what each said on both streams."""
-        done = finish_all([self.start(script, rank) for rank, script in enumerate(scripts)], timeout=100)
+        done = finish_all([self.start(script, rank) for rank, script in enumerate(scripts)], timeout=timeout)
         for one, script in zip(done, scripts):
             assert one.returncode == 0, (script, one.stdout, one.stderr)
             assert not re.search(r"^Traceback", one.stderr, re.MULTILINE), (

@@ -16,7 +16,7 @@ from hosts import Argument, Host, Network, eventually, finish_all
 from key_homes import make_homes
 from probe import Probe
 from remains import nothing_left_behind
-from routed import ROUTER_THERE, put_behind, strip_tags, translate
+from routed import ROUTER_THERE, put_behind, renumber, strip_tags, translate
 
 TRAIN = (str(jobs.TRAIN), "--groups", "2", "--epochs", "10")
 
@@ -151,6 +151,21 @@ def test_an_address_that_a_router_translates_is_no_hindrance(behind_a_router: Ne
     )
     with nothing_left_behind(node0, node1), nobody_else(stranger, node0, node1):
         done = train((node0, node1), homes, [launch("static", 0, node0.ipv4), launch("static", 1, ROUTER_THERE)])
+    assert all("2 of 2 nodes guarded" in each.stderr for each in done), done
+
+
+def test_public_networks_that_are_named_are_where_tags_go(four: Network, tmp_path: Path) -> None:
+    """Of two such networks no node knows the other's; where both are named a tag can be insisted on as anywhere."""
+    node0, node1, router, stranger = four
+    renumber("203.0.113", node0, router, stranger)
+    put_behind(router, node1, node0, network="198.51.100")
+    nodes, homes = (node0, node1), make_homes(node0, tmp_path)
+    with in_vain(nodes, homes, [launch("static", rank, node0.ipv4) for rank in (0, 1)], tmp_path) as said:
+        fix = ("public addresses of different networks", "--peers")
+        assert says(said[1], f"{node0.ipv4}:{jobs.PORT} answered without", *fix), said[1].read_text()
+    options = ("--peers", "203.0.113.0/24,198.51.100.0/24", "--key", "require")
+    with nobody_else(stranger, node0, node1):
+        done = train(nodes, homes, [launch("static", rank, node0.ipv4, *options) for rank in (0, 1)])
     assert all("2 of 2 nodes guarded" in each.stderr for each in done), done
 
 

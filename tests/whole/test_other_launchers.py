@@ -141,6 +141,7 @@ class Case:
     workers: int = 2
     ports: int = 2
     by_key: bool = False
+    seconds: float = 100
 
 
 # Where they go with the private machine; and nobody is told that ray runs here.
@@ -151,7 +152,7 @@ CASES = {
     "which torchrun": Case(),
     "bash pretrain.sh": Case(),
     "accelerate launch": Case(),
-    "bash cluster.sh": Case(RAY_WITH_TOKEN, by_key=True),
+    "bash cluster.sh": Case(RAY_WITH_TOKEN, by_key=True, seconds=200),
     "NODE_RANK=": Case(TRAINER, workers=4, ports=4),
     "fabric run": Case(),
     "torchx run": Case(nodes=1),
@@ -194,7 +195,7 @@ def test_stranger_cannot_reach_any_port_of_what_the_page_has_written(stage: Stag
         Probe(stranger, node0) as at_node0,
         Probe(stranger, node1) as at_node1,
     ):
-        said = stage.run(*(_on_node(block, rank) for rank in range(case.nodes)))
+        said = stage.run(*(_on_node(block, rank) for rank in range(case.nodes)), timeout=case.seconds)
         assert eventually(lambda: not [*_jobs(node0), *_jobs(node1)], seconds=30)
     assert f"{case.workers} workers, all-reduce right" in said[0], said
     for words, probe in zip(said, (at_node0, at_node1)):
