@@ -83,8 +83,8 @@ def _lacking(lease: Lease) -> str:
     fix = "start it by securerun with the same key, or name it with --peers"
     if lease.key_required:
         fix = (
-            "start it by securerun with the same key; if something in between takes TCP option 254 away, or it and this "
-            "host have public addresses of different networks, name each there with --peers, and --key auto"
+            "start it by securerun with the same key; if something in between takes TCP option 254 away, or it has, as "
+            "this host, a public address of a network of its own, name each there with --peers, and --key auto"
         )
     key = f"the tag of this job's key (fingerprint {lease.key.fingerprint})"
     return f"{key}, so it counts as no node of it: if it is one, {fix}"

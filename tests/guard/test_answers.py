@@ -113,7 +113,7 @@ def answer(target: str) -> Any:  # noqa: ANN401
 
 def test_the_fix_is_one_that_helps(field: TagField) -> None:
     with shielded(field.job) as held:
-        for required, keyed, fix in ((True, True, "with the same key"), (False, False, "--loopback any")):
+        for required, keyed, fix in ((True, True, "--peers, and --key auto"), (False, False, "--loopback any")):
             found = open_answers(lease(held, required=required, keyed=keyed))
             assert found is not None
             with contextlib.closing(found):

@@ -161,7 +161,7 @@ def test_public_networks_that_are_named_are_where_tags_go(four: Network, tmp_pat
     put_behind(router, node1, node0, network="198.51.100")
     nodes, homes = (node0, node1), make_homes(node0, tmp_path)
     with in_vain(nodes, homes, [launch("static", rank, node0.ipv4) for rank in (0, 1)], tmp_path) as said:
-        fix = ("public addresses of different networks", "--peers")
+        fix = ("a public address of a network of its own", "--peers")
         assert says(said[1], f"{node0.ipv4}:{jobs.PORT} answered without", *fix), said[1].read_text()
     options = ("--peers", "203.0.113.0/24,198.51.100.0/24", "--key", "require")
     with nobody_else(stranger, node0, node1):
