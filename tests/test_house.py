@@ -50,13 +50,14 @@ AS_ROOT = {
 
 # All of securerun that runs as root, by wing. Who adds a module adds it here, and so says so.
 LOADED_BY_THE_GUARD = {
-    "guard": "acquire caller cgroup channel documents ending exposure inherited job_secret lease limits log neighbours "
-    "notices parting place presence program protocol reaper records refusals reserved run_directory server sight "
-    "slurm_job unanswered unasked waiting watch",
+    "guard": "acquire caller cgroup channel containers documents ending exposure inherited job_secret lease limits log "
+    "neighbours notices parting place presence program protocol reaper records refusals reserved run_directory server "
+    "sight slurm_job unanswered unasked waiting watch",
     "firewall": "backends chains droplog job_key policy program_steps refusals selftest shield shield_maps "
     "shield_program",
-    "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets net_cgroups "
-    "netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes sock_diag trust",
+    "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets "
+    "namespaces net_cgroups netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes "
+    "sock_diag trust",
     "": "errors site_file text",
 }
 # And this while the launcher imports torch, for `--firewall auto`, and to tell whether something may void a shield.

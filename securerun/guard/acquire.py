@@ -119,7 +119,8 @@ def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
 def _begin(lease: Lease) -> None:
     """Reap dead runs and record this one, under one lock. A record of our own run is a dead guard's: take it over."""
     with run_directory.recording() as directory:
-        lease.notes += tuple(reaper.reap_all(directory, lease.caller.user, may_be_root=lease.caller.is_root))
+        user, is_root, container = lease.caller.owner
+        lease.notes += tuple(reaper.reap_all(directory, user, may_be_root=is_root, container=container))
         known = records.read_briefs(directory)
         own = next((brief.whole() for brief in known if brief.run_id == lease.policy.run_id), None)
         if own is not None:
@@ -209,7 +210,8 @@ def _take_over(lease: Lease, found: Record) -> None:
         lease.caller.user,
     )
     if not lease.order.adopt or found.guard_lives or not same_job:
-        raise PrivilegeError(f"run {found.run_id} is guarded by process {found.guard} already")
+        by = f"by process {found.guard} " if found.owner == lease.caller.owner else ""
+        raise PrivilegeError(f"run {found.run_id} is guarded {by}already")
     if found.policy.public != lease.order.policy.public:
         raise PrivilegeError(f"run {found.run_id} has other public ports, and whoever takes it over keeps them")
     lease.stands = True

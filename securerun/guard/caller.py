@@ -14,7 +14,9 @@ import stat
 from typing import Callable
 
 from securerun.errors import PrivilegeError
-from securerun.linux import capabilities, local_sockets, proc, processes
+from securerun.guard import containers
+from securerun.linux import capabilities, local_sockets, namespaces, proc, processes
+from securerun.linux.namespaces import Namespace
 from securerun.linux.processes import Process
 
 ROOT = 0
@@ -27,6 +29,7 @@ class Caller:
 
     pid, start: which process (proc(5): start time in clock ticks since boot). user: its user id, real, effective
     and saved. group, groups: the ids of its group and of all of them.
+    container: which one it is in (securerun.guard.containers), "" for a process of the host's own.
     is_root: whether it may ask for anything. pidfd: readable once it has ended; None before kernel 5.3, where its start
     time tells. attendants: what descends from it and only waits for the guard: sudo, and what it started.
 
@@ -38,6 +41,7 @@ class Caller:
         self.pid = pid
         self._directly = directly
         self._network: int | None = None
+        self.container = ""
         self.pidfd = processes.pidfd(pid) if pidfd is None else pidfd
         self.attendants: tuple[Process, ...] = ()
         try:
@@ -50,6 +54,16 @@ class Caller:
     def is_direct(self) -> bool:
         """Whether it started this guard itself, of the same securerun and with no more privilege than it has."""
         return self._directly
+
+    @property
+    def owner(self) -> tuple[int, bool, str]:
+        """Whose a run of this caller's is (securerun.guard.records.Known.owner)."""
+        return self.user, self.is_root, self.container
+
+    @property
+    def account(self) -> int:
+        """A user's own number; of a container one for all user ids in it, which its root takes on as it likes."""
+        return containers.account_of(self.container) if self.container else self.user
 
     def has_ended(self) -> bool:
         """Return whether the process is gone, or is no longer the one that this guard began to serve."""
@@ -93,6 +107,40 @@ class Caller:
             if self._network is None or not self._directly:
                 raise
             return self._network
+
+    def require_same_container(self) -> None:
+        """Raise PrivilegeError for a process that has gone into another container, or out of its own, meanwhile."""
+        if self._look_for_container() != self.container:
+            raise PrivilegeError(f"process {self.pid} has changed its cgroup or pid namespace; start the job again")
+
+    def find_container(self) -> None:
+        """Look which container it is in. Raises PrivilegeError where that cannot be told."""
+        self.container = self._look_for_container()
+
+    def enter_network(self) -> bool:
+        """Have this guard go on in its container's own network, where the job's ports are; return whether it has one.
+
+        That of an ordinary user's making is not entered, nor is any for a process of the host's own: there the next
+        look at the network refuses.
+        """
+        if not self.container:
+            return False
+        try:
+            with Namespace("net", self.pid) as network:
+                if network.is_own() or not containers.may_be_entered(network):
+                    return False
+                network.enter()
+        except OSError as error:
+            raise PrivilegeError(f"the network of process {self.pid} cannot be entered: {error.strerror}") from error
+        if self.has_ended():
+            raise PrivilegeError(f"process {self.pid}, which started the guard, has ended")
+        return True
+
+    def _look_for_container(self) -> str:
+        try:
+            return containers.container_of(self.pid)
+        except OSError as error:
+            raise PrivilegeError(f"the namespaces of process {self.pid} cannot be seen: {error.strerror}") from error
 
     def _identify(self) -> None:
         """Look who it is. Raises OSError when there is no such process, and PrivilegeError for one of several users.
@@ -173,6 +221,7 @@ def find_peer(connection: int) -> Caller:
     if caller.user != user:
         raise PrivilegeError(f"user {user} connected, and process {pid} is of user {caller.user} now")
     require_own_number(caller)
+    caller.find_container()
     # What was asked of a number was asked of whoever is held only if they have it still.
     if caller.has_ended():
         raise PrivilegeError(f"process {pid}, which connected, has ended")
@@ -186,7 +235,7 @@ def require_own_number(caller: Caller) -> None:
     rule), each with groups that they had outside. One that root made is a container's, and has the ids that root gave.
     """
     try:
-        makers = proc.owners_of_user_namespaces(caller.pid) - {ROOT, caller.user}
+        makers = namespaces.owners_of_user_namespaces(caller.pid) - {ROOT, caller.user}
     except OSError as error:
         raise PrivilegeError(f"the user namespace of process {caller.pid} cannot be seen: {error.strerror}") from error
     if makers:

@@ -198,8 +198,10 @@ class Exposure:
         def is_strangers(listener: Listener) -> bool:
             if listener.inode in of_the_job:
                 return listener.user != own
-            # Of user id 0 without root's privilege nobody can tell that a listener of that id is not root's own.
-            return not listener.address.is_loopback and (listener.user != own or own == ROOT)
+            # Of user id 0 without root's privilege, and of any in a container, nobody can tell that a listener of that
+            # id is not another's.
+            is_shared = own == ROOT or bool(self._lease.caller.container)
+            return not listener.address.is_loopback and (listener.user != own or is_shared)
 
         return {listener.port: listener.user for listener in found if is_strangers(listener)}
 

@@ -12,8 +12,11 @@ from securerun.firewall.job_key import JobSecret
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.guard import job_secret, keys, run_directory
 from securerun.guard.cgroup import JobCgroup
+from securerun.guard.keys import Found
 from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, require_not_required
 from securerun.guard.protocol import KeyOrder
+
+_NONE_FOR_CONTAINERS = Found(None, why="a user id in a container is nobody's own, so this host makes no key for it")
 
 
 def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
@@ -22,7 +25,7 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
     Raises PolicyError where there is none and nobody is to come in without.
     """
     lease.order = dataclasses.replace(lease.order, key=None)
-    found = keys.find(wanted, lease.caller, lease.site)
+    found = _NONE_FOR_CONTAINERS if _is_of_container(lease, wanted) else keys.find(wanted, lease.caller, lease.site)
     if found.secret is None:
         require_not_required(wanted.required, found.why)
         if found.is_wrong:
@@ -32,6 +35,10 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
     if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
         lease.forget_key(NO_SHIELD_NO_TAG)
     return found.secret
+
+
+def _is_of_container(lease: Lease, wanted: KeyOrder) -> bool:
+    return wanted.secret is None and bool(lease.caller.container)
 
 
 def try_tags(lease: Lease, cgroup: JobCgroup) -> None:
@@ -48,6 +55,8 @@ def hand_out(lease: Lease, secret: JobSecret) -> None:
     """Make the file with the secret of the job's frameworks, which goes with the run's record; or say that there is
     none."""
     caller = lease.caller
+    if caller.container:  # which does not see the file, and on the host somebody else may have its user id
+        return
     try:
         with run_directory.host_lock():
             lease.secret_path = job_secret.make(lease.policy.run_id, secret.for_frameworks(), caller.user, caller.group)

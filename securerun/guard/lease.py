@@ -28,6 +28,7 @@ from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, records, reserved, run_directory, unasked
 from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup
+from securerun.guard.containers import is_within
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.presence import Presence
 from securerun.guard.program import LIMITS_FILE
@@ -444,8 +445,14 @@ class Lease:
     def _look_elsewhere(self, *, patient: bool) -> None:
         inside = frozenset() if self.cgroup is None else self.cgroup.members()
         found = self._find(inside, patient=patient)
-        self._strays = frozenset(process for process in found - inside if not self._is_of_another_run(process.pid))
+        strays = (process for process in found - inside if not self._is_of_another_run(process.pid))
+        # In another container somebody else may have the same user id, and show the mark.
+        self._strays = frozenset(process for process in strays if self._is_in_same_container(process.pid))
         self._look_due = time.monotonic() + _LOOK_ELSEWHERE_SECONDS
+
+    def _is_in_same_container(self, pid: int) -> bool:
+        container = self.caller.container
+        return not container or is_within(pid, container)
 
     def _is_of_another_run(self, pid: int) -> bool:
         """Return whether a process is in the cgroup of another run, whose guard looks after it."""
@@ -537,6 +544,7 @@ def first_record(order: Order, caller: Caller) -> Record:
         user=caller.user,
         root=caller.is_root,
         slurm_job=0 if order.slurm is None else order.slurm.number,
+        container=caller.container,
         started=time.time(),
         command=order.command,
     )

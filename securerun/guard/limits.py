@@ -6,6 +6,7 @@ close ports for the whole host, and pass a run's peers for all runs.
 
 from __future__ import annotations
 
+import dataclasses
 import grp
 import importlib
 import ipaddress
@@ -44,6 +45,9 @@ class SitePolicy:
     public: the networks that public ports may be for; None: those of `peers`, and every host where that is None too.
     accept: whether peers may be let past the host's own rules. runs_per_user: how many runs at once.
     site_key: whether jobs may have a key that is made of what only root reads (securerun.guard.keys).
+    containers: whether jobs in containers may have a guard; None: unless `users` or `groups` says who may, since a
+    container's root takes on any number. container_chains: whether port chains may be installed in a container's own
+    network. runs_per_container: how many runs at once, whoever's; runs_in_containers: of all of them together.
     """
 
     users: frozenset[int] | None = None
@@ -57,6 +61,10 @@ class SitePolicy:
     accept: bool = False
     runs_per_user: int = 32
     site_key: bool = True
+    containers: bool | None = None
+    container_chains: bool = False
+    runs_per_container: int = 32
+    runs_in_containers: int = 256
 
 
 def read_site_policy(path: Path = LIMITS_FILE) -> tuple[SitePolicy, str]:
@@ -104,6 +112,34 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
     _require_permitted_openings(site, policy)
     if policy.accept and not site.accept:
         raise PolicyError(f"--accept is root's, or the site's (accept = true in {LIMITS_FILE}); leave it out")
+
+
+def require_containers(site: SitePolicy) -> None:
+    """Raise PrivilegeError where no job in a container may have a guard."""
+    permitted = site.containers
+    if permitted is None:
+        permitted = site.users is None and site.groups is None
+    if not permitted:
+        raise PrivilegeError(
+            "jobs in containers may not have a guard on this host, since a user id in a container is nobody's own; its "
+            f"administrator allows them by containers = true in {LIMITS_FILE}"
+        )
+
+
+def for_own_network(site: SitePolicy, order: Order) -> Order:
+    """Return an order for a container's own network, whose tables are not the host's: the shield alone.
+
+    Whoever has CAP_NET_ADMIN in the container writes those, and root's iptables would read them.
+    Raises PolicyError for an order that names its port chains.
+    """
+    if site.container_chains or order.firewall == "off":
+        return order
+    if order.firewall != "auto":
+        raise PolicyError(
+            f"--firewall {order.firewall}: no port chains are installed in a container's own network; leave it out, or "
+            f"have the host's administrator allow them (container_chains = true in {LIMITS_FILE})"
+        )
+    return dataclasses.replace(order, firewall="off")
 
 
 def unasked_beyond(site: SitePolicy, policy: Policy, caller: Caller) -> dict[int, str]:
@@ -295,4 +331,8 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "accept": _flag,
     "runs_per_user": _count,
     "site_key": _site_key,
+    "containers": _flag,
+    "container_chains": _flag,
+    "runs_per_container": _count,
+    "runs_in_containers": _count,
 }

@@ -26,10 +26,27 @@ def require_room(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
     """Raise PrivilegeError when an ordinary user has as many other runs as the site allows."""
     if run.root:
         return
+    if run.container:
+        _require_room_for_containers(run, known, site)
+        return
     others = {record.run_id for record in known if record.owner == run.owner and record.guard_lives} - {run.run_id}
     if len(others) >= site.runs_per_user:
         raise PrivilegeError(
             f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for an end"
+        )
+
+
+def _require_room_for_containers(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
+    """Raise PrivilegeError when a container has as many other runs as the site allows, or all of them together."""
+    others = [brief for brief in known if brief.container and brief.run_id != run.run_id and brief.guard_lives]
+    own = [brief for brief in others if brief.container == run.container]
+    if len(own) >= site.runs_per_container:
+        raise PrivilegeError(
+            f"this container has {len(own)} runs, and its host allows {site.runs_per_container}; wait for an end"
+        )
+    if len(others) >= site.runs_in_containers:
+        raise PrivilegeError(
+            f"the containers of this host have as many runs as it allows, {site.runs_in_containers}; wait for an end"
         )
 
 
@@ -50,8 +67,9 @@ def require_harmless(run: Record, known: Iterable[Brief], standing: list[tuple[i
     planned = run.policy.joined_ports()
     with contextlib.suppress(SocketsUnavailable):
         for listener in sock_diag.listeners():
-            # Of user id 0 without root's privilege nobody can tell that a listener of that id is not root's own.
-            if (listener.user == run.user != ROOT) or listener.address.is_loopback:
+            # Of user id 0 without root's privilege, and of any in a container, nobody can tell that a listener of that
+            # id is not another's.
+            if (listener.user == run.user != ROOT and not run.container) or listener.address.is_loopback:
                 continue
             if covers(standing or [], listener.port):
                 continue
@@ -166,7 +184,9 @@ def _neighbours(run: Record, known: Iterable[Brief]) -> list[Brief]:
 
 
 def _is_neighbour(run: Record, brief: Brief) -> bool:
-    return brief.owner != run.owner and brief.network == run.network
+    """Return whether a run is not this one's to weaken. In a container anybody may order: none of its others is."""
+    is_anothers = brief.owner != run.owner or (bool(run.container) and brief.run_id != run.run_id)
+    return is_anothers and brief.network == run.network
 
 
 def _are_within(networks: tuple[Network, ...], others: tuple[Network, ...]) -> bool:

@@ -33,28 +33,30 @@ _REMOVAL_SECONDS = 0.2
 _REAPING_SECONDS = 3.0
 
 
-def reap_all(directory: int, user: int, *, may_be_root: bool = True) -> Iterator[str]:
+def reap_all(directory: int, user: int, *, may_be_root: bool = True, container: str = "") -> Iterator[str]:
     """Reap every dead run and yield a line for each that could not be reaped, and for the user's own that still runs.
 
-    may_be_root: user id 0 is root's, to whom all of them are told. The caller holds the host's lock, so what has not
-    been looked at after some seconds is left.
+    may_be_root: user id 0 is root's, to whom all of them are told; to whoever is in a container its own alone. The
+    caller holds the host's lock, so what has not been looked at after some seconds is left.
     """
     run_directory.remove_partial(directory)
     is_root = user == ROOT and may_be_root
+    owner = (user, False, container)
     deadline = time.monotonic() + _REAPING_SECONDS
     for brief in records.read_briefs(directory):
         record = brief.whole() if brief.is_abandoned and time.monotonic() < deadline else None
         if record is None:
             continue
         left = what_runs(record)
-        if left and (is_root or record.owner == (user, False)):
+        if left and (is_root or record.owner == owner):
             yield f"run {record.run_id} has no guard, and {left}; what closes its ports stays until that ends"
         if left or not _is_within_reach(record):
             continue
         try:
             reap(directory, record)
         except OBSTACLES as error:
-            yield f"what run {record.run_id} left cannot be removed: {error}"
+            if not container or record.owner == owner:
+                yield f"what run {record.run_id} left cannot be removed: {error}"
 
 
 def may_reap(record: Record) -> bool:

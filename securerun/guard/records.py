@@ -73,11 +73,12 @@ class Known:
     cgroup: str
     void: str
     slurm_job: int
+    container: str
 
     @property
-    def owner(self) -> tuple[int, bool]:
-        """Whose run it is: user id 0 is of root and, without its privilege, of others."""
-        return self.user, self.root
+    def owner(self) -> tuple[int, bool, str]:
+        """Whose run it is: user id 0 is of root and, without its privilege, of others; so is any in containers."""
+        return self.user, self.root, self.container
 
     @property
     def is_bare(self) -> bool:
@@ -136,6 +137,7 @@ class Record(Known):
     network, processes: the network namespace that the layers are in and the pid namespace in which the pids count
     (inodes, namespaces(7)). times: the time namespace whose start times these are, 0 where none is known.
     cgroup: the job's, "" where it has none. void: why its shield holds no more, which then is none of its layers.
+    container: the root cgroup of the launcher's container (securerun.guard.containers), "" for one of the host's own.
     user: the launcher's user id. root: whether it might ask for anything, which user id 0 alone may not.
     started: seconds since the epoch. draining: the job is over, not all of it gone.
     reserved: first and last of the TCP ports that nobody else is to be given (securerun.guard.reserved).
@@ -161,6 +163,7 @@ class Record(Known):
     started: float
     command: str
     root: bool = False
+    container: str = ""
     times: int = 0
     cgroup: str = ""
     void: str = ""
@@ -256,6 +259,7 @@ _PLAIN: dict[str, type] = {
     "times": int,
     "user": int,
     "root": bool,
+    "container": str,
     "started": float,
     "command": str,
     "cgroup": str,
@@ -425,10 +429,11 @@ def understood(document: Mapping[str, Any]) -> Record:
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
     # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted, did
-    # not look at a shield again, knew neither keys nor jobs of Slurm's, and did not count what metrics tell.
+    # not look at a shield again, knew neither keys, containers nor jobs of Slurm's, and did not count what metrics tell.
     without_key = {"key": "", "key_source": "", "nodes_guarded": 0, "nodes": 0}
     uncounted = {"slurm_job": 0, "denied_more": 0, "guard_restarts": 0}
-    whole = {"root": document["user"] == 0, "times": 0, "void": "", **without_key, **uncounted, **document}
+    known = {"root": document["user"] == 0, "container": "", "times": 0, "void": ""}
+    whole = {**known, **without_key, **uncounted, **document}
     plain = {field: whole[field] for field in _PLAIN}
     if any(type(value) is not _PLAIN[field] for field, value in plain.items()):
         raise ValueError("a record has a field of another type")

@@ -16,11 +16,12 @@ from securerun.linux import file_lock
 
 _LINES_A_PERIOD = 10
 _MOST_BYTES = 1 << 20
+_LAST_USER = (1 << 32) - 1
 _LOCK_SECONDS = 2.0
 
 
-def lines(user: int, words: str) -> list[str]:
-    """Return what is to be logged now that this user was refused something: the words, unless there were many.
+def lines(account: int, words: str) -> list[str]:
+    """Return what is to be logged now that this account was refused something: the words, unless there were many.
 
     And how many others were left out of the log, of any user whose minute is over.
     """
@@ -31,7 +32,7 @@ def lines(user: int, words: str) -> list[str]:
     try:
         with file_lock.time_limit(_LOCK_SECONDS):
             file_lock.lock(descriptor)
-        return _counted(descriptor, str(user), words)
+        return _counted(descriptor, str(account), words)
     except (OSError, file_lock.TimeUp):
         return []  # so many at once are a flood
     finally:
@@ -43,7 +44,7 @@ def _counted(descriptor: int, user: str, words: str) -> list[str]:
     known = _read(descriptor)
     over = {name: entry for name, entry in known.items() if not 0 <= now - entry[0] < waiting.REFUSALS_SECONDS}
     found = [
-        f"{int(refused) - _LINES_A_PERIOD} more refusals to user {name} are not in this log"
+        f"{int(refused) - _LINES_A_PERIOD} more refusals to {_named(int(name))} are not in this log"
         for name, (_, refused) in over.items()
         if refused > _LINES_A_PERIOD
     ]
@@ -52,6 +53,10 @@ def _counted(descriptor: int, user: str, words: str) -> list[str]:
     current[user] = (began, refused + 1)
     _write(descriptor, current)
     return [*found, words] if refused < _LINES_A_PERIOD else found
+
+
+def _named(account: int) -> str:
+    return f"user {account}" if account <= _LAST_USER else "a container"
 
 
 def _read(descriptor: int) -> dict[str, tuple[float, float]]:

@@ -69,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _require_own_proc()
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
+        is_apart = by_socket and caller.enter_network()
         if not by_socket:
             caller.look_at_network()
             caller.attendants = _stand_apart(caller)
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         if order is None:
             slot.close()
             return 0
-        lease = _acquire(order, caller, by_socket=by_socket)
+        lease = _acquire(order, caller, by_socket=by_socket, is_apart=is_apart)
         _drop_privilege_to_begin(kept)
         slot.close()
         _collect_garbage_from_now_on()
@@ -237,7 +238,7 @@ def _slot(caller: Caller) -> ExitStack:
     """
     held = ExitStack()
     if not caller.is_root and os.geteuid() == ROOT:
-        held.callback(Slot(caller.user).give_back)
+        held.callback(Slot(caller.account, in_container=bool(caller.container)).give_back)
     return held
 
 
@@ -253,8 +254,8 @@ def _report(caller: Caller, answers: Answers) -> None:
 
 def _is_own(brief: Brief, caller: Caller) -> bool:
     """Return whether a run is the caller's; that of their job of Slurm's is, which root's Prolog ordered."""
-    of_prolog = brief.slurm_job and brief.root and brief.user == caller.user != ROOT
-    return brief.owner == (caller.user, caller.is_root) or bool(of_prolog)
+    of_prolog = brief.slurm_job and brief.root and brief.user == caller.user != ROOT and not caller.container
+    return brief.owner == caller.owner or bool(of_prolog)
 
 
 def _read_site_policy(caller: Caller) -> SitePolicy:
@@ -267,13 +268,20 @@ def _read_site_policy(caller: Caller) -> SitePolicy:
     return permitted
 
 
-def _acquire(order: Order, caller: Caller, *, by_socket: bool) -> Lease:
-    """Validate first, act after."""
+def _acquire(order: Order, caller: Caller, *, by_socket: bool, is_apart: bool) -> Lease:
+    """Validate first, act after. is_apart: whether the job is in the own network of a container."""
     caller.identify_again()
     permitted = _read_site_policy(caller)
+    if caller.container:
+        caller.require_same_container()
+        limits.require_containers(permitted)
+    if is_apart:
+        order = limits.for_own_network(permitted, order)
     limits.require_permitted(permitted, order, caller)
     caller.require_same_network()
     if order.slurm is not None:
+        if caller.container:
+            raise PolicyError("a job of Slurm's is the host's own, and this one asks from within a container")
         from securerun.guard import slurm_served  # few hosts are Slurm's
 
         waiting, caller = caller.attendants, slurm_served.whom(order.slurm, caller, by_socket=by_socket)
@@ -299,7 +307,7 @@ def _require_left() -> None:
 
 def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     """Keep the lease until the job's last process has gone, then release it."""
-    run = f"run {lease.policy.run_id}"
+    run, caller = f"run {lease.policy.run_id}", lease.caller
 
     def noted(words: str) -> None:
         _log(words, _fields_of(lease))
@@ -314,8 +322,8 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     ports = ", ".join(map(str, lease.order.policy.ports)) or "none"
     public = f"; public {opened(lease.policy.public)}" if lease.policy.public else ""
     noted(
-        f"{run} of user {lease.caller.user}, process {lease.caller.pid}: guarding by {layers}; ports {ports}; "
-        f"{len(lease.policy.peers)} peer networks{public}"
+        f"{run} of user {caller.user}, process {caller.pid}{_place_of(caller)}: guarding by {layers}; "
+        f"ports {ports}; {len(lease.policy.peers)} peer networks{public}"
     )
     for note in lease.notes if of_slurm is not None else ():
         noted(f"{run}: {note}")  # a launcher would say it
@@ -355,6 +363,10 @@ def _unattended(lease: Lease, job: SlurmJob, write: Callable[[str], None]) -> Un
     return Unattended(lease, job, write)
 
 
+def _place_of(caller: Caller) -> str:
+    return f" in container {caller.container}" if caller.container else ""
+
+
 def _place(error: Exception) -> str:
     """Return what went wrong and where, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -387,7 +399,7 @@ class Answers:
 
 def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers, order: Order | None) -> int:
     has_key = order is not None and order.key is not None
-    whom = "somebody" if caller is None else f"user {caller.user}, process {caller.pid}"
+    whom = "somebody" if caller is None else f"user {caller.user}, process {caller.pid}{_place_of(caller)}"
     # The answer first: where no file may grow (ulimit -f 0), writing the log is what fails.
     later = isinstance(reason, TooManyWaiting)
     # Said to nobody whose securerun may be of another version.
@@ -396,7 +408,7 @@ def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers, ord
     words = f"refused to {whom}: {reason}"
     of_caller = {} if caller is None else {"USER": [str(caller.user)]}
     of_run = {} if order is None else {"RUN_ID": [order.policy.run_id]}
-    for line in [words] if caller is None or caller.is_root else refusals.lines(caller.user, words):
+    for line in [words] if caller is None or caller.is_root else refusals.lines(caller.account, words):
         _log(line, {**of_run, **of_caller})
     return reason.status
 

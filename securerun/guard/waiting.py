@@ -1,5 +1,8 @@
 """How many guards of one user may be without a run at once: each is a process of root's, and costs its user nothing.
 
+A container counts as one user, whoever is in it, and all containers of a node together have a number of their own: so
+they take nothing from the node's own users.
+
 Each holds a slot, which is a byte of a file that is locked (fcntl(2)), and so given back by the kernel as it ends,
 however it ends. The file is removed by whoever finds that nobody has a slot, so ordinary runs leave none. It is not in
 the directory of records, which goes with the last record. Beside the slots it has `securerun.guard.refusals` in it.
@@ -18,6 +21,10 @@ from securerun.errors import PrivilegeError
 
 FILE = Path("/run/securerun.callers")
 SLOTS = 8
+# A guard that waits takes some 15 MB.
+SLOTS_OF_CONTAINERS = 64
+# Beyond those of any account.
+_FIRST_OF_CONTAINERS = 1 << 62
 # Of securerun.guard.refusals.
 REFUSALS_SECONDS = 60.0
 _MODE = 0o600
@@ -30,18 +37,22 @@ class TooManyWaiting(PrivilegeError):
 
 
 class Slot:
-    """One slot of a user's, until `give_back`. Raises TooManyWaiting, or PrivilegeError where no file can be used."""
+    """One slot of an account's, until `give_back`. Raises TooManyWaiting, or PrivilegeError where no file can be used.
 
-    def __init__(self, user: int) -> None:
+    account: whose share it is of (securerun.guard.caller). in_container: whether that is a container's.
+    """
+
+    def __init__(self, account: int, *, in_container: bool = False) -> None:
         for _ in range(_ATTEMPTS):
             self._descriptor: int | None = open_file()
-            if self._take(self._descriptor, user):
+            if self._take(self._descriptor, account, in_container=in_container):
                 return
             os.close(self._descriptor)
             # Whoever gives the last slot back holds all of them for a moment, and then the file is another.
             time.sleep(_ATTEMPT_SECONDS)
+        whose = "this container, or too many of all containers of this node," if in_container else f"user {account}"
         raise TooManyWaiting(
-            f"{SLOTS} guards of user {user} are waiting for their orders or are about to guard, and no more may; wait "
+            f"{SLOTS} guards of {whose} are waiting for their orders or are about to guard, and no more may; wait "
             "until they have, or end what started them"
         )
 
@@ -53,8 +64,12 @@ class Slot:
             os.close(descriptor)
 
     @staticmethod
-    def _take(descriptor: int, user: int) -> bool:
-        return any(_lock(descriptor, user * SLOTS + number) for number in range(SLOTS)) and _is_current(descriptor)
+    def _take(descriptor: int, account: int, *, in_container: bool) -> bool:
+        if not _lock_one(descriptor, account * SLOTS, SLOTS):
+            return False
+        if in_container and not _lock_one(descriptor, _FIRST_OF_CONTAINERS, SLOTS_OF_CONTAINERS):
+            return False
+        return _is_current(descriptor)
 
 
 def open_file() -> int:
@@ -79,6 +94,10 @@ def remove_if_unused(descriptor: int) -> None:
         if is_over and _is_current(descriptor):
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all of it, of any length
             FILE.unlink()
+
+
+def _lock_one(descriptor: int, first: int, number: int) -> bool:
+    return any(_lock(descriptor, byte) for byte in range(first, first + number))
 
 
 def _lock(descriptor: int, byte: int) -> bool:

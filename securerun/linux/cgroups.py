@@ -129,6 +129,14 @@ def cgroup_once_mounted(pid: int) -> str:
     return cgroup_of(pid)
 
 
+def paths_of(pid: proc.Pid) -> dict[str, str]:
+    """Return a process' cgroup in each hierarchy, by its controllers and "" for version 2, as this process sees them.
+
+    Raises OSError when the process has ended.
+    """
+    return dict(_paths(pid))
+
+
 def places_of(path: str) -> Iterator[Place]:
     """Yield where a v2 cgroup may be found by its path in `cgroup_of`, the least intrusive place first.
 

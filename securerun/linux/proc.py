@@ -14,7 +14,6 @@ import errno
 import fcntl
 import itertools
 import os
-import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -40,8 +39,6 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DELETED = " (deleted)"
 # ioctl_ns(2).
 _NS_GET_USERNS = 0xB701
-_NS_GET_PARENT = 0xB702
-_NS_GET_OWNER_UID = 0xB704
 # What the host's own user namespace maps.
 EVERYBODY = "0 0 4294967295"
 # include/linux/proc_ns.h, PROC_USER_INIT_INO
@@ -323,22 +320,6 @@ def outer_user(user: int) -> int | None:
     return None
 
 
-def owners_of_user_namespaces(pid: int) -> frozenset[int]:
-    """Return who made the user namespace of a process and those around it, down from this process' own, without that.
-
-    Before kernel 4.11 nobody is told. Raises OSError for a process that has ended or may not be looked into.
-    """
-    return frozenset(owner for owner, _ in _user_namespaces_around(pid))
-
-
-def is_within_user_namespace(pid: int, inode: int) -> bool:
-    """Return whether a process is in a user namespace, below this process' own, or in one that was made in it.
-
-    Raises OSError for a process that has ended or may not be looked into.
-    """
-    return any(found == inode for _, found in _user_namespaces_around(pid))
-
-
 def time_namespace() -> int:
     """Return this process' time namespace, by which it is told start times; 0 before kernel 5.6, which has none."""
     try:
@@ -516,22 +497,6 @@ def _socket_at(directory: int, name: str) -> int | None:
         if target.startswith("socket:["):
             return int(target[8:-1])
     return None
-
-
-def _user_namespaces_around(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield owner and inode of a process' user namespace and of those around it, as far as this process' own."""
-    inside = open_namespace("user", pid)
-    try:
-        own = namespace("user")
-        while (inode := os.fstat(inside).st_ino) != own:
-            owner = bytearray(4)
-            fcntl.ioctl(inside, _NS_GET_OWNER_UID, owner)
-            yield int.from_bytes(owner, sys.byteorder), inode
-            outside = fcntl.ioctl(inside, _NS_GET_PARENT)
-            os.close(inside)
-            inside = outside
-    finally:
-        os.close(inside)
 
 
 def _is_in_namespace(pid: int, kind: str, inode: int) -> bool:

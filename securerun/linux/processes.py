@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from securerun.linux import proc
+from securerun.linux import namespaces, proc
 from securerun.linux.proc import Stat
 
 _ROOT = 0
@@ -226,7 +226,7 @@ def may_end(user: int, pid: int) -> bool:
     its owner has all capabilities in it).
     """
     try:
-        return {*proc.status(pid).users[:3]} == {user} or user in proc.owners_of_user_namespaces(pid)
+        return {*proc.status(pid).users[:3]} == {user} or user in namespaces.owners_of_user_namespaces(pid)
     except OSError:
         return False
 

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from securerun.linux import forked, local_sockets, own_network, prctl, proc, processes, user_namespaces
+from securerun.linux import forked, local_sockets, namespaces, own_network, prctl, proc, processes, user_namespaces
 from securerun.linux.processes import Process
 
 NAME = "securerun-keep"
@@ -379,7 +379,7 @@ class _Keeper:
         network, users = map(_number, self._kept.namespaces)
         if proc.namespace("net", pid) == network:
             return True
-        return proc.namespace("user", pid) == users or proc.is_within_user_namespace(pid, users)
+        return proc.namespace("user", pid) == users or namespaces.is_within_user_namespace(pid, users)
 
 
 def _number(namespace: int) -> int:

@@ -64,7 +64,7 @@ def test_who_may_connect_to_runs_of_others_is_not_read_where_no_port_is_shared(
     monkeypatch.setattr(documents, "_read_port", _not_to_be_read)
     known = records.read_briefs(directory)
     assert [(brief.run_id, brief.owner, brief.guard_lives) for brief in known] == [
-        (f"{number:012x}", (ALICE, False), True) for number in range(3)
+        (f"{number:012x}", (ALICE, False, ""), True) for number in range(3)
     ]
     run = record(9, BOB, "10.99.0.1/32", first=50001)
     neighbours.require_room(run, known, SitePolicy())
