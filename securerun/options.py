@@ -19,6 +19,8 @@ from securerun import site_file
 from securerun.errors import UsageError
 
 SITE_CONFIG = Path("/etc/securerun/config.toml")
+# Of the site alone, or of SECURERUN_NAME: no option of a launch. socket: where guards are, securerun.protection.ways.
+SITE_KEYS = ("socket",)
 
 Value = Union[str, bool]
 # How many of the tokens after an option are its values; None for a token that is no option but a positional argument.
@@ -474,6 +476,15 @@ def _read_site_file(path: Path) -> dict[str, _Found]:
     return _read_site_text(text, path)
 
 
+def of_site(key: str, path: Path = SITE_CONFIG) -> str:
+    """Return what the site file has under a key of SITE_KEYS, "" without it.
+
+    Raises UsageError for a site file that cannot be read.
+    """
+    found = _read_site_file(path).get(key)
+    return str(found.value) if found is not None else ""
+
+
 def _read_site_text(text: str, path: Path) -> dict[str, _Found]:
     # Imported only where a site file exists: most launches have none, and a launch is measured in milliseconds.
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -487,8 +498,11 @@ def _read_site_text(text: str, path: Path) -> dict[str, _Found]:
     settings: dict[str, _Found] = {}
     for key, value in document.items():
         place = f"{path}, line {_line_of(key, text)}"
+        if key in SITE_KEYS and isinstance(value, str):
+            settings[key] = _Found(value, str(path))
+            continue
         if key not in options:
-            raise UsageError(f"{place}: there is no key {key!r}; the keys are {', '.join(options)}")
+            raise UsageError(f"{place}: there is no key {key!r}; the keys are {', '.join((*options, *SITE_KEYS))}")
         option = options[key]
         settings[key] = _Found(_checked(option, _from_toml(option, value, place), place), str(path))
     return settings

@@ -14,7 +14,9 @@ from typing import NoReturn
 from securerun.errors import UsageError
 
 NAME = "securerun-guard"
-SOCKET_ARGUMENT = "--socket"
+SOCKET_ARGUMENT, LISTEN_ARGUMENT = "--socket", "--listen"
+# Where launchers look for guards. In a directory: a socket that is mounted by itself goes stale with its listener.
+SOCKET = Path("/run/securerun.d/guard.sock")
 # Of securerun.guard.limits.
 LIMITS_FILE = Path("/etc/securerun/guard.toml")
 # Of securerun.guard.keys: root's, the same on all nodes.
@@ -27,6 +29,10 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 # The package's directory comes last on the path, so that nothing beside it can stand in for the standard library.
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); from securerun.{module} import main; sys.exit(main(sys.argv[1:]))"
+)
+_LISTENER = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from securerun.guard.listener import main; sys.exit(main(*sys.argv[1:]))"
 )
 # sudo says in it who called; nothing else of the environment is for the guard.
 _KEPT = ("SUDO_UID",)
@@ -46,15 +52,24 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _PROGRAM.format(module=module), _PACKAGE_PARENT, *arguments]
 
 
+def listening(place: str) -> list[str]:
+    """Return the command line of what starts a guard for each who connects to a socket."""
+    return [sys.executable, "-I", "-S", "-c", _LISTENER, _PACKAGE_PARENT, place]
+
+
 def main() -> NoReturn:
     """Be the command securerun-guard: the same guard, begun anew without what the caller's environment may have loaded.
 
     Exits with 2 for wrong usage.
     """
     arguments = sys.argv[1:]
-    if not _is_right(arguments):
+    listens = len(arguments) in (1, 2) and arguments[0] == LISTEN_ARGUMENT
+    if not listens and not _is_right(arguments):
         print("securerun-guard: securerun starts this, by sudo or systemd; see securerunctl setup", file=sys.stderr)
         sys.exit(UsageError.status)
+    if listens:
+        place = arguments[1] if len(arguments) > 1 else str(SOCKET)
+        os.execve(sys.executable, listening(place), {})  # noqa: S606 - likewise
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
     os.execve(sys.executable, command(*arguments), environment)  # noqa: S606 - that is the point: no shell
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ from securerun.linux.networks import Network
 
 # A guard speaks first, also to launchers of the release before, and those orders without a key that they know are
 # served as ever. An order with a key is one of the second version, which guards from before refuse.
-VERSION, VERSION_WITH_KEY = 1, 2
+VERSION, VERSION_WITH_KEY = VERSIONS = 1, 2
+# Of a launcher's end of a socket. Those of the release before have none, and take no field that they do not know.
+_LAUNCHER_ADDRESS = "\0securerun-launcher-"
 # It tells the processes of a run where no cgroup holds them together, and a launcher which run is around it.
 RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
 # For programs that take the name of a file with a secret: Ray's RAY_AUTH_TOKEN_PATH.
@@ -59,6 +62,7 @@ SCOPES = ("auto", "process", "ports")
 MAXIMUM_GRACE_SECONDS = 24 * 3600
 MAXIMUM_NODES = 1_000_000
 MAXIMUM_TOWARDS = 64
+_MOST_VERSIONS = 64
 _DIGEST = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}", re.ASCII)
 _OF_KEY = ("fingerprint", "key_source", "secret_path")
 
@@ -66,6 +70,17 @@ _OF_KEY = ("fingerprint", "key_source", "secret_path")
 def presence_of(run_id: str) -> str:
     """Return the abstract address at which the guard of a run stands (unix(7)): of its network namespace."""
     return f"\0securerun-{run_id}"
+
+
+def launcher_address() -> str:
+    """Return an abstract address for a launcher's end of a socket: who is there reads which versions a guard speaks."""
+    return f"{_LAUNCHER_ADDRESS}{os.urandom(8).hex()}"
+
+
+def reads_versions(address: bytes | str) -> bool:
+    """Return whether whoever has this address does; it is their own word, and nothing is granted by it."""
+    name = address.decode("utf-8", "replace") if isinstance(address, bytes) else address
+    return name.startswith(_LAUNCHER_ADDRESS)
 
 
 @dataclass(frozen=True)
@@ -148,9 +163,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Ready:
-    """A guard is up, has found whom it serves, and waits for the order. pid: the guard's process id."""
+    """A guard is up, has found whom it serves, and waits for the order.
+
+    pid: the guard's process id. versions: of this protocol that it speaks; () where that is not said.
+    """
 
     pid: int
+    versions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -287,7 +306,7 @@ def _body(message: Message) -> dict[str, Any]:
     if isinstance(message, Run):
         return {"record": message.record}
     if isinstance(message, Ready):
-        return {"version": VERSION, "pid": message.pid}
+        return {"version": VERSION, "pid": message.pid, **_given(versions=list(message.versions))}
     if isinstance(message, Guarding):
         layers = [layer_document(layer) for layer in message.layers]
         few = _given(
@@ -390,9 +409,26 @@ def _read_run(body: Mapping[str, Any]) -> Run:
 
 
 def _read_ready(body: Mapping[str, Any]) -> Ready:
-    documents.require_fields(body, "version", "pid")
-    _require_version(body, "the guard", VERSION)
-    return Ready(documents.number(body, "pid"))
+    documents.require_fields(body, "version", "pid", may={"versions"})
+    named = documents.items(body, "versions", _MOST_VERSIONS) if "versions" in body else ()
+    versions = tuple(map(_version, named))
+    if versions and not set(versions) & set(VERSIONS):
+        raise ProtocolError(
+            f"the guard speaks versions {_some(versions)}, this side {_some(VERSIONS)}; install one securerun"
+        )
+    if not versions:
+        _require_version(body, "the guard", VERSION)
+    return Ready(documents.number(body, "pid"), versions)
+
+
+def _version(number: object) -> int:
+    if type(number) is not int or number < 0:
+        raise ProtocolError("versions is not a list of numbers")
+    return number
+
+
+def _some(versions: Sequence[int]) -> str:
+    return ", ".join(map(str, versions))
 
 
 def _read_guarding(body: Mapping[str, Any]) -> Guarding:

@@ -429,7 +429,7 @@ def understood(document: Mapping[str, Any]) -> Record:
 def _plain_fields(document: Mapping[str, Any], run_id: str) -> dict[str, Any]:
     """Return what a record has beside its policy and lists. Raises ValueError, LookupError or TypeError."""
     # Guards from before there were these fields took user id 0 for root, and the host's time namespace for granted, did
-    # not look at a shield again, knew neither keys, containers nor jobs of Slurm's, and did not count what metrics tell.
+    # not look at a shield again, knew no keys, containers or jobs of Slurm's, and did not count what metrics tell.
     without_key = {"key": "", "key_source": "", "nodes_guarded": 0, "nodes": 0}
     uncounted = {"slurm_job": 0, "denied_more": 0, "guard_restarts": 0}
     known = {"root": document["user"] == 0, "container": "", "times": 0, "void": ""}

@@ -16,7 +16,9 @@ from securerun.linux import file_lock
 
 _LINES_A_PERIOD = 10
 _MOST_BYTES = 1 << 20
-_LAST_USER = (1 << 32) - 1
+_LAST_USER = (1 << 32) - 2
+# Whoever was refused before it was told who it is; no user has this number (chown(2)).
+SOMEBODY = (1 << 32) - 1
 _LOCK_SECONDS = 2.0
 
 
@@ -56,6 +58,8 @@ def _counted(descriptor: int, user: str, words: str) -> list[str]:
 
 
 def _named(account: int) -> str:
+    if account == SOMEBODY:
+        return "somebody"
     return f"user {account}" if account <= _LAST_USER else "a container"
 
 

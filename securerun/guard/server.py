@@ -31,13 +31,26 @@ from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
 from securerun.guard.notices import Send
 from securerun.guard.program import NAME, SOCKET_ARGUMENT
-from securerun.guard.protocol import Message, Order, Ready, Refused, Report, Run, Runs, decode, encode
+from securerun.guard.protocol import (
+    VERSIONS,
+    Message,
+    Order,
+    Ready,
+    Refused,
+    Report,
+    Run,
+    Runs,
+    decode,
+    encode,
+    reads_versions,
+)
 from securerun.guard.records import Brief
 from securerun.guard.slurm_job import SlurmJob
 from securerun.guard.waiting import Slot, TooManyWaiting
 from securerun.guard.watch import Watch
 from securerun.linux import capabilities, net_cgroups, prctl, proc
 from securerun.linux.cgroups import CgroupUnavailable
+from securerun.linux.local_sockets import address_of_peer
 from securerun.linux.processes import Process
 
 if TYPE_CHECKING:
@@ -76,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         inherited.require_unlimited()
         kept = _drop_privilege(caller)
         slot = _slot(caller)
-        answers.send(Ready(os.getpid()))
+        answers.send(Ready(os.getpid(), VERSIONS if by_socket and reads_versions(address_of_peer(_INPUT)) else ()))
         backends.prepare()  # while the launcher imports torch
         net_cgroups.may_void_filters()  # likewise
         order = orders.wait_for_order(lambda: _report(caller, answers))
@@ -408,7 +421,8 @@ def _refuse(reason: SecurerunError, caller: Caller | None, answers: Answers, ord
     words = f"refused to {whom}: {reason}"
     of_caller = {} if caller is None else {"USER": [str(caller.user)]}
     of_run = {} if order is None else {"RUN_ID": [order.policy.run_id]}
-    for line in [words] if caller is None or caller.is_root else refusals.lines(caller.account, words):
+    account = refusals.SOMEBODY if caller is None else caller.account
+    for line in [words] if caller is not None and caller.is_root else refusals.lines(account, words):
         _log(line, {**of_run, **of_caller})
     return reason.status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import struct
@@ -51,3 +52,13 @@ def listening(names: re.Pattern[bytes], seconds: float, most: int) -> Iterator[t
             if found > most:
                 raise TimeoutError(f"more than {most} sockets have such a name")
             yield b"\0" + entry[2], int(entry[1])
+
+
+def address_of_peer(descriptor: int) -> bytes | str:
+    """Return to what the other end of a socket is bound, "" where it is to nothing; it chose that itself."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as end:
+            address = end.getpeername()
+    except OSError:
+        return ""
+    return address if isinstance(address, (bytes, str)) else ""

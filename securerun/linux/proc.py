@@ -320,6 +320,15 @@ def outer_user(user: int) -> int | None:
     return None
 
 
+def inner_user(user: int) -> int | None:
+    """Return the number that a user of the user namespace around this one has in here; None where there is none."""
+    for line in own_user_map().splitlines():
+        first, outside, number = map(int, line.split())
+        if outside <= user < outside + number:
+            return first + user - outside
+    return None
+
+
 def time_namespace() -> int:
     """Return this process' time namespace, by which it is told start times; 0 before kernel 5.6, which has none."""
     try:
@@ -403,6 +412,11 @@ def own_user_map() -> str:
         return Path("/proc/self/uid_map").read_text(encoding="ascii")
     except FileNotFoundError:  # a kernel without user namespaces
         return EVERYBODY
+
+
+def overflow_user() -> int:
+    """Return the number by which those are shown who have none in a user namespace, such as the host's root."""
+    return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
 
 
 def map_own_ids(user: int, group: int) -> None:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Callable
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
@@ -17,6 +17,7 @@ from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
     RUN_ID_VARIABLE,
     SECRET_PATH_VARIABLE,
+    VERSION_WITH_KEY,
     Guarding,
     Message,
     Notice,
@@ -74,10 +75,12 @@ class Guard:
 
     Made early: it comes up while torch is being imported, and installs nothing before it has its order.
 
-    goes_on: whether this process may go on after the job, and then is to be out of it. has_parted: whether it is.
+    goes_on: whether this process may go on after the job, and then is to be out of it. has_parted: whether it is. by:
+    the ways to try.
     """
 
-    def __init__(self, *, goes_on: bool = True) -> None:
+    def __init__(self, *, goes_on: bool = True, by: Callable[[], Sequence[Way]] = ways) -> None:
+        self._ways = by
         self.has_parted = False
         self._goes_on = goes_on
         self._before: dict[str, str | None] = {}
@@ -94,6 +97,7 @@ class Guard:
         self._hurry = threading.Event()
         self._tried_last = False
         self._is_ready = False
+        self._versions: tuple[int, ...] = ()
         self._change = threading.Lock()
         self._farewell = threading.Event()
         self._asked = False
@@ -250,7 +254,7 @@ class Guard:
         A guard that this process starts itself answers, whatever is wrong, unless somebody kills it in its start. That
         says nothing of the way, and root's job would get a guard with a user's limits by the next one: so tried twice.
         """
-        self._untried = [way for way in ways() for _ in range(2 if way.name == DIRECTLY else 1)]
+        self._untried = [way for way in self._ways() for _ in range(2 if way.name == DIRECTLY else 1)]
         self._obstacles = []
         self._try_next_way()
 
@@ -314,6 +318,7 @@ class Guard:
                 if self._way == DIRECTLY:
                     self._connection.reap()
                 self._is_ready = True
+                self._versions = answer.versions
                 return self._connection
             self._note(f"{self._way}: {self._connection.last_words()}")
             self._try_next_way()
@@ -324,6 +329,9 @@ class Guard:
     def _ordered(self, order: Order) -> Guarding | None:
         """Give an order; what stands, or None when the guard died over it. Raises Refusal or PrivilegeError."""
         connection = self._ready()
+        notes: tuple[str, ...] = ()
+        if order.key is not None and not order.key.required and not self._knows_keys():
+            order, notes = dataclasses.replace(order, key=None), (_KNOWS_NO_KEYS,)
         if not connection.send(order):
             return None
         answer = self._received(connection, _ANSWER_SECONDS)
@@ -333,7 +341,13 @@ class Guard:
             if order.key is not None and not (order.key.required or answer.knows_keys):
                 return self._ordered_without_key(order)
             raise Refusal(answer)
-        return answer if isinstance(answer, Guarding) else None
+        if not isinstance(answer, Guarding):
+            return None
+        return dataclasses.replace(answer, notes=(*answer.notes, *notes))
+
+    def _knows_keys(self) -> bool:
+        """Whether the guard that is ready may know keys: one that does not say which versions it speaks is tried."""
+        return not self._versions or VERSION_WITH_KEY in self._versions
 
     def _may_go_on(self, refused: Refused) -> bool:
         """Turn from a guard that this process started itself, which has too little privilege, to one of another way."""

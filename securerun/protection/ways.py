@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from securerun.errors import UsageError
 from securerun.guard import program
 from securerun.guard.documents import MAXIMUM_BYTES
-from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode
+from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode, launcher_address
 from securerun.linux import capabilities, local_sockets, prctl, proc
+from securerun.options import of_site
 
 DIRECTLY, BY_SUDO, BY_SYSTEMD = "directly", "by sudo", "by systemd"
-SOCKET = Path("/run/securerun.sock")
+SOCKET = program.SOCKET
+# Where guards of the release before are found, and launchers of that look for them.
+SOCKET_BEFORE = Path("/run/securerun.sock")
+SOCKET_VARIABLE = "SECURERUN_SOCKET"
 _PROGRAM = "securerun-guard"
 _SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")))
 # sudo's messages are looked at, so they are to be in one language; nothing else is for it.
@@ -29,8 +34,6 @@ _SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": 
 # another, with all that it starts, would count among the job's processes, and wait for its own end.
 _NOT_FOR_GUARDS = {"SUDO_UID", RUN_ID_VARIABLE}
 _ROOT = 0
-# Whoever has no number in a user namespace (user_namespaces(7)): in a container mostly the host's root.
-_UNMAPPED = 65534
 _OTHERS_WRITE = 0o022
 # What is so in a user namespace, and the way that works there: what descends from a launcher outside is guarded.
 OF_NAMESPACE = "in this user namespace root is not root of the host"
@@ -131,8 +134,13 @@ def ways() -> tuple[Way, ...]:
     return (
         Way(DIRECTLY, _obstacle_to_direct(), _open_directly),
         Way(BY_SUDO, _obstacle_to_sudo(), _open_by_sudo),
-        Way(BY_SYSTEMD, _obstacle_to_socket(), _open_socket),
+        *by_socket_alone(),
     )
+
+
+def by_socket_alone() -> tuple[Way, ...]:
+    """Return the way to a guard of the host's from a container, whatever this process may be in there."""
+    return (Way(BY_SYSTEMD, _obstacle_to_socket(), _open_socket),)
 
 
 def guard_programs() -> tuple[Path, ...]:
@@ -191,7 +199,7 @@ def advice() -> list[str]:
     if not proc.governs_network():
         return [
             f"  start the job from outside of this user namespace: {OUTSIDE} (or apptainer, or enroot)",
-            f"  or bring the host's guard in: mount {SOCKET} here (securerunctl setup systemd, on the host)",
+            f"  or bring the host's guard in: mount {SOCKET.parent} here (securerunctl setup systemd, on the host)",
         ]
     if _obstacle_to_direct() == ROOT_OF_CONTAINER:
         return [
@@ -261,8 +269,23 @@ def _obstacle_to_sudo() -> str:
     return ""
 
 
+def socket_place() -> Path:
+    """Return where to look for a guard's socket: where the environment says, or the site file, else in the usual place.
+
+    Raises UsageError for a site file that cannot be read.
+    """
+    named = os.environ.get(SOCKET_VARIABLE, "").strip() or of_site("socket")
+    if named:
+        return Path(named)
+    return SOCKET_BEFORE if SOCKET_BEFORE.is_socket() and not SOCKET.is_socket() else SOCKET
+
+
 def _obstacle_to_socket() -> str:
-    return "" if SOCKET.is_socket() else f"there is no {SOCKET}"
+    try:
+        place = socket_place()
+    except UsageError as error:  # whoever reads the options says it
+        return str(error)
+    return "" if place.is_socket() else f"there is no {place}"
 
 
 def _open_directly() -> Connection:
@@ -309,17 +332,20 @@ def beside_standard(descriptor: int) -> int:
 
 
 def _open_socket() -> Connection:
-    """Connect to systemd's socket. Raises OSError when nobody, or nobody of root's, listens there."""
+    """Connect to the socket. Raises OSError when nobody, or nobody of root's, listens there."""
+    place = socket_place()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
-        end.connect(str(SOCKET))
+        with contextlib.suppress(OSError):
+            end.bind(launcher_address())
+        end.connect(str(place))
         _, user = local_sockets.peer_of(end)
-        if user != _ROOT and not (user == _UNMAPPED and _only_root_put_it_there()):
-            raise PermissionError(f"{SOCKET} is served by user {user}, not by root")
+        if user != _ROOT and not (user == proc.overflow_user() and _only_root_put_it_there(place)):
+            raise PermissionError(f"{place} is served by user {user}, not by root")
         descriptor = beside_standard(end.detach())
     return Connection(descriptor, descriptor, None, None)
 
 
-def _only_root_put_it_there() -> bool:
+def _only_root_put_it_there(socket_at: Path | None = None) -> bool:
     """Return whether the socket is one that only root, or who made this user namespace, can have put there.
 
     The host's root has no number in most user namespaces, and so cannot be told from others without one. But of those
@@ -328,8 +354,13 @@ def _only_root_put_it_there() -> bool:
     if proc.is_in_first_user_namespace():
         return False
     try:
-        place, served = SOCKET.parent.stat(), SOCKET.lstat()
+        at = SOCKET if socket_at is None else socket_at
+        place, served = at.parent.stat(), at.lstat()
     except OSError:
         return False
-    nobody_elses = {_ROOT, _UNMAPPED, os.geteuid()}
-    return {place.st_uid, served.st_uid} <= nobody_elses and not place.st_mode & _OTHERS_WRITE
+    nobody_elses = {_ROOT, proc.overflow_user(), os.geteuid()}
+    if not {place.st_uid, served.st_uid} <= nobody_elses or place.st_mode & _OTHERS_WRITE:
+        return False
+    # Where somebody in here has the very number, theirs looks as root's does. In what is mounted read-only is none.
+    has_number = proc.outer_user(proc.overflow_user()) is not None
+    return not has_number or bool(os.statvfs(at.parent).f_flag & os.ST_RDONLY)

@@ -1,0 +1,237 @@
+"""A socket at which each who connects gets a guard of their own, as by systemd's socket unit where there is none.
+
+For a node whose jobs are in containers: it runs in one of the node's own, sees all processes (hostPID) and the node's
+network. It speaks to nobody but to turn them away; the guards are processes of their own, begun anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from securerun.errors import PrivilegeError
+from securerun.guard import containers, log, program
+from securerun.guard.protocol import Refused, encode
+from securerun.linux import local_sockets, proc
+from securerun.linux.namespaces import Namespace
+
+_NAME = "securerun-guard"
+_MODE, _DIRECTORY_MODE = 0o666, 0o755
+_OTHERS_WRITE = 0o022
+_WAITING = 4096
+# A guard takes some 20 MB, and as long as its job.
+MOST_GUARDS = 512
+MOST_OF_ONE = 48
+# The start of a guard takes 60 ms of a processor: so many at once, and then so many a second.
+_AT_ONCE, _A_SECOND = 8, 1.0
+_MOST_KNOWN = 4096
+_LOOK_MILLISECONDS = 1000
+_SAID_SECONDS = 60.0
+
+
+class Share:
+    """How many guards more one account may have begun now."""
+
+    def __init__(self) -> None:
+        self._left = float(_AT_ONCE)
+        self._since = time.monotonic()
+
+    def take(self) -> bool:
+        """Take one, if there is one."""
+        now = time.monotonic()
+        self._left = min(_AT_ONCE, self._left + (now - self._since) * _A_SECOND)
+        self._since = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is taken, so that it need not be remembered."""
+        return self._left + (time.monotonic() - self._since) * _A_SECOND >= _AT_ONCE
+
+
+class Guards:
+    """The guards that were begun and have not ended, by account."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[int, int] = {}
+        self._shares: dict[int, Share] = {}
+
+    def obstacle(self, account: int) -> str:
+        """Return why an account may have no guard begun now; "" where it may, and then one is taken of its share."""
+        if len(self._accounts) >= MOST_GUARDS:
+            return f"this node has {MOST_GUARDS} guards, and no more may be"
+        if Counter(self._accounts.values())[account] >= MOST_OF_ONE:
+            return f"there are {MOST_OF_ONE} guards for this container or user, and no more may be"
+        if len(self._shares) >= _MOST_KNOWN:
+            self._shares = {known: share for known, share in self._shares.items() if not share.is_whole}
+        if len(self._shares) >= _MOST_KNOWN:
+            return "too many ask for guards"
+        if not self._shares.setdefault(account, Share()).take():
+            return "too many guards were asked for from this container or by this user"
+        return ""
+
+    def begin(self, connection: socket.socket, account: int) -> None:
+        """Begin a guard for whoever is at the other end. Raises OSError."""
+        command = program.command(program.SOCKET_ARGUMENT)
+        ends = [(os.POSIX_SPAWN_DUP2, connection.fileno(), descriptor) for descriptor in (0, 1)]
+        pid = os.posix_spawn(
+            sys.executable, command, {}, file_actions=ends, setsigmask=(), setsigdef=signal.valid_signals()
+        )
+        self._accounts[pid] = account
+
+    def reap(self) -> None:
+        """Take note of those that have ended."""
+        with contextlib.suppress(ChildProcessError):
+            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                self._accounts.pop(pid, None)
+
+
+def main(path: str) -> int:
+    """Listen at a path until SIGTERM. Return the exit status."""
+    place = Path(path)
+    try:
+        _go_where_the_node_is()
+        listener = _listen(place)
+    except PrivilegeError as error:
+        print(f"{_NAME}: {error}", file=sys.stderr)
+        return error.status
+    log.note(_NAME, f"listening at {place}")
+    try:
+        _serve(listener)
+    finally:
+        _remove(place, listener)
+    return 0
+
+
+def _serve(listener: socket.socket) -> None:
+    ended, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGTERM, lambda *_: os.write(wake, b"."))
+    signal.signal(signal.SIGINT, lambda *_: os.write(wake, b"."))
+    guards, said = Guards(), 0.0
+    poller = select.poll()
+    for descriptor in (listener.fileno(), ended):
+        poller.register(descriptor, select.POLLIN)
+    while True:
+        ready = {descriptor for descriptor, _ in poller.poll(_LOOK_MILLISECONDS)}
+        guards.reap()
+        if ended in ready:
+            return
+        if listener.fileno() not in ready:
+            continue
+        obstacle = _serve_next(guards, listener)
+        if obstacle and time.monotonic() - said > _SAID_SECONDS:
+            said = time.monotonic()
+            log.note(_NAME, f"turned away at the door: {obstacle}")
+
+
+def _serve_next(guards: Guards, listener: socket.socket) -> str:
+    """Have a guard for who connected first; return why there is none, "" where there is."""
+    try:
+        connection = listener.accept()[0]
+        with connection:
+            return _begin(guards, connection)
+    except Exception as error:  # one who connects must not end it for all others
+        return f"{type(error).__name__}: {error}"
+
+
+def _begin(guards: Guards, connection: socket.socket) -> str:
+    """Have a guard for a connection, or say why not; return that."""
+    account = _account(connection)
+    obstacle = guards.obstacle(account)
+    if not obstacle:
+        try:
+            guards.begin(connection, account)
+        except OSError as error:
+            obstacle = f"no guard can be started ({error.strerror})"
+    if obstacle:
+        refused = Refused(PrivilegeError.status, f"{obstacle}; wait until others have ended", later=True)
+        with contextlib.suppress(OSError):
+            connection.send(encode(refused), socket.MSG_DONTWAIT)
+    return obstacle
+
+
+def _account(connection: socket.socket) -> int:
+    """Return whose share a connection is of. To be wrong harms nobody else: the guard asks who it is by itself."""
+    pid, user = local_sockets.peer_of(connection)
+    try:
+        container = containers.container_of(pid)
+    except (OSError, PrivilegeError):
+        return user
+    return containers.account_of(container) if container else user
+
+
+def _go_where_the_node_is() -> None:
+    """See cgroups by the names that the node has for them. Raises PrivilegeError."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("only root can guard the jobs of a node; run this as root")
+    if not proc.is_of_this_pid_namespace():
+        raise PrivilegeError("the proc file system here is of another pid namespace; mount one of its own")
+    try:
+        with Namespace("cgroup", proc.INIT) as node:
+            if not node.is_own():
+                node.enter()
+    except OSError as error:
+        log.note(
+            _NAME, f"only cgroups below the guard's own root are served, since init's cannot be seen: {error.strerror}"
+        )
+
+
+def _listen(place: Path) -> socket.socket:
+    """Listen, in the place of one that has ended; raise PrivilegeError where another listens, or could be put there.
+
+    Under another name first: whoever has the directory mounted finds the old socket or the new one.
+    """
+    if not place.is_absolute():
+        raise PrivilegeError(
+            f"{place} is no absolute path; write {program.LISTEN_ARGUMENT} /run/securerun.d/guard.sock"
+        )
+    try:
+        with contextlib.suppress(FileExistsError):
+            place.parent.mkdir(mode=_DIRECTORY_MODE)
+        directory = place.parent.lstat()
+        if not stat.S_ISDIR(directory.st_mode) or directory.st_uid != 0 or directory.st_mode & _OTHERS_WRITE:
+            raise PrivilegeError(f"{place.parent} is no directory that root alone can change; remove it")
+        if _is_served(place):
+            raise PrivilegeError(f"another guard listens at {place}; end that first")
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        listener.bind(str(temporary))
+        temporary.chmod(_MODE)
+        listener.listen(_WAITING)
+        temporary.rename(place)
+    except OSError as error:
+        raise PrivilegeError(f"nobody can listen at {place}: {error.strerror}") from error
+    return listener
+
+
+def _is_served(place: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+        try:
+            end.connect(str(place))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True
+
+
+def _remove(place: Path, listener: socket.socket) -> None:
+    """Remove the socket unless another has taken its place. What a socket is bound to is told by its name alone."""
+    listener.close()
+    if not _is_served(place):
+        with contextlib.suppress(OSError):
+            place.unlink()
