@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from securerun.errors import PrivilegeError
-from securerun.guard import containers, log, program
+from securerun.guard import containers, log, program, refusals
 from securerun.guard.protocol import Refused, encode
 from securerun.linux import local_sockets, proc
 from securerun.linux.namespaces import Namespace
@@ -147,7 +147,9 @@ def _serve_next(guards: Guards, listener: socket.socket) -> str:
 
 
 def _begin(guards: Guards, connection: socket.socket) -> str:
-    """Have a guard for a connection, or say why not; return that."""
+    """Have a guard for a connection, or say why not; return that. Who has hung up needs neither."""
+    if _has_hung_up(connection):
+        return ""
     account = _account(connection)
     obstacle = guards.obstacle(account)
     if not obstacle:
@@ -162,13 +164,19 @@ def _begin(guards: Guards, connection: socket.socket) -> str:
     return obstacle
 
 
+def _has_hung_up(connection: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLRDHUP)
+    return bool(poller.poll(0))
+
+
 def _account(connection: socket.socket) -> int:
     """Return whose share a connection is of. To be wrong harms nobody else: the guard asks who it is by itself."""
     pid, user = local_sockets.peer_of(connection)
     try:
         container = containers.container_of(pid)
-    except (OSError, PrivilegeError):
-        return user
+    except (OSError, PrivilegeError):  # a container's root has as many user ids as it likes
+        return refusals.SOMEBODY
     return containers.account_of(container) if container else user
 
 
