@@ -269,6 +269,21 @@ def slurm(
     print_slurm(part, peers=peers, ports=ports, public=public)
 
 
+@setup.command(short_help="Print the guard of a cluster's nodes, and a pod.")
+def kubernetes(
+    image: str = typer.Option("", metavar="IMAGE", help="The guard's, if not that of scripts/image.sh."),
+    job_image: str = typer.Option("registry.example/train:latest", metavar="IMAGE", help="The jobs' own."),
+    only: str = typer.Option("all", metavar="PART", help="guard or pod, instead of both."),
+) -> None:
+    """Print a DaemonSet that has a guard on each node of a Kubernetes cluster, and a pod for a job that it guards.
+
+    The guard's pod is privileged; the jobs' need no capability, no root and no privilege, and one directory mounted.
+    """
+    from securerun.ctl.kubernetes import print_manifests
+
+    print_manifests(only, image, job_image)
+
+
 @setup.command(short_help="Make a torchrun that is securerun.")
 def torchrun(
     directory: str = typer.Argument(..., metavar="DIR", help="Where it is to be; made if its parent is there."),

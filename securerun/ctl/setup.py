@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from securerun.errors import PolicyError, PrivilegeError, UsageError
-from securerun.guard.program import PACKAGE, SOCKET_ARGUMENT
+from securerun.guard.program import PACKAGE, SOCKET, SOCKET_ARGUMENT
 from securerun.linux import capabilities, trust
-from securerun.protection.ways import SOCKET
+from securerun.protection.ways import SOCKET_BEFORE
 
 DEFAULT_GROUP = "securerun"
 _PROGRAM = "securerun-guard"
@@ -42,6 +42,8 @@ Description=securerun: guards for the jobs of ordinary users
 
 [Socket]
 ListenStream={socket}
+# Launchers of the release before look here.
+ListenStream={before}
 Accept=yes
 SocketUser=root
 SocketGroup={group}
@@ -163,7 +165,10 @@ def print_systemd(group: str, textfiles: str) -> None:
 def guard_units(program: Path, group: str) -> dict[str, str]:
     """Return the socket unit and the service unit of guards, by name. program: of root's, and of nobody else's."""
     service = _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, capabilities=_CAPABILITIES)
-    return {"securerun.socket": _SOCKET_UNIT.format(socket=SOCKET, group=group), "securerun@.service": service}
+    return {
+        "securerun.socket": _SOCKET_UNIT.format(socket=SOCKET, before=SOCKET_BEFORE, group=group),
+        "securerun@.service": service,
+    }
 
 
 def metrics_units(program: Path, textfiles: str) -> dict[str, str]:
