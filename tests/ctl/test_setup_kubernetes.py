@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from checkout import COMMANDS
-from conversation import guards, log_of
+from conversation import guards
 from engines import Engine, Node
 from holding import Held
 from hosts import Network, eventually
