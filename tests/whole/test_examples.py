@@ -24,6 +24,8 @@ from probe import Probe, reach
 from remains import nothing_left_behind
 from slurm import Cluster
 
+from securerun.guard.program import SOCKET
+
 EXAMPLES = jobs.TRAIN.parent
 SLURM_JOB, SLURM_TASKS = EXAMPLES / "slurm/job.sh", EXAMPLES / "slurm/tasks.sh"
 # The commands of the tests' own Python, and no other securerun that the machine may have.
@@ -365,8 +367,10 @@ def _pod(
     """
     spec = template["spec"]
     (one,) = spec["containers"]
-    assert one["securityContext"] == {"privileged": True}
-    assert spec["shareProcessNamespace"] is True
+    assert one["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert [volume["hostPath"]["path"] for volume in spec["volumes"]] == [str(SOCKET.parent)]
+    assert [mount["mountPath"] for mount in one["volumeMounts"]] == [str(SOCKET.parent)]
     environment = {
         **{variable["name"]: variable["value"] for variable in one.get("env", ())},
         **variables,
