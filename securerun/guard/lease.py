@@ -445,17 +445,16 @@ class Lease:
     def _look_elsewhere(self, *, patient: bool) -> None:
         inside = frozenset() if self.cgroup is None else self.cgroup.members()
         found = self._find(inside, patient=patient)
-        strays = (process for process in found - inside if not self._is_of_another_run(process.pid))
-        # In another container somebody else may have the same user id, and show the mark.
-        self._strays = frozenset(process for process in strays if self._is_in_same_container(process.pid))
+        self._strays = frozenset(process for process in found - inside if not self._is_of_another_run(process.pid))
         self._look_due = time.monotonic() + _LOOK_ELSEWHERE_SECONDS
 
-    def _is_in_same_container(self, pid: int) -> bool:
-        container = self.caller.container
-        return not container or is_within(pid, container)
-
     def _is_of_another_run(self, pid: int) -> bool:
-        """Return whether a process is in the cgroup of another run, whose guard looks after it."""
+        """Return whether a process is in the cgroup of another run, whose guard looks after it.
+
+        Or in another container, where somebody else may have the same user id, and show the mark.
+        """
+        if self.caller.container and not is_within(pid, self.caller.container):
+            return True
         try:
             return records.run_of(cgroup_of(pid)) not in (None, self.policy.run_id)
         except CgroupUnavailable:
