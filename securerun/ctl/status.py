@@ -141,6 +141,7 @@ def document(record: Record) -> dict[str, Any]:
         "key": {"fingerprint": record.key, "source": record.key_source or None} if record.key else None,
         "nodes_guarded": record.nodes_guarded or None,
         "nodes": record.nodes or None,
+        "slurm_job": record.slurm_job or None,
         "interface": ",".join(record.policy.interfaces) or None,
         "denied": [denial_document(denial) for denial in record.denied],
     }

@@ -52,6 +52,8 @@ class Exposure:
         self._lease = lease
         self._diagnosis = SocketDiagnosis()
         self._for_all = lease.order.policy.ports_for_all()
+        # Of a whole job of Slurm's some processes are Slurm's own, and their ports are not the job's to close.
+        self._may_close_any = lease.caller.is_root and lease.order.slurm is None
         self._limit = math.inf if lease.caller.is_root else lease.site.ports_found_per_run
         self._seen: tuple[Listener, ...] = ()
         self._given_way_to: dict[int, int] = {}
@@ -160,7 +162,7 @@ class Exposure:
         self._closed.update((port, now) for port in unplanned if port in self._closed)
         self._harmful = {port: why for port, why in self._harmful.items() if port in unplanned}
         new = unplanned - self._closed.keys()
-        strangers = {} if self._lease.caller.is_root else self._strangers(listeners, found)
+        strangers = {} if self._may_close_any else self._strangers(listeners, found)
         # Whose listeners are on the loopback alone gives way to who comes later: there it stands in nobody's way.
         local = self._closed.keys() - {listener.port for listener in listeners if not listener.address.is_loopback}
         yielded = {port: _shared_with(strangers[port]) for port in local & unplanned & strangers.keys()}
@@ -175,7 +177,7 @@ class Exposure:
 
     def _objections(self, new: Iterable[int], strangers: Mapping[int, int]) -> dict[int, str]:
         """Return which of the new ports may not be closed for this job's user, and why. Root may close any."""
-        if self._lease.caller.is_root:
+        if self._may_close_any:
             return {}
         refused, room = {}, self._limit - len(self._closed)
         for port in sorted(new):

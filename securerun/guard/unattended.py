@@ -57,6 +57,8 @@ class Unattended:
     def __init__(self, lease: Lease, job: SlurmJob, log: Log) -> None:
         self._lease = lease
         self._job = job
+        # A package of the guard alone has not got what asks.
+        self._renews = job.renews and program.PACKAGE.joinpath("slurm.py").exists()
         self._log = log
         self._lines: deque[str] = deque(maxlen=_MOST_LINES)
         self._left_out = 0
@@ -106,7 +108,7 @@ class Unattended:
         elif self._job.is_whole and now >= self._over_due:
             self._over_due = now + _OVER_SECONDS
             self._ask_whether_it_is_over()
-        elif self._job.renews and now >= self._asked + (_HURRIED_SECONDS if self._hurried else _PEERS_SECONDS):
+        elif self._renews and now >= self._asked + (_HURRIED_SECONDS if self._hurried else _PEERS_SECONDS):
             self._asked, self._hurried = now, False
             self._run(self._ask_for_peers(), self._take_peers)
 

@@ -64,6 +64,8 @@ def test_plain_srun_torchrun_trains_behind_the_task_prolog(site: Site, tracking:
             job = cluster.popen(site.alice, *plain(site, training.script))
             wait_for(training, job, site, cluster)
             require_open_to_peers_alone(site.nodes, site.stranger, ignore=slurm.PORTS)
+            slurmds = [(node.ipv4, slurm.SLURMD_PORT) for node in site.nodes]
+            assert reach(site.stranger, slurmds) == dict.fromkeys(slurmds, True), "Slurm's own ports stay as they are"
             for node in NODES:
                 (run,) = site.runs(node, site.alice)
                 assert (run["user"], run["state"]) == ("alice", "guarding")
@@ -91,6 +93,8 @@ def test_plain_srun_torchrun_trains_behind_the_prolog(site: Site) -> None:
             job = cluster.popen(site.alice, *plain(site, training.script))
             wait_for(training, job, site, cluster)
             require_open_to_peers_alone(site.nodes, site.stranger, ignore=slurm.PORTS)
+            slurmds = [(node.ipv4, slurm.SLURMD_PORT) for node in site.nodes]
+            assert reach(site.stranger, slurmds) == dict.fromkeys(slurmds, True), "Slurm's own ports stay as they are"
             for node in NODES:
                 (run,) = site.runs(node)
                 assert run["user"] == "alice" and run["layers"][0]["name"].endswith("/job_1"), run
