@@ -265,7 +265,7 @@ def _drain(words: str) -> None:
     """Have Slurm say why the node is drained, before it says "Prolog error"."""
     import subprocess
 
-    from securerun.host import slurm
+    from securerun.linux import slurm
 
     scontrol, node = slurm.find_scontrol(), os.environ.get("SLURMD_NODENAME", "")
     if scontrol is None or not node:

@@ -71,7 +71,7 @@ LOADED_WITH_A_KEY = {
 }
 
 # And this where it is for a job of Slurm's.
-LOADED_OF_SLURM = {"guard": "slurm_served unattended", "host": "slurm"}
+LOADED_OF_SLURM = {"guard": "slurm_served unattended", "linux": "slurm"}
 
 MOST_LINES = 549
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}

@@ -27,8 +27,7 @@ from securerun.guard.caller import ROOT, Caller
 from securerun.guard.limits import SitePolicy
 from securerun.guard.program import LIMITS_FILE, SITE_KEY
 from securerun.guard.protocol import KeyOrder
-from securerun.host import slurm
-from securerun.linux import secret_file, trust
+from securerun.linux import secret_file, slurm, trust
 from securerun.linux.secret_file import Unfit
 
 # Not where the launcher's SLURM_CONF says: that is the user's.

@@ -24,8 +24,8 @@ from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
 from securerun.guard.protocol import Message, Notice, Peers, decode
 from securerun.guard.slurm_job import SlurmJob
-from securerun.host import slurm as commands
 from securerun.linux import capabilities
+from securerun.linux import slurm as commands
 from securerun.text import count, printable
 
 # scontrol(1): a line to the standard error of the job's srun or batch script.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from securerun.errors import PolicyError
-from securerun.host import slurm
-from securerun.host.slurm import SCONTROL_DIRECTORIES
 from securerun.job import entries, folded
 from securerun.job.entries import Entry, Tell
+from securerun.linux import slurm
+from securerun.linux.slurm import SCONTROL_DIRECTORIES
 
 # `scontrol show node` asks slurmctld, which may be busy or away.
 SCONTROL_SECONDS = 10.0

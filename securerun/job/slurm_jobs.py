@@ -9,8 +9,8 @@ from pathlib import Path
 
 from securerun import site_file
 from securerun.errors import PolicyError
-from securerun.host import slurm
 from securerun.job import batch, entries, resolver
+from securerun.linux import slurm
 from securerun.linux.networks import Network, collapse, is_address
 
 # slurm.conf(5): `SlurmctldHost=name(address)`, one a controller; ControlMachine and BackupController before 18.08.

@@ -17,7 +17,7 @@ from securerun.guard import program, unattended
 from securerun.guard.protocol import Notice, Peers, encode
 from securerun.guard.slurm_job import SlurmJob
 from securerun.guard.unattended import Unattended
-from securerun.host import slurm
+from securerun.linux import slurm
 from securerun.linux.networks import Network
 
 NODE, GIVEN_BACK = "10.77.0.1/32", "10.77.0.2/32"

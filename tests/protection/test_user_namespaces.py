@@ -158,7 +158,7 @@ def test_slurms_commands_of_the_hosts_root_are_asked_by_a_mapped_root_too(
     network: Network, machine: PrivateMachine, alice: User
 ) -> None:
     """Or Slurm's nodes would have no address there."""
-    script = "import pathlib\nfrom securerun.host import slurm\nprint(slurm._may_run(pathlib.Path('/usr/bin/env')))"
+    script = "import pathlib\nfrom securerun.linux import slurm\nprint(slurm._may_run(pathlib.Path('/usr/bin/env')))"
     done = machine.run(network["node0"], ["unshare", "-Ur", sys.executable, "-c", script], user=alice)
     assert done.stdout == "True\n", done
 

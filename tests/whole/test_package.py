@@ -26,7 +26,7 @@ import pytest
 from checkout import CHECKOUT
 from debian_root import NoDebian, Root
 from hosts import Host, Network, environment
-from test_house import LOADED_BY_THE_GUARD, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY
+from test_house import LOADED_BY_THE_GUARD, LOADED_OF_SLURM, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY
 
 pytestmark = pytest.mark.slow
 
@@ -259,7 +259,7 @@ def test_the_guards_package_holds_what_it_loads_and_no_launcher(guard_package: P
     assert held.pop("/usr/sbin/securerun-guard") == "-rwxr-xr-x root/root"
     assert set(held.values()) == {"-rw-r--r-- root/root"}
     modules = {name.removeprefix("/usr/lib/securerun/") for name in held if name.endswith(".py")}
-    wings = (LOADED_BY_THE_GUARD, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY)
+    wings = (LOADED_BY_THE_GUARD, LOADED_WHILE_WAITING, LOADED_OF_SLURM, LOADED_WITH_A_KEY)
     needed = {
         str(PurePosixPath("securerun", wing, f"{name}.py"))
         for one in wings
