@@ -3,7 +3,8 @@
 A line of input names the peers from then on, with commas between, or, `listen PORT [ADDRESS]`, one more to listen on.
 
     holder.py [--peers A,B] [--ports FIRST-LAST] [--purpose TEXT] [--listen PORT] [--firewall B] [--scope S]
-              [--loopback job] [--interface NAMES] [--public PORTS] [--listen-elsewhere] [--key SECRET]
+              [--loopback job] [--interface NAMES] [--public PORTS] [--listen-elsewhere]
+              [--key SECRET [--require-key]]
 
 {"guarding": [BACKEND, ...], "notes": [...]} once the lease stands and the port listens, {"news": TEXT} for what the
 guard says later. `--listen-elsewhere` makes the listening socket in another cgroup than the job's, as a host does on
@@ -49,7 +50,9 @@ def main() -> None:
     )
     guard = Guard()
     try:
-        key = KeyOrder(required=False, secret=JobSecret(bytes.fromhex(options.key))) if options.key else None
+        key = None
+        if options.key:
+            key = KeyOrder(required=options.require_key, secret=JobSecret(bytes.fromhex(options.key)))
         order = Order(policy, options.firewall, options.scope, grace=0.5, command="holder", key=key)
         guarding = guard.guard(order, tell)
         listener = listen_elsewhere(options.listen) if options.listen_elsewhere else listen(options.listen)
@@ -86,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loopback", default="any")
     parser.add_argument("--public", default="")
     parser.add_argument("--key", default="")
+    parser.add_argument("--require-key", action="store_true")
     parser.add_argument("--listen-elsewhere", action="store_true")
     return parser.parse_args()
 
