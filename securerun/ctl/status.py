@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Callable
 
 from securerun.errors import PrivilegeError, SecurerunError
-from securerun.firewall.policy import Admission, Denial, opened
+from securerun.firewall.policy import Admission, Denial, Policy, opened
 from securerun.guard import records
 from securerun.guard.documents import denial_document, layer_document, opening_document, policy_document
 from securerun.guard.records import Record
@@ -243,13 +243,18 @@ def _without_guard(record: Record) -> str:
 
 def _open_to(record: Record) -> str:
     policy = record.policy
+    has_key = f"whoever has the job's key{_counting(policy)}"
     if record.key and not policy.peers:
-        return "whoever has the job's key"
+        return has_key
     if not policy.peers:
         return "no other host"
     through = f" through {', '.join(policy.interfaces)}" if policy.interfaces else ""
-    keys = {Admission.EITHER: ", and whoever has the job's key", Admission.BOTH: ", of these to who has the job's key"}
+    keys = {Admission.EITHER: f", and {has_key}", Admission.BOTH: ", of these to who has the job's key"}
     return _some([str(peer) for peer in policy.peers], ", ") + through + keys.get(policy.admission, "")
+
+
+def _counting(policy: Policy) -> str:
+    return f" and comes from {_some([*map(str, policy.tags_from)], ', ')}" if policy.tags_from else ""
 
 
 def _some(parts: Sequence[str], separator: str) -> str:

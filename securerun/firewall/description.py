@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from securerun.firewall.policy import Policy
 from securerun.firewall.shield_program import HEADER_PROGRAM, SOCKET_PROGRAM
-from securerun.firewall.tag_program import tag_program
+from securerun.firewall.tag_program import program_of
 from securerun.firewall.tag_writer import writing_program
 from securerun.linux.assembler import listing
 
@@ -34,8 +34,7 @@ def describe(policy: Policy) -> str:
 
 
 def _describe_tags(policy: Policy) -> Iterator[str]:
-    through_any = policy.tags_through_any
-    program = tag_program(policy.admission, close_loopback=policy.close_loopback, tags_through_any=through_any)
+    program = program_of(policy)
     if policy.has_tags:
         yield f"who connects shows: {policy.admission}, of the job's key"
         yield f"tags are written towards: {' '.join(map(str, policy.tagged))}"

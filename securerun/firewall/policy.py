@@ -179,6 +179,7 @@ class Policy:
     tagged: the networks towards which the job's own connections carry a tag, collapsed: where its nodes can be. None
     where nobody is told by a tag.
     tags_through_any: the interfaces are for those who are known by address; a tag counts through any.
+    tags_from: the networks that a tag counts from, collapsed; empty means any.
 
     Raises PolicyError for a field that cannot be right.
     """
@@ -193,6 +194,7 @@ class Policy:
     admission: Admission = Admission.ADDRESS
     tagged: tuple[Network, ...] = ()
     tags_through_any: bool = False
+    tags_from: tuple[Network, ...] = ()
 
     def __post_init__(self) -> None:
         if not RUN_ID.fullmatch(self.run_id):
@@ -207,7 +209,7 @@ class Policy:
         if self.public:
             require_openings(self.public)
             _require_apart(self.public, self.ports)
-        if self.has_tags or self.admission is not Admission.ADDRESS:
+        if self.has_tags or self.tags_from or self.admission is not Admission.ADDRESS:
             self._require_tags()
 
     def _require_tags(self) -> None:
@@ -217,6 +219,10 @@ class Policy:
             raise PolicyError("nodes are to show tags, and no network is named where they are written; name some")
         if self.admission is Admission.ADDRESS and not self.close_loopback:
             raise PolicyError("tags are to be written, and nobody is told by them; leave their networks out")
+        if self.tags_from != collapse(self.tags_from):
+            raise PolicyError("the networks that a tag counts from overlap or are not in order; collapse them first")
+        if self.tags_from and not self.admits_by_tag:
+            raise PolicyError("a tag is to count from some networks, and by itself it lets nobody in; leave them out")
         if self.admission is Admission.BOTH and not self.peers:
             raise PolicyError("nodes are to show a tag and a peer's address, and there are no peers; name them")
 

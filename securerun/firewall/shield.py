@@ -214,10 +214,9 @@ def _attach_alone(cgroup: int, policy: Policy) -> Shield:
 
 
 def _by_tags(policy: Policy) -> tuple[ShieldProgram, ...]:
-    from securerun.firewall.tag_program import tag_program  # not every job's guard needs it
+    from securerun.firewall.tag_program import program_of  # not every job's guard needs it
 
-    through_any = policy.tags_through_any
-    return (tag_program(policy.admission, close_loopback=policy.close_loopback, tags_through_any=through_any),)
+    return (program_of(policy),)
 
 
 def _kinds_by_tags() -> tuple[ShieldProgram, ...]:

@@ -14,6 +14,8 @@ from securerun.linux.networks import Address, Network
 from securerun.linux.ring_buffer import ring_shape
 
 TAG_NETWORKS, NOTES = Symbol("tag_networks"), Symbol("notes")
+# Where tags are written to, and the networks that one counts from, where that is not any.
+TAGS_FROM = Symbol("tags_from")
 TAGGED, UNTAGGED = Symbol("tagged"), Symbol("untagged")
 PLANNED, ANSWERS = Symbol("planned"), Symbol("answers")
 
@@ -66,9 +68,13 @@ class Answer:
     cookie: int
 
 
-def tag_map_shapes(networks: int) -> tuple[MapShape, ...]:
-    """Return the shapes of the maps of tags, for so many networks that tags are written to."""
+def tag_map_shapes(networks: int, counting: int = 0) -> tuple[MapShape, ...]:
+    """Return the shapes of the maps of tags, for so many networks that tags are written to.
+
+    counting: the number of those that a tag counts from; 0: there is no such map.
+    """
     notes = max(_FEWEST_NOTES, _NOTES_PER_PROCESSOR * os.sysconf("SC_NPROCESSORS_CONF"))
+    bound = [MapShape(MapType.LPM_TRIE, _NETWORK_KEY.size, 4, counting, TAGS_FROM.name)] if counting else []
     return (
         MapShape(MapType.LPM_TRIE, _NETWORK_KEY.size, 4, 2 * networks + _ROOM_FOR_NETWORKS, TAG_NETWORKS.name),
         MapShape(MapType.LRU_HASH, _NOTE_KEY_SIZE, NUMBER_SIZE, notes, NOTES.name),
@@ -76,11 +82,12 @@ def tag_map_shapes(networks: int) -> tuple[MapShape, ...]:
         MapShape(MapType.LRU_HASH, _COUNT_KEY.size, _NUMBER.size, _MOST_COUNTED, UNTAGGED.name),
         MapShape(MapType.ARRAY, 4, _NUMBER.size, _PORT_WORDS, PLANNED.name),
         ring_shape(ANSWERS.name),
+        *bound,
     )
 
 
 def network_keys(networks: Iterable[Network]) -> set[bytes]:
-    """Return the networks that tags are written to as keys of their trie."""
+    """Return networks that tags are written to, or count from, as keys of their trie."""
     return {_network_key(network) for network in networks}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from securerun.firewall import siphash, tag
-from securerun.firewall.policy import Admission, Opening
+from securerun.firewall.policy import Admission, Opening, Policy
 from securerun.firewall.program_steps import add, count, load_packet, look_up, point
 from securerun.firewall.shield_program import (
     CONTEXT_INTERFACE,
@@ -45,6 +45,7 @@ from securerun.firewall.tag_maps import (
     PLANNED,
     TAG_NETWORKS,
     TAGGED,
+    TAGS_FROM,
     UNTAGGED,
 )
 from securerun.linux.assembler import (
@@ -116,15 +117,28 @@ _MAPPED_WORD = 0xFFFF0000 << 32
 _OPENING = 1
 
 
-def tag_program(admission: Admission, *, close_loopback: bool, tags_through_any: bool = False) -> ShieldProgram:
+def program_of(policy: Policy) -> ShieldProgram:
+    """Return the program that judges by tags as this policy says."""
+    return tag_program(
+        policy.admission,
+        close_loopback=policy.close_loopback,
+        tags_through_any=policy.tags_through_any,
+        from_anywhere=not policy.tags_from,
+    )
+
+
+def tag_program(
+    admission: Admission, *, close_loopback: bool, tags_through_any: bool = False, from_anywhere: bool = True
+) -> ShieldProgram:
     """Return the program that judges by tags in this way.
 
-    tags_through_any: the interfaces that it is built for are for those who are known by address.
+    tags_through_any: the interfaces that it is built for are for those who are known by address. from_anywhere: a tag
+    counts from any network, and not from those of a map alone.
     """
 
     def build(interfaces: Sequence[str], public: Sequence[Opening] = ()) -> tuple[Statement, ...]:
-        of_tags = () if tags_through_any else interfaces
-        return _statements(admission, interfaces, of_tags, public, close_loopback=close_loopback)
+        counts = tuple(_counts(() if tags_through_any else interfaces, from_anywhere=from_anywhere))
+        return _statements(admission, interfaces, counts, public, close_loopback=close_loopback)
 
     name = "socket, tag and loopback" if close_loopback else "socket and tag"
     kernel_name = _NAME_WITH_LOOPBACK if close_loopback else _NAME
@@ -134,7 +148,7 @@ def tag_program(admission: Admission, *, close_loopback: bool, tags_through_any:
 def _statements(
     admission: Admission,
     interfaces: Sequence[str],
-    of_tags: Sequence[str],
+    counts: Sequence[Statement],
     public: Sequence[Opening],
     *,
     close_loopback: bool,
@@ -168,7 +182,7 @@ def _statements(
         *_note(),
         *_judge_noted(),
         *_count_right(),
-        *_admit(admission, interfaces, of_tags, close_loopback=close_loopback),
+        *_admit(admission, interfaces, counts, close_loopback=close_loopback),
         *_count_without(admission),
         *_turn_answer_away(admission),
         *pass_or_deny(),
@@ -197,8 +211,8 @@ def _leave_others_to_nobody(admission: Admission) -> Iterator[Statement]:
         yield jump_if(R2, "!=", LOOPBACK, "pass")
 
 
-def look_up_network(address: int, key: int, label: str) -> Iterator[Statement]:
-    """Look up the 16 bytes of an address, which are on the stack, among the networks that tags are written to."""
+def look_up_network(address: int, key: int, label: str, among: Symbol = TAG_NETWORKS) -> Iterator[Statement]:
+    """Look up the 16 bytes of an address, which are on the stack, among networks: those that tags are written to."""
     yield load(R2, 8, R10, address)
     yield load(R3, 8, R10, address + 8)
     yield store(8, R10, key + 8, R2)
@@ -211,7 +225,7 @@ def look_up_network(address: int, key: int, label: str) -> Iterator[Statement]:
     yield constant(R4, 4 << 32 | NETWORK_KEY_BITS)
     yield Label(label)
     yield store(8, R10, key, R4)
-    yield from look_up(TAG_NETWORKS, key)
+    yield from look_up(among, key)
 
 
 def _load_header() -> Iterator[Statement]:
@@ -375,8 +389,18 @@ def _count_source(name: Symbol, then: str) -> Iterator[Statement]:
     yield from count(name, _COUNTED, _FIRST, then)
 
 
+def _counts(interfaces: Sequence[str], *, from_anywhere: bool) -> Iterator[Statement]:
+    """Go to `deny` with who shows a right tag where it does not count: through none of these interfaces, or from
+    outside of the site's networks."""
+    yield from pass_through(interfaces)
+    if not from_anywhere:
+        yield Remark("from a network that a tag counts from?")
+        yield from look_up_network(SOURCE, _NETWORK, "version of who shows a tag", TAGS_FROM)
+        yield jump_if(R0, "==", 0, "deny")
+
+
 def _admit(
-    admission: Admission, interfaces: Sequence[str], of_tags: Sequence[str], *, close_loopback: bool
+    admission: Admission, interfaces: Sequence[str], counts: Sequence[Statement], *, close_loopback: bool
 ) -> Iterator[Statement]:
     """Decide about a packet to a listener, by its tag or by where it comes from."""
     yield Label("tagged")
@@ -384,7 +408,7 @@ def _admit(
     if admission is Admission.BOTH:
         yield jump("address")
     else:
-        yield from pass_through(of_tags)
+        yield from counts
         yield jump("pass")
     yield Label("untagged")
     yield from _over_loopback(close_loopback, "deny")

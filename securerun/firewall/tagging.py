@@ -20,28 +20,30 @@ def by_key(
     required: bool,
     towards: Iterable[Network] = (),
     through_any: bool = False,
-    within: Iterable[Network] | None = None,
+    within: Iterable[Network] = (),
 ) -> Policy:
     """Return the policy of a job that has a key. Raises OSError where the kernel does not tell this host's networks.
 
     required: nobody comes in without a tag; where there are peers, nobody who is none of them either. Else a tag only
     adds to who comes in by address. towards: where the job meets, beside where nodes can be. through_any: the
     policy's interfaces are for addresses alone.
-    within: the networks that the site lets peers be in; then a tag is asked for, and an address in the peers' networks,
-    or where nobody is named in those of the site.
+    within: the networks that the site lets peers be in; a tag counts from these alone. Peers are in them already.
     """
-    admission, peers = Admission.EITHER, policy.peers
-    if within is not None:
-        admission, peers = Admission.BOTH, peers or collapse(within)
-    elif required:
-        admission = Admission.BOTH if peers else Admission.TAG
-    tagged = networks_of((*peers, *towards), close_loopback=policy.close_loopback)
-    return replace(policy, admission=admission, peers=peers, tagged=tagged, tags_through_any=through_any)
+    admission = Admission.EITHER
+    if required:
+        admission = Admission.BOTH if policy.peers else Admission.TAG
+    return replace(
+        policy,
+        admission=admission,
+        tagged=networks_of((*policy.peers, *towards), close_loopback=policy.close_loopback),
+        tags_through_any=through_any,
+        tags_from=collapse(within) if admission.is_by_tag_alone else (),
+    )
 
 
 def by_address(policy: Policy, peers: tuple[Network, ...]) -> Policy:
     """Return the policy of a job that has no key after all, and these peers."""
-    return replace(policy, admission=Admission.ADDRESS, peers=peers, tagged=(), tags_through_any=False)
+    return replace(policy, admission=Admission.ADDRESS, peers=peers, tagged=(), tags_through_any=False, tags_from=())
 
 
 def networks_of(networks: Iterable[Network], *, close_loopback: bool) -> tuple[Network, ...]:

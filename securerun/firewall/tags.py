@@ -19,6 +19,7 @@ from securerun.firewall.tag_maps import (
     PLANNED,
     TAG_NETWORKS,
     TAGGED,
+    TAGS_FROM,
     UNTAGGED,
     Answer,
     Untagged,
@@ -126,10 +127,12 @@ def create_maps(policy: Policy, kept: ExitStack, loading: ExitStack) -> dict[str
     kept: closes those that `Tags` takes. loading: closes those that nobody but the programs needs.
     """
     maps = {}
-    for shape in tag_map_shapes(len(policy.tagged)):
+    for shape in tag_map_shapes(len(policy.tagged), len(policy.tags_from)):
         maps[shape.name] = (kept if shape.name in KEPT else loading).enter_context(_create(shape))
     with explained("filling in where tags are written"):
         maps[TAG_NETWORKS.name].update_many(dict.fromkeys(network_keys(policy.tagged), NO_VALUE))
+        if policy.tags_from:
+            maps[TAGS_FROM.name].update_many(dict.fromkeys(network_keys(policy.tags_from), NO_VALUE))
         maps[PLANNED.name].update_many(planned_words(policy.joined_ports()))
     return maps
 

@@ -34,6 +34,8 @@ MAXIMUM_PORT_RANGES = 1024
 MAXIMUM_RECORDED_RANGES = MAXIMUM_PORT_RANGES + 32768
 MAXIMUM_INTERFACES = 64
 MAXIMUM_TEXT = 4096
+# What the policy of a job that has no key does not say.
+_OF_TAGS = ("admission", "tagged", "tags_through_any", "tags_from")
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}/[0-9]{1,2}", re.ASCII)
 
 
@@ -59,10 +61,12 @@ def policy_document(policy: Policy) -> dict[str, Any]:
 
 def _tags_document(policy: Policy) -> dict[str, Any]:
     through = {"tags_through_any": True} if policy.tags_through_any else {}
+    counting = {"tags_from": [str(network) for network in policy.tags_from]} if policy.tags_from else {}
     return {
         "admission": str(policy.admission),
         "tagged": [str(network) for network in policy.tagged],
         **through,
+        **counting,
     }
 
 
@@ -77,7 +81,7 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
     most_ranges: how many ranges of ports it may have.
     """
     names = ("run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
-    require_fields(document, *names, may={"public", "admission", "tagged", "tags_through_any"})
+    require_fields(document, *names, may={"public", *_OF_TAGS})
     return Policy(
         run_id=text(document, "run_id"),
         ports=tuple(_read_port(port) for port in items(document, "ports", most_ranges)),
@@ -87,11 +91,15 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
         close_loopback=flag(document, "close_loopback"),
         public=read_openings(document),
         admission=Admission(text(document, "admission")) if "admission" in document else Admission.ADDRESS,
-        tagged=tuple(read_network(each) for each in items(document, "tagged", MAXIMUM_PEERS))
-        if "tagged" in document
-        else (),
+        tagged=_networks_in(document, "tagged"),
         tags_through_any="tags_through_any" in document and flag(document, "tags_through_any"),
+        tags_from=_networks_in(document, "tags_from"),
     )
+
+
+def _networks_in(document: Mapping[str, Any], name: str) -> tuple[Network, ...]:
+    """Return the networks in a field, none where there is no such field."""
+    return tuple(read_network(each) for each in items(document, name, MAXIMUM_PEERS)) if name in document else ()
 
 
 def read_openings(document: Mapping[str, Any]) -> tuple[Opening, ...]:

@@ -14,6 +14,7 @@ from securerun.guard import job_secret, keys, run_directory
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.keys import Found
 from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, require_not_required
+from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import KeyOrder
 
 _NONE_FOR_CONTAINERS = Found(None, why="a user id in a container is nobody's own, so this host makes no key for it")
@@ -30,6 +31,11 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
         require_not_required(wanted.required, found.why)
         if found.is_wrong:
             lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
+        return None
+    if not lease.caller.is_root and lease.site.peers == ():
+        why = f"this host allows no peers ({LIMITS_FILE})"
+        require_not_required(wanted.required, why)
+        lease.notes += (f"no key ({why}): nobody may connect",)
         return None
     lease.take_key(found.secret.key(), found.source, wanted)
     if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs

@@ -36,7 +36,7 @@ from securerun.guard.protocol import Guarding, KeyOrder, Order, mark_of
 from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
 from securerun.linux import proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
-from securerun.linux.networks import Network, collapse
+from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
 from securerun.text import some
 
@@ -147,7 +147,7 @@ class Lease:
         from securerun.firewall import tagging  # few jobs have one
 
         self.key, self.key_required, self.key_towards = key, wanted.required, wanted.towards
-        within = None if self.caller.is_root else self.site.peers
+        within = () if self.caller.is_root else self.site.peers or ()
         try:
             self.policy = tagging.by_key(
                 self.policy,
@@ -158,11 +158,10 @@ class Lease:
             )
         except OSError as error:
             raise PrivilegeError(f"this host's own addresses cannot be told ({error.strerror})") from error
-        if within is not None:
-            allowed = some([*map(str, within)], _NETWORKS_NAMED)
+        if self.policy.tags_from:
+            allowed = some([*map(str, self.policy.tags_from)], _NETWORKS_NAMED)
             self.notes += (
-                f"whoever shows the key's tag has to come from a peer's address too, since this host allows peers from "
-                f"{allowed} alone ({LIMITS_FILE})",
+                f"a tag of the job's key counts from {allowed} alone, where this host allows peers ({LIMITS_FILE})",
             )
         self.record = dataclasses.replace(
             self.record,
@@ -287,15 +286,19 @@ class Lease:
         self.restore_chains()
 
     def _with_peers(self, networks: tuple[Network, ...]) -> Policy:
-        """Return the policy with other peers. Raises PolicyError where none are left and each is to show an address."""
+        """Return the policy with other peers.
+
+        Raises PolicyError where none are left and each is to show an address too, and where a tag is the only way in.
+        """
         if self.key is None:
             return dataclasses.replace(self.policy, peers=networks)
         from securerun.firewall import tagging
 
-        peers = networks if networks or self.caller.is_root else collapse(self.site.peers or ())
-        towards = (*peers, *self.key_towards)
+        if networks and self.policy.admission is Admission.TAG:
+            raise PolicyError("the only way in to this run is a tag of its key, so nobody can be named a peer of it")
+        towards = (*networks, *self.key_towards)
         tagged = tagging.networks_of(towards, close_loopback=self.policy.close_loopback)
-        return dataclasses.replace(self.policy, peers=peers, tagged=tagged)
+        return dataclasses.replace(self.policy, peers=networks, tagged=tagged)
 
     def follow_interfaces(self) -> None:
         """Have the shield go by the interfaces that have the policy's names now. Raises ShieldUnavailable."""

@@ -144,11 +144,12 @@ ALL = {
         for interfaces, public in (((), ()), (("eth0",), PUBLIC))
     },
     **{
-        f"{admission} {'with' if closes else 'without'} loopback": tag_program(admission, close_loopback=closes).build(
-            ("eth0",), PUBLIC
-        )
+        f"{admission}, loopback {'closed' if closes else 'open'}, from {'any' if any_ else 'some'}": tag_program(
+            admission, close_loopback=closes, from_anywhere=any_
+        ).build(("eth0",), PUBLIC)
         for admission in Admission
         for closes in (False, True)
+        for any_ in (False, True)
     },
     "writing": writing_program(),
 }

@@ -95,7 +95,7 @@ def field(network: Network) -> Iterator[TagField]:
 @pytest.mark.parametrize(("admission", "closes"), EVERY)
 def test_the_judge_is_small(root: None, admission: Admission, closes: bool) -> None:
     kernel.require(kernel.TAGS)
-    statements = tag_program(admission, close_loopback=closes).build(("eth0",))
+    statements = tag_program(admission, close_loopback=closes, from_anywhere=False).build(("eth0",))
     assert verified(statements, ProgramType.CGROUP_SKB) < MOST_VERIFIED
     assert sum(each.slots for each in statements if isinstance(each, Instruction)) < MOST_INSTRUCTIONS
 
@@ -110,7 +110,7 @@ def verified(statements: tuple[Statement, ...], kind: ProgramType) -> int:
     """How many instructions the verifier walked."""
     policy = replace(BY_TAG, interfaces=("eth0",))
     with contextlib.ExitStack() as stack:
-        shapes = (*map_shapes(policy), *tag_map_shapes(1))
+        shapes = (*map_shapes(policy), *tag_map_shapes(1, counting=1))
         maps = [stack.enter_context(Map.create(shape)) for shape in shapes]
         symbols = {**{each.shape.name: each.fileno() for each in maps}, **tags.secret_words(KEY)}
         log = verifier_log("measured", assemble(statements, symbols), kind)

@@ -181,6 +181,20 @@ def test_a_key_may_narrow_what_addresses_let_in(field: TagField, named: bool) ->
         assert within(field.elsewhere, field.stranger, lambda: attempts(field.host.addresses, port)) == NOT_AT_ALL
 
 
+@pytest.mark.parametrize("admission", [Admission.EITHER, Admission.TAG])
+def test_a_tag_counts_from_the_networks_of_the_site_alone(field: TagField, admission: Admission) -> None:
+    peers = field.stranger.addresses if admission is Admission.EITHER else ()
+    policy = policy_with(admission, *peers, tags_from=collapse([ipaddress.ip_network(field.peer.ipv4)]))
+    with field.shielded(policy=policy) as (held, _), field.listener() as of_the_job:
+        port = port_of(of_the_job)
+        assert field.from_far(lambda: attempts(field.host.addresses, port)) == ["connected", "timeout"]
+        assert {str(one.source) for one in held.denied()} == {field.peer.ipv6}
+        # Who is named comes in by address as ever, and nobody else does.
+        expected = OVER_BOTH if peers else NOT_AT_ALL
+        assert within(field.elsewhere, field.stranger, lambda: attempts(field.host.addresses, port)) == expected
+        assert field.beside_far(lambda: attempts(field.host.addresses, port)) == NOT_AT_ALL
+
+
 def test_a_node_comes_in_through_the_named_interfaces_only(field: TagField) -> None:
     for interface, expected in (("eth0", OVER_BOTH), ("lo", NOT_AT_ALL)):
         policy = replace(BY_TAG, interfaces=(interface,))

@@ -170,7 +170,13 @@ def test_own_networks_are_those_of_all_interfaces(field: TagField) -> None:
 
 
 def test_what_a_policy_says_of_tags_comes_through_and_nothing_that_cannot_be_right() -> None:
-    for policy in (BY_TAG, replace(BY_TAG, admission=Admission.EITHER), Policy("0123456789ab", (), ())):
+    within = collapse([ipaddress.ip_network("10.0.0.0/8")])
+    for policy in (
+        BY_TAG,
+        replace(BY_TAG, admission=Admission.EITHER),
+        replace(BY_TAG, tags_from=within),
+        Policy("0123456789ab", (), ()),
+    ):
         document = policy_document(policy)
         assert read_policy(json.loads(json.dumps(document))) == policy
         assert ("tagged" in document) == policy.has_tags
@@ -183,6 +189,9 @@ def test_what_a_policy_says_of_tags_comes_through_and_nothing_that_cannot_be_rig
         {"tagged": ["fe80::/10", "10.0.0.0/8"]},
         {"tagged": "10.0.0.0/8"},
         {"tagged": [7]},
+        {"tags_from": ["fe80::/10", "10.0.0.0/8"]},
+        {"tags_from": 7},
+        {"tags_from": ["10.0.0.0/8"], "admission": "tag and address", "peers": ["10.0.0.2/32"]},
         {"tagged": ["10.0.0.0/8%eth0"]},
         {"key": "00"},
     )

@@ -22,21 +22,26 @@ BY_ADDRESS = Policy("0123456789ab", (PortRange(29500, 29500, "store"),), PEERS)
 
 
 @pytest.mark.parametrize(
-    ("peers", "required", "within", "admission"),
+    ("peers", "required", "within", "admission", "counts_from"),
     [
-        (PEERS, False, None, Admission.EITHER),
-        (PEERS, True, None, Admission.BOTH),
-        ((), True, None, Admission.TAG),
-        (PEERS, False, SITE, Admission.BOTH),
-        ((), True, SITE, Admission.BOTH),
+        (PEERS, False, (), Admission.EITHER, ()),
+        (PEERS, True, (), Admission.BOTH, ()),
+        ((), True, (), Admission.TAG, ()),
+        (PEERS, False, SITE, Admission.EITHER, SITE),
+        ((), True, SITE, Admission.TAG, SITE),
+        (PEERS, True, SITE, Admission.BOTH, ()),  # the peers are of the site's already
     ],
 )
 def test_who_comes_in_by_a_key(
-    peers: tuple[Network, ...], required: bool, within: tuple[Network, ...] | None, admission: Admission
+    peers: tuple[Network, ...],
+    required: bool,
+    within: tuple[Network, ...],
+    admission: Admission,
+    counts_from: tuple[Network, ...],
 ) -> None:
     by_key = tagging.by_key(replace(BY_ADDRESS, peers=peers), required=required, within=within)
     assert by_key.admission is admission
-    assert by_key.peers == (peers or within or ())
+    assert by_key.peers == peers and by_key.tags_from == counts_from
     assert tagging.by_address(by_key, peers) == replace(BY_ADDRESS, peers=peers)
 
 
