@@ -228,7 +228,8 @@ def _take_over(lease: Lease, found: Record) -> None:
         void=found.void,
         guard_restarts=found.guard_restarts + 1,
     )
-    lease.void = found.void
+    if found.void:
+        lease.lose_shield(found.void)
     more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)
     lease.policy = dataclasses.replace(lease.policy, ports=(*lease.order.policy.ports, *more))
     # And what was closed while the job ran: it would be open until it is found again.
@@ -286,6 +287,9 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     lease.may_void = net_cgroups.may_void_filters()
     lease.proven_in = _where(lease.caller)
     lease.closes_all = lease.may_void and bool(lease.proven_in)
+    if lease.closes_all and not lease.stands:
+        # The chains close each port then, also to who has a tag: it would be let on to a shield that may be none.
+        lease.forget_key("net_cls or net_prio of cgroup version 1 is here and may switch the shield off on this kernel")
     if lease.record.is_bare and not lease.void:
         # Proven to be none when nothing was in the cgroup; now nothing can be proven, nor hung before the job is there.
         raise ShieldUnavailable("the guard before this one had none", Obstacle.NOTHING_THERE)

@@ -176,7 +176,11 @@ class Lease:
         """Go on without a key, since no tag can be had. Raises PolicyError where nobody is to come in without."""
         if self.key is None:
             return
-        require_not_required(self.key_required, why)
+        if self.key_required:
+            raise PolicyError(
+                f"the nodes of this job are to be known by a key, and nobody can be asked for its tag here: {why}; "
+                "name them with --peers and write --key off; nothing was started"
+            )
         from securerun.firewall import tagging
 
         self.key = None
@@ -249,6 +253,22 @@ class Lease:
             self.policy = policy
         return refused
 
+    def lose_shield(self, why: str) -> str:
+        """Take note that the shield holds no more, so that nobody is asked for a tag; return what becomes of the key.
+
+        The port chains hear of it by `restore_chains`, for they let on what has the option.
+        """
+        self.void = why
+        if self.key is None:
+            return ""
+        self.policy, self.key = self.of_chains(self.policy), None
+        self.record = dataclasses.replace(self.record, policy=self.policy, key="", key_source="")
+        who = "nobody else may connect" if self.key_required else "who may connect is told by addresses alone"
+        return (
+            f"nobody is asked for a tag of the job's key any more: {who}; and what this node opens may carry no tag, "
+            "so nodes that know it by its key alone turn it away"
+        )
+
     def note_void(self) -> None:
         """Record that the shield holds no more, and do what a run without one does. It stays where it is.
 
@@ -256,8 +276,6 @@ class Lease:
         its own peers to ports of this one.
         """
         self.write(layers=self.guarding.layers, void=self.void)
-        if self.policy.has_tags:
-            self.restore_chains()
         self.make_unweakened()
 
     def note_open_ports(self, ports: Iterable[int]) -> None:
@@ -290,6 +308,8 @@ class Lease:
 
         Raises PolicyError where none are left and each is to show an address too, and where a tag is the only way in.
         """
+        if self.key is None and self.key_required and networks:
+            raise PolicyError("nobody may connect to this run without a tag, and there is no shield that asks for one")
         if self.key is None:
             return dataclasses.replace(self.policy, peers=networks)
         from securerun.firewall import tagging
@@ -385,10 +405,15 @@ class Lease:
             raise
 
     def of_chains(self, policy: Policy) -> Policy:
-        """Return the policy as port chains are to have it: without a shield nobody judges a tag that they let on."""
+        """Return the policy as port chains are to have it: without a shield nobody judges a tag that they let on.
+
+        Then who comes in by address does so still; where a tag was insisted on, nobody.
+        """
         if self.is_shielded or not policy.has_tags:
             return policy
-        return dataclasses.replace(policy, admission=Admission.ADDRESS, tagged=(), tags_through_any=False)
+        from securerun.firewall import tagging
+
+        return tagging.by_address(policy, () if self.key_required else policy.peers)
 
     def is_over(self) -> bool:
         """Return whether the launcher and all that came from it are gone."""

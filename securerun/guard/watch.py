@@ -210,9 +210,9 @@ class Watch:
         self._speech.say(*words)
         if self._exposure is None:
             return
-        if self._lease.order.scope == "process" and self._exposure.left_open:
+        if self._exposure.left_open:
             port, why = min(self._exposure.left_open.items())
-            self._give_up(f"port {port} is open to every host: {why}")
+            self._give_up_if_insisted(f"port {port} is open to every host: {why}")
 
     def _prove_again(self) -> None:
         """Go on in scope `ports` when something has switched the shield off."""
@@ -225,13 +225,17 @@ class Watch:
             self._lease.closes_all = True
             self._close_sooner()
             self._attempt(self._close_exposed)
+            also = ", so nodes that are known by the key alone are turned away at ports that are not planned"
             self._speech.say(
                 "net_cls or net_prio of cgroup version 1 is here now and may switch the shield off on this kernel"
+                f"{also if self._lease.key is not None else ''}"
             )
 
     def _lose_shield(self, why: str) -> None:
         """Close first; the rest waits: for a launcher that does not read, a child's end, the host's lock."""
-        self._lease.void = why
+        of_key = self._lease.lose_shield(why)
+        if of_key:
+            self._attempt(self._lease.restore_chains)
         is_closed = self._lease.chains is not None and self._exposure is not None
         now = (
             "scope is ports now: each port of this job is closed by the port chains within 0.2 s of its appearing"
@@ -239,14 +243,14 @@ class Watch:
             else "no port chains are set, so every port of this job is open to every host"
         )
         self._close_sooner()
-        words = [f"the shield holds no more: {why}; {now}"]
+        words = [f"the shield holds no more: {why}; {now}", *[of_key] * bool(of_key)]
         if self._exposure is not None:
             exposure = self._exposure
             self._attempt(lambda: words.extend(exposure.close()))
         self._tell_exposed(words)
         self._end_proof()
-        if not is_closed and self._lease.order.scope == "process":
-            self._give_up(f"the shield holds no more, with no port chains set: {why}")
+        if not is_closed:
+            self._give_up_if_insisted(f"the shield holds no more, with no port chains set: {why}")
         self._attempt(self._lease.note_void)
 
     def _close_sooner(self) -> None:
@@ -276,7 +280,7 @@ class Watch:
 
     def _count_nodes(self) -> None:
         """Count the nodes that were seen with the job's key; tell, and record, what is new."""
-        if self._nodes is None:
+        if self._nodes is None or self._lease.key is None:
             return
         words = self._nodes.look()
         lease = self._lease
@@ -287,14 +291,23 @@ class Watch:
         if lease.record.nodes_guarded != self._nodes.guarded:
             lease.write_unless_locked(nodes_guarded=self._nodes.guarded)
 
-    def _give_up(self, reason: str) -> None:
-        """Have the launcher end a job that insists on the shield and is without; kill it where it does not."""
+    def _give_up_if_insisted(self, reason: str) -> None:
+        """End a job that is open where somebody insisted on the shield, or on a tag that nobody asks for any more."""
+        lease = self._lease
+        if lease.order.scope == "process":
+            self._give_up(f"--scope process was asked for, and {reason}", "with --scope auto it would go on")
+        elif lease.key_required and lease.void:
+            fix = "with its nodes named by --peers, and --key auto, it would go on"
+            self._give_up(f"nobody was to connect without a tag of its key, and {reason}", fix)
+
+    def _give_up(self, why: str, fix: str) -> None:
+        """Have the launcher end a job that insists on what it is without; kill it where the launcher does not."""
         if self._given_up or self._released:
             return
         self._given_up = True
-        message = f"the job is ended, since --scope process was asked for, and {reason}"
+        message = f"the job is ended, since {why}"
         self._speech.log(message)
-        self._send(Refused(PrivilegeError.status, f"{message}; with --scope auto it would go on"))
+        self._send(Refused(PrivilegeError.status, f"{message}; {fix}"))
         due = time.monotonic() + self._lease.order.grace + _GIVING_UP_SECONDS
         self._chores.append(Chore(_ENDING_SECONDS, self._lease.kill, due))
 

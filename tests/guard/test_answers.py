@@ -151,7 +151,9 @@ def test_port_chains_let_no_tag_on_where_no_shield_judges_it(
     is_shielded: bool, expected: list[tuple[int, int]]
 ) -> None:
     policy = replace(BY_TAG, ports=(PortRange(29500, 29500, Purpose.STATIC_STORE),))
-    assert Lease.of_chains(SimpleNamespace(is_shielded=is_shielded), policy).tag_ports() == expected  # type: ignore[arg-type]
+    for required in (False, True):
+        lease: Any = SimpleNamespace(is_shielded=is_shielded, key_required=required)
+        assert Lease.of_chains(lease, policy).tag_ports() == expected
 
 
 def test_own_networks_are_those_of_all_interfaces(field: TagField) -> None:
