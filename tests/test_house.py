@@ -45,7 +45,7 @@ OF_THE_GUARD = {f"securerun.guard.{name}" for name in ("protocol", "documents", 
 # They do the guard's own work, as root, in the process of the command.
 AS_ROOT = {
     "securerun.ctl.clean": {"securerun.guard.cleaning"},
-    "securerun.preflight.abilities": {"securerun.guard.cgroup"},
+    "securerun.preflight.abilities": {"securerun.guard.cgroup", "securerun.guard.keys"},
 }
 
 # All of securerun that runs as root, by wing. Who adds a module adds it here, and so says so.

@@ -38,6 +38,12 @@ from securerun.linux.ring_buffer import RingBuffer
 
 # What is asked while the job runs; the rest is for the programs alone.
 KEPT = (TAG_NETWORKS.name, TAGGED.name, UNTAGGED.name, ANSWERS.name)
+# kernel/bpf/verifier.c, check_cond_jmp_op(): whoever looks into a packet compares where they look with its end.
+_COMPARES = "pointer comparison prohibited"
+_LACK_OF_SIGHT = (
+    "loading the program that writes tags: this kernel lets it look into packets with CAP_PERFMON or CAP_SYS_ADMIN "
+    "alone; give the guard CAP_PERFMON, or take a kernel with the fix d75e30dddf73, as Linux 6.6 has it"
+)
 _LACKING = "tags in packets need Linux 5.10, which lets a program write TCP options"
 
 
@@ -176,6 +182,8 @@ def _load(
     except VerifierError as error:
         if error.errno == errno.EPERM:
             raise ShieldUnavailable(f"loading the shield: {lack_of_privilege()}", Obstacle.NOT_PERMITTED) from error
+        if _COMPARES in error.log:
+            raise ShieldUnavailable(_LACK_OF_SIGHT, Obstacle.NOT_PERMITTED) from error
         raise ShieldUnavailable(f"{_LACKING} ({error.strerror})", Obstacle.OLD_KERNEL) from error
 
 

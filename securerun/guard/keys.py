@@ -69,6 +69,16 @@ def find(wanted: KeyOrder, caller: Caller, site: SitePolicy) -> Found:
         return Found(None, why=str(error), is_wrong=True)
 
 
+def lack_of_site_key() -> str:
+    """Return why root's guard does not use the site's file, and what to do; "" if it does."""
+    try:
+        weakness = trust.weak_point(SITE_KEY.parent, trust.roots())
+        secret_file.read(SITE_KEY, trust.roots())
+    except (OSError, Unfit) as error:
+        return str(error.strerror if isinstance(error, OSError) else error)
+    return f"may be another's by now: {weakness}" if weakness else ""
+
+
 def _permitted(caller: Caller, site: SitePolicy) -> bool:
     """Return whether the site lets its own key be used; root, who is under no limit, is asked as well."""
     if not caller.is_root:

@@ -76,7 +76,7 @@ def find(asked: Options, job: Job, environment: Mapping[str, str]) -> Key:
     if asked.key == AUTO and job.max_nodes == 1:
         return Key()
     required = asked.key == REQUIRE
-    users = _users()
+    users = users_file()
     if users is not None:
         return _of_file(users, "", job, environment, required=required)
     in_slurm = (batch.job_number(environment) or ("",))[0] == "slurm"
@@ -86,7 +86,18 @@ def find(asked: Options, job: Job, environment: Mapping[str, str]) -> Key:
     return Key(KeyOrder(required=required, meeting=met, in_slurm=in_slurm, nodes=_nodes(job, environment)))
 
 
-def _users() -> Path | None:
+def lack_of(path: Path) -> str:
+    """Return why a file of this user's must not be believed to have a key, and what to do; "" if it may be."""
+    try:
+        secret_file.read(path, trust.roots() | {os.geteuid()})
+    except Unfit as error:
+        return str(error)
+    except FileNotFoundError:
+        return "is not there any more"
+    return ""
+
+
+def users_file() -> Path | None:
     """Return the user's own file; None where there is nothing of its name, or no home to have it in."""
     try:
         users = USERS.expanduser()

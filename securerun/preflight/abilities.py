@@ -21,13 +21,16 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import SHIELD, Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
-from securerun.guard import cgroup
+from securerun.guard import cgroup, keys
 from securerun.guard.documents import ProtocolError
+from securerun.guard.program import SITE_KEY
 from securerun.guard.protocol import Ready, Refused
+from securerun.job import key
 from securerun.linux import capabilities, cgroups, net_cgroups, packages, port_ranges, proc, signals
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.protection import bars, way_out, ways
 from securerun.protection.ways import Way
+from securerun.text import printable
 
 APART = "own-network"
 _LEAST_KERNEL = (4, 15)
@@ -75,7 +78,8 @@ class Ability:
 
 def find() -> tuple[Ability, ...]:
     """Return all of them, in the order in which they build on each other."""
-    return (_kernel(), _capabilities(), _cgroup(), _shield(), *_port_chains(), _reserved_ports(), *_guards(), _apart())
+    built = (_kernel(), _capabilities(), _cgroup(), _shield(), _key())
+    return (*built, *_port_chains(), _reserved_ports(), *_guards(), _apart())
 
 
 def _apart() -> Ability:
@@ -198,6 +202,25 @@ def _tags(made: cgroup.JobCgroup) -> str:
     except ShieldUnavailable as error:
         return f"nodes cannot be known by a key (--key): {error}"
     return "nodes can be known by a key (--key)"
+
+
+def _key() -> Ability:
+    """Tell by what file the nodes of this user's jobs know each other, and nothing of what is in it."""
+    users = key.users_file()
+    if users is not None:
+        lack, shown = key.lack_of(users), printable(str(users))
+        if lack:
+            return Ability("key", False, f"{shown} {lack}", "securerunctl setup key (once it is away)")
+        return Ability("key", True, f"{shown}: who has it too is a node of this user's jobs")
+    if not os.path.lexists(SITE_KEY):
+        what = "no key: jobs of several nodes are told who their peers are, but for those of Slurm's"
+        return Ability("key", False, what, "securerunctl setup key")
+    if os.geteuid() != 0:
+        return Ability("key", None, f"of {SITE_KEY}, which only guards read")
+    lack = keys.lack_of_site_key()
+    if lack:
+        return Ability("key", False, f"{SITE_KEY} {lack}", "securerunctl setup key --site (once it is away)")
+    return Ability("key", True, f"of {SITE_KEY}, for each user another one")
 
 
 def _port_chains() -> Iterator[Ability]:

@@ -21,7 +21,7 @@ from securerun.guard import records
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
 _ABILITIES = (
-    *("kernel", "capabilities", "cgroup", "shield", "iptables", "nftables", "legacy", "reserved-ports"),
+    *("kernel", "capabilities", "cgroup", "shield", "key", "iptables", "nftables", "legacy", "reserved-ports"),
     *("guard directly", "guard by sudo", "guard by systemd"),
     "own-network",
 )
@@ -55,6 +55,7 @@ def test_root_can_do_everything_and_nothing_of_the_trial_stays(node: Host) -> No
     assert {name for name, ability in host.items() if ability["works"] is False} <= {
         "guard by systemd",
         "guard by sudo",
+        "key",  # nobody made one
     }
     assert "proven" in host["shield"]["what"]
     known = "nodes can be known by a key" if not kernel.lack_of(kernel.TAGS) else "nodes cannot be known by a key"
@@ -75,6 +76,25 @@ def test_text_has_the_same_as_json_in_lines(node: Host) -> None:
     assert [line.split("  ")[0].strip() for line in host.splitlines()] == [*_ABILITIES]
     assert "umask: the shell's umask is 0022: " in findings
     assert all("fix: `" in line for line in findings.splitlines())
+
+
+def test_doctor_says_where_the_key_is_of_and_nothing_of_it(node: Host, tmp_path: Path) -> None:
+    env, secret = {"HOME": str(tmp_path)}, "0123456789abcdef" * 4
+
+    def ability() -> dict[str, Any]:
+        text = examined(node, umask=0o027, env=env)[1]
+        assert secret not in text
+        return understood(text)[0]["key"]
+
+    none = ability()
+    assert none["works"] is False and none["mend"] == "securerunctl setup key"
+    key = tmp_path / ".config/securerun/key"
+    key.parent.mkdir(parents=True)
+    key.touch(0o600)
+    key.write_text(secret)
+    assert ability()["works"] is True and str(key) in ability()["what"]
+    key.chmod(0o640)
+    assert ability()["works"] is False and "mode 640" in ability()["what"]
 
 
 def test_status_is_0_where_nothing_is_to_be_mended(node: Host, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import struct
@@ -219,6 +220,21 @@ def test_it_needs_cap_bpf_and_cap_net_admin_and_no_more(field: TagField) -> None
         )
         assert expected in done.stdout, done.stdout + done.stderr
         assert programs_on(field.job) == (0, 0)
+
+
+def test_a_kernel_whose_verifier_wants_cap_perfmon_is_said_to_be_one(
+    field: TagField, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without d75e30dddf73, who has CAP_BPF alone may not compare where a program looks with the packet's end."""
+
+    def refuse(name: str, *_: object, **__: object) -> Program:
+        raise VerifierError(errno.EACCES, "Permission denied", "25: (2d) ...\nR3 pointer comparison prohibited\n")
+
+    monkeypatch.setattr(Program, "load", refuse)
+    with pytest.raises(ShieldUnavailable, match="give the guard CAP_PERFMON, or take a kernel with the fix") as refusal:
+        Shield.attach(field.job.descriptor, BY_TAG, KEY)
+    assert refusal.value.obstacle is Obstacle.NOT_PERMITTED and "\n" not in str(refusal.value)
+    assert programs_on(field.job) == (0, 0)
 
 
 # --- beside programs of others ----------------------------------------------------------------------
