@@ -142,6 +142,8 @@ def measure_latency(peer: Host, targets: list[Target], rounds: int) -> Iterator[
 
 
 def _through(target: Target) -> str:
+    if target.layer == "tag":
+        return "through a shield that asks for tags"
     if target.layer not in LAYERS:
         return f"through no layer ({target.name})"
     return f"through {target.layer} with {target.peers} peer{'s' * (target.peers > 1)}"
@@ -152,10 +154,13 @@ def mac_of(host: Host) -> str:
     return str(listed[0]["address"])
 
 
-def measure_flood(network: Network, peer: Host, target: Target, seconds: float) -> Iterator[Finding]:
-    """A peer connects, and a stranger tries to, while another stranger floods the port."""
-    stranger = network["stranger"]
+def measure_flood(
+    network: Network, peer: Host, target: Target, seconds: float, *, prefix: str = "connect", wrong: bool = False
+) -> Iterator[Finding]:
+    """A peer connects, and a stranger tries to, while another stranger floods the port. wrong: with wrong tags."""
+    stranger, is_closed = network["stranger"], target.layer != "none"
     command = [sys.executable, str(_FLOOD), "eth0", str(seconds), target.host.ipv4, mac_of(target.host), str(PORT)]
+    command += ["tagged"] * wrong
     flood = stranger.popen(command)
     assert flood.stdout is not None
     if flood.stdout.readline() != "begin\n":
@@ -178,15 +183,16 @@ def measure_flood(network: Network, peer: Host, target: Target, seconds: float) 
                 failed += 1
     sent, took = map(float, flood.stdout.readline().split())
     flood.wait(timeout=10)
-    name = f"connect.flood.{target.name}"
+    name = f"{prefix}.flood.{target.name}"
     with attempt:
         reached = float(_is_connected(attempt))
-    goal = 0.0 if target.layer in LAYERS else None
+    goal = 0.0 if is_closed else None
     words = f"attempts of a stranger under it that came through, of 1, {_through(target)}"
     yield finding(f"{name}.reached", words, "connects", [reached], goal=goal)
-    yield finding(f"{name}.rate", f"SYNs a second from invented sources, {_through(target)}", "1/s", [sent / took])
+    what = f"SYNs a second from invented sources{', with wrong tags' * wrong}, {_through(target)}"
+    yield finding(f"{name}.rate", what, "1/s", [sent / took])
     what = f"until one such SYN was dropped, all of it on one processor, {_through(target)}"
-    most = 1e6 / LEAST_FLOOD if target.layer in LAYERS else None
+    most = 1e6 / LEAST_FLOOD if is_closed else None
     yield finding(f"{name}.each", what, "us", [1e6 * took / sent], goal=most)
     share = 100 * failed / max(1, failed + len(latencies))
     yield finding(

@@ -1,6 +1,8 @@
 """SYN packets from invented sources, as many as one processor sends: run inside a host, bounded in time.
 
-flood.py INTERFACE SECONDS DESTINATION MAC PORT      prints how many packets it sent, and in how many seconds
+flood.py INTERFACE SECONDS DESTINATION MAC PORT [tagged]     prints how many packets it sent, and in how many seconds
+
+tagged: each has a tag of nobody's key.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from packets import ETHERTYPE_IPV4, SYN, Flow, ipv4, tcp
 
 MOST_SECONDS = 10.0
 FRAMES = 1024
+# Of securerun.firewall.tag, which this program does without.
+_TAG_HEAD = b"\xfe\x0cSR"
 
 
 class _Vector(ctypes.Structure):
@@ -41,7 +45,7 @@ class _Message(ctypes.Structure):
     _fields_ = (("header", _Header), ("length", ctypes.c_uint))
 
 
-def frames(destination: str, mac: str, port: int) -> list[bytes]:
+def frames(destination: str, mac: str, port: int, *, tagged: bool = False) -> list[bytes]:
     """Ethernet frames, each with a SYN of another source in 198.18.0.0/15 (RFC 2544: for benchmarks)."""
     chance = random.Random(1)  # noqa: S311 - no secret
     target = ipaddress.IPv4Address(destination)
@@ -50,12 +54,14 @@ def frames(destination: str, mac: str, port: int) -> list[bytes]:
     for _ in range(FRAMES):
         source = ipaddress.IPv4Address(int(ipaddress.IPv4Address("198.18.0.0")) + chance.getrandbits(17))
         flow = Flow(source, target, chance.randrange(1024, 65536), port)
-        found.append(head + ipv4(flow, tcp(flow, SYN, sequence=chance.getrandbits(32))))
+        options = _TAG_HEAD + chance.randbytes(8) if tagged else b""
+        found.append(head + ipv4(flow, tcp(flow, SYN, sequence=chance.getrandbits(32), options=options)))
     return found
 
 
-def main(interface: str, seconds: str, destination: str, mac: str, port: str) -> None:
-    kept = [ctypes.create_string_buffer(frame, len(frame)) for frame in frames(destination, mac, int(port))]
+def main(interface: str, seconds: str, destination: str, mac: str, port: str, tagged: str = "") -> None:
+    made = frames(destination, mac, int(port), tagged=tagged == "tagged")
+    kept = [ctypes.create_string_buffer(frame, len(frame)) for frame in made]
     messages = (_Message * FRAMES)()
     vectors = (_Vector * FRAMES)()
     for message, vector, frame in zip(messages, vectors, kept):

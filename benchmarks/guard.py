@@ -19,13 +19,32 @@ from subprocess import PIPE, Popen
 from findings import Finding, finding, run
 
 # After findings, which makes the tests' modules known.
-from hosts import RECORDS, Network  # isort: skip
+from hosts import RECORDS, Host, Network  # isort: skip
 
 GOAL_MILLISECONDS_A_MINUTE = 300.0
 GOAL_MEBIBYTES = {1: 32.0, 10_000: 64.0}
 IDLE_SECONDS = 60.0
 LEASES = 5
 # The whole of an idle job: argv is how many peers, and where the benchmarks are.
+# And of one that is given back at once, whose one peer is named, and whose secret of a key, or nothing.
+LEASE = """
+import ipaddress, sys, time
+from securerun.firewall.job_key import JobSecret
+from securerun.firewall.policy import Policy, PortRange, collapse
+from securerun.guard.protocol import KeyOrder, Order
+from securerun.protection.client import Guard
+peers = collapse([ipaddress.ip_network(sys.argv[1])])
+secret = bytes.fromhex(sys.argv[3])
+key = KeyOrder(required=False, secret=JobSecret(secret)) if secret else None
+policy = Policy(sys.argv[2], (PortRange(29500, 29500, "master port"),), peers)
+guard = Guard()
+time.sleep(0.5)  # as importing torch takes longer than a guard needs to be ready
+begin = time.perf_counter()
+guarding = guard.guard(Order(policy, "auto", "auto", 0.0, "lease", key=key), lambda notice: None)
+print(time.perf_counter() - begin, flush=True)
+assert bool(guarding.fingerprint) == bool(secret), guarding
+guard.release(False)
+"""
 JOB = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
@@ -72,6 +91,12 @@ class Idle:
         self._process.communicate("")
         if self._process.returncode != 0:
             raise SystemExit(f"the job ended with status {self._process.returncode}")
+
+
+def lease_seconds(host: Host, peer: str, run_id: str, secret: str) -> float:
+    """How long one order takes that is given back at once. secret: of the key that it has, in digits, or nothing."""
+    done = host.run([sys.executable, "-c", LEASE, peer, run_id, secret], check=True)
+    return float(done.stdout)
 
 
 def measure(options: argparse.Namespace) -> Iterator[Finding]:

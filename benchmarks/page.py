@@ -15,7 +15,19 @@ from findings import Finding
 from pictures import CHECKOUT, PICTURES
 
 # In the order of benchmarks/README.md.
-BENCHMARKS = ("exposure", "launch", "layers", "connect", "traffic", "ending", "guard", "start", "peers", "audit")
+BENCHMARKS = (
+    "exposure",
+    "launch",
+    "layers",
+    "connect",
+    "tags",
+    "traffic",
+    "ending",
+    "guard",
+    "start",
+    "peers",
+    "audit",
+)
 _PICTURE_OF = {benchmark: picture for picture, (benchmark, _) in PICTURES.items()}
 _HEAD = """\
 # What was measured

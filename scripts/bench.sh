@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/sbin:/sbin"
-all=(exposure ending start connect layers guard traffic launch peers audit)
+all=(exposure ending start connect tags layers guard traffic launch peers audit)
 names=() quick=() results=
 while [ $# -gt 0 ]; do
     case $1 in

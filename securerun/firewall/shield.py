@@ -78,18 +78,19 @@ class Shield:
         self._indices: frozenset[int] | None = None
 
     @classmethod
-    def attach(cls, cgroup: int, policy: Policy, key: JobKey | None = None) -> Shield:
+    def attach(cls, cgroup: int, policy: Policy, key: JobKey | None = None, *, for_trial: bool = False) -> Shield:
         """Hang a shield for the policy on the cgroup whose directory `cgroup` is open on.
 
         key: what tags are made with, where the policy goes by them. Where it closes the loopback and there is none, it
-        is one that nobody else has.
+        is one that nobody else has. for_trial: it is for a few connections with tags, and then thrown away.
         Sockets that processes of the cgroup make from now on, and made before in it, are covered at once.
         Raises ShieldUnavailable when the kernel will not have it, and PolicyError for an interface that is
         not there (names are looked up in the network namespace of the caller).
         """
         if key is None and policy.close_loopback:
             return _attach_alone(cgroup, policy)
-        return attach_first_of(PROGRAMS if key is None else _by_tags(policy), cgroup, policy, key)
+        programs = PROGRAMS if key is None else _by_tags(policy)
+        return attach_first_of(programs, cgroup, policy, key, for_trial=for_trial)
 
     def denied(self) -> tuple[Denial, ...]:
         """Return who was turned away so far, most packets first; of more than 4096 pairs the latest.
@@ -164,7 +165,12 @@ class Shield:
 
 
 def attach_first_of(
-    programs: Sequence[ShieldProgram], cgroup: int, policy: Policy, key: JobKey | None = None
+    programs: Sequence[ShieldProgram],
+    cgroup: int,
+    policy: Policy,
+    key: JobKey | None = None,
+    *,
+    for_trial: bool = False,
 ) -> Shield:
     """Do what Shield.attach() does, with the first of these programs that suits the policy and the kernel accepts."""
     if policy.has_tags != (key is not None):
@@ -182,7 +188,7 @@ def attach_first_of(
             tags = None
         else:
             (chosen,) = programs
-            program, tags = _load_with_tags(chosen, policy, symbols, key, undo, loading)
+            program, tags = _load_with_tags(chosen, policy, symbols, key, undo, loading, for_trial=for_trial)
         undo.enter_context(program)
         shield = Shield(cgroup, chosen, program, {each.shape.name: each for each in maps}, tags=tags)
         undo.callback(shield.close)
@@ -233,6 +239,8 @@ def _load_with_tags(
     key: JobKey,
     kept: contextlib.ExitStack,
     loading: contextlib.ExitStack,
+    *,
+    for_trial: bool,
 ) -> tuple[Program, Tags]:
     """Load the program that judges tags and the one that writes them, and close what they take with the stacks.
 
@@ -240,7 +248,7 @@ def _load_with_tags(
     """
     from securerun.firewall import tags
 
-    maps = tags.create_maps(policy, kept, loading)
+    maps = tags.create_maps(policy, kept, loading, for_trial=for_trial)
     numbers = {**symbols, **{name: each.fileno() for name, each in maps.items()}}
     program = kept.enter_context(
         tags.load_judge(chosen.kernel_name, chosen.build(policy.interfaces, policy.public), numbers, key)

@@ -68,18 +68,22 @@ class Answer:
     cookie: int
 
 
-def tag_map_shapes(networks: int, counting: int = 0) -> tuple[MapShape, ...]:
+def tag_map_shapes(networks: int, counting: int = 0, *, for_trial: bool = False) -> tuple[MapShape, ...]:
     """Return the shapes of the maps of tags, for so many networks that tags are written to.
 
-    counting: the number of those that a tag counts from; 0: there is no such map.
+    counting: the number of those that a tag counts from; 0: there is no such map. for_trial: for a few connections,
+    since the kernel makes all entries of most of these maps at once, which takes it milliseconds.
     """
-    notes = max(_FEWEST_NOTES, _NOTES_PER_PROCESSOR * os.sysconf("SC_NPROCESSORS_CONF"))
+    notes = _NOTES_PER_PROCESSOR * os.sysconf("SC_NPROCESSORS_CONF")
+    counted = notes
+    if not for_trial:
+        notes, counted = max(_FEWEST_NOTES, notes), _MOST_COUNTED
     bound = [MapShape(MapType.LPM_TRIE, _NETWORK_KEY.size, 4, counting, TAGS_FROM.name)] if counting else []
     return (
         MapShape(MapType.LPM_TRIE, _NETWORK_KEY.size, 4, 2 * networks + _ROOM_FOR_NETWORKS, TAG_NETWORKS.name),
         MapShape(MapType.LRU_HASH, _NOTE_KEY_SIZE, NUMBER_SIZE, notes, NOTES.name),
-        MapShape(MapType.LRU_HASH, _COUNT_KEY.size, _NUMBER.size, _MOST_COUNTED, TAGGED.name),
-        MapShape(MapType.LRU_HASH, _COUNT_KEY.size, _NUMBER.size, _MOST_COUNTED, UNTAGGED.name),
+        MapShape(MapType.LRU_HASH, _COUNT_KEY.size, _NUMBER.size, counted, TAGGED.name),
+        MapShape(MapType.LRU_HASH, _COUNT_KEY.size, _NUMBER.size, counted, UNTAGGED.name),
         MapShape(MapType.ARRAY, 4, _NUMBER.size, _PORT_WORDS, PLANNED.name),
         ring_shape(ANSWERS.name),
         *bound,

@@ -7,6 +7,7 @@ no more, or each packet of data would carry the option. Linux 5.10 (BPF_SOCK_OPS
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from securerun.firewall import siphash, tag
@@ -60,8 +61,12 @@ _OPTION = -84
 _MAPPED_WORD = 0xFFFF0000
 
 
+@functools.cache
 def writing_program() -> tuple[Statement, ...]:
-    """Write tags. Another program's flags are left as they are, and so is what it answers to the kernel."""
+    """Write tags. Another program's flags are left as they are, and so is what it answers to the kernel.
+
+    Made once: a guard loads it for the proof, and for the job.
+    """
     return (
         calculate(R6, "=", R1),
         load(R7, 4, R6, _OPERATION),

@@ -127,13 +127,14 @@ def of_this_host_alone(policy: Policy) -> tuple[Policy, JobKey]:
     return replace(policy, tagged=networks), JobKey(os.urandom(siphash.KEY_SIZE), os.urandom(siphash.KEY_SIZE), "")
 
 
-def create_maps(policy: Policy, kept: ExitStack, loading: ExitStack) -> dict[str, Map]:
+def create_maps(policy: Policy, kept: ExitStack, loading: ExitStack, *, for_trial: bool = False) -> dict[str, Map]:
     """Make the maps of tags and fill in what the policy says. Raises ShieldUnavailable.
 
-    kept: closes those that `Tags` takes. loading: closes those that nobody but the programs needs.
+    kept: closes those that `Tags` takes. loading: closes those that nobody but the programs needs. for_trial: they are
+    for a few connections.
     """
     maps = {}
-    for shape in tag_map_shapes(len(policy.tagged), len(policy.tags_from)):
+    for shape in tag_map_shapes(len(policy.tagged), len(policy.tags_from), for_trial=for_trial):
         maps[shape.name] = (kept if shape.name in KEPT else loading).enter_context(_create(shape))
     with explained("filling in where tags are written"):
         maps[TAG_NETWORKS.name].update_many(dict.fromkeys(network_keys(policy.tagged), NO_VALUE))

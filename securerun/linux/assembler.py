@@ -10,7 +10,7 @@ import enum
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Remark:
         return f"; {self.text}"
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction: its text, and its fields as the kernel wants them, but for what assemble() fills in.
+class Instruction(NamedTuple):
+    """One instruction: its fields as the kernel wants them, but for what assemble() fills in, and its text.
 
-    target: the label to jump to. symbol: the symbol whose number becomes the immediate value.
+    A tuple, since each guard makes some thousand. words: what the text is made of, which few people read. target: the
+    label to jump to. symbol: the symbol whose number becomes the immediate value.
     """
 
-    text: str
+    words: tuple[object, ...]
     opcode: int
     destination: int = 0
     source: int = 0
@@ -74,6 +74,11 @@ class Instruction:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def text(self) -> str:
+        """Return the instruction for people."""
+        return "".join(map(str, self.words))
 
     @property
     def slots(self) -> int:
@@ -114,81 +119,82 @@ _CALL = 0x85
 _EXIT = 0x95
 _LOAD_64_BIT_IMMEDIATE = 0x18
 _MAP_DESCRIPTOR = 1
+_SLOT = struct.Struct("<BBhi")
 
 
 def calculate(destination: Register, operator: str, operand: Register | int) -> Instruction:
     """Do `destination operator operand` in 64 bits; `=` copies."""
-    text = f"{destination} {operator} {operand}"
+    words = (destination, f" {operator} ", operand)
     if isinstance(operand, Register):
         opcode = _ARITHMETIC[operator] | _FROM_REGISTER
-        return Instruction(text, opcode, destination.number, operand.number)
-    return Instruction(text, _ARITHMETIC[operator], destination.number, immediate=operand)
+        return Instruction(words, opcode, destination.number, operand.number)
+    return Instruction(words, _ARITHMETIC[operator], destination.number, immediate=operand)
 
 
 def from_network_order(destination: Register, width: int) -> Instruction:
     """Turn `width` bytes of a register from the network's byte order into the host's."""
-    text = f"{destination} = be{8 * width} {destination}"
-    return Instruction(text, _BIG_ENDIAN, destination.number, immediate=8 * width)
+    words = (destination, f" = be{8 * width} ", destination)
+    return Instruction(words, _BIG_ENDIAN, destination.number, immediate=8 * width)
 
 
 def load(destination: Register, width: int, base: Register, offset: int) -> Instruction:
     """Read `width` bytes at base + offset, the rest of the register becomes zero."""
-    text = f"{destination} = {_memory(width, base, offset)}"
-    return Instruction(text, _LOAD | _WIDTHS[width], destination.number, base.number, offset)
+    words = (destination, " = ", *_memory(width, base, offset))
+    return Instruction(words, _LOAD | _WIDTHS[width], destination.number, base.number, offset)
 
 
 def store(width: int, base: Register, offset: int, value: Register | int) -> Instruction:
     """Write the lower `width` bytes of the value to base + offset."""
-    text = f"{_memory(width, base, offset)} = {value}"
+    words = (*_memory(width, base, offset), " = ", value)
     if isinstance(value, Register):
-        return Instruction(text, _STORE_REGISTER | _WIDTHS[width], base.number, value.number, offset)
-    return Instruction(text, _STORE_IMMEDIATE | _WIDTHS[width], base.number, 0, offset, value)
+        return Instruction(words, _STORE_REGISTER | _WIDTHS[width], base.number, value.number, offset)
+    return Instruction(words, _STORE_IMMEDIATE | _WIDTHS[width], base.number, 0, offset, value)
 
 
 def atomic_add(width: int, base: Register, offset: int, value: Register) -> Instruction:
     """Add to the 4 or 8 bytes at base + offset, undisturbed by other processors."""
-    text = f"lock {_memory(width, base, offset)} += {value}"
-    return Instruction(text, _ATOMIC_ADD | _WIDTHS[width], base.number, value.number, offset)
+    words = ("lock ", *_memory(width, base, offset), " += ", value)
+    return Instruction(words, _ATOMIC_ADD | _WIDTHS[width], base.number, value.number, offset)
 
 
 def jump(target: str) -> Instruction:
     """Go on at the label."""
-    return Instruction(f"goto {target}", _JUMP, target=target)
+    return Instruction(("goto ", target), _JUMP, target=target)
 
 
 def jump_if(left: Register, comparison: str, right: Operand, target: str) -> Instruction:
     """Go on at the label when `left comparison right` holds, unsigned, in 64 bits; `&` asks for common bits."""
-    text = f"if {left} {comparison} {right} goto {target}"
+    words = ("if ", left, f" {comparison} ", right, " goto ", target)
     opcode = _COMPARISONS[comparison]
     if isinstance(right, Register):
-        return Instruction(text, opcode | _FROM_REGISTER, left.number, right.number, target=target)
+        return Instruction(words, opcode | _FROM_REGISTER, left.number, right.number, target=target)
     if isinstance(right, Symbol):
-        return Instruction(text, opcode, left.number, target=target, symbol=right.name)
-    return Instruction(text, opcode, left.number, immediate=right, target=target)
+        return Instruction(words, opcode, left.number, target=target, symbol=right.name)
+    return Instruction(words, opcode, left.number, immediate=right, target=target)
 
 
 def map_reference(destination: Register, name: Symbol) -> Instruction:
     """Put a map into a register, for a helper; the symbol stands for the map's descriptor."""
-    text = f"{destination} = map{name}"
-    return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, _MAP_DESCRIPTOR, symbol=name.name)
+    words = (destination, " = map", name)
+    return Instruction(words, _LOAD_64_BIT_IMMEDIATE, destination.number, _MAP_DESCRIPTOR, symbol=name.name)
 
 
 def constant(destination: Register, value: Symbol | int) -> Instruction:
     """Put a number of 64 bits into a register; others can only be 32 bits long, and are extended by their sign."""
-    text = f"{destination} = {value} ll"
+    words = (destination, " = ", value, " ll")
     if isinstance(value, Symbol):
-        return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, symbol=value.name)
-    return Instruction(text, _LOAD_64_BIT_IMMEDIATE, destination.number, immediate=value)
+        return Instruction(words, _LOAD_64_BIT_IMMEDIATE, destination.number, symbol=value.name)
+    return Instruction(words, _LOAD_64_BIT_IMMEDIATE, destination.number, immediate=value)
 
 
 def call(helper: Helper) -> Instruction:
     """Call a helper; r1 to r5 are lost."""
-    return Instruction(f"call {helper.name.lower()}", _CALL, immediate=int(helper))
+    return Instruction(("call ", helper.name.lower()), _CALL, immediate=int(helper))
 
 
 def leave() -> Instruction:
     """End the program with the value of r0."""
-    return Instruction("exit", _EXIT)
+    return Instruction(("exit",), _EXIT)
 
 
 def assemble(program: Sequence[Statement], symbols: Mapping[str, int]) -> bytes:
@@ -198,9 +204,16 @@ def assemble(program: Sequence[Statement], symbols: Mapping[str, int]) -> bytes:
     """
     labels = _label_positions(program)
     code = bytearray()
+    # Of a hash the same statements come again and again, and are the same wherever they stand.
+    known: dict[int, bytes] = {}
     for statement in program:
         if isinstance(statement, Instruction):
-            code += _encode(statement, len(code) // 8, labels, symbols)
+            encoded = known.get(id(statement))
+            if encoded is None:
+                encoded = _encode(statement, len(code) // 8, labels, symbols)
+                if not statement.target:
+                    known[id(statement)] = encoded
+            code += encoded
     return bytes(code)
 
 
@@ -209,8 +222,8 @@ def listing(program: Sequence[Statement]) -> str:
     return "\n".join(str(line) if isinstance(line, Label) else f"    {line}" for line in program)
 
 
-def _memory(width: int, base: Register, offset: int) -> str:
-    return f"*(u{8 * width} *)({base} {'-' if offset < 0 else '+'} {abs(offset)})"
+def _memory(width: int, base: Register, offset: int) -> tuple[object, ...]:
+    return f"*(u{8 * width} *)(", base, " - " if offset < 0 else " + ", abs(offset), ")"
 
 
 def _label_positions(program: Sequence[Statement]) -> dict[str, int]:
@@ -218,7 +231,7 @@ def _label_positions(program: Sequence[Statement]) -> dict[str, int]:
     position = 0
     for statement in program:
         if isinstance(statement, Instruction):
-            position += statement.slots
+            position += 2 if statement.opcode == _LOAD_64_BIT_IMMEDIATE else 1
         elif isinstance(statement, Label):
             if statement.name in positions:
                 raise ValueError(f"label {statement.name} is there twice")
@@ -238,10 +251,11 @@ def _encode(instruction: Instruction, position: int, labels: Mapping[str, int], 
         immediate = symbols[instruction.symbol]
     registers = instruction.source << 4 | instruction.destination
     try:
-        if instruction.slots == 2 and instruction.source != _MAP_DESCRIPTOR:
-            lower, upper = struct.unpack("<ii", struct.pack("<Q", immediate))
-            return struct.pack("<BBhiii", instruction.opcode, registers, offset, lower, 0, upper)
-        code = struct.pack("<BBhi", instruction.opcode, registers, offset, immediate)
+        if instruction.opcode != _LOAD_64_BIT_IMMEDIATE:
+            return _SLOT.pack(instruction.opcode, registers, offset, immediate)
+        if instruction.source == _MAP_DESCRIPTOR:
+            return _SLOT.pack(instruction.opcode, registers, offset, immediate) + bytes(_SLOT.size)
+        lower, upper = struct.unpack("<ii", struct.pack("<Q", immediate))
+        return struct.pack("<BBhiii", instruction.opcode, registers, offset, lower, 0, upper)
     except struct.error as error:
         raise ValueError(f"{instruction}: {error}") from error
-    return code + bytes(8 * (instruction.slots - 1))
