@@ -16,9 +16,10 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 from findings import Finding, finding, progress, run
 
@@ -155,9 +156,19 @@ def mac_of(host: Host) -> str:
 
 
 def measure_flood(
-    network: Network, peer: Host, target: Target, seconds: float, *, prefix: str = "connect", wrong: bool = False
+    network: Network,
+    peer: Host,
+    target: Target,
+    seconds: float,
+    *,
+    prefix: str = "connect",
+    wrong: bool = False,
+    as_peer: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Finding]:
-    """A peer connects, and a stranger tries to, while another stranger floods the port. wrong: with wrong tags."""
+    """A peer connects, and a stranger tries to, while another stranger floods the port.
+
+    wrong: with wrong tags. as_peer: what this process is in while the peer connects.
+    """
     stranger, is_closed = network["stranger"], target.layer != "none"
     command = [sys.executable, str(_FLOOD), "eth0", str(seconds), target.host.ipv4, mac_of(target.host), str(PORT)]
     command += ["tagged"] * wrong
@@ -170,17 +181,18 @@ def measure_flood(
         attempt = socket.socket()
         attempt.setblocking(False)
         attempt.connect_ex((target.host.ipv4, PORT))
-    while time.perf_counter() < end:
-        with inside(peer), socket.socket() as client:
-            client.settimeout(1.0)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            begin = time.perf_counter_ns()
-            try:
-                client.connect((target.host.ipv4, PORT))
-                latencies.append((time.perf_counter_ns() - begin) / 1000)
-                target.listener.accept()[0].close()
-            except OSError:
-                failed += 1
+    with as_peer(), inside(peer):
+        while time.perf_counter() < end:
+            with socket.socket() as client:
+                client.settimeout(1.0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                begin = time.perf_counter_ns()
+                try:
+                    client.connect((target.host.ipv4, PORT))
+                    latencies.append((time.perf_counter_ns() - begin) / 1000)
+                    target.listener.accept()[0].close()
+                except OSError:
+                    failed += 1
     sent, took = map(float, flood.stdout.readline().split())
     flood.wait(timeout=10)
     name = f"{prefix}.flood.{target.name}"

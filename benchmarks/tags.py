@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from findings import Finding, finding, progress, run
@@ -25,7 +26,7 @@ from cgroups import Cgroup, enter, inside, new_cgroup, socket_made_in  # isort: 
 from connect import Target, listen, measure_flood, measure_round
 from guard import lease_seconds
 from hosts import Host, Network, cgroup2_mount
-from traffic import exchange, run_times, runs_of
+from traffic import Counted, run_times
 
 from securerun.firewall import tag, tag_proof
 from securerun.firewall.job_key import JobKey
@@ -112,32 +113,35 @@ def measure_connects(peer: Host, node: Cgroup, targets: list[Target], rounds: in
 # --- data ---------------------------------------------------------------------------------------------
 
 
-def measure_data(host: Host, peer: Host, node: Cgroup, *, quick: bool) -> Iterator[Finding]:
-    """The judge beside an empty program on the very same packets, which are all of one connection."""
-    found: dict[str, list[float]] = {"empty": [], "equal": [], "tag": []}
-    with ExitStack() as stack, run_times():
-        cgroup = stack.enter_context(new_cgroup())
-        programs = {"tag": hung(cgroup, BY_TAG, stack)._program}
-        for name in ("empty", "equal"):
-            made = stack.enter_context(Program.load("empty", assemble((calculate(R0, "=", 1), leave()), {})))
-            made.attach(cgroup.descriptor, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
-            stack.callback(made.take_off, cgroup.descriptor, AttachType.CGROUP_INET_INGRESS)
-            programs[name] = made
-        with inside(host):
-            listener = stack.enter_context(socket_made_in(cgroup, lambda: socket.create_server(("", 0))))
+def make_counted(name: str, host: Host, peer: Host, node: Cgroup, stack: ExitStack) -> Counted:
+    """A program on a cgroup of its own, and a connection of the node's to a socket in it."""
+    cgroup = stack.enter_context(new_cgroup())
+    if name == "tag":
+        program = hung(cgroup, BY_TAG, stack)._program
+    else:
+        program = stack.enter_context(Program.load("empty", assemble((calculate(R0, "=", 1), leave()), {})))
+        program.attach(cgroup.descriptor, AttachType.CGROUP_INET_INGRESS, AttachFlags.ALLOW_MULTI)
+    with inside(host):
+        listener = socket_made_in(cgroup, lambda: socket.create_server(("", 0)))
 
-        def connecting() -> socket.socket:
-            with inside(peer):
-                return socket.create_connection((host.ipv4, listener.getsockname()[1]))
+    def connecting() -> socket.socket:
+        with inside(peer):
+            return socket.create_connection((host.ipv4, listener.getsockname()[1]))
 
+    with listener:
         sender = stack.enter_context(socket_made_in(node, connecting))
         receiver = stack.enter_context(listener.accept()[0])
-        for _ in range(4 if quick else 40):
-            before = {name: runs_of(program) for name, program in programs.items()}
-            exchange(sender, receiver, 16 if quick else 64)
-            for name, program in programs.items():
-                spent, runs = runs_of(program)
-                found[name].append((spent - before[name][0]) / (runs - before[name][1]))
+    return Counted(name, program, sender, receiver)
+
+
+def measure_data(host: Host, peer: Host, node: Cgroup, *, quick: bool) -> Iterator[Finding]:
+    found: dict[str, list[float]] = {"empty": [], "equal": [], "tag": []}
+    with ExitStack() as stack, run_times():
+        counted = [make_counted(name, host, peer, node, stack) for name in found]
+        for number in range(4 if quick else 40):
+            turn = number % len(counted)
+            for one in counted[turn:] + counted[:turn]:
+                found[one.name].append(one.nanoseconds_a_run(16 if quick else 64))
     words = {"empty": "an empty program", "equal": "another empty program", "tag": "the program that judges tags"}
     for name, samples in found.items():
         yield finding(f"tags.run.{name}", f"{words[name]}: one run on a data packet, as counted", "ns", samples)
@@ -199,8 +203,9 @@ def measure(options: argparse.Namespace) -> Iterator[Finding]:
         yield from measure_leases(network["to-none"], peer, 1 if quick else 15)
         tagged = targets[-1]
         progress("a flood of wrong tags:")
-        with entered(node):
-            yield from measure_flood(network, peer, tagged, 0.3 if quick else FLOOD_SECONDS, prefix="tags", wrong=True)
+        seconds = 0.3 if quick else FLOOD_SECONDS
+        of_node = partial(entered, node)
+        yield from measure_flood(network, peer, tagged, seconds, prefix="tags", wrong=True, as_peer=of_node)
 
 
 def main() -> None:
