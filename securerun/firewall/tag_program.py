@@ -155,7 +155,6 @@ def _statements(
 ) -> tuple[Statement, ...]:
     return (
         calculate(R6, "=", R1),
-        *_pass_loopback(close_loopback),
         Remark("every packet passes to a socket that neither listens nor waits for an answer"),
         load(R7, 8, R6, CONTEXT_SOCKET),
         jump_if(R7, "==", 0, "drop"),
@@ -163,6 +162,7 @@ def _statements(
         jump_if(R8, "==", LISTEN, "look"),
         jump_if(R8, "!=", SYN_SENT, "pass"),
         Label("look"),
+        *_pass_loopback(close_loopback),
         *note_source_and_listener(),
         jump_if(R8, "==", SYN_SENT, "answer"),
         *pass_public(public),
