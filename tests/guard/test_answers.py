@@ -182,6 +182,9 @@ def test_what_a_policy_says_of_tags_comes_through_and_nothing_that_cannot_be_rig
         document = policy_document(policy)
         assert read_policy(json.loads(json.dumps(document))) == policy
         assert ("tagged" in document) == policy.has_tags
+    plain = policy_document(Policy("0123456789ab", (), ()))
+    with pytest.raises(PolicyError):
+        read_policy({**plain, "tags_from": ["10.0.0.0/8"]})
     document = policy_document(BY_TAG)
     wrong: tuple[dict[str, object], ...] = (
         {"admission": "everybody"},
