@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from securerun.firewall import shield, tag_proof
-from securerun.firewall.job_key import JobSecret
+from securerun.errors import PrivilegeError
+from securerun.firewall import shield, tag_proof, tagging
+from securerun.firewall.job_key import JobKey, JobSecret
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.guard import job_secret, keys, run_directory
 from securerun.guard.cgroup import JobCgroup
@@ -16,7 +17,9 @@ from securerun.guard.keys import Found
 from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, require_not_required
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import KeyOrder
+from securerun.text import some
 
+_NETWORKS_NAMED = 4
 _NONE_FOR_CONTAINERS = Found(None, why="a user id in a container is nobody's own, so this host makes no key for it")
 
 
@@ -37,7 +40,7 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
         require_not_required(wanted.required, why)
         lease.notes += (f"no key ({why}): nobody may connect",)
         return None
-    lease.take_key(found.secret.key(), found.source, wanted)
+    _give(lease, found.secret.key(), found.source, wanted)
     if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
         lease.forget_key(NO_SHIELD_NO_TAG)
     return found.secret
@@ -45,6 +48,35 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
 
 def _is_of_container(lease: Lease, wanted: KeyOrder) -> bool:
     return wanted.secret is None and bool(lease.caller.container)
+
+
+def _give(lease: Lease, key: JobKey, source: str, wanted: KeyOrder) -> None:
+    """Have the lease go by this key from here on. source: the guard's own, in words, if it is of one."""
+    lease.key, lease.key_required, lease.key_towards = key, wanted.required, wanted.towards
+    within = () if lease.caller.is_root else lease.site.peers or ()
+    try:
+        lease.policy = tagging.by_key(
+            lease.policy,
+            required=wanted.required,
+            towards=wanted.towards,
+            through_any=wanted.through_any,
+            within=within,
+        )
+    except OSError as error:
+        raise PrivilegeError(f"this host's own addresses cannot be told ({error.strerror})") from error
+    if lease.policy.tags_from:
+        allowed = some([*map(str, lease.policy.tags_from)], _NETWORKS_NAMED)
+        lease.notes += (
+            f"a tag of the job's key counts from {allowed} alone, where this host allows peers ({LIMITS_FILE})",
+        )
+    lease.record = dataclasses.replace(
+        lease.record,
+        policy=lease.policy,
+        key=key.fingerprint,
+        key_source=source,
+        nodes_guarded=1,
+        nodes=wanted.nodes,
+    )
 
 
 def try_tags(lease: Lease, cgroup: JobCgroup) -> None:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from securerun.errors import PolicyError, PrivilegeError
+from securerun.errors import PolicyError
 from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
 from securerun.firewall.droplog import DropLog
 from securerun.firewall.job_key import JobKey
@@ -31,19 +31,16 @@ from securerun.guard.cgroup import JobCgroup
 from securerun.guard.containers import is_within
 from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.presence import Presence
-from securerun.guard.program import LIMITS_FILE
-from securerun.guard.protocol import Guarding, KeyOrder, Order, mark_of
+from securerun.guard.protocol import Guarding, Order, mark_of
 from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
 from securerun.linux import proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
-from securerun.text import some
 
 NO_SHIELD_NO_TAG = "only the shield can ask for a tag, and there is none"
 # The watch goes on in between.
 _KILL_SECONDS = 0.2
-_NETWORKS_NAMED = 4
 # Whoever is there at two looks is read, so that a process is found within a second; some 30 us for each that is new.
 _LOOK_ELSEWHERE_SECONDS = 0.5
 
@@ -141,36 +138,6 @@ class Lease:
         """Take note of a layer that is missing."""
         self.notes += (why,)
         self.lacking += (why,)
-
-    def take_key(self, key: JobKey, source: str, wanted: KeyOrder) -> None:
-        """Have the key that was wanted from here on. source: the guard's own, in words, if it is of one."""
-        from securerun.firewall import tagging  # few jobs have one
-
-        self.key, self.key_required, self.key_towards = key, wanted.required, wanted.towards
-        within = () if self.caller.is_root else self.site.peers or ()
-        try:
-            self.policy = tagging.by_key(
-                self.policy,
-                required=wanted.required,
-                towards=wanted.towards,
-                through_any=wanted.through_any,
-                within=within,
-            )
-        except OSError as error:
-            raise PrivilegeError(f"this host's own addresses cannot be told ({error.strerror})") from error
-        if self.policy.tags_from:
-            allowed = some([*map(str, self.policy.tags_from)], _NETWORKS_NAMED)
-            self.notes += (
-                f"a tag of the job's key counts from {allowed} alone, where this host allows peers ({LIMITS_FILE})",
-            )
-        self.record = dataclasses.replace(
-            self.record,
-            policy=self.policy,
-            key=key.fingerprint,
-            key_source=source,
-            nodes_guarded=1,
-            nodes=wanted.nodes,
-        )
 
     def forget_key(self, why: str) -> None:
         """Go on without a key, since no tag can be had. Raises PolicyError where nobody is to come in without."""
