@@ -77,6 +77,8 @@ QUOTED = (
     "no guard is available in this user namespace",
     "no shield (",
     "would leave new files open",
+    "did not show the tag of this job's key",
+    "the tag of this job's key",
 )
 # A variable that a block sets is one that securerun takes.
 AND_TAKE_IT = '\nSECURERUN_PEERS="${SECURERUN_PEERS:-node0}" securerunctl exec --dry-run -- true > /dev/null'
