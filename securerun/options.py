@@ -477,10 +477,7 @@ def _read_site_file(path: Path) -> dict[str, _Found]:
 
 
 def of_site(key: str, path: Path = SITE_CONFIG) -> str:
-    """Return what the site file has under a key of SITE_KEYS, "" without it.
-
-    Raises UsageError for a site file that cannot be read.
-    """
+    """Return what the site file has under a key of SITE_KEYS, "" without it. Raises UsageError as `resolve` does."""
     found = _read_site_file(path).get(key)
     return str(found.value) if found is not None else ""
 
@@ -502,7 +499,8 @@ def _read_site_text(text: str, path: Path) -> dict[str, _Found]:
             settings[key] = _Found(value, str(path))
             continue
         if key not in options:
-            raise UsageError(f"{place}: there is no key {key!r}; the keys are {', '.join((*options, *SITE_KEYS))}")
+            what = f"the key {key} has no text" if key in SITE_KEYS else f"there is no key {key!r}"
+            raise UsageError(f"{place}: {what}; the keys are {', '.join((*options, *SITE_KEYS))}")
         option = options[key]
         settings[key] = _Found(_checked(option, _from_toml(option, value, place), place), str(path))
     return settings

@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 from securerun.errors import UsageError
 from securerun.help_text import written
 from securerun.job.launchers import values_of
-from securerun.options import GROUPS, OPTIONS, Arity, Options, resolve, take
+from securerun.options import GROUPS, OPTIONS, Arity, Options, of_site, resolve, take
 
 PARSER = get_args_parser()
 ARITY = values_of(PARSER)
@@ -366,3 +366,14 @@ def assert_line_with(message: str, words: list[str]) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_site_file_says_where_guards_are_and_no_launch_minds(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('socket = "/srv/guard.sock"\npeers = "10.0.0.1"\n')
+    assert of_site("socket", path) == "/srv/guard.sock"
+    assert of_site("socket", tmp_path / "none.toml") == ""
+    assert resolve({}, {}, path).peers == "10.0.0.1"
+    path.write_text("socket = 7\n")
+    with pytest.raises(UsageError, match="the key socket has no text"):
+        of_site("socket", path)

@@ -284,6 +284,18 @@ def kubernetes(
     print_manifests(only, image, job_image)
 
 
+@setup.command("oci-hook", short_help="Print a hook of container engines.")
+def oci_hook() -> None:
+    """Print a hook that has podman or CRI-O hang a shield on a container before its process starts.
+
+    For containers with the annotation securerun.peers: the addresses and networks that may connect. securerun.public
+    names ports that are for every host. It goes to /etc/containers/oci/hooks.d/securerun.json.
+    """
+    from securerun.ctl.oci_hook import print_hook
+
+    print_hook()
+
+
 @setup.command(short_help="Make a torchrun that is securerun.")
 def torchrun(
     directory: str = typer.Argument(..., metavar="DIR", help="Where it is to be; made if its parent is there."),

@@ -15,6 +15,7 @@ import stat
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from securerun.errors import PrivilegeError
@@ -97,9 +98,9 @@ class Guards:
                 self._accounts.pop(pid, None)
 
 
-def main(path: str) -> int:
-    """Listen at a path until SIGTERM. Return the exit status."""
-    place = Path(path)
+def main(arguments: Sequence[str]) -> int:
+    """Listen at the path that is the only argument, until SIGTERM. Return the exit status."""
+    place = Path(arguments[0])
     try:
         _go_where_the_node_is()
         listener = _listen(place)

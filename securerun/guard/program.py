@@ -30,10 +30,6 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); from securerun.{module} import main; sys.exit(main(sys.argv[1:]))"
 )
-_LISTENER = (
-    "import sys; sys.path.append(sys.argv.pop(1)); "
-    "from securerun.guard.listener import main; sys.exit(main(*sys.argv[1:]))"
-)
 # sudo says in it who called; nothing else of the environment is for the guard.
 _KEPT = ("SUDO_UID",)
 
@@ -54,7 +50,12 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
 
 def listening(place: str) -> list[str]:
     """Return the command line of what starts a guard for each who connects to a socket."""
-    return [sys.executable, "-I", "-S", "-c", _LISTENER, _PACKAGE_PARENT, place]
+    return _command("guard.listener", (place,))
+
+
+def hook() -> list[str]:
+    """Return the command line of the hook of container engines."""
+    return _command("guard.container_hook", ())
 
 
 def main() -> NoReturn:

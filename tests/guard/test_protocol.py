@@ -16,6 +16,7 @@ from securerun.firewall.policy import Denial, Layer, Opening, Policy, PortRange,
 from securerun.guard import documents
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import (
+    VERSIONS,
     Guarding,
     KeyOrder,
     Message,
@@ -31,6 +32,8 @@ from securerun.guard.protocol import (
     Runs,
     decode,
     encode,
+    launcher_address,
+    reads_versions,
 )
 from securerun.linux.networks import collapse
 
@@ -321,3 +324,36 @@ def test_a_key_that_is_not_exactly_one_is_refused_without_a_word_of_it(line: byt
 def test_nothing_that_is_logged_has_the_key_of_an_order() -> None:
     said = f"{replace(ORDER, key=WITH_KEYS[0])!r} {WITH_KEYS[0]}"
     assert SECRET.reveal().hex() not in said and repr(SECRET.reveal())[2:-1] not in said
+
+
+def test_versions_of_a_guard_are_for_who_can_read_them() -> None:
+    """Launchers of 0.1 take no field that they do not know."""
+    assert json.loads(encode(Ready(7))) == {"ready": {"version": 1, "pid": 7}}
+    named = Ready(7, VERSIONS)
+    assert decode(encode(named)) == named
+    assert reads_versions(launcher_address()) and reads_versions(launcher_address().encode())
+    assert not any(reads_versions(address) for address in ("", b"", "\0securerun-0123456789ab", "/run/x"))
+    assert launcher_address() != launcher_address()
+
+
+@pytest.mark.parametrize(
+    ("body", "is_understood"),
+    [
+        ({"version": 1, "pid": 7, "versions": [1, 2, 9]}, True),
+        ({"version": 3, "pid": 7, "versions": [2, 3]}, True),
+        ({"version": 3, "pid": 7, "versions": [3, 4]}, False),
+        ({"version": 3, "pid": 7}, False),
+        ({"version": 1, "pid": 7, "versions": [True]}, False),
+        ({"version": 1, "pid": 7, "versions": "1"}, False),
+        ({"version": 1, "pid": 7, "versions": list(range(65))}, False),
+    ],
+)
+def test_guard_of_another_release_is_understood_where_one_version_is_common(
+    body: dict[str, Any], is_understood: bool
+) -> None:
+    line = json.dumps({"ready": body}).encode()
+    if is_understood:
+        assert decode(line) == Ready(7, tuple(body["versions"]))
+        return
+    with pytest.raises(ProtocolError):
+        decode(line)

@@ -227,3 +227,23 @@ def test_a_socket_that_is_not_served_by_root_is_no_way(
     finally:
         os.kill(server, 9)
         os.waitpid(server, 0)
+
+
+def test_socket_is_where_the_environment_or_the_site_says_else_in_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "SOCKET", tmp_path / "securerun.d" / "guard.sock")
+    monkeypatch.setattr(ways, "SOCKET_BEFORE", tmp_path / "securerun.sock")
+    monkeypatch.setattr(ways, "of_site", lambda key: {"socket": ""}[key])
+    monkeypatch.delenv("SECURERUN_SOCKET", raising=False)
+    assert ways.socket_place() == ways.SOCKET
+    with socket.socket(socket.AF_UNIX) as before, socket.socket(socket.AF_UNIX) as now:
+        before.bind(str(ways.SOCKET_BEFORE))
+        assert ways.socket_place() == ways.SOCKET_BEFORE
+        ways.SOCKET.parent.mkdir()
+        now.bind(str(ways.SOCKET))
+        assert ways.socket_place() == ways.SOCKET
+    monkeypatch.setattr(ways, "of_site", lambda key: {"socket": "/srv/guard.sock"}[key])
+    assert ways.socket_place() == Path("/srv/guard.sock")
+    monkeypatch.setenv("SECURERUN_SOCKET", "/elsewhere.sock")
+    assert ways.socket_place() == Path("/elsewhere.sock")

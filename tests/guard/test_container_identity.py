@@ -1,0 +1,122 @@
+"""Which container a caller is in: told by what only root makes, the same wherever in it, and never by its own word."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+from cgroups import Cgroup, new_cgroup
+from hosts import eventually
+
+from securerun.errors import PrivilegeError
+from securerun.guard.containers import account_of, container_of
+from securerun.linux import cgroups
+
+RUN = "securerun-0123456789ab"
+NOBODY = 65534
+# A process that says when it is where it is to be. It can be root's, who may look into it.
+WAITING = ("sh", "-c", "echo; exec sleep 600")
+
+
+@pytest.fixture
+def cgroup(root: None) -> Iterator[Cgroup]:
+    with new_cgroup() as cgroup:
+        yield cgroup
+
+
+def running(cgroup: Cgroup | None, *before: str, then: Sequence[str] = WAITING) -> subprocess.Popen[str]:
+    """A process that enters a cgroup, and becomes what `before` makes of it."""
+    entering = [] if cgroup is None else ["sh", "-ec", 'echo $$ > "$0"; exec "$@"', str(cgroup.path / "cgroup.procs")]
+    process = subprocess.Popen([*entering, *before, *then], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "\n"
+    return process
+
+
+def seen(process: subprocess.Popen[str], pid: int | None = None) -> str:
+    try:
+        return container_of(process.pid if pid is None else pid)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def path_of(cgroup: Cgroup) -> str:
+    """The cgroup by the name that it has for this process."""
+    process = running(cgroup)
+    try:
+        return cgroups.cgroup_of(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_process_of_the_hosts_own_is_in_none(cgroup: Cgroup) -> None:
+    assert seen(running(None)) == seen(running(cgroup)) == ""
+    assert seen(running(cgroup, "unshare", "--mount", "--net", "--ipc", "--uts")) == ""
+
+
+def test_container_is_the_root_of_the_cgroup_namespace_that_root_made(cgroup: Cgroup) -> None:
+    path = path_of(cgroup)
+    assert seen(running(cgroup, "unshare", "--cgroup")) == path
+    with new_cgroup(cgroup) as below:
+        entering = ["unshare", "--cgroup", "sh", "-ec", f'echo $$ > {below.path}/cgroup.procs; exec "$@"', "sh"]
+        assert seen(running(cgroup, *entering)) == path
+
+
+def test_container_with_the_hosts_cgroups_is_told_by_its_pid_namespace(cgroup: Cgroup) -> None:
+    outer = running(cgroup, "unshare", "--pid", "--fork", "--kill-child")
+    children = f"/proc/{outer.pid}/task/{outer.pid}/children"
+    (pid,) = open(children).read().split()  # noqa: PTH123, SIM115 - a line of the kernel's
+    assert seen(outer, int(pid)) == path_of(cgroup)
+
+
+def test_job_in_a_container_is_no_container_of_its_own(cgroup: Cgroup) -> None:
+    """Else each run would make room for as many as a container may have."""
+    path = path_of(cgroup)
+    directory = cgroup.path / RUN
+    directory.mkdir()
+    try:
+        entering = ["sh", "-ec", f'echo $$ > {directory}/cgroup.procs; exec "$@"', "sh", "unshare", "--cgroup"]
+        assert seen(running(None, *entering)) == path
+    finally:
+        assert eventually(lambda: not (directory / "cgroup.procs").read_text())
+        directory.rmdir()
+
+
+def test_user_does_not_become_several_by_namespaces_of_their_own(cgroup: Cgroup) -> None:
+    becoming = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    made = ["unshare", "--user", "--map-current-user", "--cgroup", "--pid", "--fork", "--kill-child"]
+    assert seen(running(cgroup, *becoming, *made)) == ""
+    assert seen(running(cgroup, *becoming, "unshare", "--user", "--cgroup")) == ""
+
+
+@pytest.mark.usefixtures("root")
+def test_container_that_holds_its_guard_as_well_is_none() -> None:
+    process = running(None, "unshare", "--cgroup")
+    with pytest.raises(PrivilegeError, match="its guard is in as well"):
+        seen(process)
+
+
+def test_process_outside_of_what_its_namespace_shows_is_refused(cgroup: Cgroup) -> None:
+    with new_cgroup(cgroup) as below:
+        leaving = ["unshare", "--cgroup", "sh", "-ec", f'echo $$ > {cgroup.path}/cgroup.procs; exec "$@"', "sh"]
+        with pytest.raises(PrivilegeError, match="outside of what its own cgroup namespace shows"):
+            seen(running(below, *leaving))
+
+
+def test_process_that_has_ended_is_in_no_container() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    with pytest.raises(OSError):
+        container_of(process.pid)
+
+
+def test_account_of_a_container_is_no_users_and_a_place_in_a_file() -> None:
+    accounts = {account_of(name) for name in ("/a", "/b", "/a/b", "/\udcff")}
+    assert len(accounts) == 4
+    assert all(account >= 2**32 and account * 8 + 8 < 2**62 for account in accounts)
+    assert os.getuid() not in accounts
