@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from checkout import CHECKOUT
 
+from securerun.guard import log
 from securerun.guard.limits import SitePolicy
 from securerun.options import OPTIONS
+from securerun.protection import ways
 
 PAGES = CHECKOUT / "docs/man"
 
@@ -48,7 +50,7 @@ def test_every_option_and_every_limit_is_on_its_page() -> None:
     assert [option.synopsis for option in OPTIONS if option.synopsis not in page or option.variable not in page] == []
     page = _plain(read("securerun-guard.8"))
     assert [name for name in SitePolicy.__dataclass_fields__ if f"{name} = " not in page] == []
-    for word in ("RUN_ID", "USER", "PEERS", "/run/securerun.sock", "/var/log/securerun.log"):
+    for word in ("RUN_ID", "USER", "PEERS", str(ways.SOCKET), str(log.FILE)):
         assert word in page
 
 

@@ -25,7 +25,7 @@ import kernel_lab
 import pytest
 from checkout import CHECKOUT
 from debian_root import NoDebian, Root
-from hosts import Host, Network, environment
+from hosts import Host, Network, environment, eventually
 from test_house import LOADED_BY_THE_GUARD, LOADED_OF_SLURM, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY
 
 pytestmark = pytest.mark.slow
@@ -200,6 +200,7 @@ class Machine:
         self.root = Root(place, shown=[Path(sysconfig.get_path("purelib"))])
         self.package = package
         self.host = host
+        self.rules_before = host.snapshot()
 
     def install(self) -> None:
         if self.package.suffix == ".deb":
@@ -217,6 +218,26 @@ class Machine:
 
     def run(self, *argv: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
         return self.root.run(self.host, argv, status=status)
+
+    def environment_of_a_user(self, wheel: Path) -> tuple[str, list[str], str]:
+        """alice's Python, whose environment has the wheel; what makes alice of root; and a program: securerunctl.
+
+        She may have the package's guard by sudo.
+        """
+        home = self.root.place / "home/alice"
+        as_alice = ["setpriv", "--reuid=alice", "--regid=alice", "--init-groups", "env", "HOME=/home/alice"]
+        if not home.exists():
+            self.run("useradd", "--create-home", "--groups", "securerun", "alice")
+            rule = self.root.place / "etc/sudoers.d/securerun"
+            shutil.copy(self.root.place / "usr/share/doc/securerun-guard/examples/sudoers", rule)
+            rule.chmod(0o440)
+            self.run("visudo", "--check")
+            self.run(*as_alice, "python3", "-m", "venv", "--without-pip", "/home/alice/venv")
+            (packages,) = home.glob("venv/lib/python3*/site-packages")
+            shutil.unpack_archive(wheel, packages, "zip")
+            (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        program = "import sys; from securerun.ctl.app import main; sys.argv[0] = 'securerunctl'; main()"
+        return "/home/alice/venv/bin/python", as_alice, program
 
     def _rpm(self, *words: str) -> None:
         done = self.host.run(["rpm", "--root", str(self.root.place), "--nodeps", *words], cwd=Path("/"))
@@ -295,33 +316,38 @@ def test_a_launcher_of_a_wheel_in_an_environment_of_a_users_has_the_packages_gua
     machine: Machine, wheel: Path
 ) -> None:
     machine.install()
+    python, as_alice, exec_ = machine.environment_of_a_user(wheel)
+    job = ["exec", "--firewall", "off", "--peers", "10.77.0.2", "--", "echo", "trained"]
+    done = machine.run(*as_alice, python, "-c", exec_, *job)
+    assert "trained" in done.stdout and "guard started by sudo" in done.stderr, done
+    assert "closed to all others by shield" in done.stderr, done
+    # A Python that users share has a guard of root's too, which sudo does not permit.
+    machine.run("cp", "--archive", "/home/alice/venv", "/opt/venv")
+    machine.run("chown", "--recursive", "root:root", "/opt/venv")
+    shutil.copy(machine.root.place / "usr/sbin/securerun-guard", machine.root.place / "opt/venv/bin/securerun-guard")
+    done = machine.run(*as_alice, "/opt/venv/bin/python", "-c", exec_, *job)
+    assert "trained" in done.stdout and "guard started by sudo" in done.stderr, done
+    machine.remove()
+
+
+def test_a_guard_that_runs_goes_on_to_its_jobs_end_without_its_package(machine: Machine, wheel: Path) -> None:
+    machine.install()
+    python, as_alice, exec_ = machine.environment_of_a_user(wheel)
+    ends, records = machine.root.place / "tmp/end", machine.root.place.parent / "run/securerun"
+    waits = "echo begun; while [ ! -e /tmp/end ]; do sleep 0.1; done; echo trained"
+    job = [*as_alice, python, "-c", exec_, "exec", "--peers", "10.77.0.2", "--", "sh", "-c", waits]
+    started = machine.host.popen(machine.root.command(job, {}), cwd=Path("/"))
     try:
-        machine.run("useradd", "--create-home", "--groups", "securerun", "alice")
-        rule = machine.root.place / "usr/share/doc/securerun-guard/examples/sudoers"
-        shutil.copy(rule, machine.root.place / "etc/sudoers.d/securerun")
-        (machine.root.place / "etc/sudoers.d/securerun").chmod(0o440)
-        machine.run("visudo", "--check")
-        as_alice = ["setpriv", "--reuid=alice", "--regid=alice", "--init-groups", "env", "HOME=/home/alice"]
-        machine.run(*as_alice, "python3", "-m", "venv", "--without-pip", "/home/alice/venv")
-        (packages,) = (machine.root.place / "home/alice/venv/lib").glob("python3*/site-packages")
-        shutil.unpack_archive(wheel, packages, "zip")
-        (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-        exec_ = "import sys; from securerun.ctl.app import main; sys.argv[0] = 'securerunctl'; main()"
-        python = "/home/alice/venv/bin/python"
-        job = ["exec", "--firewall", "off", "--peers", "10.77.0.2", "--", "echo", "trained"]
-        done = machine.run(*as_alice, python, "-c", exec_, *job)
-        assert "trained" in done.stdout and "guard started by sudo" in done.stderr, done
-        assert "closed to all others by shield" in done.stderr, done
-        # A Python that users share has a guard of root's too, which sudo does not permit.
-        machine.run("cp", "--archive", "/home/alice/venv", "/opt/venv")
-        machine.run("chown", "--recursive", "root:root", "/opt/venv")
-        shutil.copy(
-            machine.root.place / "usr/sbin/securerun-guard", machine.root.place / "opt/venv/bin/securerun-guard"
-        )
-        done = machine.run(*as_alice, "/opt/venv/bin/python", "-c", exec_, *job)
-        assert "trained" in done.stdout and "guard started by sudo" in done.stderr, done
-    finally:
+        assert started.stdout is not None and started.stdout.readline() == "begun\n", started.communicate()
+        assert [*records.glob("*.json")]
         machine.remove()
+    finally:
+        ends.touch()
+        output, errors = started.communicate(timeout=30)
+    assert (started.returncode, output) == (0, "trained\n"), errors
+    assert "guard" not in errors.partition("trained")[2], errors
+    assert eventually(lambda: not [*records.glob("*.json")]), "what the guard left"
+    assert machine.host.snapshot() == machine.rules_before
 
 
 # The image of the guard
