@@ -35,6 +35,8 @@ _LIBRARY = "usr/lib/securerun"
 _PROGRAM = Path("usr/sbin", NAME)
 _UNITS = "usr/lib/systemd/system"
 _DOCUMENTS = f"usr/share/doc/{NAME}"
+# Minimal systems keep no documents.
+_EXAMPLES = f"usr/share/{NAME}"
 _BEGINNING = ("securerun.guard.server", "securerun.guard.program", "securerun.guard.listener")
 _OLDEST_PYTHON = "3.9"
 
@@ -135,7 +137,7 @@ def stage(root: Path) -> None:
     program = Path("/", _PROGRAM)
     for name, text in setup.guard_units(program, setup.DEFAULT_GROUP).items():
         _write(root / _UNITS / name, text)
-    _write(root / _DOCUMENTS / "examples/sudoers", setup.sudoers_rule(f"%{setup.DEFAULT_GROUP}", program))
+    _write(root / _EXAMPLES / "sudoers", setup.sudoers_rule(f"%{setup.DEFAULT_GROUP}", program))
     _write(root / _DOCUMENTS / "copyright", (CHECKOUT / "LICENSE").read_text(encoding="utf-8"))
     for page in sorted((CHECKOUT / "docs/man").iterdir()):
         place = root / f"usr/share/man/man{page.suffix[1:]}/{page.name}.gz"
@@ -202,7 +204,7 @@ def build_rpm(root: Path, work: Path, into: Path) -> None:
     """Build the .rpm of what is staged. Raises CalledProcessError with rpmbuild's own words before."""
     top = work / "rpm"
     below = sorted(root.rglob("*"))
-    ours = (root / _LIBRARY, root / _DOCUMENTS)
+    ours = (root / _LIBRARY, root / _DOCUMENTS, root / _EXAMPLES)
     own = [path for path in below if path.is_dir() and {path, *path.parents}.intersection(ours)]
     spec = _SPEC.format(
         name=NAME,

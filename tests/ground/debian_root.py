@@ -3,8 +3,9 @@
     root = Root(tmp_path)
     root.run(host, ["dpkg", "--install", "/tmp/package.deb"])
 
-It is made once by mmdebstrap, and kept where the machines of the kernel matrix are kept. What runs in it has its /usr,
-/etc and users, a /run of its own, and the host's network, pids and cgroups.
+It is the Debian of the guard's image, and sudo; made once by mmdebstrap, and kept where the machines of the kernel
+matrix are kept. What runs in it has its /usr, /etc and users, a /run of its own, and the host's network, pids and
+cgroups.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import kernel_lab
+from checkout import CHECKOUT
 from hosts import Argument, Host
 
-PACKAGES = ("python3", "sudo", "passwd", "iptables")
+_MAKE_IMAGE = CHECKOUT / "scripts/image.sh"
 _SECONDS = 900
 
 _ENTER = """
@@ -86,16 +88,37 @@ class Root:
         return found
 
 
-def _base() -> Path:
-    """The Debian that all are copies of. Raises NoDebian."""
+def image_base() -> Path:
+    """The Debian of the guard's image, as a tar. Raises NoDebian."""
     if shutil.which("mmdebstrap") is None:
         raise NoDebian("mmdebstrap is not installed; scripts/setup.sh test installs it")
-    return kernel_lab.made(f"packages-{kernel_lab.SUITE}-{kernel_lab.key_of(PACKAGES, 1)}", _make)
+
+    def make(file: Path) -> None:
+        words = [str(_MAKE_IMAGE), "--base", str(file)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            raise NoDebian(f"mmdebstrap could not make a Debian: {done.stderr.strip().splitlines()[-1:]}")
+
+    return kernel_lab.made(f"image-{kernel_lab.key_of(_MAKE_IMAGE.read_text())}.tar", make)
 
 
-def _make(place: Path) -> None:
-    options = ["--quiet", "--mode=root", "--variant=essential", f"--include={','.join(PACKAGES)}", "--skip=check/qemu"]
-    command = ["mmdebstrap", *options, kernel_lab.SUITE, str(place), *kernel_lab._sources(kernel_lab.SUITE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise NoDebian(f"mmdebstrap could not make a Debian: {done.stderr.strip().splitlines()[-1:]}")
+def _base() -> Path:
+    """The Debian that all are copies of. Raises NoDebian."""
+    tar = image_base()
+
+    def make(place: Path) -> None:
+        place.mkdir()
+        subprocess.run(["tar", "-x", "-p", "-C", place, "-f", tar], check=True)
+        architecture = subprocess.run(
+            ["dpkg", "--print-architecture"], check=True, capture_output=True, text=True
+        ).stdout
+        unpacked = place.parent / "sudo"
+        kernel_lab.Apt(kernel_lab.SUITE, architecture.strip()).fetch("sudo", unpacked)
+        for part in ("etc", "usr"):
+            subprocess.run(["cp", "--archive", f"{unpacked / part}/.", place / part], check=True)
+        (place / "etc/sudoers").chmod(0o440)  # as its package's script does
+
+    try:
+        return kernel_lab.made(f"packages-{tar.stem}", make)
+    except kernel_lab.LabError as error:
+        raise NoDebian(str(error)) from error

@@ -19,12 +19,12 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import engines
-import kernel_lab
 import pytest
 from checkout import CHECKOUT
-from debian_root import NoDebian, Root
+from debian_root import NoDebian, Root, image_base
 from hosts import Host, Network, environment, eventually
 from test_house import LOADED_BY_THE_GUARD, LOADED_OF_SLURM, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY
 
@@ -229,7 +229,7 @@ class Machine:
         if not home.exists():
             self.run("useradd", "--create-home", "--groups", "securerun", "alice")
             rule = self.root.place / "etc/sudoers.d/securerun"
-            shutil.copy(self.root.place / "usr/share/doc/securerun-guard/examples/sudoers", rule)
+            shutil.copy(self.root.place / "usr/share/securerun-guard/sudoers", rule)
             rule.chmod(0o440)
             self.run("visudo", "--check")
             self.run(*as_alice, "python3", "-m", "venv", "--without-pip", "/home/alice/venv")
@@ -251,9 +251,13 @@ def machine(guard_package: Path, tmp_path_factory: pytest.TempPathFactory, root_
         try:
             yield Machine(tmp_path_factory.mktemp("machine"), guard_package, network["alone"])
         except NoDebian as error:
-            if "CI" in os.environ:
-                raise
-            pytest.skip(str(error))
+            _lack(error)
+
+
+def _lack(error: NoDebian) -> NoReturn:
+    if "CI" in os.environ:
+        raise error
+    pytest.skip(str(error))
 
 
 def files_of(package: Path) -> dict[str, str]:
@@ -358,19 +362,13 @@ IMAGE = f"localhost/securerun-guard:{VERSION}"
 @pytest.fixture(scope="module")
 def image(wheel: Path, tmp_path_factory: pytest.TempPathFactory, root_and_tools: None) -> Path:
     """The file that holds the image; the Debian in it is kept where the machines of the kernel matrix are kept."""
-    script = CHECKOUT / "scripts/image.sh"
-    if shutil.which("mmdebstrap") is None and "CI" not in os.environ:
-        pytest.skip("mmdebstrap is not installed; scripts/setup.sh test installs it")
-    with kernel_lab.making():
-        base = kernel_lab.PLACE / f"image-{kernel_lab.key_of(script.read_text())}.tar"
-        into = tmp_path_factory.mktemp("image")
-        subprocess.run(
-            [script, wheel, into],
-            check=True,
-            env={**os.environ, "SECURERUN_IMAGE_BASE": str(base)},
-            timeout=900,
-            umask=0o077,
-        )
+    into = tmp_path_factory.mktemp("image")
+    try:
+        variables = {**os.environ, "SECURERUN_IMAGE_BASE": str(image_base())}
+    except NoDebian as error:
+        _lack(error)
+    make = [CHECKOUT / "scripts/image.sh", wheel, into]
+    subprocess.run(make, check=True, env=variables, timeout=_SECONDS, umask=0o077)
     (file,) = into.iterdir()
     return file
 
@@ -387,8 +385,8 @@ def test_the_image_is_what_it_says_and_the_same_from_the_same_wheel(image: Path,
     (of_docker,) = json.loads(contents["manifest.json"])
     assert of_docker["RepoTags"] == [IMAGE]
     assert [f"blobs/sha256/{layer['digest'][7:]}" for layer in manifest["layers"]] == of_docker["Layers"]
-    base = next(kernel_lab.PLACE.glob(f"image-{kernel_lab.key_of((CHECKOUT / 'scripts/image.sh').read_text())}.tar"))
-    again = [sys.executable, str(CHECKOUT / "scripts/guard_image.py"), str(base), str(wheel), str(tmp_path)]
+    script = str(CHECKOUT / "scripts/guard_image.py")
+    again = [sys.executable, script, str(image_base()), str(wheel), str(tmp_path)]
     subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
     (file,) = tmp_path.iterdir()
     with tarfile.open(file) as archive:
