@@ -15,10 +15,9 @@ import typer
 
 from securerun.ctl.app import app
 from securerun.guard import log
-from securerun.guard.program import LIMITS_FILE, SITE_KEY
+from securerun.guard.program import LIMITS_FILE, LISTEN_ARGUMENT, SITE_KEY, SOCKET, SOCKET_ARGUMENT
 from securerun.guard.records import DIRECTORY
 from securerun.options import GROUPS, OPTIONS, SITE_CONFIG, Option, Options
-from securerun.protection.ways import SOCKET
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PAGES = CHECKOUT / "docs/man"
@@ -117,18 +116,22 @@ def _value(option: Any) -> str:  # noqa: ANN401
 
 def _guard() -> Iterator[str]:
     yield from _head("securerun-guard", 8, "the process of root's that closes the ports of one job")
-    yield from _section("Synopsis", ".B securerun\\-guard", _text("[--socket]"))
+    yield from _section("Synopsis", ".B securerun\\-guard", _text(f"[{SOCKET_ARGUMENT} | {LISTEN_ARGUMENT} [PATH]]"))
     yield from _section(
         "Description",
         *_paragraphs(
-            "securerun starts one guard a job, by sudo or by systemd; nobody starts it by hand. It takes its orders on "
-            "standard input, hangs the shield on the job's cgroup, writes the port chains, and removes both once the "
-            "job's last process has gone.",
+            "securerun has one guard a job started, by sudo or at a socket; nobody starts that by hand. It takes its "
+            "orders on standard input, hangs the shield on the job's cgroup, writes the port chains, and removes both "
+            "once the job's last process has gone.",
             "`securerunctl setup sudoers` and `securerunctl setup systemd` print what permits it.",
         ),
     )
-    told = "the caller is at the other end of a socket that systemd accepted, which is standard input and output"
-    yield from _section("Options", *_entries({"--socket": told}.items()))
+    options = {
+        SOCKET_ARGUMENT: "The caller is at the other end of an accepted socket, which is standard input and output.",
+        f"{LISTEN_ARGUMENT} [PATH]": "Listen at a socket, as systemd's unit does where there is none, and begin a "
+        f"guard for each who connects, containers of the node among them. PATH is `{SOCKET}` by default.",
+    }
+    yield from _section("Options", *_entries(options.items()))
     yield from _section(
         str(LIMITS_FILE),
         *_paragraphs("What everybody but root may ask for. It counts if root alone can change it."),
@@ -151,7 +154,7 @@ def _guard() -> Iterator[str]:
         str(LIMITS_FILE): "what users may ask for",
         str(SITE_KEY): "the key of the site's jobs, the same on all nodes",
         str(DIRECTORY): "a record a run",
-        str(SOCKET): "where systemd listens for launchers",
+        str(SOCKET): "where launchers look for guards",
         str(log.FILE): "the log, where there is no journal and no system log",
     }
     yield from _section("Files", *_entries(files.items()))

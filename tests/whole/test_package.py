@@ -22,11 +22,15 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import engines
+import node_guard
+import probe
 import pytest
 from checkout import CHECKOUT
 from debian_root import NoDebian, Root, image_base
 from hosts import Host, Network, environment, eventually
 from test_house import LOADED_BY_THE_GUARD, LOADED_OF_SLURM, LOADED_WHILE_WAITING, LOADED_WITH_A_KEY
+
+from securerun.guard import program
 
 pytestmark = pytest.mark.slow
 
@@ -393,13 +397,19 @@ def test_the_image_is_what_it_says_and_the_same_from_the_same_wheel(image: Path,
         assert set(archive.getnames()) == set(contents)
 
 
+def load(image: Path, engine: engines.Engine) -> None:
+    """Have an engine take the image, and keep the file no longer than that."""
+    place = engine.node.place("/run/guard.tar")
+    shutil.copy(image, place)
+    engine.call("load", "--input", "/run/guard.tar")
+    place.unlink()
+
+
 @pytest.mark.parametrize("name", engines.ENGINES)
 def test_engines_take_the_image_and_have_a_guard_by_it(image: Path, name: str) -> None:
     with Network("alone") as network, engines.Node(network["alone"]) as node:
         engine = node.engine(name)
-        shutil.copy(image, node.place("/run/guard.tar"))
-        engine.call("load", "--input", "/run/guard.tar")
-        node.place("/run/guard.tar").unlink()
+        load(image, engine)
         entry = json.loads(engine.call("inspect", "--format={{json .Config.Entrypoint}}", IMAGE))
         assert entry == ["/usr/sbin/securerun-guard", "--listen"]
 
@@ -412,3 +422,20 @@ def test_engines_take_the_image_and_have_a_guard_by_it(image: Path, name: str) -
         # Without a log of the node's, what a guard did is in the container's.
         done = said("echo nonsense | securerun-guard | cat")
         assert "securerun-guard[" in done.stderr and "refused to user 0" in done.stderr, done
+
+
+def test_the_images_guard_serves_a_pod_without_privilege(image: Path) -> None:
+    """As the DaemonSet of `securerunctl setup kubernetes` has it, by the image's own entry point."""
+    of_node = ("--pid=host", "--network=host", "--cgroupns=host", "--privileged")
+    mounts = ("--volume=/run:/run:rw", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw")
+    with Network("node0", "pod0", "pod1", "stranger") as network, engines.Node(network["node0"]) as node:
+        podman = node.podman()
+        load(image, podman)
+        guard = node.popen(node.host, [*podman._client(), "run", "--rm", *of_node, *mounts, IMAGE])
+        assert eventually(node.place(str(program.SOCKET)).is_socket, seconds=20), guard.stderr and guard.stderr.read()
+        holder = node_guard.held(podman, network["pod0"], "--peers", network["pod1"].ipv4, "--listen", "7001")
+        assert holder.start.get("guarding") == ["shield"], holder.start
+        target = (network["pod0"].ipv4, 7001)
+        assert probe.reach(network["stranger"], [target]) == {target: False}
+        assert probe.reach(network["pod1"], [target]) == {target: True}
+        holder.let_go()
