@@ -65,6 +65,8 @@ def _of_abilities(found: Sequence[Ability]) -> Iterator[Finding]:
     for ability in found:
         if ability.name == SHIELD and ability.works is False:
             yield Finding("shield", f"no shield: {ability.what}", "random ports stay open for up to 0.2 s", ability.fix)
+        if ability.name == abilities.KEY and ability.works is False and ability.what != abilities.NO_KEY:
+            yield Finding("key", ability.what, "jobs of several nodes are refused with 78, or have none", ability.fix)
     guards = [ability for ability in found if ability.way]
     if not any(ability.works for ability in guards):
         reasons = "; ".join(f"{ability.way}: {ability.what}" for ability in guards)

@@ -33,6 +33,8 @@ from securerun.protection.ways import Way
 from securerun.text import printable
 
 APART = "own-network"
+KEY = "key"
+NO_KEY = "no key: jobs of several nodes are told who their peers are, but for those of Slurm's"
 _LEAST_KERNEL = (4, 15)
 # Without the others a guard works too, but adopts no shield, raises no limit, or sees and ends no processes of others.
 _INDISPENSABLE = ("CAP_NET_ADMIN", "CAP_BPF")
@@ -210,17 +212,16 @@ def _key() -> Ability:
     if users is not None:
         lack, shown = key.lack_of(users), printable(str(users))
         if lack:
-            return Ability("key", False, f"{shown} {lack}", "securerunctl setup key (once it is away)")
-        return Ability("key", True, f"{shown}: who has it too is a node of this user's jobs")
+            return Ability(KEY, False, f"{shown} {lack}", "securerunctl setup key (once it is away)")
+        return Ability(KEY, True, f"{shown}: who has it too is a node of this user's jobs")
     if not os.path.lexists(SITE_KEY):
-        what = "no key: jobs of several nodes are told who their peers are, but for those of Slurm's"
-        return Ability("key", False, what, "securerunctl setup key")
+        return Ability(KEY, False, NO_KEY, "securerunctl setup key")
     if os.geteuid() != 0:
-        return Ability("key", None, f"of {SITE_KEY}, which only guards read")
+        return Ability(KEY, None, f"of {SITE_KEY}, which only guards read")
     lack = keys.lack_of_site_key()
     if lack:
-        return Ability("key", False, f"{SITE_KEY} {lack}", "securerunctl setup key --site (once it is away)")
-    return Ability("key", True, f"of {SITE_KEY}, for each user another one")
+        return Ability(KEY, False, f"{SITE_KEY} {lack}", "securerunctl setup key --site (once it is away)")
+    return Ability(KEY, True, f"of {SITE_KEY}, for each user another one")
 
 
 def _port_chains() -> Iterator[Ability]:
