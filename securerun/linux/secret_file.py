@@ -44,12 +44,15 @@ def read(path: Path, owners: Collection[int]) -> bytes:
     except (OSError, ValueError) as error:
         raise Unfit(_why_not_opened(error)) from error
     try:
-        _require_secluded(os.fstat(descriptor), owners)
+        found = os.fstat(descriptor)
+        _require_secluded(found, owners)
         content = _content(descriptor)
     except OSError as error:
         raise Unfit(f"cannot be read ({error.strerror})") from error
     finally:
         os.close(descriptor)
+    if content and not found.st_size:  # of /proc and /sys: what is read there others may know, and tomorrow it is other
+        raise Unfit("is no file that is kept, the kernel makes it when it is read; name a file with the key in it")
     return _required(content)
 
 

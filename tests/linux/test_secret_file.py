@@ -105,6 +105,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
     [
         (Path("/dev/zero"), "is no regular file"),
         (Path("/proc/self/mem"), "can"),
+        (Path("/proc/self/environ"), "is no file that is kept"),
         (Path("/etc/passwd/key"), "cannot be read"),
         (Path("a\0b"), "cannot be read"),
         (Path("x" * 300), "cannot be read"),
