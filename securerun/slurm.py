@@ -249,7 +249,8 @@ def _cgroup_of_job(number: int) -> str:
     # Where slurmd is itself, if systemd has no part in it; else where it has systemd make the scope.
     own = Path(cgroups.cgroup_of(os.getpid()))
     init = Path(cgroups.cgroup_of(proc.INIT)).parent
-    scopes = [place / name for place in (Path("/system.slice"), init / "system.slice") for name in names]
+    slices = (Path("/system.slice"), init / "system.slice", *(Path("/", name) for name in cgroups.slices()))
+    scopes = [place / name for place in slices for name in names]
     scopes = [*(place for place in (own, *own.parents) if place.name in names), *scopes]
     for scope in scopes:
         if cgroups.inode_of(str(scope)) is not None:

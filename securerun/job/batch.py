@@ -23,6 +23,8 @@ SCONTROL_SECONDS = 10.0
 _NODE_LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*")
 # Each part of a heterogeneous job has a list of its own (sbatch(1); PACK before Slurm 20.02).
 _SLURM_LISTS = re.compile(r"SLURM_JOB_NODELIST(?:_(?:HET|PACK)_GROUP_[0-9]+)?")
+# prolog_and_epilog in Slurm's pages: which of them runs.
+_CONTEXT, _PROLOGS = "SLURM_SCRIPT_CONTEXT", "prolog_"
 # include/uapi/linux/binfmts.h, MAX_ARG_STRLEN: the longest word that a command can be given.
 _LONGEST_WORD = 131_071
 _NODE_NAME = re.compile(r"(?:^|\s)NodeName=(\S+)")
@@ -135,13 +137,23 @@ def _slurm(environment: Mapping[str, str], note: Tell) -> Allocation | None:
         return None
     source = f"Slurm ({', '.join(lists)})"
     names = tuple(dict.fromkeys(name for text in lists.values() for name in expand(text, source, environment)))
-    others = _other_ways(lists.values(), environment)
+    others = _written_ways(names, environment) or _other_ways(lists.values(), environment)
     return Allocation(source, tuple(_slurm_node(name, others.get(name, ()), source) for name in names))
 
 
 def _slurm_node(name: str, others: Iterable[str], source: str) -> Entry:
     """Keep the name beside what else Slurm knows: the job may meet on one network, and Slurm on a second one."""
     return Entry(tuple(dict.fromkeys((name, *others))), source)
+
+
+def _written_ways(names: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """What slurm.conf says of the nodes to a prolog, which is not to ask slurmctld; nothing if not of all of them."""
+    if not environment.get(_CONTEXT, "").startswith(_PROLOGS):
+        return {}
+    from securerun.job import slurm_conf
+
+    found = slurm_conf.ways(names, environment)
+    return found if len(found) == len(names) else {}
 
 
 def _other_ways(lists: Iterable[str], environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

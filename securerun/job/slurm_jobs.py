@@ -5,19 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from securerun import site_file
 from securerun.errors import PolicyError
-from securerun.job import batch, entries, resolver
-from securerun.linux import slurm
+from securerun.job import batch, entries, resolver, slurm_conf
 from securerun.linux.networks import Network, collapse, is_address
 
-# slurm.conf(5): `SlurmctldHost=name(address)`, one a controller; ControlMachine and BackupController before 18.08.
-_HOST = re.compile(r"SlurmctldHost\s*=\s*([^\s(#]+)(?:\(([^\s)]+)\))?", re.IGNORECASE)
-_OLDER = re.compile(r"(?:Control|Backup)(?:Addr|Machine|Controller)\s*=\s*([^\s#]+)", re.IGNORECASE)
-_INCLUDE = re.compile(r"Include\s+(\S+)", re.IGNORECASE)
-_MOST_FILES = 16
 _MOST_CONTROLLERS = 16
 _NODES = re.compile(r"\sNodeList=(\S+)")
 _USER = re.compile(r"\sUserId=[^\s(]*\(([0-9]{1,10})\)")
@@ -28,7 +20,7 @@ def controllers(environment: Mapping[str, str]) -> tuple[Network, ...]:
 
     Read from the file, since a prolog that asks slurmctld itself, on each of 1,000 nodes, keeps it from its work.
     """
-    words = list(dict.fromkeys(_words(environment)))[:_MOST_CONTROLLERS]
+    words = list(dict.fromkeys(slurm_conf.controllers(environment)))[:_MOST_CONTROLLERS]
     outcomes = resolver.ask((word for word in words if not is_address(word)), resolver.addresses_of)
     found = [word for word in words if is_address(word)]
     for outcome in outcomes.values():
@@ -52,34 +44,3 @@ def nodes_of(number: int, user: int, environment: Mapping[str, str]) -> str:
     if not lists:
         raise PolicyError(f"Slurm knows no job {number} of user {user} with nodes")
     return ",".join(dict.fromkeys(lists))
-
-
-def _words(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield what the configuration has in the place of controllers: an address where there is one, else a name."""
-    for line in _lines(environment):
-        host = _HOST.match(line)
-        older = _OLDER.match(line)
-        if host is not None:
-            yield host[2] or host[1]
-        elif older is not None:
-            yield older[1]
-
-
-def _lines(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield the lines of slurm.conf and of what it includes."""
-    start = slurm.environment(environment.get("SLURM_CONF")).get("SLURM_CONF")
-    pending = [Path(start)] if start else []
-    for _ in range(_MOST_FILES):
-        if not pending:
-            return
-        path = pending.pop(0)
-        try:
-            text = site_file.content(path).decode("utf-8", "replace")
-        except (OSError, ValueError):
-            continue
-        for line in text.splitlines():
-            stripped = line.strip()
-            included = _INCLUDE.match(stripped)
-            if included is not None:
-                pending.append(path.parent / included[1])
-            yield stripped

@@ -177,6 +177,15 @@ def inode_of(path: str) -> int | None:
     return None
 
 
+def slices() -> list[str]:
+    """Return the names of systemd's slices at the top of the v2 hierarchy; none where it cannot be looked at."""
+    for top, root in _hierarchies():
+        if root == "/":
+            with contextlib.suppress(OSError), os.scandir(top) as entries:
+                return sorted(entry.name for entry in entries if entry.name.endswith(".slice"))
+    return []
+
+
 def processes_below(directory: int) -> set[int]:
     """Return the live processes in the cgroup of this descriptor, and below it."""
     found = _members(directory)

@@ -7,8 +7,20 @@ from pathlib import Path
 import pytest
 
 from securerun.errors import PolicyError
-from securerun.job import batch, slurm_jobs
+from securerun.job import batch, slurm_conf, slurm_jobs
 
+CONF = """\
+# cn9 is gone: NodeName=cn9 NodeAddr=10.9.9.9
+NodeName=DEFAULT CPUs=8 State=UNKNOWN
+NodeName=cn[1-3] NodeAddr=10.1.0.[1-3] \\
+    BcastAddr=10.2.0.[1-3] CPUs=8
+nodename=login NodeHostname="login.site"   # its name
+NodeName=plain
+NodeName=cloud[1-2] NodeAddr=10.3.0.[1-2] State=CLOUD
+NodeName=odd[1-2] NodeAddr=10.4.0.1
+NodeName=DEFAULT State=FUTURE
+NodeName=later NodeAddr=10.5.0.1
+"""
 JOB = "JobId={number} JobName=x UserId={user}(1000) GroupId=g(1000) JobState=RUNNING NodeList={nodes} BatchHost=cn1"
 
 
@@ -35,6 +47,53 @@ def test_controllers_are_found_in_what_is_included_and_a_circle_ends(tmp_path: P
     (tmp_path / "more.conf").write_text("include slurm.conf\nSlurmctldHost=ctl(10.1.0.9)\n")
     found = slurm_jobs.controllers({"SLURM_CONF": str(tmp_path / "slurm.conf")})
     assert [str(network) for network in found] == ["10.1.0.9/32"]
+
+
+@pytest.mark.parametrize(
+    ("names", "ways"),
+    [
+        (["cn1", "cn3"], {"cn1": ("10.1.0.1", "10.2.0.1"), "cn3": ("10.1.0.3", "10.2.0.3")}),
+        (["login", "plain"], {"login": ("login.site",), "plain": ()}),
+        (["cloud1"], {}),
+        (["odd1"], {}),
+        (["later"], {}),
+        (["cn9", "nobody", "DEFAULT"], {}),
+    ],
+)
+def test_nodes_are_at_the_addresses_that_slurm_conf_has_and_moving_ones_nowhere(
+    tmp_path: Path, names: list[str], ways: dict[str, tuple[str, ...]]
+) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(CONF)
+    assert slurm_conf.ways(names, {"SLURM_CONF": str(conf)}) == ways
+
+
+@pytest.mark.parametrize(
+    ("context", "nodes", "asks"),
+    [
+        ("prolog_slurmd", "cn[1-2]", False),
+        ("prolog_task", "cn1,plain", False),
+        ("prolog_task", "cn1,cloud1", True),
+        ("", "cn[1-2]", True),
+    ],
+)
+def test_a_prolog_does_not_ask_slurmctld_for_what_its_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: str, nodes: str, asks: bool
+) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(CONF)
+    asked: list[tuple[str, ...]] = []
+
+    def ask(words: tuple[str, ...], _: object) -> str:
+        asked.append(words)
+        return ""
+
+    monkeypatch.setattr(batch, "ask_scontrol", ask)
+    environment = {"SLURM_CONF": str(conf), "SLURM_JOB_NODELIST": nodes, "SLURM_SCRIPT_CONTEXT": context}
+    found = batch.allocation(environment, pytest.fail)
+    assert found is not None and bool(asked) is asks
+    if not asks:
+        assert found.nodes[0].words == ("cn1", "10.1.0.1", "10.2.0.1")
 
 
 def test_without_a_configuration_there_are_no_controllers(tmp_path: Path) -> None:
