@@ -25,6 +25,7 @@ from slurm_site import NODES, Site
 from test_examples import LISTENER, Training, no_port_reached, require_open_to_peers_alone
 
 from securerun.guard import program
+from securerun.protection.ways import SOCKET
 
 TRACKINGS = ("linuxproc", "cgroup/v2")
 TORCHRUN = str(COMMANDS / "torchrun")
@@ -188,7 +189,7 @@ def test_task_that_no_guard_can_be_had_for_does_not_start_and_says_why(site: Sit
     with site.cluster("linuxproc", "task-prolog", sockets=False) as cluster:
         done = finish(cluster.popen(site.alice, "srun", "--nodes=2", "echo", "task ran"), timeout=60)
         assert done.returncode == 77 and "task ran" not in done.stdout, done
-        assert "securerun: this task cannot be guarded, so it is not started: /run/securerun.sock" in done.stdout
+        assert f"securerun: this task cannot be guarded, so it is not started: {SOCKET}: No such file" in done.stdout
         assert "securerunctl setup slurm" in done.stdout
 
 
