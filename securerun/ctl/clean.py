@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from securerun.ctl.status import open_records
 from securerun.guard import cleaning, records
-from securerun.guard.cleaning import Abandoned, Remains
+from securerun.guard.cleaning import Abandoned, Remains, Rules
 from securerun.guard.records import Record
 from securerun.host.account import name_of
 from securerun.linux import proc
@@ -56,7 +56,7 @@ def _done(remains: Remains, dry_run: bool) -> Iterator[str]:
             yield f"{verb} {_named(run.record)}: {', '.join(_left_of(run))}"
     for rules in remains.rules:
         if not rules.stands and rules.failure is None:
-            yield f"{verb} run {rules.run_id}, which has no record here (a container's, then): rules in {rules.backend}"
+            yield f"{verb} run {rules.run_id}, which has no record here (a container's, then): {_what(rules)}"
 
 
 def _failures(remains: Remains) -> Iterator[str]:
@@ -65,10 +65,14 @@ def _failures(remains: Remains) -> Iterator[str]:
             yield f"what is left of {_named(run.record)} cannot be removed: {run.failure}"
     for rules in remains.rules:
         if rules.failure is not None:
-            yield f"the rules in {rules.backend} that run {rules.run_id} left cannot be removed: {rules.failure}"
+            yield f"{_what(rules)} that run {rules.run_id} left cannot be removed: {rules.failure}"
     for run in remains.abandoned:
         if not run.is_dead:
             yield _obstacle(run)
+
+
+def _what(rules: Rules) -> str:
+    return f"rules in {rules.backend}" if rules.backend else "reserved ports"
 
 
 def _notes(remains: Remains) -> Iterator[str]:

@@ -163,7 +163,7 @@ def _reserve_ports(lease: Lease, directory: int) -> None:
     try:
         choice = reserved.choose(directory, wanted, lease.policy.run_id)
         lease.write_to(directory, reserved=choice.reserved)
-        reserved.settle(directory)
+        reserved.reserve(directory, lease.policy.run_id, choice.reserved)
         lease.notes += tuple(_too_many(choice.left_out))
     except ReservationUnavailable as error:
         lease.write_to(directory, reserved=())

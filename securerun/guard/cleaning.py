@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from securerun.firewall import backends
-from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import reaper, records, reserved, run_directory, unrecorded
+from securerun.guard import noted, reaper, records, reserved, run_directory, unrecorded
 from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
 
@@ -38,6 +37,7 @@ class Abandoned:
 class Rules:
     """Rules of a run in this network that no record here names: those of a container have theirs in its own /run.
 
+    backend: "" where it is reserved ports that are noted as the run's, and no rules.
     stands: whether its guard stands, or may, so that they stay. failure: why they could not be removed, None where they
     were, or that was not tried.
     """
@@ -90,6 +90,9 @@ def _unrecorded(directory: int | None) -> Iterator[Rules]:
         for run_id in sorted(backends.standing_runs(backend)):
             if directory is None or not records.exists(directory, run_id):
                 yield Rules(run_id, backend, unrecorded.is_stood_for(run_id), None)
+    for run_id in sorted(noted.runs()):
+        if directory is None or not records.exists(directory, run_id):
+            yield Rules(run_id, "", unrecorded.is_stood_for(run_id), None)
 
 
 def _cleaned(directory: int, *, dry_run: bool) -> Remains:
@@ -99,16 +102,19 @@ def _cleaned(directory: int, *, dry_run: bool) -> Remains:
     readable = records.read_all(directory)
     abandoned = tuple(_reaped(directory, record, dry_run=dry_run) for record in readable if record.is_abandoned)
     ours = {*(f"{record.run_id}.json" for record in readable), *partial, *reserved.ledgers(directory)}
-    rules = tuple(_removed(found, dry_run=dry_run) for found in _unrecorded(directory))
+    rules = tuple(_removed(directory, found, dry_run=dry_run) for found in _unrecorded(directory))
     return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)), rules)
 
 
-def _removed(found: Rules, *, dry_run: bool) -> Rules:
+def _removed(directory: int, found: Rules, *, dry_run: bool) -> Rules:
     if found.stands or dry_run:
         return found
     try:
-        backends.open_chains(found.backend, found.run_id).remove()
-    except PortChainsUnavailable as error:
+        if found.backend:
+            backends.open_chains(found.backend, found.run_id).remove()
+        else:
+            unrecorded.give_ports_back(directory, found.run_id)
+    except unrecorded.OBSTACLES as error:
         return replace(found, failure=str(error))
     return found
 

@@ -313,7 +313,7 @@ class Lease:
         if reserved.are_reserved(self.record.reserved):
             return
         with run_directory.recording() as directory:
-            reserved.settle(directory)
+            reserved.reserve(directory, self.policy.run_id, self.record.reserved)
 
     def write(self, **changes: object) -> None:
         """Change the run's record as `write_to` does, under the host's lock. Raises PrivilegeError."""

@@ -23,7 +23,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.policy import PortRange
 from securerun.guard import records, run_directory
 from securerun.guard.records import Record
-from securerun.linux import port_ranges, proc
+from securerun.linux import port_ranges, proc, processes
 from securerun.linux.port_ranges import Ports, Ranges, ReservationUnavailable, numbers, understood, written
 
 _MARK = 0
@@ -83,12 +83,44 @@ def settle(directory: int, *, without: str = "") -> None:
     _write_ledger(directory, mine)
 
 
+def reserve(directory: int, run_id: str, ports: Ranges) -> None:
+    """Make the list what it should be with a run's ports, and note those that it has by that, in a container.
+
+    The caller holds the host's lock. Raises ReservationUnavailable.
+    """
+    settle(directory)
+    if not processes.all_are_seen():
+        from securerun.guard import noted
+
+        noted.note(run_id, numbers(ports) & _ours(directory, port_ranges.reserved()))
+
+
+def take_away(directory: int, ports: Ports, *, and_mark: bool) -> None:
+    """Take ports off the list that a run of another /run had put there; those that runs of this one want become ours.
+
+    and_mark: no run of another /run has any. The caller holds the host's lock. Raises ReservationUnavailable.
+    """
+    wanted, current = _wanted(directory, ""), port_ranges.reserved()
+    taken_over = ports & wanted & current
+    ours = _ours(directory, current) | taken_over
+    mark = frozenset({_MARK}) & current
+    if taken_over:
+        _write_ledger(directory, ours | mark)
+    gone = (ports - wanted) & current | (mark if and_mark and not ours else frozenset())
+    if gone:
+        _take_away(gone)
+
+
 def give_back(directory: int, run_id: str) -> None:
     """Take a run's ports from the list, but for those that other runs of this network namespace want.
 
     The caller holds the host's lock, and removes the run's record afterwards. Raises ReservationUnavailable.
     """
     settle(directory, without=run_id)
+    if not processes.all_are_seen():
+        from securerun.guard import noted
+
+        noted.note(run_id, frozenset())
 
 
 def forget(directory: int, record: Record) -> None:

@@ -20,10 +20,14 @@ from collections.abc import Iterable, Iterator
 
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
-from securerun.guard import program, records
+from securerun.guard import noted, program, records, reserved
 from securerun.guard.presence import MORE_NAMES
 from securerun.guard.protocol import presence_of
 from securerun.linux import capabilities, local_sockets, proc, processes, user_namespaces
+from securerun.linux.port_ranges import ReservationUnavailable
+
+# What stands in the way of removing.
+OBSTACLES = (PortChainsUnavailable, ReservationUnavailable)
 
 # Looking and removing are done under the host's lock, for which others wait.
 _SECONDS = 3.0
@@ -46,9 +50,22 @@ def remove(directory: int, backend: str, runs: Iterable[str]) -> Iterator[str]:
     for run_id in left_over(directory, runs):
         try:
             backends.open_chains(backend, run_id).remove()
+            give_ports_back(directory, run_id)
             yield f"removed the rules that run {run_id} had left in {backend}: no guard stands for it, and no record"
-        except PortChainsUnavailable as error:
-            yield f"the rules that run {run_id} left in {backend} cannot be removed: {error}"
+        except OBSTACLES as error:
+            yield f"not all that run {run_id} left, with rules in {backend}, can be removed: {error}"
+
+
+def give_ports_back(directory: int, run_id: str) -> None:
+    """Take the ports off the list that are noted as a killed container's, but for those of other runs.
+
+    The caller holds the host's lock. Raises ReservationUnavailable.
+    """
+    ports = noted.ports_of(run_id)
+    if ports:
+        others = noted.of_others(run_id)
+        reserved.take_away(directory, ports - others, and_mark=not others)
+        noted.note(run_id, frozenset())
 
 
 def is_stood_for(run_id: str) -> bool:

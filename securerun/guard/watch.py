@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Protocol
 
 from securerun.errors import PrivilegeError
-from securerun.guard import run_directory
+from securerun.guard import reserved, run_directory
 from securerun.guard.documents import ProtocolError
 from securerun.guard.ending import Ending
 from securerun.guard.exposure import open_exposure
@@ -364,6 +364,7 @@ class Watch:
 
             with run_directory.recording() as directory:
                 lines = tuple(unrecorded.remove(directory, lease.chains.backend, runs))
+                reserved.reserve(directory, lease.policy.run_id, lease.record.reserved)
             self._speech.log(*lines)
 
     def _give_back(self) -> None:

@@ -31,6 +31,7 @@ _ADDRESS, _PREFIX, _FIRST_PORT, _LAST_PORT = 1, 3, 4, 5
 _HASH_SIZE, _MOST_ELEMENTS, _ELEMENTS = 18, 19, 24
 _HIGHEST_PORT = 0xFFFF
 _IPV4, _IPV6 = 1, 2
+_ONLY_NAMES = 1 << 1  # IPSET_FLAG_LIST_SETNAME
 _ONLY_HEADER = 1 << 2  # IPSET_FLAG_LIST_HEADER (Linux 3.9)
 _SPOKEN = 6
 _SO_IP_SET, _QUESTION_SIZE = 83, 8
@@ -58,6 +59,30 @@ def size(name: str) -> int | None:
         except FileNotFoundError:
             return None
     return number(netlink.attributes(attributes_of(sets[0])[_DATA])[_ELEMENTS]) if sets else None
+
+
+def names() -> list[str]:
+    """Return the names of all sets; none where there is no ip_set. Raises OSError."""
+    if not _is_loaded():
+        return []
+    names_alone = attribute(_FLAGS | NETWORK_ORDER, struct.pack("!I", _ONLY_NAMES))
+    with open_channel() as channel:
+        sets = channel.listed(_message(_LIST, names_alone, DUMP), _LIST)
+    return [attributes_of(one)[_NAME].rstrip(b"\0").decode(errors="replace") for one in sets]
+
+
+def ports_of(name: str) -> frozenset[int]:
+    """Return the ports that a set of ports has; none where there is no such set. Raises OSError."""
+    if not _is_loaded():
+        return frozenset()
+    with open_channel() as channel:
+        try:
+            answers = channel.listed(_message(_LIST, text(_NAME, name), DUMP), _LIST)
+        except FileNotFoundError:
+            return frozenset()
+    listed = [netlink.each_attribute(attributes_of(answer).get(_ENTRIES, b"")) for answer in answers]
+    entries = [netlink.attributes(entry) for each in listed for _, entry in each]
+    return frozenset(number(entry[_FIRST_PORT]) for entry in entries if _FIRST_PORT in entry)
 
 
 def make(name: str, members: Members) -> None:

@@ -183,16 +183,19 @@ def attributes(data: bytes) -> Attributes:
 
     Raises OSError for one that is not whole.
     """
-    found = Attributes()
+    return Attributes(each_attribute(data))
+
+
+def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield what `attributes` returns, each that is of the kind of an earlier one too."""
     offset = 0
     while offset < len(data):
         length, kind = unpacked(_ATTRIBUTE, data, offset)
         end = offset + length
         if length < _ATTRIBUTE.size or end > len(data):
             raise not_whole("a netlink attribute")
-        found[kind & ~(NESTED | NETWORK_ORDER)] = data[offset + _ATTRIBUTE.size : end]
+        yield kind & ~(NESTED | NETWORK_ORDER), data[offset + _ATTRIBUTE.size : end]
         offset = (end + 3) & ~3
-    return found
 
 
 def unpacked(layout: struct.Struct, data: bytes, offset: int = 0) -> tuple[Any, ...]:

@@ -72,6 +72,35 @@ def test_clean_on_the_host_removes_what_a_killed_container_left(node: Node, left
     assert f"removed what was left of run {left}, which has no record here" in done.stdout and done.returncode == 0
 
 
+def test_ports_that_a_killed_container_reserved_are_given_back_and_no_others(node: Node) -> None:
+    """Neither those of the host's administrator, nor those of another container that lives."""
+    before = node.host.snapshot()
+    podman = node.podman()
+    reserve(node, "60010-60019,61000")
+    run_id = killed(node, "--ports", "60000-60015", given=podman.privileged)
+    other = contained(podman, *podman.privileged, listen=7004, asked=("--ports", "60008-60012"))
+    assert node.host.snapshot()["reserved ports"] == "0,60000-60019,61000\n"
+    done = clean(node)
+    assert f"run {run_id}, which has no record here (a container's, then): reserved ports" in done.stdout
+    assert eventually(lambda: node.host.snapshot()["reserved ports"] == "0,60008-60019,61000\n", seconds=7)
+    other.let_go()
+    assert node.host.snapshot()["reserved ports"] == "60010-60019,61000\n"
+    reserve(node, "")
+    assert node.host.snapshot() == before
+
+
+def test_ports_that_a_killed_container_reserved_are_given_back_by_the_next_run(node: Node) -> None:
+    before = node.host.snapshot()
+    killed(node, given=node.podman().privileged)
+    contained(node.podman(), *node.podman().privileged).let_go()
+    assert node.host.snapshot() == before
+
+
+def reserve(node: Node, ports: str) -> None:
+    """As the host's administrator does."""
+    node.run(node.host, ["sysctl", "-q", "-w", f"net.ipv4.ip_local_reserved_ports={ports}"])
+
+
 @pytest.mark.parametrize("backend", ["nftables", "legacy"])
 def test_clean_finds_what_is_left_in_every_backend(node: Node, backend: str) -> None:
     run_id = killed(node, "--firewall", backend, "--scope", "ports")
@@ -171,9 +200,9 @@ def on_host(node: Node) -> Held:
     return Held(node.popen(node.host, [sys.executable, HOLDER, "--listen", "7002"], stdin=subprocess.PIPE))
 
 
-def killed(node: Node, *asked: str) -> str:
+def killed(node: Node, *asked: str, given: Sequence[str] = RIGHTS) -> str:
     """The run of a container whose first process was killed, and by the kernel all others of it."""
-    held = contained(node.podman(), *RIGHTS, NAMED, asked=asked)
+    held = contained(node.podman(), *given, NAMED, asked=asked)
     node.podman().kill("training")
     held.process.wait(timeout=20)
     held.close()
