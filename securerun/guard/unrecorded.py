@@ -11,12 +11,11 @@ No launch that finds no such rules loads this.
 
 from __future__ import annotations
 
-import os
 import re
-import select
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from securerun.firewall import backends
 from securerun.firewall.chains import PortChainsUnavailable
@@ -31,7 +30,7 @@ OBSTACLES = (PortChainsUnavailable, ReservationUnavailable)
 
 # Looking and removing are done under the host's lock, for which others wait.
 _SECONDS = 3.0
-_READING_SECONDS = 0.5
+_READING_SECONDS = 1.0
 _MOST_NAMES = 64
 
 
@@ -75,7 +74,10 @@ def is_stood_for(run_id: str) -> bool:
         return True
     more = re.compile(re.escape(first[1:]).encode() + MORE_NAMES.encode())
     try:
-        return any(_is_a_guards(name) for name, _ in local_sockets.listening(more, _READING_SECONDS, _MOST_NAMES))
+        if processes.all_are_seen():
+            return _is_held_by_a_guard(more)
+        found = islice(local_sockets.listening(more, _READING_SECONDS), _MOST_NAMES + 1)
+        return any(_is_a_guards(name) or number == _MOST_NAMES for number, (name, _) in enumerate(found))
     except OSError:
         return True
 
@@ -88,25 +90,24 @@ def _is_a_guards(name: str | bytes) -> bool:
             return False
         except BlockingIOError:
             # Too many wait there already. Who has it let come so far may be the guard, or anybody.
-            return _is_held_by_a_guard(name)
+            written = (name.encode() if isinstance(name, str) else name)[1:]
+            try:
+                return not processes.all_are_seen() or _is_held_by_a_guard(re.compile(re.escape(written)))
+            except OSError:
+                return True
         pid, _ = local_sockets.peer_of(end)
-        pidfd = local_sockets.pidfd_of_peer(end)
-    try:
-        # Without a number here it is in no pid namespace within this one.
-        return pid == 0 or (_may_make_rules(pid) and not (pidfd is not None and _has_ended(pidfd)))
-    finally:
-        if pidfd is not None:
-            os.close(pidfd)
+        # Without a number here it is in no pid namespace within this one. Its end is looked for last: if it had not
+        # ended by then, what was asked of its number was asked of it.
+        return pid == 0 or (_may_make_rules(pid) and not local_sockets.is_of_a_process_that_is_gone(end))
 
 
-def _is_held_by_a_guard(name: str | bytes) -> bool:
-    """Return whether one of all guards holds the socket of this name; by its name alone nobody is one."""
-    if not processes.all_are_seen():
-        return True
-    written = (name.encode() if isinstance(name, str) else name)[1:]
-    exactly = re.compile(re.escape(written))
-    inodes = {inode for _, inode in local_sockets.listening(exactly, _READING_SECONDS, _MOST_NAMES)}
-    return bool(proc.sockets_of(filter(_is_a_guard, proc.pids()), inodes))
+def _is_held_by_a_guard(names: re.Pattern[bytes]) -> bool:
+    """Return whether one of this host's guards listens at such a name; however many others do.
+
+    Raises OSError where that cannot be told in time.
+    """
+    inodes = {inode for _, inode in local_sockets.listening(names, _READING_SECONDS)}
+    return bool(inodes and proc.sockets_of(filter(_is_a_guard, proc.pids()), inodes))
 
 
 def _is_a_guard(pid: int) -> bool:
@@ -125,9 +126,3 @@ def _may_make_rules(pid: int) -> bool:
         return False
     except OSError:
         return True  # it may not be looked into: no ordinary user's
-
-
-def _has_ended(pidfd: int) -> bool:
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))

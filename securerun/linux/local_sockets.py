@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -35,23 +36,31 @@ def pidfd_of_peer(end: socket.socket) -> int | None:
         return None
 
 
-def listening(names: re.Pattern[bytes], seconds: float, most: int) -> Iterator[tuple[bytes, int]]:
+def is_of_a_process_that_is_gone(end: socket.socket) -> bool:
+    """Return whether the process of the other end has ended and was reaped; False before kernel 6.5, which tells not.
+
+    The socket may live on, in whoever was handed it, and the process' number may be another's.
+    """
+    try:
+        os.close(end.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
+    except OSError as error:
+        return error.errno != errno.ENOPROTOOPT
+    return False
+
+
+def listening(names: re.Pattern[bytes], seconds: float) -> Iterator[tuple[bytes, int]]:
     """Yield the abstract names of this network namespace that match and take connections, each with its inode.
 
-    Anybody may have as many as they like. Raises OSError, and TimeoutError for more than can be read, or are wanted.
+    Anybody may have as many as they like. Raises OSError, and TimeoutError for more than can be read in the time.
     """
-    deadline, found = time.monotonic() + seconds, 0
+    deadline = time.monotonic() + seconds
     with _SOCKETS.open("rb") as lines:
         for line in lines:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{_SOCKETS} is too long to be read")
             entry = _LISTENING.fullmatch(line)
-            if entry is None or not names.fullmatch(entry[2]):
-                continue
-            found += 1
-            if found > most:
-                raise TimeoutError(f"more than {most} sockets have such a name")
-            yield b"\0" + entry[2], int(entry[1])
+            if entry is not None and names.fullmatch(entry[2]):
+                yield b"\0" + entry[2], int(entry[1])
 
 
 def address_of_peer(descriptor: int) -> bytes | str:
