@@ -45,7 +45,9 @@ _FIXES_OF_SHIELD = {
 _FIXES_OF_CGROUP = {Obstacle.OLD_KERNEL: "upgrade to Linux 4.15 or newer"}
 _FIX_OF_CGROUP = "docker run --cap-add SYS_ADMIN (in a container)"
 _FIX_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add SYS_ADMIN (in a container); else start in another cgroup"
-_FIX_IN_CONTAINER = f"docker run -v {ways.SOCKET}:{ways.SOCKET} (securerunctl setup systemd, on the host)"
+_FIX_IN_CONTAINER = (
+    f"docker run -v {ways.SOCKET.parent}:{ways.SOCKET.parent}:ro (securerunctl setup systemd, on the host)"
+)
 _BACKENDS = {
     "iptables": "apt-get install iptables (dnf install iptables-nft)",
     "nftables": "apt-get install nftables (dnf install nftables)",

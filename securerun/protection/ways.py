@@ -203,7 +203,7 @@ def advice() -> list[str]:
         ]
     if _obstacle_to_direct() == ROOT_OF_CONTAINER:
         return [
-            f"  bring the host's guard in: mount {SOCKET} here (securerunctl setup systemd, on the host)",
+            f"  bring the host's guard in: mount {SOCKET.parent} here (securerunctl setup systemd, on the host)",
             "  or give the container CAP_NET_ADMIN and, for the shield, CAP_SYS_ADMIN and the host's cgroups",
             "  or start it open to everyone: --unprotected",
         ]

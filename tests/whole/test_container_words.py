@@ -10,6 +10,8 @@ from engines import HOSTS_CGROUPS, IMAGE_USER, Node
 from hosts import eventually
 from probe import reach
 
+from securerun.protection import ways
+
 EXEC = ("securerunctl", "exec", "--peers", "10.77.0.9")
 NET_ADMIN, BPF, SYS_ADMIN = "--cap-add=NET_ADMIN", "--cap-add=BPF", "--cap-add=SYS_ADMIN"
 UNCONFINED = "--security-opt=seccomp=unconfined"
@@ -50,7 +52,7 @@ def test_read_only_root_says_what_to_mount(node: Node) -> None:
 @pytest.mark.parametrize("who", ["--user=0", "--uidmap=0:100000:65536"], ids=["root", "rootless"])
 def test_root_of_a_container_is_not_told_to_be_root(node: Node, who: str) -> None:
     done = told(node, who)
-    assert done.returncode == 77 and f"mount {SOCKET} here" in done.stderr
+    assert done.returncode == 77 and f"mount {ways.SOCKET.parent} here" in done.stderr
     assert "as root" not in done.stderr and "sudoers" not in done.stderr
 
 
