@@ -13,6 +13,7 @@ _LACK_OF_CAPABILITIES = (
     "not permitted; it takes CAP_NET_ADMIN and CAP_BPF (before Linux 5.8 CAP_SYS_ADMIN) in the host's own user "
     "namespace"
 )
+# containers/common, pkg/seccomp; moby/moby#43987, in 23.0.
 _FORBIDDEN_BY_SECCOMP = (
     "not permitted; the capabilities for it are here, so a seccomp filter forbids bpf(2): podman's own and that of "
     "docker before 23 allow it with CAP_SYS_ADMIN alone; add that, or --security-opt seccomp=FILE"
