@@ -79,6 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         _log(f"refused: {error}")
         return error.status
     caller, order, by_socket = None, None, SOCKET_ARGUMENT in arguments
+    answers.to_any = by_socket and not reads_versions(address_of_peer(_INPUT))
     try:
         _require_own_proc()
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         inherited.require_unlimited()
         kept = _drop_privilege(caller)
         slot = _slot(caller)
-        answers.send(Ready(os.getpid(), VERSIONS if by_socket and reads_versions(address_of_peer(_INPUT)) else ()))
+        answers.send(Ready(os.getpid(), VERSIONS if by_socket else ()))
         backends.prepare()  # while the launcher imports torch
         net_cgroups.may_void_filters()  # likewise
         order = orders.wait_for_order(lambda: _report(caller, answers))
@@ -387,9 +388,13 @@ def _place(error: Exception) -> str:
 
 
 class Answers:
-    """What the guard says to its launcher, which may be gone, or stopped, or a trick: nobody waits for it long."""
+    """What the guard says to its launcher, which may be gone, or stopped, or a trick: nobody waits for it long.
+
+    to_any: whether that may be a launcher of the release before.
+    """
 
     def __init__(self, channel: Channel) -> None:
+        self.to_any = False
         self._channel = channel
         self._unsent = b""
 
@@ -397,7 +402,7 @@ class Answers:
         """Say it, whole or not at all; while an earlier message is stuck, this one is dropped."""
         self._write(0.0 if self._unsent else _ANSWER_SECONDS)
         if not self._unsent:
-            self._unsent = encode(message)
+            self._unsent = encode(message, to_any=self.to_any)
             self._write(_ANSWER_SECONDS)
 
     def _write(self, seconds: float) -> None:

@@ -329,6 +329,9 @@ def test_nothing_that_is_logged_has_the_key_of_an_order() -> None:
 def test_versions_of_a_guard_are_for_who_can_read_them() -> None:
     """Launchers of 0.1 take no field that they do not know."""
     assert json.loads(encode(Ready(7))) == {"ready": {"version": 1, "pid": 7}}
+    assert encode(Ready(7, VERSIONS), to_any=True) == encode(Ready(7))
+    busy = Refused(77, "why", later=True, knows_keys=True)
+    assert json.loads(encode(busy, to_any=True)) == {"refused": {"status": 77, "message": "why"}}
     named = Ready(7, VERSIONS)
     assert decode(encode(named)) == named
     assert reads_versions(launcher_address()) and reads_versions(launcher_address().encode())
