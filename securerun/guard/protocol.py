@@ -64,7 +64,9 @@ MAXIMUM_NODES = 1_000_000
 MAXIMUM_TOWARDS = 64
 _MOST_VERSIONS = 64
 # The fields of what guards of 0.1 say: its launchers take no other.
-_OF_THE_FIRST = frozenset("version pid count record layers notes denied words status message".split())
+_OF_THE_FIRST = frozenset(
+    {"version", "pid", "count", "record", "layers", "notes", "denied", "words", "status", "message"}
+)
 _DIGEST = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}", re.ASCII)
 _OF_KEY = ("fingerprint", "key_source", "secret_path")
 
