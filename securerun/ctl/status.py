@@ -200,6 +200,8 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _details(record: Record) -> Iterator[tuple[str, str]]:
     if state(record) == "stale":
         yield "guard", _without_guard(record)
+    if record.container:
+        yield "in", f"container {record.container}"
     for layer in record.layers:
         yield "closed by", str(layer)
     if record.void:

@@ -93,7 +93,7 @@ def test_guard_of_the_daemon_set_serves_a_pod_of_the_example(network: Network) -
         assert reach(network["pod1"], [target]) == {target: True}
         # The node's own administrator sees the run.
         shown = node.run(node.host, [SETUP[0], "status"], timeout=20)
-        assert holder.run_id in shown.stdout
+        assert holder.run_id in shown.stdout and "container /libpod_parent/" in shown.stdout
         podman.kill("guard")
         guard.wait(timeout=20)
         assert eventually(lambda: not guards(node))
