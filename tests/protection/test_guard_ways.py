@@ -497,7 +497,8 @@ def test_what_setup_prints_is_what_sudo_and_systemd_take(machine: PrivateMachine
         by_group = machine.run(node, [jobs.SECURERUN, script], user=alice)
         machine.allow_sudo("# nobody")
         units = machine.run(node, [control, "setup", "systemd", "--group", "training"]).stdout
-        (started,) = [line.partition("=")[2] for line in units.split("\n") if line.startswith("ExecStart=")]
+        # The first is the guard's; metrics have one too.
+        started = next(line.partition("=")[2] for line in units.split("\n") if line.startswith("ExecStart="))
         assert f"ListenStream={SOCKET}\n" in units and "Accept=yes\n" in units
         assert started == f"{GUARD} --socket"  # what socket_unit has
         with socket_unit(machine, node):
