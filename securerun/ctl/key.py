@@ -15,7 +15,7 @@ from pathlib import Path
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.guard.program import SITE_KEY
 from securerun.host.account import name_of
-from securerun.job.key import USERS
+from securerun.job.key import AUTO, OFF, REQUIRE, USERS
 from securerun.linux import trust
 from securerun.text import printable
 
@@ -34,6 +34,8 @@ def make(file: str | None, *, for_site: bool) -> None:
     path = _place(file, for_site=for_site)
     mode = _SITES_MODE if for_site else _USERS_MODE
     try:
+        if file is not None and path.is_dir():
+            raise PolicyError(f"{printable(file)} is a directory; name the file in it that is to be made")
         _make_directory(path.parent, _SITES_DIRECTORY_MODE if for_site else _DIRECTORY_MODE)
         _require_own(path.parent)
         _write(path, mode)
@@ -53,7 +55,13 @@ def make(file: str | None, *, for_site: bool) -> None:
 def _place(file: str | None, *, for_site: bool) -> Path:
     if for_site:
         return SITE_KEY
-    path = (USERS if file is None else Path(file)).expanduser()
+    try:
+        path = (USERS if file is None else Path(file)).expanduser()
+    except RuntimeError as error:  # ~nobody_of_that_name, or a user id that nobody knows, without HOME: of a container
+        raise PolicyError(
+            f"{USERS if file is None else printable(file)}: {str(error).rstrip('.')}; write the whole path of a file: "
+            "securerunctl setup key FILE"
+        ) from error
     if file is None and os.geteuid() == _ROOT:
         # sudo may leave HOME as it was: the file would be root's, and its user could not read it.
         owner = path.parents[2].stat().st_uid if path.parents[2].exists() else _ROOT
@@ -100,7 +108,9 @@ def _write(path: Path, mode: int) -> None:
 
 
 def _told(path: Path, mode: int, *, is_named: bool, for_site: bool) -> list[str]:
-    written = shlex.quote(str(path))
+    # As --key and scp take it for the file that it is.
+    is_word = str(path) in (AUTO, OFF, REQUIRE) or str(path).startswith("-")
+    written = shlex.quote(f"./{path}" if is_word else str(path))
     lines = [f"{printable(str(path))} is made (mode {mode:04o}). Every node of a job has to have the same one:"]
     if for_site:
         return [

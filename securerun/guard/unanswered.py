@@ -100,9 +100,9 @@ def _line(attempt: Attempt, seconds: float, key: JobKey | None) -> str:
     if key is not None:
         return (
             f"{begin}that host may be down, or a firewall in between; if securerun guards it, it may have another key "
-            f"than this job's (fingerprint {key.fingerprint}), or none: compare the fingerprints, and see that nothing "
-            f"in between translates the address {attempt.source}, or takes TCP option 254 away; or name it there with "
-            "--peers, and --key auto"
+            f"than this job's (fingerprint {key.fingerprint}), or none: compare the fingerprints, and what each key is "
+            f"of and for, and see that nothing in between translates the address {attempt.source}, or takes TCP option "
+            "254 away; or name it there with --peers, and --key auto"
         )
     return (
         f"{begin}that host may be down, or a firewall in between; if securerun guards it, it may not know this one by "

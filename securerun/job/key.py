@@ -29,6 +29,9 @@ AUTO, OFF, REQUIRE = "auto", "off", "require"
 USERS = Path("~/.config/securerun/key")
 # What somebody writes who takes the option for that of the key itself.
 _LOOKS_LIKE_A_KEY = re.compile(r"[0-9A-Fa-f]{40,}|[A-Za-z0-9+/_-]{42,}={0,2}")
+_RENDEZVOUS = "rendezvous"
+# Of the id of a rendezvous, which may be any text.
+_MOST_SHOWN = 64
 _HOW = "`securerunctl setup key` makes one"
 
 
@@ -37,12 +40,15 @@ class Key:
     """What becomes of a launch's key. order: what the guard is told; None for no key at all.
 
     source: the file that it is of, in words; "" where the guard has to find one. fingerprint: of the key, if it is
-    known here.
+    known here. made_for: what goes into it besides, in words. doubt: what people have to hear where it cannot be told
+    whether the user has a key.
     """
 
     order: KeyOrder | None = None
     source: str = ""
     fingerprint: str = ""
+    made_for: str = ""
+    doubt: str = ""
 
     @property
     def is_required(self) -> bool:
@@ -67,6 +73,8 @@ def find(asked: Options, job: Job, environment: Mapping[str, str]) -> Key:
 
     By `auto` a job of one node has none, since nobody is to come to it. Nor has one on a host that has no source: then
     the guard is not asked for one, and need not know of keys.
+    Nor is the launch ended where the user's own cannot be looked for, as without a ticket for a home of the network:
+    many have none. `doubt` says so.
     Raises PolicyError for a file that must not be believed, also for the user's own: it was made to be used.
     """
     if asked.key == OFF:
@@ -76,14 +84,17 @@ def find(asked: Options, job: Job, environment: Mapping[str, str]) -> Key:
     if asked.key == AUTO and job.max_nodes == 1:
         return Key()
     required = asked.key == REQUIRE
-    users = users_file()
+    users, doubt = users_file()
+    if doubt and required:
+        raise PolicyError(doubt)
     if users is not None:
         return _of_file(users, "", job, environment, required=required)
     in_slurm = (batch.job_number(environment) or ("",))[0] == "slurm"
     if not (required or in_slurm or os.path.lexists(SITE_KEY)):
-        return Key()
+        return Key(doubt=doubt)
     met = meeting(job, environment)
-    return Key(KeyOrder(required=required, meeting=met, in_slurm=in_slurm, nodes=_nodes(job, environment)))
+    order = KeyOrder(required=required, meeting=met, in_slurm=in_slurm, nodes=_nodes(job, environment))
+    return Key(order, made_for=_in_words(job, environment), doubt=doubt)
 
 
 def lack_of(path: Path) -> str:
@@ -97,13 +108,25 @@ def lack_of(path: Path) -> str:
     return ""
 
 
-def users_file() -> Path | None:
-    """Return the user's own file; None where there is nothing of its name, or no home to have it in."""
+def users_file() -> tuple[Path | None, str]:
+    """Return the user's own file; None where there is nothing of its name, or no home to have it in.
+
+    And why it cannot be told whether there is one, or "".
+    """
     try:
         users = USERS.expanduser()
     except RuntimeError:  # a user id that nobody knows, without HOME: of a container
-        return None
-    return users if os.path.lexists(users) else None
+        return None, ""
+    try:
+        os.lstat(users)
+    except (FileNotFoundError, NotADirectoryError):
+        return None, ""
+    except OSError as error:
+        return None, (
+            f"{printable(str(users))} cannot be looked for ({error.strerror}), so a key that you have there is not "
+            "used; see that HOME is your own and that you can read it, or write --key off"
+        )
+    return users, ""
 
 
 def meeting(job: Job, environment: Mapping[str, str]) -> bytes:
@@ -111,16 +134,26 @@ def meeting(job: Job, environment: Mapping[str, str]) -> bytes:
     import hashlib
     import json
 
-    number = batch.job_number(environment)
-    if job.rendezvous_id:
-        known = ("rendezvous", job.rendezvous_id)
-    elif number is not None:
-        known = number
-    else:
-        known = ("", "")
-    port = job.endpoint.port if job.endpoint else None
     # As ASCII, so that any text is written in one way.
-    return hashlib.sha256(json.dumps([*known, port or 0]).encode("ascii")).digest()
+    return hashlib.sha256(json.dumps([*_known(job, environment), _port(job)]).encode("ascii")).digest()
+
+
+def _known(job: Job, environment: Mapping[str, str]) -> tuple[str, str]:
+    if job.rendezvous_id:
+        return _RENDEZVOUS, job.rendezvous_id
+    return batch.job_number(environment) or ("", "")
+
+
+def _port(job: Job) -> int:
+    return (job.endpoint.port if job.endpoint else None) or 0
+
+
+def _in_words(job: Job, environment: Mapping[str, str]) -> str:
+    """Return the same for people: where it is another on two nodes, the same file makes two keys of it."""
+    kind, name = _known(job, environment)
+    of = printable(name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}...")
+    which = {"": "no --rdzv-id or batch job", _RENDEZVOUS: f"--rdzv-id {of}"}.get(kind, f"job {of} of {kind}")
+    return f"{which}, and port {_port(job)}" if _port(job) else f"{which}, and no port"
 
 
 def _nodes(job: Job, environment: Mapping[str, str]) -> int:
@@ -157,4 +190,4 @@ def _of_file(path: Path, place: str, job: Job, environment: Mapping[str, str], *
         raise PolicyError(f"{place}{shown} {error}; {_HOW}, and --key off goes by addresses alone") from error
     secret = job_key.derive(source, job_key.OF_USER, meeting(job, environment))
     order = KeyOrder(required=required, secret=secret, nodes=_nodes(job, environment))
-    return Key(order, shown, secret.key().fingerprint)
+    return Key(order, shown, secret.key().fingerprint, _in_words(job, environment))

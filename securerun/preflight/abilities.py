@@ -210,7 +210,9 @@ def _tags(made: cgroup.JobCgroup) -> str:
 
 def _key() -> Ability:
     """Tell by what file the nodes of this user's jobs know each other, and nothing of what is in it."""
-    users = key.users_file()
+    users, doubt = key.users_file()
+    if doubt:
+        return Ability(KEY, False, doubt, "export HOME=DIRECTORY")
     if users is not None:
         lack, shown = key.lack_of(users), printable(str(users))
         if lack:

@@ -99,6 +99,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
     tell = say if task.is_first else _keep_quiet
     # Last, since it may wait for names; nothing that is wrong is to be found after that.
     of_job = key.Key() if asked.unprotected else key.find(asked, job, os.environ)
+    doubts = (of_job.doubt,) if of_job.doubt else ()
     found, of_job = _who_comes(asked, job, of_job, tell)
     if of_job.order is not None:
         of_job = of_job.met_at(meeting.addresses(job))
@@ -113,7 +114,9 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
         of_job = of_job.through_any()
     listed = found.listed or found.networks
     of_addresses = (*meeting.warnings(job, asked, listed), *untold.warnings(job, os.environ, listed))
-    found = replace(found, warnings=(*found.warnings, *warnings, *way_in.warnings, *of_addresses, *variables.warnings))
+    found = replace(
+        found, warnings=(*doubts, *found.warnings, *warnings, *way_in.warnings, *of_addresses, *variables.warnings)
+    )
     policy = Policy(
         run_id=secrets.token_hex(6),
         ports=planned,
@@ -156,9 +159,11 @@ def _who_comes(asked: Options, job: Job, of_job: Key, tell: Callable[[str], None
     try:
         found = peers.find_peers(asked, job, tell=tell)
         return found, of_job if found.networks or of_job.is_required else Key()
-    except peers.Unnamed:
+    except peers.Unnamed as error:
         # What the command has others start is in no cgroup of ours, and shows no tag.
         if of_job.order is None or asked.hccl_whitelist or job.elsewhere:
+            if of_job.doubt:
+                raise peers.Unnamed(f"{error}; {of_job.doubt}") from error
             raise
         return by_key, of_job.required()
 

@@ -67,7 +67,9 @@ def known_by(plan: Plan, guarding: Guarding) -> str:
         what = "of the peers, those may connect who prove that they have it"
     else:
         what = "who proves to have it may connect as well"
-    return f"key {guarding.fingerprint} of {guarding.key_source or plan.key.source}, the same on all nodes: {what}"
+    source = guarding.key_source or plan.key.source
+    besides = f"it is for {plan.key.made_for}, which have to be the same there too"
+    return f"key {guarding.fingerprint} of {source}, the same on all nodes: {what}; {besides}"
 
 
 def key_in_force(plan: Plan, guarding: Guarding | None) -> denials.KeyInForce | None:
@@ -298,7 +300,7 @@ def _key(plan: Plan) -> str:
         return "none: who may connect is told by addresses"
     if not key.fingerprint:
         return "one that the guard has to find: the site's, or Slurm's in a job of Slurm's"
-    return f"{key.fingerprint}, of {key.source}"
+    return f"{key.fingerprint}, of {key.source}, for {key.made_for}"
 
 
 def _elsewhere_rows(job: Job) -> Iterator[str]:

@@ -98,3 +98,31 @@ def test_root_by_sudo_makes_no_key_that_its_user_cannot_read(
         command.make(None, for_site=False)
     os.chown(home, 0, -1)
     assert os.listdir(home) == []
+
+
+def test_a_name_that_no_file_can_have_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    for place in (".", "..", "/", "~", f"{home}/"):
+        with pytest.raises(PolicyError, match="is a directory; name the file in it"):
+            command.make(place, for_site=False)
+    with pytest.raises(PolicyError, match="write the whole path"):
+        command.make("~nobody-of-that-name/key", for_site=False)
+    assert os.listdir(home) == []
+
+
+def test_a_user_id_that_nobody_knows_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that was given the number of a user."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 987654321)
+    with pytest.raises(PolicyError, match=r"~/\.config/securerun/key: .*; write the whole path of a file"):
+        command.make(None, for_site=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "off", "require", "-x"])
+def test_what_is_printed_for_a_key_takes_its_name_for_a_files(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(home)
+    command.make(name, for_site=False)
+    printed = capsys.readouterr().out
+    assert f"securerun --key ./{name} ..." in printed and f"scp -p ./{name} NODE:./{name}" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -183,3 +184,49 @@ def test_the_guard_is_told_where_the_job_meets_also_where_no_node_has_that_addre
     assert order is not None and order.towards == towards and key.Key().met_at(towards) == key.Key()
     assert meeting.addresses(replace(JOB, endpoint=Endpoint("localhost", 29500))) == ()
     assert len(meeting.addresses(job, lambda _: tuple(f"10.0.{n}.1" for n in range(100)))) == 64
+
+
+def test_where_the_same_file_makes_another_key_people_can_see_why(home: Path) -> None:
+    put(home / ".config/securerun/key")
+    named = replace(JOB, rendezvous_id="run\n7")
+    elsewhere = replace(JOB, endpoint=Endpoint("node0", 29501))
+    found = [
+        find(),
+        find(job=named),
+        find(environment=SLURM),
+        find(job=elsewhere),
+        find(job=replace(JOB, endpoint=None)),
+    ]
+    assert [each.made_for for each in found] == [
+        "no --rdzv-id or batch job, and port 29500",
+        "--rdzv-id run\\n7, and port 29500",
+        "job 4711 of slurm, and port 29500",
+        "no --rdzv-id or batch job, and port 29501",
+        "no --rdzv-id or batch job, and no port",
+    ]
+    assert len({each.fingerprint for each in found}) == len(found)
+    assert len(find(job=replace(JOB, rendezvous_id="7" * 9999)).made_for) < 100
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ELOOP])
+def test_where_a_users_key_cannot_be_looked_for_they_hear_of_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A home of the network without a ticket, or of somebody else's: a key may be there."""
+    path = put(home / ".config/securerun/key")
+    look = os.lstat
+
+    def lstat(name: os.PathLike[str], **how: int) -> os.stat_result:
+        if Path(name) == path:
+            raise OSError(number, os.strerror(number))
+        return look(name, **how)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    found = find()
+    assert found.order is None and f"{path} cannot be looked for ({os.strerror(number)})" in found.doubt
+    put(home / "site.key")
+    found = find()
+    assert found.order is not None and "--key off" in found.doubt
+    with pytest.raises(PolicyError, match="cannot be looked for"):
+        find("require")
+    assert find("off") == find(job=replace(JOB, min_nodes=1, max_nodes=1)) == key.Key()

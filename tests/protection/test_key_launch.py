@@ -162,3 +162,21 @@ def test_a_python_caller_has_a_key_by_asking_for_it(node: Host, home: Path) -> N
     assert len(first.split()[0]) == 8 and first.split()[1:] == ["64", "0"] and second == "None"
     without = node.run([sys.executable, "-c", CALLER.replace(', key="auto"', "")], env=env)
     assert "nothing says which hosts they are" in without.stderr
+
+
+def test_a_key_that_cannot_be_looked_for_is_told_of(node: Host, home: Path) -> None:
+    (home / ".config/securerun/key").unlink()
+    (home / ".config").rename(home / "away")
+    (home / ".config").symlink_to(".config")  # as root, to whom nothing else is closed
+    alone = launch(node, home)
+    assert alone.returncode == 78 and "nothing says which hosts" in alone.stderr, alone
+    assert f"{home}/.config/securerun/key cannot be looked for" in alone.stderr
+    named = node.run(
+        [*EXEC, "--peers", "10.77.0.2", "--", "true"], env={"HOME": str(home), "MASTER_ADDR": "node0", "NNODES": "2"}
+    )
+    assert named.returncode == 0 and f"{home}/.config/securerun/key cannot be looked for" in named.stderr, named
+
+
+def test_what_the_key_is_for_stands_beside_it_since_two_nodes_may_differ_in_that(node: Host, home: Path) -> None:
+    done = launch(node, home, PET_RDZV_ID="run 7")
+    assert "it is for --rdzv-id run 7, and port 29500, which have to be the same there too" in done.stderr, done
