@@ -128,8 +128,8 @@ def _guarded(order: Order) -> Guarding:
             connection = _way(ways.BY_SYSTEMD).open()
         except OSError as error:
             raise PrivilegeError(
-                f"this task cannot be guarded, so it is not started: {ways.SOCKET}: {error.strerror or error}; have an "
-                "administrator do what `securerunctl setup slurm` says"
+                f"this task cannot be guarded, so it is not started: {ways.socket_place()}: {error.strerror or error}; "
+                "have an administrator do what `securerunctl setup slurm` says"
             ) from error
         answer = _answer(connection, order)
         if not (isinstance(answer, Refused) and answer.later and time.monotonic() < deadline):

@@ -156,6 +156,9 @@ def _parent_of(asking: Caller) -> Caller:
             f"process {asking.pid} of user {asking.user} asks for its parent, which is user {task.user}'s; it is for a "
             "TaskProlog, which Slurm starts as the task's user"
         )
+    task.find_container()
+    if task.container:
+        raise PrivilegeError(f"process {task.pid} is in a container, and a task of Slurm's is the host's own")
     require_own_number(task)
     task.require_same_network()
     return task

@@ -224,6 +224,26 @@ def test_job_that_is_cancelled_while_its_prolog_runs_leaves_nothing(site: Site, 
             assert site.is_clean(), site.log()
 
 
+@pytest.mark.parametrize(
+    ("programs", "words"),
+    [
+        (("task-prolog",), "guards this process already, so no second lease is taken"),
+        (("prolog", "epilog"), "of /etc/munge/munge.key, the same on all nodes"),
+    ],
+    ids=["in a task", "below a prolog"],
+)
+def test_securerun_in_a_job_knows_that_its_task_is_guarded_and_else_has_a_key(
+    site: Site, programs: tuple[str, ...], words: str
+) -> None:
+    launch = (str(COMMANDS / "securerunctl"), "exec", "--preflight", "off", "--key", "require", "--", "true")
+    with site.cluster("cgroup/v2", *programs) as cluster, nothing_left_behind(*site.nodes):
+        job = cluster.popen(site.alice, "srun", "--nodes=2", *launch)
+        done = finish(job, timeout=60)
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{site.log()}"
+        assert done.stderr.count(words) == 2, done.stderr
+        assert site.is_clean(), site.log()
+
+
 # --- Attacks ----------------------------------------------------------------------------------------
 
 
