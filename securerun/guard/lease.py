@@ -401,10 +401,10 @@ class Lease:
 
     def is_launcher_alone(self) -> bool:
         """Return whether nothing of the job is left but its launcher, in its cgroup or out of the job by now."""
-        if self.cgroup is None:
-            return False
-        self._look_elsewhere(patient=False)
         launcher = Process(self.caller.pid, self.caller.start)
+        if self.cgroup is None:
+            return self._find() <= {launcher} and self._find() <= {launcher}
+        self._look_elsewhere(patient=False)
         return self.processes() <= {launcher} and (self.has_parted or launcher in self.cgroup.members())
 
     def remove_chains(self) -> None:

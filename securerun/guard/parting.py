@@ -55,18 +55,13 @@ def part(lease: Lease) -> str:
 
 
 def give_back(lease: Lease) -> bool:
-    """In a container, remove a job's rules and reserved ports where only its launcher is left, behind the shield.
+    """In a container, remove a job's rules and reserved ports where only its launcher is left, and needs none of them.
 
     Return whether that was done.
 
     Raises PortChainsUnavailable, PrivilegeError, SocketsUnavailable or OSError; what was not removed goes later.
     """
-    if (
-        processes.all_are_seen()
-        or not lease.is_shielded
-        or not lease.is_launcher_alone()
-        or _closed_by_the_lease_alone(lease)
-    ):
+    if processes.all_are_seen() or not lease.is_launcher_alone() or _closed_by_the_lease_alone(lease):
         return False
     deadline = time.monotonic() + _TURN_SECONDS
     while not _gave_back(lease):

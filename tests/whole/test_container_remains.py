@@ -12,7 +12,7 @@ import pytest
 from checkout import COMMANDS
 from engines import ENGINES, HOSTS_CGROUPS, Engine, Node
 from holding import HOLDER, Held
-from hosts import eventually
+from hosts import eventually, finish
 from process_table import name_of
 
 
@@ -31,6 +31,22 @@ def test_nothing_is_left_on_the_host_after_a_good_end(node: Node, engine: str, f
     assert held.run_id in during["iptables-save"] and "60000-60015" in during["reserved ports"]
     held.let_go()
     assert node.host.snapshot() == before
+
+
+NO_SHIELD = ("--cap-add=NET_ADMIN",)
+
+
+@pytest.mark.parametrize("given", [(), NO_SHIELD], ids=["shield", "ports"])
+def test_nothing_is_left_after_a_real_job_however_it_ends(node: Node, given: tuple[str, ...]) -> None:
+    before = node.host.snapshot()
+    podman = node.podman()
+    launch = ["securerun", "--standalone", "--nproc-per-node=1", "--peers=10.77.0.9"]
+    for script, status in ((["--no-python", "true"], 0), (["--no-python", "false"], 1)):
+        job = podman.popen("--network=host", "--init", *(given or podman.privileged), command=[*launch, *script])
+        done = finish(job, timeout=60)
+        assert done.returncode == status, done
+        assert ("by shield" in done.stderr) is not bool(given), done
+        assert node.host.snapshot() == before
 
 
 # A name that the engine knows a container by, so that it can be killed.
