@@ -28,11 +28,12 @@ _NAME = "securerun-guard"
 _MODE, _DIRECTORY_MODE = 0o666, 0o755
 _OTHERS_WRITE = 0o022
 _WAITING = 4096
-# A guard takes some 20 MB, and as long as its job.
+# A guard takes some 20 MB, and as long as its job. How many may be of one account is for the site's policy to say, and
+# how many of them wait for the guards themselves; this is above both.
 MOST_GUARDS = 512
-MOST_OF_ONE = 48
+MOST_OF_ONE = 256
 # The start of a guard takes 60 ms of a processor: so many at once, and then so many a second.
-_AT_ONCE, _A_SECOND = 8, 1.0
+_AT_ONCE, _A_SECOND = 16, 2.0
 _MOST_KNOWN = 4096
 _LOOK_MILLISECONDS = 1000
 _SAID_SECONDS = 60.0

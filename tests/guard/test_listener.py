@@ -1,0 +1,83 @@
+"""What listens for containers: starts of guards are shared out, and it takes no place that is another's."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from securerun.errors import PrivilegeError
+from securerun.guard import listener
+from securerun.guard.listener import Guards, Share
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def test_share_is_a_number_at_once_and_then_so_many_a_second(clock: list[float]) -> None:
+    share = Share()
+    assert [share.take() for _ in range(17)] == [True] * 16 + [False]
+    clock[0] += 1
+    assert [share.take() for _ in range(3)] == [True, True, False]
+    assert not share.is_whole
+    clock[0] += 3600
+    assert share.is_whole and [share.take() for _ in range(17)] == [True] * 16 + [False]
+
+
+def test_one_account_takes_nothing_from_another(clock: list[float]) -> None:
+    guards = Guards()
+    while not guards.obstacle(1):
+        pass
+    assert guards.obstacle(2) == ""
+
+
+def test_whoever_takes_on_many_accounts_fills_no_memory(clock: list[float]) -> None:
+    guards = Guards()
+    obstacles = {guards.obstacle(account) for account in range(10_000)}
+    assert "too many ask for guards" in obstacles
+    clock[0] += 60
+    assert guards.obstacle(20_000) == ""
+
+
+@pytest.mark.usefixtures("root")
+def test_listener_takes_the_place_of_one_that_ended_and_of_no_other(tmp_path: Path) -> None:
+    place = tmp_path / "securerun.d" / "guard.sock"
+    first = listener._listen(place)
+    assert place.stat().st_mode & 0o777 == 0o666 and os.listdir(place.parent) == [place.name]
+    with pytest.raises(PrivilegeError, match="another guard listens"):
+        listener._listen(place)
+    first.close()
+    second = listener._listen(place)
+    with socket.socket(socket.AF_UNIX) as end:
+        end.connect(str(place))
+    listener._remove(place, second)
+    assert not place.exists()
+
+
+@pytest.mark.usefixtures("root")
+def test_listener_takes_no_directory_that_others_can_change(tmp_path: Path) -> None:
+    place = tmp_path / "securerun.d" / "guard.sock"
+    place.parent.mkdir()
+    place.parent.chmod(0o777)
+    with pytest.raises(PrivilegeError, match="root alone can change"):
+        listener._listen(place)
+    place.parent.chmod(0o755)
+    os.chown(place.parent, 65534, 65534)
+    with pytest.raises(PrivilegeError, match="root alone can change"):
+        listener._listen(place)
+    with pytest.raises(PrivilegeError, match="no absolute path"):
+        listener._listen(Path("guard.sock"))
+
+
+def test_who_has_hung_up_is_known_to_have() -> None:
+    near, far = socket.socketpair()
+    with near:
+        assert not listener._has_hung_up(near)
+        far.close()
+        assert listener._has_hung_up(near)
