@@ -76,11 +76,11 @@ class Guard:
     Made early: it comes up while torch is being imported, and installs nothing before it has its order.
 
     goes_on: whether this process may go on after the job, and then is to be out of it. has_parted: whether it is. by:
-    the ways to try.
+    the ways to try, by default all.
     """
 
-    def __init__(self, *, goes_on: bool = True, by: Callable[[], Sequence[Way]] = ways) -> None:
-        self._ways = by
+    def __init__(self, *, goes_on: bool = True, by: Callable[[], Sequence[Way]] | None = None) -> None:
+        self._by = by
         self.has_parted = False
         self._goes_on = goes_on
         self._before: dict[str, str | None] = {}
@@ -254,7 +254,7 @@ class Guard:
         A guard that this process starts itself answers, whatever is wrong, unless somebody kills it in its start. That
         says nothing of the way, and root's job would get a guard with a user's limits by the next one: so tried twice.
         """
-        self._untried = [way for way in self._ways() for _ in range(2 if way.name == DIRECTLY else 1)]
+        self._untried = [way for way in (self._by or ways)() for _ in range(2 if way.name == DIRECTLY else 1)]
         self._obstacles = []
         self._try_next_way()
 
