@@ -23,6 +23,7 @@ from remains import nothing_left_behind
 from slurm import Cluster
 from slurm_site import NODES, Site
 from test_examples import LISTENER, Training, no_port_reached, require_open_to_peers_alone
+from users import User
 
 from securerun.guard import program
 from securerun.protection.ways import SOCKET
@@ -112,10 +113,17 @@ def _listens(place: Path, number: int) -> list[str]:
     return ["env", f"NUMBER={number}", PYTHON, "-c", LISTENER.format(place=str(place))]
 
 
+def ask_for_peers(site: Site, cluster: Cluster, user: User) -> subprocess.CompletedProcess[str]:
+    """What a guard has asked for job 1, as the guard starts it: of user id 0, with no capability and no environment."""
+    variables = ("PATH=/usr/bin:/bin", "LC_ALL=C", *(f"{name}={text}" for name, text in cluster.environment.items()))
+    bare = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "env", "-i", *variables)
+    command = program.of_slurm("peers", "1", str(user.uid))
+    return site.machines["sl0"].run(site.nodes[0], [*bare, *command])
+
+
 def peers_of(site: Site, cluster: Cluster) -> set[str]:
     """Which addresses a guard hears from Slurm that job 1 has: its nodes' and the controller's."""
-    command = program.of_slurm("peers", "1", str(site.alice.uid))
-    done = site.machines["sl0"].run(site.nodes[0], command, env=cluster.environment)
+    done = ask_for_peers(site, cluster, site.alice)
     assert done.returncode == 0, done
     networks = [ipaddress.ip_network(text) for text in json.loads(done.stdout)["peers"]["networks"]]
     return {str(address) for network in networks for address in network}
@@ -128,8 +136,7 @@ def test_node_that_a_job_gave_back_is_no_peer_of_it_any_more(site: Site) -> None
         assert peers_of(site, cluster) == {"10.77.0.1", "10.77.0.2", "10.77.0.3"}
         cluster.run("scontrol", "update", "JobId=1", "NumNodes=1")
         assert eventually(lambda: peers_of(site, cluster) == {"10.77.0.1", "10.77.0.3"}, seconds=30)
-        another = program.of_slurm("peers", "1", str(site.bob.uid))
-        done = site.machines["sl0"].run(site.nodes[0], another, env=cluster.environment)
+        done = ask_for_peers(site, cluster, site.bob)
         assert done.returncode == 78 and f"no job 1 of user {site.bob.uid}" in done.stdout, done
         cluster.run("scancel", "1")
         finish(job, timeout=60)
