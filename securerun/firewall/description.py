@@ -47,4 +47,4 @@ def _describe_tags(policy: Policy) -> Iterator[str]:
     yield f"program {program.name!r} ({program.needs}; older kernels have none):"
     yield listing(program.build(policy.interfaces, policy.public))
     yield "program that writes tags to what opens connections of the job's:"
-    yield listing(writing_program())
+    yield listing(writing_program(policy.public))

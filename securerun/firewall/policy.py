@@ -291,6 +291,10 @@ class Policy:
         """Return the port plan as first and last ports, ascending, joined where ranges overlap or touch."""
         return joined((port.first, port.last) for port in self.ports)
 
+    def ports_of_nodes(self) -> list[tuple[int, int]]:
+        """Return those where nobody but the job's nodes answers each other, as `joined_ports` does: none is public."""
+        return joined((port.first, port.last) for port in self.ports if port.purpose != Purpose.PUBLIC)
+
     def opening_at(self, port: int) -> Opening | None:
         """Return the opening that this port is public by; None where it is not."""
         return next((opening for opening in self.public if opening.first <= port <= opening.last), None)

@@ -253,7 +253,7 @@ def _load_with_tags(
     program = kept.enter_context(
         tags.load_judge(chosen.kernel_name, chosen.build(policy.interfaces, policy.public), numbers, key)
     )
-    writer = kept.enter_context(tags.load_writer(maps, key))
+    writer = kept.enter_context(tags.load_writer(maps, key, policy.public))
     with explained("mapping the shield's ring buffer"):
         return program, tags.Tags(writer, {name: maps[name] for name in tags.KEPT})
 

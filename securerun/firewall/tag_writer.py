@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 
 from securerun.firewall import siphash, tag
+from securerun.firewall.policy import Opening
 from securerun.firewall.program_steps import point
 from securerun.firewall.tag_program import look_up_network
 from securerun.linux.assembler import (
@@ -31,6 +32,7 @@ from securerun.linux.assembler import (
     calculate,
     call,
     constant,
+    from_network_order,
     jump,
     jump_if,
     leave,
@@ -62,9 +64,11 @@ _MAPPED_WORD = 0xFFFF0000
 
 
 @functools.cache
-def writing_program() -> tuple[Statement, ...]:
+def writing_program(public: tuple[Opening, ...] = ()) -> tuple[Statement, ...]:
     """Write tags. Another program's flags are left as they are, and so is what it answers to the kernel.
 
+    public: whence answers carry none. Others get those: with a port and a sequence number of their choice they would
+    have made for them what a node of the job waits for elsewhere.
     Made once: a guard loads it for the proof, and for the job.
     """
     return (
@@ -80,7 +84,7 @@ def writing_program() -> tuple[Statement, ...]:
         *_ask(),
         *_choose_packets(),
         *_reserve(),
-        *_write(),
+        *_write(public),
         Label("end"),
         calculate(R0, "=", 1),
         leave(),
@@ -142,7 +146,7 @@ def _reserve() -> Iterator[Statement]:
     yield jump("end")
 
 
-def _write() -> Iterator[Statement]:
+def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
     """Hash the packet, whose TCP header is in r7, and write the option."""
     yield Label("write")
     yield load(R7, 8, R6, _HEADER)
@@ -166,6 +170,7 @@ def _write() -> Iterator[Statement]:
     yield from siphash.begin(tag.SYN_KEY)
     yield jump("hash")
     yield Label("answer")
+    yield from _leave_public(public)
     yield load(R2, 2, R7, _TARGET_PORT)
     yield from _lay_end()
     yield load(R2, 4, R7, _ACKNOWLEDGED)
@@ -183,6 +188,18 @@ def _write() -> Iterator[Statement]:
     yield calculate(R3, "=", tag.SIZE)
     yield calculate(R4, "=", 0)
     yield call(Helper.STORE_HDR_OPT)
+
+
+def _leave_public(public: tuple[Opening, ...]) -> Iterator[Statement]:
+    """Write nothing to an answer from a public port; the kernel fills the room that was reserved with NOPs."""
+    if not public:
+        return
+    yield load(R2, 2, R7, _SOURCE_PORT)
+    yield from_network_order(R2, 2)
+    for opening in public:
+        yield jump_if(R2, "<", opening.first, "not public")
+        yield jump_if(R2, "<", opening.last + 1, "end")
+    yield Label("not public")
 
 
 def _lay_end() -> Iterator[Statement]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from securerun.errors import Obstacle
 from securerun.firewall import siphash, tag
 from securerun.firewall.job_key import JobKey
-from securerun.firewall.policy import Policy
+from securerun.firewall.policy import Opening, Policy
 from securerun.firewall.refusals import ShieldUnavailable, explained, lack_of_privilege
 from securerun.firewall.shield_maps import NO_VALUE
 from securerun.firewall.tag_maps import (
@@ -140,7 +140,7 @@ def create_maps(policy: Policy, kept: ExitStack, loading: ExitStack, *, for_tria
         maps[TAG_NETWORKS.name].update_many(dict.fromkeys(network_keys(policy.tagged), NO_VALUE))
         if policy.tags_from:
             maps[TAGS_FROM.name].update_many(dict.fromkeys(network_keys(policy.tags_from), NO_VALUE))
-        maps[PLANNED.name].update_many(planned_words(policy.joined_ports()))
+        maps[PLANNED.name].update_many(planned_words(policy.ports_of_nodes()))
     return maps
 
 
@@ -165,10 +165,13 @@ def load_judge(name: str, statements: Sequence[Statement], symbols: Mapping[str,
     return _load(name, statements, symbols, key, ProgramType.CGROUP_SKB)
 
 
-def load_writer(maps: Mapping[str, Map], key: JobKey) -> Program:
-    """Load the program that writes tags, by the maps that it shares with the judge. Raises ShieldUnavailable."""
+def load_writer(maps: Mapping[str, Map], key: JobKey, public: tuple[Opening, ...] = ()) -> Program:
+    """Load the program that writes tags, by the maps that it shares with the judge. Raises ShieldUnavailable.
+
+    public: the ports whose answers carry none.
+    """
     symbols = {TAG_NETWORKS.name: maps[TAG_NETWORKS.name].fileno()}
-    return _load(WRITING_NAME, writing_program(), symbols, key, ProgramType.SOCK_OPS)
+    return _load(WRITING_NAME, writing_program(public), symbols, key, ProgramType.SOCK_OPS)
 
 
 def _load(

@@ -52,7 +52,10 @@ class Nodes:
         if of:
             self.guarded = min(self.guarded, of)
         known = {*seen.guarded}
-        without = dict.fromkeys(one.address for one in seen.without if one.address not in known)
+        unknown = (one for one in seen.without if one.address not in known)
+        # Answers from public ports have no tag.
+        public = lease.policy.opening_at
+        without = dict.fromkeys(one.address for one in unknown if not one.port or public(one.port) is None)
         self.unguarded = tuple(str(address) for address in without if not self._is_own(address))[:_MOST_UNGUARDED]
         return (*self._completed(of), *self._opening_without(seen))
 

@@ -763,7 +763,7 @@ def test_a_kernel_that_cannot_is_told_so_and_gets_none(
         unknown = MapShape(MapType.LRU_HASH, 0, 0, 0, tag_maps.ANSWERS.name)
         monkeypatch.setattr(tag_maps, "ring_shape", lambda _: unknown)
     else:
-        monkeypatch.setattr(tags, "writing_program", lambda: (calculate(R0, "=", 1), load(R0, 8, R10, 8), leave()))
+        monkeypatch.setattr(tags, "writing_program", lambda _: (calculate(R0, "=", 1), load(R0, 8, R10, 8), leave()))
     with pytest.raises(ShieldUnavailable, match="--loopback job needs Linux 5.10") as caught:
         Shield.attach(field.job.descriptor, field.policy)
     assert caught.value.obstacle is Obstacle.OLD_KERNEL

@@ -31,6 +31,7 @@ from tag_field import (
     exchange,
     flow_to,
     has_tag,
+    link_address,
     listening,
     policy_with,
     segments_in,
@@ -41,7 +42,7 @@ from tag_field import (
 )
 
 from securerun.firewall import tag
-from securerun.firewall.policy import Admission, PortRange, Purpose
+from securerun.firewall.policy import Admission, Opening, PortRange, Purpose
 from securerun.firewall.tag_maps import Answer
 from securerun.linux.networks import collapse
 from securerun.linux.sock_diag import SocketDiagnosis
@@ -394,3 +395,26 @@ def _connecting(field: TagField, target: Host, family: int, port: int) -> socket
     with contextlib.suppress(BlockingIOError):
         endpoint.connect((target.addresses[0 if family == 4 else 1], port))
     return endpoint
+
+
+@FAMILIES
+def test_nobody_has_the_answer_made_that_a_node_waits_for_elsewhere(field: TagField, family: int) -> None:
+    """With a node's port and sequence number, at a public port, whose answer would be right for that node."""
+    public = 29777
+    policy = replace(BY_TAG, public=(Opening(9100, 9101), Opening(public, public)))
+    with shielded(field.job, policy), field.listener(port=public), wire(field.stranger) as stranger:
+        flow = flow_to(field, field.stranger, family, public)
+        asking = packets.packet(flow, packets.tcp(flow, SYN, sequence=SEQUENCE))
+        stranger.send(packets.frame(asking, to=link_address(field.host), sender=stranger.getsockname()[4]))
+        answers = [each for each in segments_in(packets.frames_in(stranger, PATIENCE_SECONDS / 2)) if each[13] & ACK]
+        assert answers and all(each[13] & SYN for each in answers) and not any(map(has_tag, answers))
+
+
+@FAMILIES
+def test_a_public_port_of_a_node_answers_other_nodes_too(field: TagField, family: int) -> None:
+    public = 29777
+    some = Opening(public, public, collapse(map(ipaddress.ip_network, ("10.0.0.0/8", "fd00::/8"))))
+    policy = replace(BY_TAG, public=(some,), ports=(PortRange(public, public, Purpose.PUBLIC),))
+    with shielded(field.job, policy), field.listener(port=public), shielded(field.far, policy) as far:
+        assert field.from_far(lambda: attempt(field.host.addresses[family == 6], public)) == "connected"
+        assert far.tags is not None and not list(far.tags.answers())
