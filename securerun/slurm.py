@@ -89,11 +89,12 @@ def _task_prolog(_arguments: Sequence[str]) -> None:
     # A network of the task's own is for a securerun in it to make.
     asked = asked if asked.scope != "namespace" else replace(asked, scope="auto")
     number = _job_number(os.environ)
+    connection = _connected()
     plan = _with(_planned(asked, f"task of job {number} of Slurm's"), _controllers())
     # Of a heterogeneous job, whose parts have lists of their own, each is another job to Slurm.
     renews = plan.peers.source == "Slurm (SLURM_JOB_NODELIST)"
     order = _order(plan, asked.scope, SlurmJob(number, plan.task.is_first, renews))
-    guarding = _guarded(order)
+    guarding = _guarded(order, connection)
     for name, value in _told(plan, asked, guarding):
         print(f"export {name}={value}")
 
@@ -115,27 +116,32 @@ def _told(plan: Plan, asked: Options, guarding: Guarding) -> Iterator[tuple[str,
         yield SECRET_PATH_VARIABLE, guarding.secret_path
 
 
-def _guarded(order: Order) -> Guarding:
-    """Return what the guard made of an order that it gets by systemd's socket.
+def _connected() -> Connection:
+    """Return a guard that systemd's socket starts; it comes up while this process plans.
 
-    sudo would be a descendant of the task, and Slurm would end it. Raises SecurerunError.
+    sudo would be a descendant of the task, and Slurm would end it. Raises PrivilegeError.
     """
     from securerun.protection import ways
 
+    try:
+        return _way(ways.BY_SYSTEMD).open()
+    except OSError as error:
+        raise PrivilegeError(
+            f"this task cannot be guarded, so it is not started: {ways.socket_place()}: {error.strerror or error}; "
+            "have an administrator do what `securerunctl setup slurm` says"
+        ) from error
+
+
+def _guarded(order: Order, connection: Connection) -> Guarding:
+    """Return what the guard made of an order, or the next one where it has no place. Raises SecurerunError."""
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
-        try:
-            connection = _way(ways.BY_SYSTEMD).open()
-        except OSError as error:
-            raise PrivilegeError(
-                f"this task cannot be guarded, so it is not started: {ways.socket_place()}: {error.strerror or error}; "
-                "have an administrator do what `securerunctl setup slurm` says"
-            ) from error
         answer = _answer(connection, order)
         if not (isinstance(answer, Refused) and answer.later and time.monotonic() < deadline):
             return _understood(answer)
         # Each of many at another moment.
         time.sleep(_PAUSE_SECONDS * (1 + os.urandom(1)[0] / 64))
+        connection = _connected()
 
 
 def _way(name: str) -> Way:
