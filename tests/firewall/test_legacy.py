@@ -18,6 +18,7 @@ import pytest
 from cgroups import inside
 from checkout import CHECKOUT
 from hosts import Host, Network, eventually
+from patience import patient
 from probe import Endpoint, reach
 
 from securerun.firewall.dispatcher import Dispatcher, render_install
@@ -407,7 +408,7 @@ def test_lock_held_by_another_is_named_after_a_while_and_nothing_is_installed(no
 
 def test_install_waits_for_the_lock_and_goes_on_when_it_is_given_back(node: Host, lock: IO[str]) -> None:
     before = saved(node)
-    waiting = "print('waiting', flush=True)"
+    waiting = f"legacy._LOCK_SECONDS = {patient(10.0)}; print('waiting', flush=True)"
     installer, _, answers = start(node, order("install", RUN), with_lock(lock, as_guard(waiting)))
     assert answers.readline() == "waiting\n"
     assert not eventually(lambda: installer.poll() is not None, seconds=0.5)
