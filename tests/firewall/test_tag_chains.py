@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Callable
 
+import kernel
 import packets
 import pytest
 from cgroups import in_child, inside
@@ -47,7 +48,7 @@ BACKENDS = pytest.mark.parametrize(
     "make",
     [
         pytest.param(IptablesChains, id="iptables"),
-        pytest.param(NftablesChains, id="nftables"),
+        pytest.param(NftablesChains, id="nftables", marks=kernel.needing(kernel.OWNED_TABLES)),
         pytest.param(legacy_chains, id="legacy"),
     ],
 )

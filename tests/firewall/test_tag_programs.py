@@ -210,8 +210,14 @@ def test_it_needs_cap_bpf_and_cap_net_admin_and_no_more(field: TagField) -> None
         "    held.detach()\n"
         "    print('hung up')\n"
     )
-    net_admin, bpf = 12, 39
-    for capabilities, expected in (((net_admin, bpf), "hung up"), ((net_admin,), "CAP_BPF"), ((bpf,), "unavailable")):
+    net_admin, sys_admin, bpf = 12, 21, 39
+    for_both = "CAP_PERFMON or CAP_SYS_ADMIN" if kernel.lack_of(kernel.PACKETS_FOR_CAP_BPF) else "hung up"
+    for capabilities, expected in (
+        ((net_admin, bpf), for_both),
+        ((net_admin, sys_admin, bpf), "hung up"),
+        ((net_admin,), "CAP_BPF"),
+        ((bpf,), "unavailable"),
+    ):
         kept = ",".join(["-all", *(f"+cap_{number}" for number in capabilities)])
         mask = f"{sum(1 << number for number in capabilities):016x}"
         command = ["setpriv", f"--bounding-set={kept}", "--inh-caps=-all", "--", sys.executable, "-c", script]

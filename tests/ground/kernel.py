@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -32,6 +33,13 @@ from securerun.linux.assembler import R0, R1, R7, assemble, calculate, leave, lo
 from securerun.linux.bpf import Map, Program
 
 _CAP_BPF = 39  # include/uapi/linux/capability.h
+# include/uapi/linux/bpf.h: skb_data and skb_data_end in struct bpf_sock_ops
+_COMPARING = """
+from securerun.linux.assembler import R0, R1, R2, R3, Label, assemble, calculate, jump_if, leave, load
+from securerun.linux.bpf import Program, ProgramType
+asking = (load(R2, 8, R1, 192), load(R3, 8, R1, 200), calculate(R2, "+=", 20), jump_if(R2, ">", R3, "end"))
+Program.load("asked", assemble((*asking, Label("end"), calculate(R0, "=", 1), leave()), {}), ProgramType.SOCK_OPS)
+"""
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,15 @@ def _know_cap_bpf() -> None:
         raise OSError(f"the last that it knows is {last}")
 
 
+def _compare_packets_with_their_end() -> None:
+    """For who has CAP_BPF and CAP_NET_ADMIN and no more."""
+    with_few = ("setpriv", "--bounding-set=-all,+net_admin,+cap_39", "--inh-caps=-all", "--")
+    command = [*with_few, sys.executable, "-c", _COMPARING]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(done.stderr.strip().rpartition("\n")[2])
+
+
 def _find_cgroup_of_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as made:
         inode = os.fstat(made.fileno()).st_ino
@@ -129,6 +146,7 @@ TEST_RUNS = Need("runs of a program on packets made by hand (BPF_PROG_TEST_RUN w
 SOCKETS_IN_PROGRAMS = Need("sockets in programs on a cgroup (struct __sk_buff, sk)", _see_a_socket)
 TAGS = Need("programs that write TCP options (BPF_SOCK_OPS_WRITE_HDR_OPT_CB)", _write_options)
 CAP_BPF = Need("capability of its own for bpf(2) (CAP_BPF)", _know_cap_bpf)
+PACKETS_FOR_CAP_BPF = Need("look at packets for a program of who has CAP_BPF alone", _compare_packets_with_their_end)
 CGROUPS_OF_SOCKETS = Need("word on which cgroup a socket belongs to", _find_cgroup_of_listener)
 KILLING_CGROUPS = Need("way to end a cgroup at once (cgroup.kill)", _file_of_cgroups("cgroup.kill"))
 FREEZING_CGROUPS = Need("way to freeze a cgroup (cgroup.freeze)", _file_of_cgroups("cgroup.freeze"))
