@@ -5,13 +5,17 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from securerun.firewall import tag, tagging
-from securerun.firewall.policy import Admission, Layer, Policy, PortRange
+from securerun.firewall.policy import Admission, Layer, Opening, Policy, PortRange
+from securerun.firewall.tag_maps import Untagged
+from securerun.firewall.tags import Seen
 from securerun.guard import neighbours, nodes
+from securerun.guard.lease import Lease
 from securerun.guard.records import Brief, Record
 from securerun.linux.networks import Network
 
@@ -56,6 +60,17 @@ def test_a_tag_counts_through_any_interface_that_nobody_named() -> None:
     assert tagging.by_key(bound, required=False).tag_interfaces == ("eth0",)
     derived = tagging.by_key(bound, required=False, through_any=True)
     assert derived.tag_interfaces == () and derived.interfaces == ("eth0",)
+
+
+def test_who_answers_at_a_public_port_is_not_held_to_lack_the_key() -> None:
+    """Answers from there have no tag, whoever gives them."""
+    without = tuple(Untagged(ipaddress.ip_address(f"10.0.0.{port - 9100 + 2}"), port, 1) for port in (9100, 9101))
+    tags = SimpleNamespace(seen=lambda: Seen((), without))
+    policy = replace(BY_ADDRESS, public=(Opening(9100, 9100),))
+    lease = SimpleNamespace(policy=policy, shield=SimpleNamespace(tags=tags), record=SimpleNamespace(nodes=3))
+    seen = nodes.Nodes(cast(Lease, lease))
+    seen.look()
+    assert seen.unguarded == ("10.0.0.3",)
 
 
 @pytest.mark.parametrize(
