@@ -55,6 +55,10 @@ def make(file: str | None, *, for_site: bool) -> None:
 def _place(file: str | None, *, for_site: bool) -> Path:
     if for_site:
         return SITE_KEY
+    if file == "":
+        raise PolicyError(
+            "the name of the file is empty; write one, or none for the key that securerun finds by itself"
+        )
     try:
         path = (USERS if file is None else Path(file)).expanduser()
     except RuntimeError as error:  # ~nobody_of_that_name, or a user id that nobody knows, without HOME: of a container
@@ -62,6 +66,11 @@ def _place(file: str | None, *, for_site: bool) -> Path:
             f"{USERS if file is None else printable(file)}: {str(error).rstrip('.')}; write the whole path of a file: "
             "securerunctl setup key FILE"
         ) from error
+    if file is None and not path.is_absolute():
+        raise PolicyError(
+            f"HOME is {printable(os.environ.get('HOME', ''))!r}, which is no absolute path; correct it, or write the "
+            "path of a file: securerunctl setup key FILE"
+        )
     if file is None and os.geteuid() == _ROOT:
         # sudo may leave HOME as it was: the file would be root's, and its user could not read it.
         owner = path.parents[2].stat().st_uid if path.parents[2].exists() else _ROOT

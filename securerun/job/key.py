@@ -117,6 +117,11 @@ def users_file() -> tuple[Path | None, str]:
         users = USERS.expanduser()
     except RuntimeError:  # a user id that nobody knows, without HOME: of a container
         return None, ""
+    if not users.is_absolute():
+        return None, (
+            f"HOME is {printable(os.environ.get('HOME', ''))!r}, which is no absolute path, so no key of yours is "
+            "looked for; correct it, or write --key off"
+        )
     try:
         os.lstat(users)
     except (FileNotFoundError, NotADirectoryError):

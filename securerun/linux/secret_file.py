@@ -83,7 +83,10 @@ def _require_secluded(found: os.stat_result, owners: Collection[int]) -> None:
     forbidden = _OTHERS & ~_OF_ROOT_TOO if found.st_uid == _ROOT != os.geteuid() else _OTHERS
     mode = stat.S_IMODE(found.st_mode)
     if mode & forbidden:
-        raise Unfit(f"can be read or changed by others (mode {mode:o}), so make a new key, and `chmod 600` it at once")
+        raise Unfit(
+            f"can be read or changed by others (mode {mode:o}), who may have it: move it away on all nodes, make a new "
+            "one, and `chmod go-rwx` each copy at once"
+        )
 
 
 def _content(descriptor: int) -> bytes:

@@ -15,6 +15,7 @@ from hosts import environment
 
 from securerun.ctl import key as command
 from securerun.errors import PolicyError, PrivilegeError
+from securerun.job.key import users_file
 from securerun.linux import secret_file
 
 
@@ -108,6 +109,18 @@ def test_a_name_that_no_file_can_have_is_one_line(home: Path, monkeypatch: pytes
     with pytest.raises(PolicyError, match="write the whole path"):
         command.make("~nobody-of-that-name/key", for_site=False)
     assert os.listdir(home) == []
+
+
+def test_no_key_is_made_where_no_launch_would_find_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", "here")
+    with pytest.raises(PolicyError, match="'here', which is no absolute path"):
+        command.make(None, for_site=False)
+    with pytest.raises(PolicyError, match="name of the file is empty"):
+        command.make("", for_site=False)  # as of a variable that is not set
+    assert os.listdir(home) == []
+    found, doubt = users_file()
+    assert found is None and "'here', which is no absolute path" in doubt
 
 
 def test_a_user_id_that_nobody_knows_without_a_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_the_guard_is_asked_where_it_may_have_one(home: Path) -> None:
 def test_a_users_own_key_is_never_passed_over(home: Path) -> None:
     """Whoever made one means it: a launch that went on without would be open to more than they believe."""
     users = put(home / ".config/securerun/key", mode=0o644)
-    with pytest.raises(PolicyError, match=r"mode 644.*chmod 600.*--key off"):
+    with pytest.raises(PolicyError, match=r"mode 644.*chmod go-rwx.*--key off"):
         find()
     users.unlink()
     users.mkdir()
