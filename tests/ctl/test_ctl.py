@@ -80,6 +80,7 @@ RUN_FIELDS: dict[str, Any] = {
     "key": (dict, type(None)),
     "nodes_guarded": (int, type(None)),
     "nodes": (int, type(None)),
+    "slurm_job": (int, type(None)),
     "ports": list,
     "peers": list,
     "public": list,
