@@ -63,10 +63,8 @@ MAXIMUM_GRACE_SECONDS = 24 * 3600
 MAXIMUM_NODES = 1_000_000
 MAXIMUM_TOWARDS = 64
 _MOST_VERSIONS = 64
-# The fields of what guards of 0.1 say: its launchers take no other.
-_OF_THE_FIRST = frozenset(
-    {"version", "pid", "count", "record", "layers", "notes", "denied", "words", "status", "message"}
-)
+# What launchers of 0.1 take no message with. What else they do not know is about what they never ordered.
+_NOT_FOR_THE_FIRST = frozenset({"versions", "later", "more", "needs_guard"})
 _DIGEST = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}", re.ASCII)
 _OF_KEY = ("fingerprint", "key_source", "secret_path")
 
@@ -264,7 +262,7 @@ def encode(message: Message, *, to_any: bool = False) -> bytes:
     """Return the one line, with its newline, that `decode` reads back. to_any: as launchers of 0.1 can read it too."""
     name, body = _NAMES[type(message)], _body(message)
     if to_any:
-        body = {field: value for field, value in body.items() if field in _OF_THE_FIRST}
+        body = {field: value for field, value in body.items() if field not in _NOT_FOR_THE_FIRST}
     return json.dumps({name: body}, separators=(",", ":")).encode() + b"\n"
 
 

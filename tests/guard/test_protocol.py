@@ -330,7 +330,7 @@ def test_versions_of_a_guard_are_for_who_can_read_them() -> None:
     """Launchers of 0.1 take no field that they do not know."""
     assert json.loads(encode(Ready(7))) == {"ready": {"version": 1, "pid": 7}}
     assert encode(Ready(7, VERSIONS), to_any=True) == encode(Ready(7))
-    busy = Refused(77, "why", later=True, knows_keys=True)
+    busy = Refused(77, "why", later=True)
     assert json.loads(encode(busy, to_any=True)) == {"refused": {"status": 77, "message": "why"}}
     named = Ready(7, VERSIONS)
     assert decode(encode(named)) == named
