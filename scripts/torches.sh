@@ -80,8 +80,9 @@ install() { # ROOT PLACE TORCH
         pip() { /srv/venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check "$@"; }
         pip --upgrade pip
         case $1 in 2.[0-2]) numpy="numpy<2" ;; *) numpy=numpy ;; esac
+        # torch 2.6 asks for it before Python 3.10 (elastic/rendezvous/registry.py), and does not say so.
         pip --only-binary torch "torch==$1.*" "$numpy"
-        pip --editable . pytest hypothesis PyYAML
+        pip --editable . pytest hypothesis PyYAML importlib_metadata
         /srv/venv/bin/python -m compileall -q securerun
     ' bash "$3"
 }
