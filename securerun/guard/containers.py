@@ -3,7 +3,8 @@
 A user id alone is nobody's own in a container: its root takes on any, and the next container has the same ones. What
 only the host's root makes, a cgroup or a pid namespace, makes a container; one that an ordinary user made (rootless
 podman, enroot, `unshare`) is that user's own, and whoever is in it is that user. So nobody becomes several by making
-namespaces.
+namespaces, nor leaves a container by them: pid namespaces lie in each other, and the outermost around a process tells
+whether it is in a container.
 """
 
 from __future__ import annotations
@@ -33,19 +34,45 @@ def container_of(pid: int) -> str:
     Raises PrivilegeError where it cannot be told, and OSError for a process that has ended.
     """
     try:
-        with Namespace("cgroup", pid) as cgroup, Namespace("pid", pid) as processes:
-            if _is_of_root(cgroup):
-                root = _root_seen_from(cgroup, pid)
-            elif _is_of_root(processes):
-                root = _telling(cgroups.paths_of(pid), pid)
-            else:
-                return ""
+        with Namespace("cgroup", pid) as cgroup, Namespace("pid", pid) as inner, inner.outermost() as processes:
+            root = _root(cgroup, processes, pid)
     except FileNotFoundError:  # the process has ended, or this kernel has no such namespaces: then nobody is in one
         proc.start_time(pid)
         return ""
     if len(root) > _LONGEST:
         raise PrivilegeError(f"the name of the cgroup of process {pid} is longer than {_LONGEST} characters")
-    return _without_runs(root)
+    return _without_runs(root) if root else ""
+
+
+def _root(cgroup: Namespace, processes: Namespace, pid: int) -> str:
+    """Return the root of a container's cgroups, "" for a process of the host's own.
+
+    processes: the outermost pid namespace around it. Raises PrivilegeError where it cannot be told.
+    """
+    is_contained = _is_of_root(processes)
+    if cgroup.is_own():
+        return _telling(cgroups.paths_of(pid), pid) if is_contained else ""
+    is_of_root = _is_of_root(cgroup)
+    if is_of_root and _was_made_with(processes, cgroup):
+        return _root_seen_from(cgroup, pid)
+    if is_contained or is_of_root:
+        raise PrivilegeError(
+            f"process {pid} is in a cgroup namespace that was made within its container, so nothing tells that from "
+            "others; start the job outside of it (unshare, bwrap), in the container"
+        )
+    return ""
+
+
+def _was_made_with(processes: Namespace, cgroup: Namespace) -> bool:
+    """Return whether a cgroup namespace of root's is a container's: made with its pid namespace, or outside of all.
+
+    User id 0 of a container makes user namespaces, as everybody may, and others in those: they are root's by their
+    owner's number. An engine makes all of a container's in one user namespace.
+    """
+    makers = {proc.namespace("user")}
+    if not processes.is_own():
+        makers.add(processes.user_namespace())
+    return cgroup.user_namespace() in makers
 
 
 def account_of(container: str) -> int:

@@ -52,6 +52,35 @@ class Namespace:
         around = fcntl.ioctl(self._descriptor, _NS_GET_USERNS)
         return frozenset(owner for owner, _ in _outwards(around))
 
+    def user_namespace(self) -> int:
+        """Return the inode of the user namespace that it is of. Raises OSError: that is an outer one."""
+        around = fcntl.ioctl(self._descriptor, _NS_GET_USERNS)
+        try:
+            return os.fstat(around).st_ino
+        finally:
+            os.close(around)
+
+    def outermost(self) -> Namespace:
+        """Return the outermost of those around it, and it, that is not this process' own; that where it is its own.
+
+        Of pid namespaces alone, which lie in each other. Raises OSError: it does not lie in this process' own.
+        """
+        found = Namespace.__new__(Namespace)
+        found._kind, found._descriptor = self._kind, os.dup(self._descriptor)
+        try:
+            own = proc.namespace(self._kind)
+            while found.inode != own:
+                outside = fcntl.ioctl(found._descriptor, _NS_GET_PARENT)
+                if os.fstat(outside).st_ino == own:
+                    os.close(outside)
+                    break
+                os.close(found._descriptor)
+                found._descriptor = outside
+        except BaseException:
+            os.close(found._descriptor)
+            raise
+        return found
+
     def enter(self) -> None:
         """Go on in it. Raises OSError."""
         libc.check(libc.library.setns(self._descriptor, _KINDS[self._kind]))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from cgroups import Cgroup, new_cgroup
@@ -40,6 +42,8 @@ def seen(process: subprocess.Popen[str], pid: int | None = None) -> str:
     try:
         return container_of(process.pid if pid is None else pid)
     finally:
+        if pid is not None:  # a change of user takes off what --kill-child is by (prctl(2), PR_SET_PDEATHSIG)
+            os.kill(pid, signal.SIGKILL)
         process.kill()
         process.communicate()
 
@@ -92,6 +96,46 @@ def test_user_does_not_become_several_by_namespaces_of_their_own(cgroup: Cgroup)
     made = ["unshare", "--user", "--map-current-user", "--cgroup", "--pid", "--fork", "--kill-child"]
     assert seen(running(cgroup, *becoming, *made)) == ""
     assert seen(running(cgroup, *becoming, "unshare", "--user", "--cgroup")) == ""
+
+
+CONTAINED = ("unshare", "--cgroup", "--pid", "--fork", "--kill-child")
+BECOMING = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+OWN = ("unshare", "--user", "--map-current-user")
+
+
+def innermost(process: subprocess.Popen[str]) -> int:
+    """The last of a line of only children: each unshare(1) waits for one."""
+    pid = process.pid
+    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        (pid,) = map(int, children)
+    return pid
+
+
+@pytest.mark.parametrize("before", [(), BECOMING], ids=["root", "user"])
+def test_nobody_leaves_a_container_by_namespaces_of_their_own(cgroup: Cgroup, before: Sequence[str]) -> None:
+    """A user of a container became the one of that number on the host, whom the site let have a guard."""
+    path = path_of(cgroup)
+    nested = running(cgroup, *CONTAINED, *before, *OWN, "--pid", "--fork", "--kill-child")
+    assert seen(nested, innermost(nested)) == path
+    leaving = running(cgroup, *CONTAINED, *before, *OWN, "--cgroup", "--pid", "--fork", "--kill-child")
+    with pytest.raises(PrivilegeError, match="made within its container"):
+        seen(leaving, innermost(leaving))
+
+
+@pytest.mark.parametrize("before", [(), BECOMING], ids=["root", "user"])
+def test_nobody_makes_containers_of_a_container(cgroup: Cgroup, before: Sequence[str]) -> None:
+    """Each with as many runs as a container may have, in cgroups of its own, which a container may be given."""
+    with new_cgroup(cgroup) as below:
+        entering = ["sh", "-ec", f'echo $$ > {below.path}/cgroup.procs; exec "$@"', "sh"]
+        process = running(cgroup, *CONTAINED, *entering, *before, *OWN, "--cgroup")
+        with pytest.raises(PrivilegeError, match="made within its container"):
+            seen(process, innermost(process))
+
+
+@pytest.mark.parametrize("user", ["--user", ""], ids=["user-namespace", "host-ids"])
+def test_container_of_an_engine_may_have_a_user_namespace(cgroup: Cgroup, user: str) -> None:
+    process = running(cgroup, *CONTAINED, *filter(None, [user]))
+    assert seen(process, innermost(process)) == path_of(cgroup)
 
 
 @pytest.mark.usefixtures("root")
