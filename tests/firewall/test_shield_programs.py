@@ -447,7 +447,7 @@ def test_without_any_privilege_the_reason_names_what_is_missing(host: Host) -> N
             return str(caught.value)
 
         reason = in_child(work)
-    assert "CAP_BPF and CAP_NET_ADMIN" in reason
+    assert "CAP_NET_ADMIN and CAP_BPF" in reason
     assert "\n" not in reason
 
 
