@@ -13,7 +13,7 @@ from securerun.linux import packages
 
 PARTS = ("all", "guard", "pod")
 NAMESPACE = "securerun-system"
-# An OCI reference, without what YAML would read in its own way.
+# An OCI reference, without what would end a text of YAML's; it is one there, or `null` and `1` were none.
 _IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._/:@-]{0,254}")
 
 _GUARD = """\
@@ -52,7 +52,7 @@ spec:
       - operator: Exists
       containers:
       - name: guard
-        image: {image}
+        image: "{image}"
         command: [securerun-guard, {argument}, {socket}]
         securityContext:
           privileged: true
@@ -87,7 +87,7 @@ spec:
     seccompProfile: {{type: RuntimeDefault}}
   containers:
   - name: train
-    image: {image}
+    image: "{image}"
     command: [securerun, --nproc-per-node, "8", /workspace/train.py]
     env:
     - {{name: SECURERUN_PEERS, value: "train-0.train,train-1.train"}}   # the job's other pods

@@ -117,10 +117,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _serve(listener: socket.socket) -> None:
+    # What started this may ignore the end of its children, and then none is told of; or keep SIGTERM from them.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGTERM, lambda *_: os.write(wake, b"."))
     signal.signal(signal.SIGINT, lambda *_: os.write(wake, b"."))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     guards, said = Guards(), 0.0
     poller = select.poll()
     for descriptor in (listener.fileno(), ended):
@@ -224,7 +227,7 @@ def _listen(place: Path) -> socket.socket:
         listener.listen(_WAITING)
         temporary.rename(place)
     except OSError as error:
-        raise PrivilegeError(f"nobody can listen at {place}: {error.strerror}") from error
+        raise PrivilegeError(f"nobody can listen at {place}: {error.strerror or error}") from error
     return listener
 
 

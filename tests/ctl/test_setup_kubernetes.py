@@ -131,3 +131,9 @@ def _options_of(spec: Mapping[str, Any]) -> Iterator[str]:
     for kind in ("PID", "Network"):
         if spec.get(f"host{kind}"):
             yield f"--{kind.lower()}=host"
+
+
+@pytest.mark.parametrize("name", ["null", "true", "1", "0x1f", "a:"])
+def test_name_of_an_image_is_a_text_whatever_it_looks_like(name: str) -> None:
+    (pod,) = printed("--only", "pod", "--job-image", name)
+    assert pod["spec"]["containers"][0]["image"] == name

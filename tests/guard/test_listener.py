@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
 import pytest
+from hosts import eventually
 
 from securerun.errors import PrivilegeError
 from securerun.guard import listener
@@ -81,3 +83,32 @@ def test_who_has_hung_up_is_known_to_have() -> None:
         assert not listener._has_hung_up(near)
         far.close()
         assert listener._has_hung_up(near)
+
+
+@pytest.mark.usefixtures("root")
+def test_path_that_is_too_long_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(PrivilegeError, match="too long"):
+        listener._listen(tmp_path / ("x" * 150))
+
+
+def test_listener_that_was_started_deaf_hears_its_end_and_its_childrens(tmp_path: Path) -> None:
+    """Started by what ignores SIGCHLD it took all guards for living, and none was to be had after the 512th."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+        end.bind(str(tmp_path / "s"))
+        end.listen()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            try:
+                listener._serve(end)
+            finally:
+                os._exit(0 if signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL else 1)
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.kill(pid, signal.SIGTERM)
+        assert eventually(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, seconds=5)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 0
