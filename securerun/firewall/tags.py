@@ -42,7 +42,7 @@ KEPT = (TAG_NETWORKS.name, TAGGED.name, UNTAGGED.name, ANSWERS.name)
 _COMPARES = "pointer comparison prohibited"
 _LACK_OF_SIGHT = (
     "loading the program that writes tags: this kernel lets it look into packets with CAP_PERFMON or CAP_SYS_ADMIN "
-    "alone; give the guard CAP_PERFMON, or take a kernel with the fix d75e30dddf73, as Linux 6.6 has it"
+    "alone; give the guard CAP_SYS_ADMIN, or take a kernel with the fix d75e30dddf73, as Linux 6.6 has it"
 )
 _LACKING = "tags in packets need Linux 5.10, which lets a program write TCP options"
 

@@ -237,7 +237,9 @@ def test_a_kernel_whose_verifier_wants_cap_perfmon_is_said_to_be_one(
         raise VerifierError(errno.EACCES, "Permission denied", "25: (2d) ...\nR3 pointer comparison prohibited\n")
 
     monkeypatch.setattr(Program, "load", refuse)
-    with pytest.raises(ShieldUnavailable, match="give the guard CAP_PERFMON, or take a kernel with the fix") as refusal:
+    with pytest.raises(
+        ShieldUnavailable, match="give the guard CAP_SYS_ADMIN, or take a kernel with the fix"
+    ) as refusal:
         Shield.attach(field.job.descriptor, BY_TAG, KEY)
     assert refusal.value.obstacle is Obstacle.NOT_PERMITTED and "\n" not in str(refusal.value)
     assert programs_on(field.job) == (0, 0)
