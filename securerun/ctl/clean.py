@@ -6,11 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 
-from securerun.ctl.status import open_records
+from securerun.ctl.status import open_records, user_of
 from securerun.guard import cleaning, records
 from securerun.guard.cleaning import Abandoned, Remains, Rules
 from securerun.guard.records import Record
-from securerun.host.account import name_of
 from securerun.linux import proc
 from securerun.text import printable
 
@@ -82,7 +81,8 @@ def _notes(remains: Remains) -> Iterator[str]:
 
 def _named(record: Record) -> str:
     command = f" ({record.command})" if record.command else ""
-    return f"run {record.run_id} of {name_of(record.user)}{command}"
+    container = f" in container {record.container}" if record.container else ""
+    return f"run {record.run_id} of {user_of(record)}{container}{command}"
 
 
 def _left_of(run: Abandoned) -> Iterator[str]:

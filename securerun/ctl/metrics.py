@@ -22,7 +22,6 @@ from securerun.finding import Finding
 from securerun.firewall import backends
 from securerun.firewall.policy import NAMESPACE, SHIELD
 from securerun.guard.records import Record
-from securerun.host.account import name_of
 from securerun.preflight import abilities
 from securerun.text import printable
 
@@ -94,7 +93,7 @@ def _of_runs(runs: Sequence[Record]) -> Iterator[_Family]:
     meaning = "Runs beyond those that have numbers of their own below."
     yield _Family("securerun_runs_untold", "gauge", meaning, [({}, untold)])
     told = runs[:_MOST_RUNS]
-    info = [({**_of(run), "user": name_of(run.user), "state": status.state(run)}, 1) for run in told]
+    info = [({**_of(run), "user": status.user_of(run), "state": status.state(run)}, 1) for run in told]
     yield _Family("securerun_run_info", "gauge", "A run, whose it is, and its state.", info)
     for name, kind, meaning, value in _PER_RUN:
         numbers = ((run, value(run)) for run in told)

@@ -129,7 +129,7 @@ def document(record: Record) -> dict[str, Any]:
         "run_id": record.run_id,
         "pid": record.launcher,
         "guard_pid": record.guard,
-        "user": _user(record),
+        "user": user_of(record),
         "started": _started(record).isoformat(timespec="seconds"),
         "command": record.command,
         "state": state(record),
@@ -184,13 +184,17 @@ def _table_lines() -> Iterator[str]:
 def _row(record: Record) -> tuple[str, ...]:
     started = _started(record).strftime("%Y-%m-%d %H:%M:%S")
     pid = str(record.launcher)
-    return (record.run_id, state(record), _user(record), pid, started, printable(record.command))
+    return (record.run_id, state(record), user_of(record), pid, started, printable(record.command))
 
 
-def _user(record: Record) -> str:
-    """Return a user by the name, or the number, that they have here: the host may have another number for them."""
+def user_of(record: Record) -> str:
+    """Return a user by the name, or the number, that they have here: the host may have another number for them.
+
+    A user id of a container's is nobody's of the host's, whoever has that number here.
+    """
     inner = proc.inner_user(record.user)
-    return name_of(record.user if inner is None else inner)
+    number = record.user if inner is None else inner
+    return str(number) if record.container else name_of(number)
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

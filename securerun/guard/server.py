@@ -64,6 +64,10 @@ _PATIENCE_SECONDS = 900.0
 # An order once begun is there at once: 100,000 peers are five megabytes.
 _ORDER_SECONDS = 30.0
 _ANSWER_SECONDS = 2.0
+# Whoever asks for reports without end has each, which reads the records of all runs, by root's processor.
+_REPORTS_AT_ONCE = 16
+_REPORT_PAUSE_SECONDS = 0.25
+_MOST_CPU = 0.2
 _NEEDED = frozenset(capabilities.FOR_GUARDING.values())
 _NEEDED_TO_BEGIN = frozenset(capabilities.FOR_BEGINNING.values())
 
@@ -143,7 +147,8 @@ class Orders:
 
         Raises ProtocolError for anything else, and PrivilegeError for a launcher that keeps the guard waiting.
         """
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = patience = time.monotonic() + _PATIENCE_SECONDS
+        pace = _Pace()
         while not self.ended:
             self._wait_until(deadline)
             began = bool(self._pending)
@@ -152,10 +157,13 @@ class Orders:
                 return message
             if isinstance(message, Report):
                 report()  # and no new patience: to ask again and again would be to wait for ever
+                pace.keep(patience)
             elif message is not None:
                 raise ProtocolError("the first message is not an order")
-            if self._pending and not began:
-                deadline = time.monotonic() + _ORDER_SECONDS
+            if not self._pending:
+                deadline = patience
+            elif not began:
+                deadline = min(time.monotonic(), patience) + _ORDER_SECONDS
         return None
 
     def read(self) -> Message | None:
@@ -180,6 +188,23 @@ class Orders:
         # Who always has something to say is not waited for either.
         if left <= 0 or not select.select([self.descriptor], [], [], left)[0]:
             raise PrivilegeError("the launcher kept its guard waiting for an order for too long; start the job again")
+
+
+class _Pace:
+    """How often a launcher without an order is answered: a few times at once, then so seldom that it costs little."""
+
+    def __init__(self) -> None:
+        self._answered = 0
+        self._spent = time.process_time()
+
+    def keep(self, deadline: float) -> None:
+        """Wait before the next report, though not beyond the deadline: what is said meanwhile waits, unread."""
+        self._answered += 1
+        spent = time.process_time() - self._spent
+        if self._answered >= _REPORTS_AT_ONCE:
+            pause = max(_REPORT_PAUSE_SECONDS, spent / _MOST_CPU)
+            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        self._spent = time.process_time()
 
 
 def _stand_apart(caller: Caller) -> tuple[Process, ...]:

@@ -45,9 +45,6 @@ _FIXES_OF_SHIELD = {
 _FIXES_OF_CGROUP = {Obstacle.OLD_KERNEL: "upgrade to Linux 4.15 or newer"}
 _FIX_OF_CGROUP = "docker run --cap-add SYS_ADMIN (in a container)"
 _FIX_OF_SHIELD = "docker run --cap-add NET_ADMIN --cap-add SYS_ADMIN (in a container); else start in another cgroup"
-_FIX_IN_CONTAINER = (
-    f"docker run -v {ways.SOCKET.parent}:{ways.SOCKET.parent}:ro (securerunctl setup systemd, on the host)"
-)
 _BACKENDS = {
     "iptables": "apt-get install iptables (dnf install iptables-nft)",
     "nftables": "apt-get install nftables (dnf install nftables)",
@@ -124,7 +121,12 @@ def _capabilities() -> Ability:
 
 def _fix_of_privilege() -> str:
     """Return the command for who lacks it: root does so in a container."""
-    return _FIX_IN_CONTAINER if os.geteuid() == 0 else "sudo securerunctl doctor"
+    if os.geteuid() != 0:
+        return "sudo securerunctl doctor"
+    named, _ = ways.named_place()
+    looked_for = f"-e {ways.SOCKET_VARIABLE}={ways.SOCKET} " if named else ""
+    directory = ways.SOCKET.parent
+    return f"docker run {looked_for}-v {directory}:{directory}:ro (securerunctl setup systemd, on the host)"
 
 
 def _cgroup() -> Ability:

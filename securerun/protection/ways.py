@@ -7,6 +7,7 @@ import fcntl
 import os
 import select
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from securerun.guard import program
 from securerun.guard.documents import MAXIMUM_BYTES
 from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode, launcher_address
 from securerun.linux import capabilities, local_sockets, prctl, proc
-from securerun.options import of_site
+from securerun.options import SITE_CONFIG, of_site
 
 DIRECTLY, BY_SUDO, BY_SYSTEMD = "directly", "by sudo", "by systemd"
 SOCKET = program.SOCKET
@@ -35,6 +36,13 @@ _SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": 
 _NOT_FOR_GUARDS = {"SUDO_UID", RUN_ID_VARIABLE}
 _ROOT = 0
 _OTHERS_WRITE = 0o022
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 # What is so in a user namespace, and the way that works there: what descends from a launcher outside is guarded.
 OF_NAMESPACE = "in this user namespace root is not root of the host"
 ROOT_OF_CONTAINER = "this process is root without CAP_NET_ADMIN, as in a container"
@@ -199,19 +207,31 @@ def advice() -> list[str]:
     if not proc.governs_network():
         return [
             f"  start the job from outside of this user namespace: {OUTSIDE} (or apptainer, or enroot)",
-            f"  or bring the host's guard in: mount {SOCKET.parent} here (securerunctl setup systemd, on the host)",
+            f"  or bring the host's guard in: {_how_to_bring_in()} (securerunctl setup systemd, on the host)",
         ]
     if _obstacle_to_direct() == ROOT_OF_CONTAINER:
         return [
-            f"  bring the host's guard in: mount {SOCKET.parent} here (securerunctl setup systemd, on the host)",
+            f"  bring the host's guard in: {_how_to_bring_in()} (securerunctl setup systemd, on the host)",
             "  or give the container CAP_NET_ADMIN and, for the shield, CAP_SYS_ADMIN and the host's cgroups",
             "  or start it open to everyone: --unprotected",
         ]
     return [
         "  start it as root with --run-as USER, or with CAP_NET_ADMIN and CAP_BPF",
         *([] if barred_to_sudo() else ["  an administrator permits the guard by sudo: securerunctl setup sudoers"]),
-        "  an administrator has systemd start it: securerunctl setup systemd",
+        f"  an administrator has systemd start it: securerunctl setup systemd{_which_is_not_looked_for()}",
     ]
+
+
+def _how_to_bring_in() -> str:
+    named, place = named_place()
+    if not named:
+        return f"mount {SOCKET.parent} here"
+    return f"mount the directory of its socket so that {named} finds it at {_socket_in(place)}"
+
+
+def _which_is_not_looked_for() -> str:
+    named, place = named_place()
+    return f", and have {named} name {SOCKET} instead of {place}" if named and place != SOCKET else ""
 
 
 def barred_to_sudo() -> str:
@@ -277,7 +297,17 @@ def socket_place() -> Path:
     named = os.environ.get(SOCKET_VARIABLE, "").strip() or of_site("socket")
     if named:
         return Path(named)
-    return SOCKET_BEFORE if SOCKET_BEFORE.is_socket() and not SOCKET.is_socket() else SOCKET
+    return SOCKET_BEFORE if not _why_no_socket(SOCKET_BEFORE) and _why_no_socket(SOCKET) else SOCKET
+
+
+def named_place() -> tuple[str, Path]:
+    """Return what names another place than the usual one, and that place; "" where nothing does."""
+    if os.environ.get(SOCKET_VARIABLE, "").strip():
+        return SOCKET_VARIABLE, socket_place()
+    with contextlib.suppress(UsageError):
+        if of_site("socket"):
+            return f"socket in {SITE_CONFIG}", socket_place()
+    return "", SOCKET
 
 
 def _obstacle_to_socket() -> str:
@@ -285,7 +315,33 @@ def _obstacle_to_socket() -> str:
         place = socket_place()
     except UsageError as error:  # whoever reads the options says it
         return str(error)
-    return "" if place.is_socket() else f"there is no {place}"
+    why = _why_no_socket(place)
+    named = named_place()[0] if why else ""
+    return f"{why}; {named} names it, and is to name a guard's socket{_such_as(place)}" if named else why
+
+
+def _such_as(place: Path) -> str:
+    meant = _socket_in(place)
+    return "" if meant == place else f", such as {meant}"
+
+
+def _why_no_socket(place: Path) -> str:
+    """Return what is at a place instead of a socket; "" where one is. Somebody else named it, so it may be anything."""
+    try:
+        mode = place.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return f"there is no {place}"
+    except (OSError, ValueError) as error:
+        return f"{place} cannot be looked at: {getattr(error, 'strerror', None) or error}"
+    return "" if stat.S_ISSOCK(mode) else f"{place} is {_KINDS.get(stat.S_IFMT(mode), 'something else')} and no socket"
+
+
+def _socket_in(place: Path) -> Path:
+    """Return the socket that is meant where its directory is named."""
+    with contextlib.suppress(OSError, ValueError):
+        if place.is_dir():
+            return place / SOCKET.name
+    return place
 
 
 def _open_directly() -> Connection:
@@ -337,12 +393,29 @@ def _open_socket() -> Connection:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
         with contextlib.suppress(OSError):
             end.bind(launcher_address())
-        end.connect(str(place))
+        _connect(end, place)
         _, user = local_sockets.peer_of(end)
         if user != _ROOT and not (user == proc.overflow_user() and _only_root_put_it_there(place)):
             raise PermissionError(f"{place} is served by user {user}, not by root")
         descriptor = beside_standard(end.detach())
     return Connection(descriptor, descriptor, None, None)
+
+
+def _connect(end: socket.socket, place: Path) -> None:
+    """Connect to the socket at a place. Raises OSError, which names the place and says what to do."""
+    try:
+        end.connect(str(place))
+    except ConnectionRefusedError as error:
+        words = (
+            f"nobody listens at {place} any more; have the host's guard listen again (systemctl restart "
+            f"securerun.socket, on the host), and in a container mount {place.parent}, not the socket alone"
+        )
+        raise OSError(error.errno, words) from error
+    except PermissionError as error:
+        words = f"this user may not connect to {place}; an administrator permits it: securerunctl setup systemd --group"
+        raise OSError(error.errno, words) from error
+    except OSError as error:
+        raise OSError(error.errno or 0, f"{place} cannot be connected to: {error.strerror or error}") from error
 
 
 def _only_root_put_it_there(socket_at: Path | None = None) -> bool:

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import pty
+import pwd
 import select
 import shutil
 import signal
@@ -507,6 +508,22 @@ def test_a_containers_pids_mean_nothing_out_here(planted: int) -> None:
     assert eventually(lambda: the_run()["state"] == "stale")
     assert RUN in ctl("clean").stdout
     assert not RECORDS.exists()
+
+
+def test_user_of_a_container_is_not_named_as_the_hosts_user_of_that_number(planted: int) -> None:
+    known = next(entry for entry in pwd.getpwall() if entry.pw_uid)
+    run_directory.write(planted, dead("aaaaaaaaaaaa", user=known.pw_uid, container="/pods/one"))
+    run_directory.write(planted, dead("bbbbbbbbbbbb", user=known.pw_uid))
+    assert [run["user"] for run in runs()] == [str(known.pw_uid), known.pw_name]
+    shown = ctl("status").stdout.splitlines()
+    assert next(line.split()[2] for line in shown if line.startswith("aaaaaaaaaaaa")) == str(known.pw_uid)
+    metrics = ctl("metrics").stdout
+    assert f'run="aaaaaaaaaaaa",user="{known.pw_uid}"' in metrics
+    assert f'run="bbbbbbbbbbbb",user="{known.pw_name}"' in metrics
+    for options in (["--dry-run"], []):
+        cleaned = ctl("clean", *options).stdout
+        assert f"run aaaaaaaaaaaa of {known.pw_uid} in container /pods/one" in cleaned
+        assert f"run bbbbbbbbbbbb of {known.pw_name} (" in cleaned
 
 
 def test_what_a_user_wrote_cannot_steer_the_terminal(planted: int) -> None:

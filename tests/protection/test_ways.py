@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from sandbox import NOBODY
 
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import Ready, Release, encode
-from securerun.linux import capabilities, libc
+from securerun.linux import capabilities, libc, proc
 from securerun.protection import ways
 from securerun.protection.ways import Connection
 
@@ -227,6 +227,92 @@ def test_a_socket_that_is_not_served_by_root_is_no_way(
     finally:
         os.kill(server, 9)
         os.waitpid(server, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda _: None, "there is no {place}"),
+        (Path.mkdir, "{place} is a directory and no socket"),
+        (Path.touch, "{place} is a file and no socket"),
+        (os.mkfifo, "{place} is a pipe and no socket"),
+        (lambda place: place.symlink_to("/dev/null"), "{place} is a device and no socket"),
+        (lambda place: place.symlink_to("nowhere"), "there is no {place}"),
+        (lambda place: place.symlink_to(place), "{place} cannot be looked at: Too many levels of symbolic links"),
+    ],
+    ids=["nothing", "directory", "file", "pipe", "device", "dangling", "loop"],
+)
+def test_what_is_named_in_place_of_a_socket_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], words: str
+) -> None:
+    place = tmp_path / "o"
+    make(place)
+    monkeypatch.setenv("SECURERUN_SOCKET", str(place))
+    told = f"{words.format(place=place)}; SECURERUN_SOCKET names it, and is to name a guard's socket"
+    meant = f", such as {place}/guard.sock" if place.is_dir() else ""
+    assert ways._obstacle_to_socket() == told + meant
+    monkeypatch.delenv("SECURERUN_SOCKET")
+    monkeypatch.setattr(ways, "SOCKET", place)
+    monkeypatch.setattr(ways, "of_site", lambda key: {"socket": ""}[key])
+    assert ways._obstacle_to_socket() == words.format(place=place)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nothing\0at all"])
+def test_name_that_nothing_can_have_is_no_way_to_a_guard(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("SECURERUN_SOCKET", raising=False)
+    monkeypatch.setattr(ways, "of_site", lambda key: {"socket": f"/run/{name}"}[key])
+    said = ways._obstacle_to_socket()
+    assert "cannot be looked at" in said and "socket in /etc/securerun/config.toml names it" in said
+
+
+@pytest.mark.usefixtures("root")
+def test_socket_in_a_directory_that_may_not_be_entered_is_said(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+
+    def work() -> str:
+        become_nobody_with(set())
+        os.environ["SECURERUN_SOCKET"] = f"{closed}/guard.sock"
+        return ways._obstacle_to_socket()
+
+    for directory in (tmp_path, *list(tmp_path.parents)[:2]):
+        directory.chmod(0o755)
+    assert f"{closed}/guard.sock cannot be looked at: Permission denied" in in_child(work)
+
+
+def test_socket_without_a_listener_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "guard.sock"
+    monkeypatch.setenv("SECURERUN_SOCKET", str(place))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(place))
+    with pytest.raises(ConnectionRefusedError) as refused:
+        ways._open_socket()
+    said = refused.value.strerror or ""
+    assert f"nobody listens at {place} any more" in said and "systemctl restart securerun.socket" in said
+    place.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(place))
+        with pytest.raises(OSError, match=f"{place} cannot be connected to: Protocol wrong type"):
+            ways._open_socket()
+    monkeypatch.setenv("SECURERUN_SOCKET", f"/{'x' * 120}")
+    with pytest.raises(OSError, match="x cannot be connected to: AF_UNIX path too long"):
+        ways._open_socket()
+
+
+def test_advice_is_for_the_place_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_obstacle_to_direct", lambda: ways.ROOT_OF_CONTAINER)
+    monkeypatch.setattr(ways, "of_site", lambda key: {"socket": ""}[key])
+    monkeypatch.delenv("SECURERUN_SOCKET", raising=False)
+    assert any(f"mount {ways.SOCKET.parent} here" in line for line in ways.advice())
+    for named, meant in ((tmp_path, tmp_path / "guard.sock"), (tmp_path / "g.sock", tmp_path / "g.sock")):
+        monkeypatch.setenv("SECURERUN_SOCKET", str(named))
+        for governs in (True, False):
+            monkeypatch.setattr(proc, "governs_network", lambda governs=governs: governs)
+            said = "\n".join(ways.advice())
+            assert f"so that SECURERUN_SOCKET finds it at {meant} " in said and str(ways.SOCKET.parent) not in said
+    monkeypatch.setattr(proc, "governs_network", lambda: True)
+    monkeypatch.setattr(ways, "_obstacle_to_direct", lambda: "no")
+    assert f"have SECURERUN_SOCKET name {ways.SOCKET} instead of {tmp_path}/g.sock" in "\n".join(ways.advice())
 
 
 def test_socket_is_where_the_environment_or_the_site_says_else_in_its_directory(
