@@ -18,6 +18,7 @@ from users import GUARD, PrivateMachine
 
 from securerun.ctl import doctor
 from securerun.guard import records
+from securerun.preflight import abilities
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
 _ABILITIES = (
@@ -210,3 +211,13 @@ def test_torch_is_not_imported(node: Host, tmp_path: Path) -> None:
     (tmp_path / "torch" / "__init__.py").write_text("import sys; sys.exit('torch was imported')")
     done = node.run([SECURERUNCTL, "doctor"], env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode in (0, 1) and "torch was imported" not in done.stderr, done
+
+
+@pytest.mark.usefixtures("root")
+def test_command_for_a_container_has_its_guard_looked_for_where_it_mounts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = "-v /run/securerun.d:/run/securerun.d:ro"
+    monkeypatch.delenv("SECURERUN_SOCKET", raising=False)
+    assert abilities._fix_of_privilege().startswith(f"docker run {mount}")
+    monkeypatch.setenv("SECURERUN_SOCKET", "/run/o")
+    fix = abilities._fix_of_privilege()
+    assert fix.startswith(f"docker run -e SECURERUN_SOCKET=/run/securerun.d/guard.sock {mount}")

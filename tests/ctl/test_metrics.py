@@ -191,7 +191,7 @@ def test_states_of_all_kinds_are_told_and_so_is_a_shield_that_is_lost() -> None:
 
 
 def test_numbers_and_names_of_a_users_own_cannot_break_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "name_of", lambda _: 'a"b\\c\nsecurerun_runs 9')
+    monkeypatch.setattr(status, "name_of", lambda _: 'a"b\\c\nsecurerun_runs 9')
     source = ipaddress.ip_address("10.0.0.1")
     found = of_runs(
         record(RUN, started=float("inf"), denied=(Denial(source, 1, 10**400),)),
