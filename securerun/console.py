@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 from securerun.errors import SecurerunError
+
+_CLOSED = "standard output is closed, so nothing can be printed; leave it open, as with > FILE, and try again"
 
 
 def say(words: str) -> None:
@@ -27,14 +31,49 @@ def say(words: str) -> None:
 
 
 def write_out(text: str) -> None:
-    """Write on standard output; end quietly, with status 1, where nobody reads it any more, as behind `| head`."""
+    """Write on standard output; end quietly, with status 1, where nobody reads it any more, as behind `| head`.
+
+    Raises SecurerunError where it cannot be written.
+    """
+    if sys.stdout is None:
+        raise SecurerunError(_CLOSED)
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:
-        # What is left in the buffer would be complained of at the exit.
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - not a path
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    except OSError as error:
+        _give_up(error)
+
+
+def finish_output() -> None:
+    """Write what was printed and is not written yet, as `write_out` does. Raises SecurerunError."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _give_up(error)
+
+
+def _give_up(error: OSError) -> NoReturn:
+    # What is left in the buffer would be complained of at the exit.
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - not a path
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
         sys.exit(1)
+    reason = error.strerror or error
+    raise SecurerunError(f"standard output cannot be written ({reason}); send it elsewhere, and try again") from error
+
+
+class _Closed(io.RawIOBase):
+    """What takes nothing, and says why: Python prints into a standard output that is closed without a word."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, _: object) -> int:
+        raise SecurerunError(_CLOSED)
+
+
+def closed_output() -> io.TextIOWrapper:
+    """Return what stands for a standard output that is closed: who prints gets SecurerunError."""
+    return io.TextIOWrapper(_Closed(), write_through=True)  # type: ignore[arg-type] # takes what is unbuffered too
 
 
 @contextlib.contextmanager

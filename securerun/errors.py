@@ -6,7 +6,7 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     ├── UsageError                    2
     ├── PrivilegeError                77
     │   ├── Barred                    protection.apart
-    │   ├── Powerless
+    │   ├── Powerless                 77
     │   ├── ReservationUnavailable    linux.port_ranges
     │   └── TooManyWaiting            guard.waiting
     ├── PolicyError                   78

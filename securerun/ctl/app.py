@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
+from securerun import console
 from securerun.errors import PrivilegeError, SecurerunError, UsageError
 from securerun.linux import capabilities
 
@@ -343,11 +344,16 @@ def completion(shell: str = typer.Argument(..., help="bash or zsh.")) -> None:
 
 def main() -> None:
     """Be the command securerunctl."""
+    if sys.stdout is None:
+        sys.stdout = console.closed_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no name or command is lost to a terminal's ASCII
     try:
-        app()
+        try:
+            app()
+        finally:
+            console.finish_output()
     except SecurerunError as error:
         _give_up(str(error), error.status)
     except PermissionError as error:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Callable
 
 from securerun.ctl import doctor, status
-from securerun.errors import UsageError
+from securerun.errors import PrivilegeError, SecurerunError, UsageError
 from securerun.finding import Finding
 from securerun.firewall import backends
 from securerun.firewall.policy import NAMESPACE, SHIELD
 from securerun.guard.records import Record
+from securerun.linux import capabilities
 from securerun.preflight import abilities
 from securerun.text import printable
 
@@ -52,7 +53,7 @@ def write(output: str | None) -> None:
     """Print the metrics of this host, or write them to a file, all at once.
 
     Raises PrivilegeError for whoever may not read the records, UsageError for a file that node_exporter would not read
-    and OSError for one that cannot be written; then what was there stays.
+    and SecurerunError for one that cannot be written; then what was there stays.
     """
     if output is None:
         print(_text(), end="")
@@ -60,7 +61,21 @@ def write(output: str | None) -> None:
     path = Path(output)
     if path.suffix != _ENDING:
         raise UsageError(f"--output {output}: node_exporter reads files named *{_ENDING} alone; name it such")
-    _replace(path, _text().encode())
+    content = _text().encode()
+    try:
+        _replace(path, content)
+    except OSError as error:  # its own words name the file that was to take the place of this one
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> SecurerunError:
+    if isinstance(error, PermissionError):
+        return PrivilegeError(f"--output {path}: {error.strerror}; {capabilities.run_as_root()}")
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return UsageError(f"--output {path}: there is no directory {path.parent}; make it, or name a file in another")
+    if isinstance(error, IsADirectoryError):
+        return UsageError(f"--output {path} is a directory; name a file in it, as in {path / 'securerun.prom'}")
+    return SecurerunError(f"--output {path} cannot be written ({error.strerror}); mend that, or name a file elsewhere")
 
 
 def _text() -> str:

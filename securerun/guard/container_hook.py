@@ -20,7 +20,7 @@ from securerun.firewall.policy import Opening, Policy
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.linux import cgroups, proc
 from securerun.linux.cgroups import CgroupUnavailable, relative
-from securerun.linux.networks import Network, collapse
+from securerun.linux.networks import Network, collapse, within
 
 PEERS, PUBLIC = "securerun.peers", "securerun.public"
 _NO_RUN = "0" * 12
@@ -63,7 +63,23 @@ def understood(text: bytes) -> tuple[int, Policy]:
 
 def hang(pid: int, policy: Policy) -> None:
     """Hang a shield on the cgroup of a container, proven. Raises CgroupUnavailable, ShieldUnavailable or OSError."""
-    start = proc.start_time(pid)
+    ended = f"process {pid} has ended, or was moved, before it was behind its shield"
+    try:
+        start = proc.start_time(pid)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise CgroupUnavailable(ended) from error
+    try:
+        path = _hang(pid, policy)
+    except OSError as error:
+        if proc.is_running(pid, start):
+            raise
+        raise CgroupUnavailable(ended) from error
+    if not proc.is_running(pid, start) or cgroups.cgroup_of(pid) != path:
+        raise CgroupUnavailable(ended)
+
+
+def _hang(pid: int, policy: Policy) -> str:
+    """Hang a shield on the cgroup of a process, and return which that is."""
     path = cgroups.cgroup_once_mounted(pid)
     if relative(cgroups.cgroup_of(os.getpid()), path) is not None:
         raise CgroupUnavailable(f"process {pid} is in {path}, which is no container's own cgroup")
@@ -75,8 +91,7 @@ def hang(pid: int, policy: Policy) -> None:
     # Nothing of it is closed: the descriptors go with this process, and the kernel keeps what is hung up.
     shield.Shield.attach(cgroup, policy)
     selftest.require_proof(cgroup, pid)
-    if not proc.is_running(pid, start) or cgroups.cgroup_of(pid) != path:
-        raise CgroupUnavailable(f"process {pid} has ended, or was moved, before it was behind its shield")
+    return path
 
 
 def _networks(text: str) -> tuple[Network, ...]:
@@ -84,15 +99,21 @@ def _networks(text: str) -> tuple[Network, ...]:
     words = text.replace(",", " ").split()
     if len(words) > _MOST_PEERS:
         raise PolicyError(f"annotation {PEERS} has more than {_MOST_PEERS} networks")
-    found = []
-    for word in words:
-        try:
-            found.append(ipaddress.ip_network(word))
-        except ValueError as error:
-            raise PolicyError(
-                f"annotation {PEERS}: {word[:60]!r} is neither an address nor a network; names are not looked up here"
-            ) from error
-    return collapse(found)
+    return collapse(map(_network, words))
+
+
+def _network(word: str) -> Network:
+    try:
+        network = ipaddress.ip_network(word, strict=False)
+    except ValueError as error:
+        raise PolicyError(
+            f"annotation {PEERS}: {word[:60]!r} is neither an address nor a network; names are not looked up here"
+        ) from error
+    address = word.partition("/")[0]
+    # A scope id is refused with all others.
+    if "%" not in word and network.network_address != ipaddress.ip_address(address):
+        raise PolicyError(f"annotation {PEERS}: {within(word, address, network)}")
+    return network
 
 
 def _openings(text: str) -> tuple[Opening, ...]:

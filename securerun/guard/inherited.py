@@ -63,16 +63,27 @@ def discard(name: str) -> None:
 
     Does what is permitted and passes over the rest: a guard in a container may not raise its limits.
     """
+    open_missing_streams()
     attributes.reset()
     prctl.set_name(name)
     _discard_descriptors()
     _leave_session()
     _discard_signals()
-    _discard_limits()
+    lift_limits()
     _discard_places()
     os.umask(0o077)
     os.chdir("/")
     attributes.hide_memory()  # last: what is in /proc/self belongs to nobody but root from now on
+
+
+def open_missing_streams() -> None:
+    """Have /dev/null in the place of each standard stream that is closed.
+
+    The next file or socket would take that place, and be written to for standard error.
+    """
+    while (lowest := os.open(os.devnull, os.O_RDWR)) < _FIRST_OTHER_DESCRIPTOR:
+        os.set_inheritable(lowest, True)
+    os.close(lowest)
 
 
 def require_unlimited() -> None:
@@ -88,8 +99,8 @@ def require_unlimited() -> None:
 
 def _limited(limit: int, option: str) -> PrivilegeError:
     return PrivilegeError(
-        f"a hard limit of {limit} (ulimit {option}) lies on the guard too, and it may not lift it here; start the job "
-        "without that limit, or give the container CAP_SYS_RESOURCE"
+        f"a hard limit of {limit} (ulimit {option}) lies on the guard too, and it may not lift it here; start "
+        "securerun without that limit, or give the container CAP_SYS_RESOURCE"
     )
 
 
@@ -133,9 +144,12 @@ def _pass_over(_number: int, _frame: FrameType | None) -> None:
     """Do nothing."""
 
 
-def _discard_limits() -> None:
+def lift_limits() -> None:
+    """Lift the limits on this process, and those on what it starts, as far as it may."""
     for limit in _UNLIMITED:
         _limit(limit, resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _limit(resource.RLIMIT_NOFILE, most, most)  # where the next is refused
     _limit(resource.RLIMIT_NOFILE, _OPEN_FILES, _OPEN_FILES)
     _limit(resource.RLIMIT_STACK, _STACK_BYTES, resource.RLIM_INFINITY)
     # The memory of a guard holds the peers of a job: not for a core file in somebody's directory.

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from securerun.errors import PrivilegeError
-from securerun.guard import containers, log, program, refusals
+from securerun.guard import containers, inherited, log, program, refusals
 from securerun.guard.protocol import Refused, encode
 from securerun.linux import local_sockets, proc
 from securerun.linux.namespaces import Namespace
@@ -102,11 +102,14 @@ class Guards:
 def main(arguments: Sequence[str]) -> int:
     """Listen at the path that is the only argument, until SIGTERM. Return the exit status."""
     place = Path(arguments[0])
+    inherited.open_missing_streams()
+    inherited.lift_limits()
     try:
+        inherited.require_unlimited()
         _go_where_the_node_is()
         listener = _listen(place)
     except PrivilegeError as error:
-        print(f"{_NAME}: {error}", file=sys.stderr)
+        program.say(str(error))
         return error.status
     log.note(_NAME, f"listening at {place}")
     try:

@@ -5,7 +5,9 @@ It is started with an interpreter that nothing but root's own files has a say in
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,10 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 # The package's directory comes last on the path, so that nothing beside it can stand in for the standard library.
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); from securerun.{module} import main; sys.exit(main(sys.argv[1:]))"
+)
+_USAGE = (
+    "securerun starts this, by sudo or systemd, see securerunctl setup; for the containers of a node root "
+    f"starts {NAME} {LISTEN_ARGUMENT} [SOCKET]"
 )
 # sudo says in it who called; nothing else of the environment is for the guard.
 _KEPT = ("SUDO_UID",)
@@ -58,6 +64,12 @@ def hook() -> list[str]:
     return _command("guard.container_hook", ())
 
 
+def say(words: str) -> None:
+    """Say something to whoever started this by hand; sudo opens a closed standard error so that it takes nothing."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{NAME}: {words}\n".encode(errors="backslashreplace"))
+
+
 def main() -> NoReturn:
     """Be the command securerun-guard: the same guard, begun anew without what the caller's environment may have loaded.
 
@@ -66,7 +78,7 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     listens = len(arguments) in (1, 2) and arguments[0] == LISTEN_ARGUMENT
     if not listens and not _is_right(arguments):
-        print("securerun-guard: securerun starts this, by sudo or systemd; see securerunctl setup", file=sys.stderr)
+        say(_USAGE)
         sys.exit(UsageError.status)
     if listens:
         place = arguments[1] if len(arguments) > 1 else str(SOCKET)
@@ -76,4 +88,13 @@ def main() -> NoReturn:
 
 
 def _is_right(arguments: Sequence[str]) -> bool:
-    return list(arguments) in ([], [SOCKET_ARGUMENT]) and not (sys.stdin is None or sys.stdin.isatty())
+    return list(arguments) in ([], [SOCKET_ARGUMENT]) and all(map(_is_of_a_launcher, (0, 1)))
+
+
+def _is_of_a_launcher(descriptor: int) -> bool:
+    """Return whether a launcher may be at the other end: there is one, as of pipes and sockets alone."""
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:  # it is closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)

@@ -14,7 +14,7 @@ from typing import Callable
 
 from securerun.errors import PolicyError
 from securerun.job import folded, hostfile
-from securerun.linux.networks import Address, Network, collapse
+from securerun.linux.networks import Address, Network, collapse, within
 
 # Takes one line for the user.
 Tell = Callable[[str], None]
@@ -195,11 +195,9 @@ def _network(plain: str, word: str, place: str) -> Network:
     (collapsed,) = collapse([network])
     if collapsed.prefixlen == 0:
         raise PolicyError(f"{place}: peer {word} is every host; write `any` if you mean that")
-    if str(network.network_address) != str(ipaddress.ip_address(plain.partition("/")[0])):
-        raise PolicyError(
-            f"{place}: {word} is an address inside a network; write {network} for the network, "
-            f"or {plain.partition('/')[0]} for the host"
-        )
+    address = plain.partition("/")[0]
+    if str(network.network_address) != str(ipaddress.ip_address(address)):
+        raise PolicyError(f"{place}: {within(word, address, network)}")
     return collapsed
 
 

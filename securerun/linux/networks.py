@@ -29,6 +29,11 @@ def shown(network: Network) -> str:
     return str(network) if network.num_addresses > 1 else str(network.network_address)
 
 
+def within(word: str, address: str, network: Network) -> str:
+    """Return, for people, what is wrong with a network that was written by an address inside it, and what to write."""
+    return f"{word} is an address inside a network; write {network} for the network, or {address} for the host"
+
+
 def collapse(networks: Iterable[Network]) -> tuple[Network, ...]:
     """Return the fewest networks that hold the same addresses, IPv4 before IPv6, each in ascending order.
 

@@ -626,6 +626,37 @@ def test_a_reader_that_has_enough_is_no_error(planted: int) -> None:
     process.stderr.close()
 
 
+_PRINTING = (
+    "status",
+    "status --json",
+    "status --watch",
+    "metrics",
+    "clean",
+    "--help",
+    "setup oci-hook",
+    "audit --print-kinds",
+)
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"), [(">&-", "output is closed, so nothing"), ("> /dev/full", "No space left")]
+)
+@pytest.mark.parametrize("words", _PRINTING)
+def test_what_cannot_be_printed_is_one_line_and_status_1(planted: int, words: str, stream: str, said: str) -> None:
+    run_directory.write(planted, record())
+    command = ["sh", "-c", f'exec "$@" {stream}', "sh", SECURERUNCTL, *words.split()]
+    variables = {name: text for name, text in environment().items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=variables, check=False, timeout=30)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and said in done.stderr, done
+    assert done.stderr.startswith("securerunctl: ")
+
+
+def test_command_under_exec_may_have_its_standard_output_closed(root: None) -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", SECURERUNCTL, "exec", "--unprotected", "--", "true"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment(), check=False, timeout=30)
+    assert done.returncode == 0 and "closed" not in done.stderr, done
+
+
 # --- privilege, and how light the commands are
 
 

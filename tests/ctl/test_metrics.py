@@ -23,7 +23,7 @@ from init_system import InitSystem
 from users import PrivateMachine
 
 from securerun.ctl import doctor, metrics, setup, status
-from securerun.errors import UsageError
+from securerun.errors import SecurerunError, UsageError
 from securerun.finding import Finding
 from securerun.firewall.policy import Denial, Layer, Policy
 from securerun.guard.records import Record
@@ -160,6 +160,24 @@ def test_a_file_that_the_exporter_would_not_read_is_refused(tmp_path: Path) -> N
     with pytest.raises(UsageError, match=r"\*\.prom"):
         metrics.write(str(tmp_path / "securerun.txt"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing/securerun.prom", "there is no directory {}/missing; make it"),
+        ("file/securerun.prom", "there is no directory {}/file; make it"),
+        ("directory.prom", "{}/directory.prom is a directory; name a file in it"),
+        (f"{'x' * 300}.prom", "cannot be written (File name too long)"),
+    ],
+)
+def test_file_that_cannot_be_written_is_named_and_no_other(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "directory.prom").mkdir()
+    with pytest.raises(SecurerunError) as error:
+        metrics.write(str(tmp_path / name))
+    assert f"--output {tmp_path / name}" in str(error.value) and said.format(tmp_path) in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["directory.prom", "file"]
 
 
 def test_findings_are_counted_by_check_less_what_is_the_shells(monkeypatch: pytest.MonkeyPatch) -> None:

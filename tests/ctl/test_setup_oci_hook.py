@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from node_guard import HOLDING, MOUNTED, in_pod, listening, network_of
 from probe import Probe, reach
 
 from securerun.errors import PolicyError
-from securerun.guard.container_hook import understood
+from securerun.guard.container_hook import hang, understood
+from securerun.linux.cgroups import CgroupUnavailable
 
 PORT = 7001
 SETUP = [str(COMMANDS / "securerunctl"), "setup", "oci-hook"]
@@ -78,6 +80,7 @@ def test_container_without_the_annotation_is_as_ever(network: Network, podman: E
     ("annotations", "said"),
     [
         (["securerun.peers=node0"], "'node0' is neither an address nor a network"),
+        (["securerun.peers=10.0.0.5/24"], "10.0.0.5/24 is an address inside a network; write 10.0.0.0/24 for"),
         (["securerun.peers=10.0.0.1", "securerun.public=http"], "'http' is no port or range"),
     ],
 )
@@ -143,3 +146,25 @@ def test_annotation_says_peers_and_public_ports() -> None:
     pid, policy = understood(json.dumps(text).encode())
     assert pid == 7 and [str(peer) for peer in policy.peers] == ["10.0.0.2/31", "fd00::/8"]
     assert [str(opening) for opening in policy.public] == ["8080", "9000-9010"]
+
+
+@pytest.mark.parametrize(
+    ("peers", "said"),
+    [
+        ("10.0.0.5/24", "write 10.0.0.0/24 for the network, or 10.0.0.5 for the host"),
+        ("fd00::5/64", "write fd00::/64 for the network, or fd00::5 for the host"),
+        ("fe80::1%eth0", "has a scope id"),
+        ("node0/24", "'node0/24' is neither an address nor a network"),
+    ],
+)
+def test_annotation_that_is_not_understood_is_said_with_what_to_write(peers: str, said: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(said)):
+        understood(json.dumps({"pid": 7, "annotations": {"securerun.peers": peers}}).encode())
+
+
+def test_container_whose_process_has_ended_is_said_to_have() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    text = json.dumps({"pid": process.pid, "annotations": {"securerun.peers": ""}})
+    with pytest.raises(CgroupUnavailable, match=f"process {process.pid} has ended"):
+        hang(*understood(text.encode()))

@@ -76,3 +76,37 @@ print(found.value)
     if "AssertionError" in done.stderr:
         pytest.skip("only x86 has such a switch")
     assert done.stdout == "1\n", (done.returncode, done.stderr)
+
+
+def test_standard_stream_that_is_closed_is_nobodys_socket(root: None) -> None:
+    """The next file would take its place, and standard error is where lines go that no log takes."""
+    program = """
+import os, socket, sys
+sys.path.append(sys.argv[1])
+from securerun.guard import inherited
+inherited.discard("securerun-test")
+near, far = socket.socketpair()
+assert near.fileno() > 2
+os.write(2, b"to nobody")
+print(os.readlink("/proc/self/fd/2"))
+"""
+    argv = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-I", "-S", "-c", program, str(CHECKOUT)]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "/dev/null\n"), done
+
+
+def test_low_soft_limit_on_open_files_is_lifted_where_the_hard_one_stays(root: None) -> None:
+    program = """
+import resource, sys
+sys.path.append(sys.argv[1])
+from securerun.guard import inherited
+from securerun.linux import capabilities
+capabilities.keep_only(())
+inherited.lift_limits()
+inherited.require_unlimited()
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    limited = 'ulimit -Sn 64; ulimit -Hn 1024; exec "$@"'
+    argv = ["sh", "-c", limited, "sh", sys.executable, "-I", "-S", "-c", program, str(CHECKOUT)]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "1024 1024\n"), done

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 from hosts import eventually
+from users import GUARD
 
 from securerun.errors import PrivilegeError
 from securerun.guard import listener
@@ -112,3 +115,36 @@ def test_listener_that_was_started_deaf_hears_its_end_and_its_childrens(tmp_path
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.usefixtures("root")
+def test_listener_without_standard_streams_has_nothing_of_its_own_in_their_place(tmp_path: Path) -> None:
+    """Its wake pipe was its standard error: a line that no log takes would have ended it."""
+    place = tmp_path / "securerun.d" / "guard.sock"
+    process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", GUARD, "--listen", str(place)])
+    try:
+        assert eventually(place.is_socket, seconds=20)
+        held = [Path(f"/proc/{process.pid}/fd/{number}").readlink() for number in range(3)]
+        assert held == [Path(os.devnull)] * 3
+    finally:
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is missing")
+def test_listener_that_may_open_too_few_files_says_so_and_does_not_start(tmp_path: Path) -> None:
+    place = tmp_path / "securerun.d" / "guard.sock"
+    limited = 'ulimit -n 6; exec setpriv --inh-caps=-all --bounding-set=-sys_resource "$@"'
+    command = ["sh", "-c", limited, "sh", GUARD, "--listen", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 77 and "a hard limit of 6 (ulimit -n)" in done.stderr, done
+    assert done.stderr.count("\n") == 1 and not place.exists()
+
+
+@pytest.mark.parametrize("streams", ["< /dev/null", "> /dev/null", "<&-", ">&-"])
+def test_guard_that_no_launcher_started_says_who_starts_it_and_how_to_listen(streams: str) -> None:
+    command = ["sh", "-c", f'echo | {{ "$@" {streams}; }}', "sh", GUARD]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 2 and "securerun starts this" in done.stderr and "--listen" in done.stderr, done
+    assert done.stderr.count("\n") == 1

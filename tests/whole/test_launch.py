@@ -115,6 +115,14 @@ def test_help_whose_reader_goes_away_ends_as_torchruns_does(node: Host) -> None:
 
 
 @pytest.mark.parametrize(
+    ("stream", "said"), [(">&-", "output is closed, so nothing"), ("> /dev/full", "No space left")]
+)
+def test_plan_that_cannot_be_printed_is_one_line_and_status_1(node: Host, script: str, stream: str, said: str) -> None:
+    done = node.run(["sh", "-c", f'exec "$@" {stream}', "sh", jobs.SECURERUN, "--dry-run", script])
+    assert done.returncode == 1 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, done
+
+
+@pytest.mark.parametrize(
     "command", ["securerun --dry-run", "securerunctl plan --", "securerunctl exec --dry-run --peers localhost -- bash"]
 )
 def test_plan_whose_reader_goes_away_ends_without_a_word_of_it(node: Host, script: str, command: str) -> None:
