@@ -181,7 +181,9 @@ def _open_directory() -> int | None:
             return None
         directory = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise Powerless(f"cannot use {DIRECTORY}: {error.strerror}; {_advice(error)}, or use --unprotected") from error
+        raise Powerless(
+            f"cannot use {DIRECTORY}: {error.strerror}; {how_to_write(error)}, or use --unprotected"
+        ) from error
     status = os.fstat(directory)
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
         os.close(directory)
@@ -192,7 +194,8 @@ def _open_directory() -> int | None:
     return directory
 
 
-def _advice(error: OSError) -> str:
+def how_to_write(error: OSError) -> str:
+    """Return what to do where something cannot be made or written in /run, in words."""
     if error.errno == errno.EROFS:
         return "mount something writable at /run (a container with --read-only takes --tmpfs /run as well)"
     return f"{capabilities.run_as_root()}, with /run writable"

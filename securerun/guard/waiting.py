@@ -17,7 +17,8 @@ import stat
 import time
 from pathlib import Path
 
-from securerun.errors import PrivilegeError
+from securerun.errors import Powerless, PrivilegeError
+from securerun.guard import run_directory
 
 FILE = Path("/run/securerun.callers")
 SLOTS = 8
@@ -78,7 +79,8 @@ def open_file() -> int:
     try:
         descriptor = os.open(FILE, flags, _MODE)
     except OSError as error:
-        raise PrivilegeError(f"cannot use {FILE}: {error.strerror}; make /run writable, or remove it") from error
+        words = f"cannot use {FILE}: {error.strerror}; {run_directory.how_to_write(error)}, or use --unprotected"
+        raise Powerless(words) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
         os.close(descriptor)

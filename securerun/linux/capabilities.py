@@ -22,6 +22,7 @@ SYS_MODULE = 16
 SYS_PTRACE = 19
 SYS_ADMIN = 21
 SYS_RESOURCE = 24
+SETFCAP = 31
 BPF = 39  # since kernel 5.8; before, SYS_ADMIN stands for it
 
 # What a guard works with, the most important first: what the layers take, and what it takes to see, move and end

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from securerun.linux import forked, own_network, proc, user_namespaces
+from securerun.linux import capabilities, forked, own_network, proc, user_namespaces
 
 _SWITCH = Path("/proc/sys/kernel/unprivileged_userns_clone")  # Debian's and Ubuntu's own
 _APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")  # Ubuntu 23.10 and newer
@@ -40,8 +40,18 @@ def known() -> Bar | None:
     for limit in _LIMITS:
         if _number(limit) == 0:
             return Bar(f"user.{limit.name} is 0", f"sysctl -w user.{limit.name}=10000")
-    # It lets a user namespace be begun, and then refuses everything there; so that is not found out by this process.
-    return _refused_to_child() if os.geteuid() != 0 and _number(_APPARMOR) == 1 else None
+    # These let a user namespace be begun, and refuse what is needed there; so that is not found out by this process.
+    return _refused_to_child() if _may_begin_in_vain() else None
+
+
+def _may_begin_in_vain() -> bool:
+    """Return whether a user namespace may come to be that nothing can be done in: where AppArmor is asked, or for root.
+
+    Who lacks CAP_SETFCAP maps no user id 0 into one (Linux 5.12, db2e718a4798): as root of few capabilities does.
+    """
+    if os.geteuid() != 0:
+        return _number(_APPARMOR) == 1
+    return capabilities.SETFCAP not in capabilities.effective()
 
 
 def told_by(error: OSError) -> Bar:
@@ -58,6 +68,8 @@ def _explained(error: OSError) -> Bar:
     if _number(_APPARMOR) == 1:
         setting = "kernel.apparmor_restrict_unprivileged_userns"
         return Bar(f"{setting} is 1", f"sysctl -w {setting}=0, or an AppArmor profile with `userns,` for this Python")
+    if os.geteuid() == 0 and capabilities.SETFCAP not in capabilities.effective():
+        return Bar("root without CAP_SETFCAP may map no user id 0 there", "start it as an ordinary user")
     if proc.status(proc.SELF).words("Seccomp") == [_FILTERED]:
         what = "a seccomp filter, as containers have one, forbids user namespaces"
         return Bar(what, "docker run --security-opt seccomp=unconfined")

@@ -180,7 +180,7 @@ asyncio.run(main())
     ("prepare", "words"),
     [
         ("mount -t tmpfs -o size=4k none /run; yes > /run/full 2> /dev/null; mkdir /run/securerun", "make room there"),
-        ("mount -t tmpfs -o ro none /run", "with /run writable"),
+        ("mount -t tmpfs -o ro none /run", "mount something writable at /run"),
         ("mount -t tmpfs none /run; mkdir -m 777 /run/securerun", "cannot be trusted"),
         ("mount -t tmpfs none /run; ln -s /tmp /run/securerun", "cannot use /run/securerun"),
     ],
