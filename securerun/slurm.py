@@ -127,7 +127,7 @@ def _connected() -> Connection:
         return _way(ways.BY_SYSTEMD).open()
     except OSError as error:
         raise PrivilegeError(
-            f"this task cannot be guarded, so it is not started: {ways.socket_place()}: {error.strerror or error}; "
+            f"this task cannot be guarded, so it is not started: {error.strerror or error}; "
             "have an administrator do what `securerunctl setup slurm` says"
         ) from error
 

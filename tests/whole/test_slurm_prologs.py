@@ -196,7 +196,8 @@ def test_task_that_no_guard_can_be_had_for_does_not_start_and_says_why(site: Sit
     with site.cluster("linuxproc", "task-prolog", sockets=False) as cluster:
         done = finish(cluster.popen(site.alice, "srun", "--nodes=2", "echo", "task ran"), timeout=60)
         assert done.returncode == 77 and "task ran" not in done.stdout, done
-        assert f"securerun: this task cannot be guarded, so it is not started: {SOCKET}: No such file" in done.stdout
+        why = f"{SOCKET} cannot be connected to: No such file"
+        assert f"securerun: this task cannot be guarded, so it is not started: {why}" in done.stdout
         assert "securerunctl setup slurm" in done.stdout
 
 
