@@ -26,7 +26,7 @@ from cgroups import Cgroup, enter, inside, new_cgroup, socket_made_in  # isort: 
 from connect import Target, listen, measure_flood, measure_round
 from guard import lease_seconds
 from hosts import Host, Network, cgroup2_mount
-from traffic import Counted, run_times
+from traffic import Counted, compare_runs, run_times
 
 from securerun.firewall import tag, tag_proof
 from securerun.firewall.job_key import JobKey
@@ -36,7 +36,7 @@ from securerun.linux.assembler import R0, assemble, calculate, leave
 from securerun.linux.bpf import AttachFlags, AttachType, Program
 from securerun.linux.networks import collapse
 
-GOAL_RATIO, GOAL_NANOSECONDS, GOAL_MILLISECONDS = 1.05, 5.0, 10.0
+GOAL_RATIO, GOAL_MILLISECONDS = 1.05, 10.0
 FLOOD_SECONDS = 10.0
 KEY = JobKey(bytes(range(16)), bytes(range(16, 32)), "01234567")
 PORT = 29500
@@ -135,20 +135,10 @@ def make_counted(name: str, host: Host, peer: Host, node: Cgroup, stack: ExitSta
 
 
 def measure_data(host: Host, peer: Host, node: Cgroup, *, quick: bool) -> Iterator[Finding]:
-    found: dict[str, list[float]] = {"empty": [], "equal": [], "tag": []}
-    with ExitStack() as stack, run_times():
-        counted = [make_counted(name, host, peer, node, stack) for name in found]
-        for number in range(4 if quick else 40):
-            turn = number % len(counted)
-            for one in counted[turn:] + counted[:turn]:
-                found[one.name].append(one.nanoseconds_a_run(16 if quick else 64))
     words = {"empty": "an empty program", "equal": "another empty program", "tag": "the program that judges tags"}
-    for name, samples in found.items():
-        yield finding(f"tags.run.{name}", f"{words[name]}: one run on a data packet, as counted", "ns", samples)
-    for name in ("equal", "tag"):
-        above = [sample - empty for sample, empty in zip(found[name], found["empty"])]
-        what = f"{words[name]}: above an empty program, a data packet"
-        yield finding(f"tags.above.{name}", what, "ns", above, goal=GOAL_NANOSECONDS if name == "tag" else None)
+    with ExitStack() as stack, run_times():
+        counted = [make_counted(name, host, peer, node, stack) for name in words]
+        yield from compare_runs("tags", words, counted, quick=quick)
 
 
 # --- a launch -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import statistics
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,20 +133,33 @@ def make_counted(name: str, node: Host, peer: Host, stack: ExitStack) -> Counted
 
 
 def measure_program(node: Host, peer: Host, *, quick: bool) -> Iterator[Finding]:
-    found: dict[str, list[float]] = {"empty": [], "equal": [], "shield": []}
-    with ExitStack() as stack, run_times():
-        counted = [make_counted(name, node, peer, stack) for name in found]
-        for number in range(4 if quick else 40):
-            turn = number % len(counted)
-            for one in counted[turn:] + counted[:turn]:
-                found[one.name].append(one.nanoseconds_a_run(16 if quick else 64))
     words = {"empty": "an empty program", "equal": "another empty program", "shield": "the shield"}
+    with ExitStack() as stack, run_times():
+        counted = [make_counted(name, node, peer, stack) for name in words]
+        yield from compare_runs("traffic", words, counted, quick=quick)
+
+
+def compare_runs(
+    prefix: str, words: Mapping[str, str], counted: Sequence[Counted], *, quick: bool
+) -> Iterator[Finding]:
+    """Measure programs on data packets, in turns: what each takes, and what above the first, which is empty.
+
+    words: what each is, by its name; the goal is the last one's.
+    """
+    found: dict[str, list[float]] = {one.name: [] for one in counted}
+    for number in range(4 if quick else 40):
+        turn = number % len(counted)
+        for one in (*counted[turn:], *counted[:turn]):
+            found[one.name].append(one.nanoseconds_a_run(16 if quick else 64))
     for name, samples in found.items():
-        yield finding(f"traffic.run.{name}", f"{words[name]}: one run on a data packet, as counted", "ns", samples)
-    for name in ("equal", "shield"):
-        above = [sample - empty for sample, empty in zip(found[name], found["empty"])]
+        yield finding(f"{prefix}.run.{name}", f"{words[name]}: one run on a data packet, as counted", "ns", samples)
+    empty, *others = found
+    for name in others:
+        above = [sample - before for sample, before in zip(found[name], found[empty])]
         what = f"{words[name]}: above an empty program, a data packet"
-        yield finding(f"traffic.above.{name}", what, "ns", above, goal=GOAL_NANOSECONDS if name == "shield" else None)
+        yield finding(
+            f"{prefix}.above.{name}", what, "ns", above, goal=GOAL_NANOSECONDS if name == others[-1] else None
+        )
 
 
 # --- a job's data ---------------------------------------------------------------------------------------

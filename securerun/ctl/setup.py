@@ -59,6 +59,20 @@ TriggerLimitIntervalSec=0
 WantedBy=sockets.target
 """
 
+# The last one to give up all but these.
+_CAPABILITIES = " ".join((*sorted({**capabilities.FOR_GUARDING, **capabilities.FOR_BEGINNING}), "CAP_SETPCAP"))
+# What none of the services needs more than.
+_CONFINED = f"""\
+NoNewPrivileges=yes
+CapabilityBoundingSet={_CAPABILITIES}
+ProtectSystem=full
+ProtectHome=read-only
+PrivateTmp=yes
+RestrictRealtime=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+"""
+
 _SERVICE_UNIT = """\
 [Unit]
 Description=securerun: the guard of one job
@@ -77,15 +91,7 @@ MemoryMax=512M
 TasksMax=16
 OOMPolicy=continue
 UMask=0077
-NoNewPrivileges=yes
-CapabilityBoundingSet={capabilities}
-ProtectSystem=full
-ProtectHome=read-only
-PrivateTmp=yes
-RestrictRealtime=yes
-LockPersonality=yes
-SystemCallArchitectures=native
-"""
+{confined}"""
 
 _METRICS_UNIT = """\
 [Unit]
@@ -98,15 +104,7 @@ ExecStart={program} metrics --output {directory}/securerun.prom
 TimeoutStartSec=50
 MemoryMax=512M
 TasksMax=16
-NoNewPrivileges=yes
-CapabilityBoundingSet={capabilities}
-ProtectSystem=full
-ProtectHome=read-only
-PrivateTmp=yes
-RestrictRealtime=yes
-LockPersonality=yes
-SystemCallArchitectures=native
-"""
+{confined}"""
 
 _TIMER_UNIT = """\
 # Then: systemctl enable --now securerun-metrics.timer
@@ -121,9 +119,6 @@ AccuracySec=5s
 [Install]
 WantedBy=timers.target
 """
-
-# The last one to give up all but these.
-_CAPABILITIES = " ".join((*sorted({**capabilities.FOR_GUARDING, **capabilities.FOR_BEGINNING}), "CAP_SETPCAP"))
 
 
 def print_sudoers(group: str, user: str | None) -> None:
@@ -164,7 +159,7 @@ def print_systemd(group: str, textfiles: str) -> None:
 
 def guard_units(program: Path, group: str) -> dict[str, str]:
     """Return the socket unit and the service unit of guards, by name. program: of root's, and of nobody else's."""
-    service = _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, capabilities=_CAPABILITIES)
+    service = _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, confined=_CONFINED)
     return {
         "securerun.socket": _SOCKET_UNIT.format(socket=SOCKET, before=SOCKET_BEFORE, group=group),
         "securerun@.service": service,
@@ -173,7 +168,7 @@ def guard_units(program: Path, group: str) -> dict[str, str]:
 
 def metrics_units(program: Path, textfiles: str) -> dict[str, str]:
     """Return the units of metrics, by name. program: securerunctl, of root's and of nobody else's."""
-    service = _METRICS_UNIT.format(program=program, directory=textfiles, capabilities=_CAPABILITIES)
+    service = _METRICS_UNIT.format(program=program, directory=textfiles, confined=_CONFINED)
     return {"securerun-metrics.service": service, "securerun-metrics.timer": _TIMER_UNIT}
 
 

@@ -60,8 +60,7 @@ class Lease:
     key: whose tag lets in whoever shows it; None for a job that goes by addresses alone. key_required: whether nobody
     comes in without that tag; where there are peers nobody who is none of them either. key_towards: where tags are
     written as well as towards nodes. secret_path: the file with the secret of its frameworks, "" where there is none.
-    unguarded: the first few addresses that answered at ports of the
-    job's and have no key of it.
+    unguarded: the first few addresses that answered at ports of the job's and have no key of it.
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
     there, so the port chains close what the shield does as well; proven_in: the launcher's cgroups of the two when the
