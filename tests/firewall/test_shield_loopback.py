@@ -9,7 +9,7 @@ import signal
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import kernel
 import packets
 import pytest
 from cgroups import Cgroup, enter, in_child, inside, new_cgroup, socket_made_in
+from dialing import RETRANSMISSION_SECONDS, attempt, attempts, dial, endpoint_for, exchange, listening
 from hosts import Host, Network, cgroup2_mount
 from packets import ACK, FIN, HOP_BY_HOP, OPTIONS, PSH, RST, SYN, Flow
 from shield_field import FAMILIES, INGRESS, PATIENCE_SECONDS, ShieldField, field_of, port_of
@@ -39,8 +40,6 @@ Result = TypeVar("Result")
 NOBODY = 65534
 SOCK_OPS = AttachType.CGROUP_SOCK_OPS
 
-# A SYN that was dropped is sent again after one second, and again after two more.
-RETRANSMISSION_SECONDS = 10.0
 
 # linux/in.h, linux/in6.h, linux/tcp.h
 _IPPROTO_MPTCP = 262
@@ -111,75 +110,10 @@ def held(field: Field) -> Iterator[Shield]:
         made.close()
 
 
-def listening(host: Host, port: int = 0) -> socket.socket:
-    with inside(host):
-        made = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.bind(("", port))
-    made.listen(64)
-    return made
-
-
-def endpoint_for(address: str, protocol: int = 0) -> socket.socket:
-    """A socket in the caller's network."""
-    return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, protocol)
-
-
-def target_of(address: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-    if ":" not in address:
-        return (address, port)
-    host, _, zone = address.partition("%")
-    return (host, port, 0, socket.if_nametoindex(zone) if zone else 0)
-
-
-def dial(address: str, port: int, *, source_port: int = 0, interface: str = "") -> socket.socket:
-    """Connected within the caller's network. With a source port it leaves nothing behind when it is closed."""
-    endpoint = endpoint_for(address)
-    try:
-        endpoint.settimeout(PATIENCE_SECONDS)
-        if interface:
-            endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
-        if source_port:
-            endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            endpoint.bind(("", source_port))
-        endpoint.connect(target_of(address, port))
-    except BaseException:
-        endpoint.close()
-        raise
-    return endpoint
-
-
-def attempt(address: str, port: int, *, source_port: int = 0, interface: str = "") -> str:
-    """How a connection within the caller's network ends: connected, refused or timeout."""
-    try:
-        dial(address, port, source_port=source_port, interface=interface).close()
-    except socket.timeout:
-        return "timeout"
-    except ConnectionRefusedError:
-        return "refused"
-    return "connected"
-
-
-def attempts(addresses: Sequence[str], port: int) -> set[str]:
-    """How connections within the caller's network to all these addresses end."""
-    with ThreadPoolExecutor(len(addresses)) as at_once:
-        return set(at_once.map(lambda address: attempt(address, port), addresses))
-
-
 def knock(origin: Host, address: str, port: int) -> str:
     """The same from another host."""
     with inside(origin):
         return attempt(address, port)
-
-
-def exchange(near: socket.socket, far: socket.socket) -> None:
-    """Asserts that data gets through, both ways."""
-    for one, other in ((near, far), (far, near)):
-        other.settimeout(RETRANSMISSION_SECONDS)
-        one.sendall(b"tensor")
-        assert other.recv(100) == b"tensor"
 
 
 def write_setting(host: Host, setting: str, value: int) -> None:
@@ -242,7 +176,7 @@ def test_other_processes_of_the_host_connect_over_none_of_its_addresses(field: F
         closed = port_of(of_the_job)
         for listener, expected in ((of_the_job, {"timeout"}), (control, {"connected"})):
             port = port_of(listener)
-            assert field.from_elsewhere(lambda: attempts(addresses, port), user=user) == expected  # noqa: B023
+            assert field.from_elsewhere(lambda: set(attempts(addresses, port)), user=user) == expected  # noqa: B023
         sources = {(str(denial.source), denial.port) for denial in held.denied()}
     # To 127.1.2.3 the kernel goes from 127.0.0.1, and to each other address from that one itself.
     known = {"127.0.0.1", "::1", *field.host.addresses, addresses[-1].partition("%")[0]}
@@ -277,7 +211,7 @@ def test_an_open_loopback_has_no_tags_and_lets_everybody_in(field: Field) -> Non
     with field.listener(field.job) as of_the_job:
         assert made.name == "socket"
         assert attached(field.job.descriptor, SOCK_OPS).program_ids == ()
-        assert field.from_elsewhere(lambda: attempts(addresses, port_of(of_the_job))) == {"connected"}
+        assert field.from_elsewhere(lambda: set(attempts(addresses, port_of(of_the_job)))) == {"connected"}
     made.detach()
     made.close()
 

@@ -14,24 +14,11 @@ import kernel
 import packets
 import pytest
 from cgroups import inside, socket_made_in
+from dialing import RETRANSMISSION_SECONDS, dial, exchange
 from hosts import Network, eventually
 from packets import ACK, SYN
 from shield_field import FAMILIES, port_of
-from tag_field import (
-    BY_TAG,
-    KEY,
-    OTHER_KEY,
-    RETRANSMISSION_SECONDS,
-    TagField,
-    dial,
-    exchange,
-    flow_to,
-    link_address,
-    segments_in,
-    shielded,
-    tag_field,
-    wire,
-)
+from tag_field import BY_TAG, KEY, OTHER_KEY, TagField, flow_to, link_address, segments_in, shielded, tag_field, wire
 
 from securerun.firewall import tag
 from securerun.firewall.policy import PortRange, Purpose

@@ -13,10 +13,11 @@ import kernel
 import packets
 import pytest
 from cgroups import in_child, inside
+from dialing import listening
 from hosts import Host, Network
 from packets import ACK, SYN, Flow
 from shield_field import PATIENCE_SECONDS
-from tag_field import link_address, listening, wire
+from tag_field import link_address, wire
 
 from securerun.firewall import tag
 from securerun.firewall.chains import PortChains

@@ -15,23 +15,11 @@ import kernel
 import packets
 import pytest
 from cgroups import inside
+from dialing import RETRANSMISSION_SECONDS, attempt, dial, exchange
 from hosts import Host, Network
 from packets import ACK, RST, SYN, Flow
 from shield_field import FAMILIES, INGRESS, PATIENCE_SECONDS, port_of
-from tag_field import (
-    RETRANSMISSION_SECONDS,
-    TagField,
-    answer_to,
-    attempt,
-    dial,
-    exchange,
-    flow_to,
-    has_tag,
-    link_address,
-    segments_in,
-    tag_field,
-    wire,
-)
+from tag_field import TagField, answer_to, flow_to, has_tag, link_address, segments_in, tag_field, wire
 
 from securerun.firewall import tag
 from securerun.firewall.tag_maps import NOTES

@@ -16,24 +16,11 @@ import kernel
 import packets
 import pytest
 from cgroups import Cgroup, new_cgroup
+from dialing import attempts, dial, exchange
 from hosts import Network
 from packets import SYN
 from shield_field import INGRESS, PATIENCE_SECONDS, port_of
-from tag_field import (
-    BY_TAG,
-    KEY,
-    OTHER_KEY,
-    TagField,
-    attempts,
-    dial,
-    exchange,
-    has_tag,
-    policy_with,
-    segments_in,
-    shielded,
-    tag_field,
-    wire,
-)
+from tag_field import BY_TAG, KEY, OTHER_KEY, TagField, has_tag, policy_with, segments_in, shielded, tag_field, wire
 
 from securerun.errors import Obstacle, PolicyError
 from securerun.firewall import siphash, tag, tags

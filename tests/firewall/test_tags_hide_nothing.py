@@ -12,24 +12,11 @@ import kernel
 import packets
 import pytest
 from cgroups import inside, new_cgroup, socket_made_in
+from dialing import attempts, dial, exchange, listening
 from hosts import Host, Network
 from packets import ACK, CWR, ECE, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
 from shield_field import FAMILIES, PATIENCE_SECONDS, port_of
-from tag_field import (
-    KEY,
-    OTHER_KEY,
-    TagField,
-    answer_to,
-    attempts,
-    dial,
-    exchange,
-    flow_to,
-    link_address,
-    listening,
-    shielded,
-    tag_field,
-    wire,
-)
+from tag_field import KEY, OTHER_KEY, TagField, answer_to, flow_to, link_address, shielded, tag_field, wire
 
 from securerun.firewall import tag
 

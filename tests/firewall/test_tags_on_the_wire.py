@@ -14,6 +14,7 @@ import kernel
 import packets
 import pytest
 from cgroups import inside, socket_made_in
+from dialing import RETRANSMISSION_SECONDS, attempt, attempts, dial, exchange, listening
 from hosts import Host, Network
 from packets import ACK, RST, SYN, Flow
 from shield_field import FAMILIES, PATIENCE_SECONDS, port_of
@@ -21,18 +22,12 @@ from tag_field import (
     BY_TAG,
     KEY,
     OTHER_KEY,
-    RETRANSMISSION_SECONDS,
     TagField,
     answer_to,
     answers_to,
-    attempt,
-    attempts,
-    dial,
-    exchange,
     flow_to,
     has_tag,
     link_address,
-    listening,
     policy_with,
     segments_in,
     shielded,

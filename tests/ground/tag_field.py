@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-import struct
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Callable, TypeVar
 
 import packets
 from cgroups import Cgroup, in_child, inside, new_cgroup, socket_made_in
+from dialing import listening
 from hosts import Host, Network
 from packets import Flow
 from shield_field import PATIENCE_SECONDS, ShieldField
@@ -28,8 +27,6 @@ Result = TypeVar("Result")
 KEY = JobKey(bytes(range(16)), bytes(range(16, 32)), "01234567")
 OTHER_KEY = JobKey(bytes(range(1, 17)), bytes(range(17, 33)), "76543210")
 BY_TAG = Policy("0123456789ab", (), (), admission=Admission.TAG, tagged=tag.WHERE_NODES_ARE)
-# A SYN that was dropped is sent again after one second, and again after two more.
-RETRANSMISSION_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -96,60 +93,6 @@ def policy_with(admission: Admission, *peers: str, **changes: object) -> Policy:
     """A policy of this admission with these peers."""
     networks = collapse(ipaddress.ip_network(peer) for peer in peers)
     return replace(BY_TAG, admission=admission, peers=networks, **changes)  # type: ignore[arg-type]
-
-
-def listening(host: Host, port: int = 0, *, protocol: int = 0, fast_open: int = 0, backlog: int = 64) -> socket.socket:
-    """A listener of both families on a host."""
-    with inside(host):
-        made = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, protocol)
-    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if fast_open:
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, fast_open)
-    made.bind(("", port))
-    made.listen(backlog)
-    return made
-
-
-def dial(address: str, port: int, *, source_port: int = 0, seconds: float = PATIENCE_SECONDS) -> socket.socket:
-    """Connected from within the caller's network."""
-    endpoint = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        endpoint.settimeout(seconds)
-        if source_port:
-            endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            endpoint.bind(("", source_port))
-        endpoint.connect((address, port))
-    except BaseException:
-        endpoint.close()
-        raise
-    return endpoint
-
-
-def attempt(address: str, port: int, *, source_port: int = 0, seconds: float = PATIENCE_SECONDS) -> str:
-    """How a connection from within the caller's network ends."""
-    try:
-        dial(address, port, source_port=source_port, seconds=seconds).close()
-    except socket.timeout:
-        return "timeout"
-    except ConnectionRefusedError:
-        return "refused"
-    return "connected"
-
-
-def attempts(addresses: Sequence[str], port: int) -> list[str]:
-    """How connections to each of these addresses end."""
-    with ThreadPoolExecutor(len(addresses)) as at_once:
-        return list(at_once.map(lambda address: attempt(address, port), addresses))
-
-
-def exchange(near: socket.socket, far: socket.socket) -> None:
-    """Asserts that data gets through, both ways."""
-    for one, other in ((near, far), (far, near)):
-        other.settimeout(RETRANSMISSION_SECONDS)
-        one.sendall(b"tensor")
-        assert other.recv(100) == b"tensor"
 
 
 @contextlib.contextmanager

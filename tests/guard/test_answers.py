@@ -16,9 +16,10 @@ from typing import Any
 import kernel
 import pytest
 from cgroups import inside
+from dialing import RETRANSMISSION_SECONDS, listening
 from hosts import Network
 from shield_field import FAMILIES, port_of
-from tag_field import BY_TAG, KEY, RETRANSMISSION_SECONDS, TagField, listening, shielded, tag_field, within
+from tag_field import BY_TAG, KEY, TagField, shielded, tag_field, within
 
 from securerun.errors import PolicyError
 from securerun.firewall import tag, tagging

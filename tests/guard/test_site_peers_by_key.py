@@ -8,10 +8,11 @@ import kernel
 import pytest
 from attacking import Ground
 from cgroups import new_cgroup
+from dialing import attempt
 from holding import HOLDER, Held
 from hosts import Host
 from probe import reach
-from tag_field import attempt, shielded, within
+from tag_field import shielded, within
 
 from securerun.firewall.job_key import JobSecret
 

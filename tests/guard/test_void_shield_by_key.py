@@ -17,12 +17,13 @@ import kernel
 import pytest
 from cgroups import new_cgroup
 from checkout import COMMANDS
+from dialing import attempt
 from holding import HOLDER, Held
 from hosts import RECORDS, Host, Network, eventually, finish
 from net_cls import UNTOLD, doubted, hierarchy, is_proven_again, switch_all_off
 from patience import patient
 from probe import reach
-from tag_field import attempt, shielded, within
+from tag_field import shielded, within
 
 from securerun.firewall.job_key import JobSecret
 

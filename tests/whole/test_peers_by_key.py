@@ -14,10 +14,11 @@ import packets
 import pytest
 from cgroups import new_cgroup
 from checkout import COMMANDS
+from dialing import attempt
 from holding import held
 from hosts import RECORDS, Host, Network, eventually, finish
 from probe import reach
-from tag_field import attempt, has_tag, segments_in, shielded, wire, within
+from tag_field import has_tag, segments_in, shielded, wire, within
 
 from securerun.firewall.job_key import JobSecret
 
