@@ -37,7 +37,7 @@ peers = collapse([ipaddress.ip_network(sys.argv[1])])
 secret = bytes.fromhex(sys.argv[3])
 key = KeyOrder(required=False, secret=JobSecret(secret)) if secret else None
 policy = Policy(sys.argv[2], (PortRange(29500, 29500, "master port"),), peers)
-guard = Guard()
+guard = Guard(brings_key=bool(secret))
 time.sleep(0.5)  # as importing torch takes longer than a guard needs to be ready
 begin = time.perf_counter()
 guarding = guard.guard(Order(policy, "auto", "auto", 0.0, "lease", key=key), lambda notice: None)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., None]], Callable[..., Any]]
 
 # What is to be known before torch's parser is there.
-_EARLY = ("run_as", "preflight", "scope", "peers", "public", "firewall", "accept")
+_EARLY = ("run_as", "preflight", "scope", "peers", "public", "firewall", "accept", "key")
 # Of the standard library what torch.distributed.run loads, the longest first.
 _OF_TORCH = (
     *("asyncio", "importlib.metadata", "unittest.mock", "urllib.request", "multiprocessing.reduction", "tarfile"),

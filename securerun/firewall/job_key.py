@@ -108,6 +108,11 @@ def derive(source: bytes, kind: str, meeting: bytes, user: int | None = None) ->
     return JobSecret(expand(extract(_CONTEXT, source), about, SECRET_BYTES))
 
 
+def prepare() -> None:
+    """Load what hashes."""
+    expand(bytes(_HASH_BYTES), b"", 1)
+
+
 def extract(salt: bytes, material: bytes) -> bytes:
     """Return a pseudorandom key of any material (RFC 5869, 2.2)."""
     import hmac

@@ -6,9 +6,10 @@ Loaded where an order has a key.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 from securerun.errors import PrivilegeError
-from securerun.firewall import shield, tag_proof, tagging
+from securerun.firewall import job_key, shield, tag_proof, tagging
 from securerun.firewall.job_key import JobKey, JobSecret
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.guard import job_secret, keys, run_directory
@@ -20,7 +21,21 @@ from securerun.guard.protocol import KeyOrder
 from securerun.text import some
 
 _NETWORKS_NAMED = 4
+# What else is loaded on the way of an order with a key, but when it has come.
+_LATER = (
+    "securerun.firewall.tag_program",
+    "securerun.firewall.tags",
+    "securerun.guard.answers",
+    "securerun.guard.nodes",
+)
 _NONE_FOR_CONTAINERS = Found(None, why="a user id in a container is nobody's own, so this host makes no key for it")
+
+
+def prepare() -> None:
+    """Load all that an order with a key takes, for whoever has time now and none later."""
+    for name in _LATER:
+        importlib.import_module(name)
+    job_key.prepare()
 
 
 def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:

@@ -17,6 +17,12 @@ from securerun.errors import UsageError
 
 NAME = "securerun-guard"
 SOCKET_ARGUMENT, LISTEN_ARGUMENT = "--socket", "--listen"
+# Of a guard that a launcher starts itself, and is likely to order with a key.
+KEY_ARGUMENT = "--key"
+# Of a launcher's end of a socket. Those of the release before have none, and take no field that they do not know.
+_LAUNCHER_ADDRESS = "\0securerun-launcher-"
+# And so ends the address of one that is likely to order with a key.
+_OF_KEY_TO_COME = "-key"
 # Where launchers look for guards. In a directory: a socket that is mounted by itself goes stale with its listener.
 SOCKET = Path("/run/securerun.d/guard.sock")
 # Of securerun.guard.limits.
@@ -62,6 +68,28 @@ def listening(place: str) -> list[str]:
 def hook() -> list[str]:
     """Return the command line of the hook of container engines."""
     return _command("guard.container_hook", ())
+
+
+def launcher_address(*, brings_key: bool = False) -> str:
+    """Return an abstract address for a launcher's end of a socket: who is there reads which versions a guard speaks.
+
+    brings_key: whether an order with a key is likely to come.
+    """
+    return f"{_LAUNCHER_ADDRESS}{os.urandom(8).hex()}{_OF_KEY_TO_COME * brings_key}"
+
+
+def reads_versions(address: bytes | str) -> bool:
+    """Return whether whoever has this address does; it is their own word, and nothing is granted by it."""
+    return _name(address).startswith(_LAUNCHER_ADDRESS)
+
+
+def brings_key(address: bytes | str) -> bool:
+    """Return whether whoever has this address is likely to order with a key; likewise."""
+    return reads_versions(address) and _name(address).endswith(_OF_KEY_TO_COME)
+
+
+def _name(address: bytes | str) -> str:
+    return address.decode("utf-8", "replace") if isinstance(address, bytes) else address
 
 
 def say(words: str) -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +50,6 @@ from securerun.linux.networks import Network
 # A guard speaks first, also to launchers of the release before, and those orders without a key that they know are
 # served as ever. An order with a key is one of the second version, which guards from before refuse.
 VERSION, VERSION_WITH_KEY = VERSIONS = 1, 2
-# Of a launcher's end of a socket. Those of the release before have none, and take no field that they do not know.
-_LAUNCHER_ADDRESS = "\0securerun-launcher-"
 # It tells the processes of a run where no cgroup holds them together, and a launcher which run is around it.
 RUN_ID_VARIABLE = "SECURERUN_RUN_ID"
 # For programs that take the name of a file with a secret: Ray's RAY_AUTH_TOKEN_PATH.
@@ -72,17 +69,6 @@ _OF_KEY = ("fingerprint", "key_source", "secret_path")
 def presence_of(run_id: str) -> str:
     """Return the abstract address at which the guard of a run stands (unix(7)): of its network namespace."""
     return f"\0securerun-{run_id}"
-
-
-def launcher_address() -> str:
-    """Return an abstract address for a launcher's end of a socket: who is there reads which versions a guard speaks."""
-    return f"{_LAUNCHER_ADDRESS}{os.urandom(8).hex()}"
-
-
-def reads_versions(address: bytes | str) -> bool:
-    """Return whether whoever has this address does; it is their own word, and nothing is granted by it."""
-    name = address.decode("utf-8", "replace") if isinstance(address, bytes) else address
-    return name.startswith(_LAUNCHER_ADDRESS)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
 from securerun.guard.notices import Send
-from securerun.guard.program import NAME, SOCKET_ARGUMENT
+from securerun.guard.program import KEY_ARGUMENT, NAME, SOCKET_ARGUMENT, brings_key, reads_versions
 from securerun.guard.protocol import (
     VERSIONS,
     Message,
@@ -42,7 +42,6 @@ from securerun.guard.protocol import (
     Runs,
     decode,
     encode,
-    reads_versions,
 )
 from securerun.guard.records import Brief
 from securerun.guard.slurm_job import SlurmJob
@@ -83,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         _log(f"refused: {error}")
         return error.status
     caller, order, by_socket = None, None, SOCKET_ARGUMENT in arguments
-    answers.to_any = by_socket and not reads_versions(address_of_peer(_INPUT))
+    address = address_of_peer(_INPUT) if by_socket else ""
+    answers.to_any = by_socket and not reads_versions(address)
     try:
         _require_own_proc()
         caller = find_peer(_INPUT) if by_socket else find_ancestor()
@@ -97,6 +97,8 @@ def main(arguments: Sequence[str]) -> int:
         answers.send(Ready(os.getpid(), VERSIONS if by_socket else ()))
         backends.prepare()  # while the launcher imports torch
         net_cgroups.may_void_filters()  # likewise
+        if KEY_ARGUMENT in arguments or brings_key(address):
+            _load_for_key()
         order = orders.wait_for_order(lambda: _report(caller, answers))
         if order is None:
             slot.close()
@@ -116,6 +118,13 @@ def main(arguments: Sequence[str]) -> int:
         defect = SecurerunError(f"a defect of securerun's, please report it: {_place(error)}")
         return _refuse(defect, caller, answers, order)
     return _hold(lease, orders, answers)
+
+
+def _load_for_key() -> None:
+    """Load what an order with a key takes, before it comes: some 8 ms that the job would wait for."""
+    from securerun.guard import keyed  # few jobs have one
+
+    keyed.prepare()
 
 
 def _collect_garbage_from_now_on() -> None:

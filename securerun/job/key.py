@@ -89,12 +89,18 @@ def find(asked: Options, job: Job, environment: Mapping[str, str]) -> Key:
         raise PolicyError(doubt)
     if users is not None:
         return _of_file(users, "", job, environment, required=required)
-    in_slurm = (batch.job_number(environment) or ("",))[0] == "slurm"
-    if not (required or in_slurm or os.path.lexists(SITE_KEY)):
+    if not (required or _may_be_of_guard(environment)):
         return Key(doubt=doubt)
     met = meeting(job, environment)
-    order = KeyOrder(required=required, meeting=met, in_slurm=in_slurm, nodes=_nodes(job, environment))
+    order = KeyOrder(required=required, meeting=met, in_slurm=_in_slurm(environment), nodes=_nodes(job, environment))
     return Key(order, made_for=_in_words(job, environment), doubt=doubt)
+
+
+def is_likely(asked: Options, environment: Mapping[str, str]) -> bool:
+    """Return whether a job of several nodes for which this is asked is likely to have a key. Reads none."""
+    if asked.key != AUTO:
+        return asked.key != OFF
+    return users_file()[0] is not None or _may_be_of_guard(environment)
 
 
 def lack_of(path: Path) -> str:
@@ -132,6 +138,15 @@ def users_file() -> tuple[Path | None, str]:
             "used; see that HOME is your own and that you can read it, or write --key off"
         )
     return users, ""
+
+
+def _may_be_of_guard(environment: Mapping[str, str]) -> bool:
+    """Return whether a guard may have a source of its own."""
+    return _in_slurm(environment) or os.path.lexists(SITE_KEY)
+
+
+def _in_slurm(environment: Mapping[str, str]) -> bool:
+    return (batch.job_number(environment) or ("",))[0] == "slurm"
 
 
 def meeting(job: Job, environment: Mapping[str, str]) -> bytes:

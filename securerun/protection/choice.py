@@ -5,6 +5,7 @@ It is chosen before torch is there to read the command line, since a network of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ def begin(asked: Options, several: str, meanwhile: Iterable[None] = (), *, goes_
     """
     if asked.scope == NAMESPACE:
         return _by_name(asked, several, goes_on=goes_on)
-    guard = Guard(goes_on=goes_on)
+    guard = Guard(goes_on=goes_on, brings_key=_may_bring_key(asked, several))
     if not _may_be_apart(asked) or several or guard.is_roots:
         return guard
     if goes_on:
@@ -103,6 +104,15 @@ def without_guard(asked: Options, job: Job) -> str:
 def _may_be_apart(asked: Options) -> bool:
     """Return whether nothing that is asked for keeps a job from a network of its own."""
     return asked.scope == "auto" and asked.run_as is None and not asked.unprotected and not asked.dry_run
+
+
+def _may_bring_key(asked: Options, several: str) -> bool:
+    """Return whether the order is likely to have a key, for which a guard then loads ahead; the order has the word."""
+    if asked.unprotected or (asked.key == "auto" and not several):
+        return False
+    from securerun.job import key
+
+    return key.is_likely(asked, os.environ)
 
 
 def _by_name(asked: Options, several: str, *, goes_on: bool) -> Apart:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Callable
 
 from securerun.errors import PolicyError, PrivilegeError, SecurerunError
@@ -76,11 +77,14 @@ class Guard:
     Made early: it comes up while torch is being imported, and installs nothing before it has its order.
 
     goes_on: whether this process may go on after the job, and then is to be out of it. has_parted: whether it is. by:
-    the ways to try, by default all.
+    the ways to try, by default all. brings_key: whether the order is likely to have a key, by the ways that are tried
+    by default.
     """
 
-    def __init__(self, *, goes_on: bool = True, by: Callable[[], Sequence[Way]] | None = None) -> None:
-        self._by = by
+    def __init__(
+        self, *, goes_on: bool = True, by: Callable[[], Sequence[Way]] | None = None, brings_key: bool = False
+    ) -> None:
+        self._by = by or (partial(ways, brings_key=True) if brings_key else ways)
         self.has_parted = False
         self._goes_on = goes_on
         self._before: dict[str, str | None] = {}
@@ -254,7 +258,7 @@ class Guard:
         A guard that this process starts itself answers, whatever is wrong, unless somebody kills it in its start. That
         says nothing of the way, and root's job would get a guard with a user's limits by the next one: so tried twice.
         """
-        self._untried = [way for way in (self._by or ways)() for _ in range(2 if way.name == DIRECTLY else 1)]
+        self._untried = [way for way in self._by() for _ in range(2 if way.name == DIRECTLY else 1)]
         self._obstacles = []
         self._try_next_way()
 

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 from securerun.errors import UsageError
 from securerun.guard import program
 from securerun.guard.documents import MAXIMUM_BYTES
-from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode, launcher_address
+from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode
 from securerun.linux import capabilities, local_sockets, prctl, proc
 from securerun.options import SITE_CONFIG, of_site
 
@@ -137,18 +138,22 @@ class Way:
     open: Callable[[], Connection]
 
 
-def ways() -> tuple[Way, ...]:
-    """Return the three ways, in the order in which they are tried. Looks, and starts nothing."""
+def ways(*, brings_key: bool = False) -> tuple[Way, ...]:
+    """Return the three ways, in the order in which they are tried. Looks, and starts nothing.
+
+    brings_key: whether the order is likely to have a key, so that a guard loads what that takes before it comes; sudo
+    passes no word of that on.
+    """
     return (
-        Way(DIRECTLY, _obstacle_to_direct(), _open_directly),
+        Way(DIRECTLY, _obstacle_to_direct(), partial(_open_directly, brings_key=brings_key)),
         Way(BY_SUDO, _obstacle_to_sudo(), _open_by_sudo),
-        *by_socket_alone(),
+        *by_socket_alone(brings_key=brings_key),
     )
 
 
-def by_socket_alone() -> tuple[Way, ...]:
+def by_socket_alone(*, brings_key: bool = False) -> tuple[Way, ...]:
     """Return the way to a guard of the host's from a container, whatever this process may be in there."""
-    return (Way(BY_SYSTEMD, _obstacle_to_socket(), _open_socket),)
+    return (Way(BY_SYSTEMD, _obstacle_to_socket(), partial(_open_socket, brings_key=brings_key)),)
 
 
 def guard_programs() -> tuple[Path, ...]:
@@ -344,10 +349,12 @@ def _socket_in(place: Path) -> Path:
     return place
 
 
-def _open_directly() -> Connection:
+def _open_directly(*, brings_key: bool = False) -> Connection:
+    arguments = (program.KEY_ARGUMENT,) if brings_key else ()
     with capabilities.handed_on(capabilities.FOR_GUARDING.values()):
         return _start(
-            program.command(), {name: text for name, text in os.environ.items() if name not in _NOT_FOR_GUARDS}
+            program.command(*arguments),
+            {name: text for name, text in os.environ.items() if name not in _NOT_FOR_GUARDS},
         )
 
 
@@ -387,12 +394,12 @@ def beside_standard(descriptor: int) -> int:
     return moved
 
 
-def _open_socket() -> Connection:
+def _open_socket(*, brings_key: bool = False) -> Connection:
     """Connect to the socket. Raises OSError when nobody, or nobody of root's, listens there."""
     place = socket_place()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
         with contextlib.suppress(OSError):
-            end.bind(launcher_address())
+            end.bind(program.launcher_address(brings_key=brings_key))
         _connect(end, place)
         _, user = local_sockets.peer_of(end)
         if user != _ROOT and not (user == proc.overflow_user() and _only_root_put_it_there(place)):

@@ -15,6 +15,7 @@ from securerun.firewall.job_key import JobSecret
 from securerun.firewall.policy import Denial, Layer, Opening, Policy, PortRange, Purpose
 from securerun.guard import documents
 from securerun.guard.documents import ProtocolError
+from securerun.guard.program import launcher_address, reads_versions
 from securerun.guard.protocol import (
     VERSIONS,
     Guarding,
@@ -32,8 +33,6 @@ from securerun.guard.protocol import (
     Runs,
     decode,
     encode,
-    launcher_address,
-    reads_versions,
 )
 from securerun.linux.networks import collapse
 
