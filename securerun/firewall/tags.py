@@ -30,7 +30,7 @@ from securerun.firewall.tag_maps import (
     untagged_in,
 )
 from securerun.firewall.tag_writer import WRITING_NAME, writing_program
-from securerun.linux.addresses import own_networks
+from securerun.linux.addresses import own
 from securerun.linux.assembler import Statement, assemble
 from securerun.linux.bpf import AttachFlags, AttachType, Map, MapShape, Program, ProgramType, VerifierError
 from securerun.linux.networks import Address, Network, collapse
@@ -123,7 +123,7 @@ def of_this_host_alone(policy: Policy) -> tuple[Policy, JobKey]:
     Tags are written towards wherever this host has addresses, or may come to have some. Raises ShieldUnavailable.
     """
     with explained("asking for this host's addresses"):
-        networks = collapse((*tag.LOOPBACK, *tag.WHERE_NODES_ARE, *own_networks()))
+        networks = collapse((*tag.LOOPBACK, *tag.WHERE_NODES_ARE, *own().networks))
     return replace(policy, tagged=networks), JobKey(os.urandom(siphash.KEY_SIZE), os.urandom(siphash.KEY_SIZE), "")
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
-from securerun.errors import PrivilegeError
+from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall import job_key, shield, tag_proof, tagging
 from securerun.firewall.job_key import JobKey, JobSecret
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.guard import job_secret, keys, run_directory
 from securerun.guard.cgroup import JobCgroup
 from securerun.guard.keys import Found
-from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease, require_not_required
+from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import KeyOrder
+from securerun.linux import addresses
 from securerun.text import some
 
 _NETWORKS_NAMED = 4
@@ -46,19 +47,29 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
     lease.order = dataclasses.replace(lease.order, key=None)
     found = _NONE_FOR_CONTAINERS if _is_of_container(lease, wanted) else keys.find(wanted, lease.caller, lease.site)
     if found.secret is None:
-        require_not_required(wanted.required, found.why)
+        _require_not_required(wanted.required, found.why)
         if found.is_wrong:
             lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
         return None
     if not lease.caller.is_root and lease.site.peers == ():
         why = f"this host allows no peers ({LIMITS_FILE})"
-        require_not_required(wanted.required, why)
+        _require_not_required(wanted.required, why)
         lease.notes += (f"no key ({why}): nobody may connect",)
         return None
     _give(lease, found.secret.key(), found.source, wanted)
     if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
         lease.forget_key(NO_SHIELD_NO_TAG)
     return found.secret
+
+
+def _require_not_required(required: bool, why: str) -> None:
+    """Raise PolicyError where a job that has no key, for this reason, is to be open to nobody without a tag of it."""
+    if required:
+        raise PolicyError(
+            f"the nodes of this job are to be known by a key, and there is none: {why}; make one with "
+            "`securerunctl setup key` on one node and copy it to the others, or name the others with --peers and "
+            "write --key off; nothing was started"
+        )
 
 
 def _is_of_container(lease: Lease, wanted: KeyOrder) -> bool:
@@ -70,15 +81,17 @@ def _give(lease: Lease, key: JobKey, source: str, wanted: KeyOrder) -> None:
     lease.key, lease.key_required, lease.key_towards = key, wanted.required, wanted.towards
     within = () if lease.caller.is_root else lease.site.peers or ()
     try:
-        lease.policy = tagging.by_key(
-            lease.policy,
-            required=wanted.required,
-            towards=wanted.towards,
-            through_any=wanted.through_any,
-            within=within,
-        )
+        lease.own = addresses.own()
     except OSError as error:
         raise PrivilegeError(f"this host's own addresses cannot be told ({error.strerror})") from error
+    lease.policy = tagging.by_key(
+        lease.policy,
+        lease.own.networks,
+        required=wanted.required,
+        towards=wanted.towards,
+        through_any=wanted.through_any,
+        within=within,
+    )
     if lease.policy.tags_from:
         allowed = some([*map(str, lease.policy.tags_from)], _NETWORKS_NAMED)
         lease.notes += (

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from securerun.errors import PolicyError
 from securerun.firewall.chains import Logging, PortChains, PortChainsUnavailable
@@ -38,6 +39,9 @@ from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.networks import Network
 from securerun.linux.processes import JobProcesses, Process
 
+if TYPE_CHECKING:
+    from securerun.linux.addresses import Own
+
 NO_SHIELD_NO_TAG = "only the shield can ask for a tag, and there is none"
 # The watch goes on in between.
 _KILL_SECONDS = 0.2
@@ -59,7 +63,8 @@ class Lease:
 
     key: whose tag lets in whoever shows it; None for a job that goes by addresses alone. key_required: whether nobody
     comes in without that tag; where there are peers nobody who is none of them either. key_towards: where tags are
-    written as well as towards nodes. secret_path: the file with the secret of its frameworks, "" where there is none.
+    written as well as towards nodes. own: what is this host's own, as of when the key was made or peers last changed;
+    None without a key. secret_path: the file with the secret of its frameworks, "" where there is none.
     unguarded: the first few addresses that answered at ports of the job's and have no key of it.
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
@@ -87,6 +92,7 @@ class Lease:
         self.key: JobKey | None = None
         self.key_required = False
         self.key_towards: tuple[Network, ...] = ()
+        self.own: Own | None = None
         self.secret_path = ""
         self.unguarded: tuple[str, ...] = ()
         self.may_void = False
@@ -255,6 +261,10 @@ class Lease:
         a layer cannot take them, and PrivilegeError when the host's lock is not to be had.
         """
         require_permitted_peers(self.site, dataclasses.replace(self.order.policy, peers=networks), self.caller)
+        if self.key is not None:
+            from securerun.linux import addresses
+
+            self.own = addresses.own()
         policy = self._with_peers(networks)
         with run_directory.recording() as directory:
             known = records.read_briefs(directory)
@@ -280,11 +290,8 @@ class Lease:
             return dataclasses.replace(self.policy, peers=networks)
         from securerun.firewall import tagging
 
-        if networks and self.policy.admission is Admission.TAG:
-            raise PolicyError("the only way in to this run is a tag of its key, so nobody can be named a peer of it")
-        towards = (*networks, *self.key_towards)
-        tagged = tagging.networks_of(towards, close_loopback=self.policy.close_loopback)
-        return dataclasses.replace(self.policy, peers=networks, tagged=tagged)
+        own = self.own.networks if self.own is not None else ()
+        return tagging.with_peers(self.policy, networks, own, self.key_towards)
 
     def follow_interfaces(self) -> None:
         """Have the shield go by the interfaces that have the policy's names now. Raises ShieldUnavailable."""
@@ -499,16 +506,6 @@ class Lease:
             self.drops.close()
         if self._held is not None:
             os.close(self._held)
-
-
-def require_not_required(required: bool, why: str) -> None:
-    """Raise PolicyError where a job that has no key, for this reason, is to be open to nobody without a tag of it."""
-    if required:
-        raise PolicyError(
-            f"the nodes of this job are to be known by a key, and there is none: {why}; make one with "
-            "`securerunctl setup key` on one node and copy it to the others, or name the others with --peers and "
-            "write --key off; nothing was started"
-        )
 
 
 def remove_record(directory: int, run_id: str) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from securerun.linux.addresses import own_addresses, own_networks
+from securerun.linux.addresses import Own
 
 if TYPE_CHECKING:
     from securerun.firewall.tags import Seen
@@ -35,8 +35,6 @@ class Nodes:
         self.guarded = 1
         self.unguarded: tuple[str, ...] = ()
         self._lease = lease
-        self._networks: tuple[Network, ...] = own_networks()
-        self._own: frozenset[Address] = own_addresses()
         self._told: set[Address] = set()
         self._all_were_there = False
 
@@ -48,7 +46,7 @@ class Nodes:
         seen = lease.shield.tags.seen()
         others = [address for address in seen.guarded if not self._is_own(address)]
         of = lease.record.nodes
-        self.guarded = max(self.guarded, 1 + count(others, self._networks))
+        self.guarded = max(self.guarded, 1 + count(others, self._of_host.networks))
         if of:
             self.guarded = min(self.guarded, of)
         known = {*seen.guarded}
@@ -79,7 +77,11 @@ class Nodes:
             )
 
     def _is_own(self, address: Address) -> bool:
-        return address.is_loopback or address in self._own
+        return address.is_loopback or address in self._of_host.addresses
+
+    @property
+    def _of_host(self) -> Own:
+        return self._lease.own or Own()
 
 
 def count(addresses: Iterable[Address], networks: Iterable[Network]) -> int:

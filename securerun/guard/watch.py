@@ -6,7 +6,6 @@ chores that have to look from time to time.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import select
 import time
@@ -139,7 +138,7 @@ class Watch:
         self._unanswered = open_unanswered(lease)
         self._hanging = Chore(_UNANSWERED_SECONDS, self._tell_unanswered, time.monotonic() + _UNANSWERED_SECONDS)
         self._chores.append(self._hanging)
-        self._nodes = _open_nodes(lease)
+        self._nodes = _nodes_of(lease)
         if self._nodes is not None:
             self._chores.append(Chore(_NODES_SECONDS, self._count_nodes))
         if lease.presence is not None:
@@ -468,15 +467,13 @@ def _open_answers(lease: Lease) -> Answers | None:
     return open_answers(lease)
 
 
-def _open_nodes(lease: Lease) -> Nodes | None:
-    """Open what counts the nodes of a job that has a key; None where the kernel does not tell this host's addresses."""
+def _nodes_of(lease: Lease) -> Nodes | None:
+    """Return what counts the nodes of a job that has a key."""
     if lease.key is None:
         return None
     from securerun.guard.nodes import Nodes
 
-    with contextlib.suppress(OSError):
-        return Nodes(lease)
-    return None
+    return Nodes(lease)
 
 
 def _listen_for_links(lease: Lease) -> Links | None:

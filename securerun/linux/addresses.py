@@ -7,6 +7,7 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from securerun.linux import netlink
 from securerun.linux.netlink import Channel
@@ -18,18 +19,26 @@ _ADDRESS = struct.Struct("=BBBBI")
 _REMOTE, _LOCAL = 1, 2
 
 
-def own_networks() -> tuple[Network, ...]:
-    """Return the networks of all interfaces of this network namespace but the loopback's, collapsed. Raises OSError.
+@dataclass(frozen=True)
+class Own:
+    """What is this host's own, as of one look at its interfaces.
 
-    Of a tunnel between two hosts both ends are in, each by itself.
+    addresses: all. networks: those that they are in, but the loopback's, collapsed; of a tunnel between two hosts both
+    ends are in, each by itself.
     """
-    found = (network for answer in _all() for network in _networks_in(answer))
-    return collapse(network for network in found if not network.is_loopback)
+
+    addresses: frozenset[Address] = frozenset()
+    networks: tuple[Network, ...] = ()
 
 
-def own_addresses() -> frozenset[Address]:
-    """Return the addresses of all interfaces of this network namespace. Raises OSError."""
-    return frozenset(ipaddress.ip_address(packed) for answer in _all() for packed in _own_in(answer))
+def own() -> Own:
+    """Return what the interfaces of this network namespace have. Raises OSError."""
+    answers = _all()
+    networks = (network for answer in answers for network in _networks_in(answer))
+    return Own(
+        frozenset(ipaddress.ip_address(packed) for answer in answers for packed in _own_in(answer)),
+        collapse(network for network in networks if not network.is_loopback),
+    )
 
 
 def _all() -> list[bytes]:

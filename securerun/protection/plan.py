@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Callable
 
 from securerun.console import say
@@ -60,20 +61,22 @@ class Plan:
         """How many nodes the job has, for people; 0 where nothing says so."""
         return self.key.order.nodes if self.key.order is not None else self.job.max_nodes
 
-    @property
+    @cached_property
     def policy_by_key(self) -> Policy:
         """The policy as a guard makes it that has the key, to be shown."""
         order = self.key.order
         if order is None:
             return self.policy
         from securerun.firewall import tagging
+        from securerun.linux import addresses
 
         try:
-            return tagging.by_key(
-                self.policy, required=order.required, towards=order.towards, through_any=order.through_any
-            )
-        except OSError:  # this host's own networks cannot be told, which the guard will say
+            own = addresses.own().networks
+        except OSError:  # which the guard will say
             return self.policy
+        return tagging.by_key(
+            self.policy, own, required=order.required, towards=order.towards, through_any=order.through_any
+        )
 
     def without(self, ranges: Iterable[tuple[int, int]]) -> Plan:
         """Return the plan as it is in force, without ports that nobody asked for and the guard has left out."""

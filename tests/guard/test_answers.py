@@ -28,7 +28,7 @@ from securerun.guard import answers
 from securerun.guard.answers import Answers, open_answers
 from securerun.guard.documents import ProtocolError, policy_document, read_policy
 from securerun.guard.lease import Lease
-from securerun.linux.addresses import own_networks
+from securerun.linux.addresses import own as own_of_host
 from securerun.linux.networks import collapse
 
 
@@ -130,19 +130,19 @@ def test_a_key_adds_to_peers_or_narrows_them(field: TagField) -> None:
     peers = collapse([ipaddress.ip_network("203.0.113.7")])
     plain = Policy("0123456789ab", (), ())
     with inside(field.host):
-        own = own_networks()
+        own = own_of_host().networks
         for named, required, admission in (
             ((), False, Admission.EITHER),
             (peers, False, Admission.EITHER),
             ((), True, Admission.TAG),
             (peers, True, Admission.BOTH),
         ):
-            made = tagging.by_key(replace(plain, peers=named), required=required)
+            made = tagging.by_key(replace(plain, peers=named), own, required=required)
             assert made.admission is admission and made.peers == named
             assert set(tag.WHERE_NODES_ARE) <= set(made.tagged)
             assert (peers[0] in made.tagged) == bool(named)
             assert not any(each.is_loopback for each in made.tagged)
-        closed = tagging.by_key(replace(plain, close_loopback=True), required=False)
+        closed = tagging.by_key(replace(plain, close_loopback=True), own, required=False)
         assert set(tag.LOOPBACK) <= set(closed.tagged)
     assert {str(each) for each in own} >= {"10.77.0.0/24", "fd77::/64"}
 
@@ -165,7 +165,7 @@ def test_own_networks_are_those_of_all_interfaces(field: TagField) -> None:
     ):
         field.host.run(["ip", *command.split()], check=True)
     with inside(field.host):
-        found = {str(each) for each in own_networks()}
+        found = {str(each) for each in own_of_host().networks}
     assert found >= {"198.51.100.0/28", "2001:db8:5::/56", "192.0.2.1/32", "192.0.2.77/32"}
 
 
