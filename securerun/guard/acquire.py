@@ -8,7 +8,6 @@ that takes over from a dead one goes the same way and keeps what it finds.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from securerun.firewall import backends, selftest, shield
 from securerun.firewall.chains import PortChains, PortChainsUnavailable, TooManyRules
 from securerun.firewall.droplog import open_drop_log
 from securerun.firewall.job_key import JobSecret
-from securerun.firewall.policy import Layer, Policy, PortRange, Purpose, covers
+from securerun.firewall.policy import Layer, Policy, PortRange, Purpose
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.shield import Shield
 from securerun.guard import neighbours, place, reaper, records, reserved, run_directory, sight, unasked
@@ -44,13 +43,14 @@ _RUNS_NAMED = 4
 _PORTS_NAMED = 8
 
 
-def acquire(order: Order, caller: Caller, site: SitePolicy) -> Lease:
-    """Install every layer that the order asks for around the caller, proven.
+def acquire(order: Order, caller: Caller, site: SitePolicy, notes: tuple[str, ...] = ()) -> Lease:
+    """Install every layer that the order asks for around the caller, proven. notes: what people are to hear anyway.
 
     Raises PrivilegeError or PolicyError, with nothing left behind, when the job could not be guarded or may not be; and
     with what stands of a run left as it is, when that could not be taken over.
     """
     lease = Lease(order, caller, site)
+    lease.notes = notes
     secret = _take_key(lease)
     lease.leave_out(unasked_beyond(site, order.policy, caller))
     undo = ExitStack()
@@ -203,37 +203,9 @@ def _unreserved(ports: tuple[PortRange, ...], error: ReservationUnavailable) -> 
 
 
 def _take_over(lease: Lease, found: Record) -> None:
-    """Go on from the record of a dead guard of this very job."""
-    same_job = (found.launcher, found.launcher_start, found.user) == (
-        lease.caller.pid,
-        lease.caller.start,
-        lease.caller.user,
-    )
-    if not lease.order.adopt or found.guard_lives or not same_job:
-        by = f"by process {found.guard} " if found.owner == lease.caller.owner else ""
-        raise PrivilegeError(f"run {found.run_id} is guarded {by}already")
-    if found.policy.public != lease.order.policy.public:
-        raise PrivilegeError(f"run {found.run_id} has other public ports, and whoever takes it over keeps them")
-    lease.stands = True
-    # What it left out was told of then.
-    kept = found.policy.joined_ports()
-    unasked_ports = port_ranges.numbers(lease.order.policy.unasked_ports())
-    lease.leave_out({port: "" for port in unasked_ports if not covers(kept, port)})
-    # Its layers too: they stand, and whoever finds this guard dead in its turn has to know of them.
-    lease.record = dataclasses.replace(
-        lease.record,
-        cgroup=found.cgroup,
-        started=found.started,
-        layers=found.layers,
-        void=found.void,
-        guard_restarts=found.guard_restarts + 1,
-    )
-    if found.void:
-        lease.lose_shield(found.void)
-    more = tuple(port for port in found.policy.ports if port.purpose == Purpose.OPENED_MEANWHILE)
-    lease.policy = dataclasses.replace(lease.policy, ports=(*lease.order.policy.ports, *more))
-    # And what was closed while the job ran: it would be open until it is found again.
-    lease.record = dataclasses.replace(lease.record, policy=lease.policy)
+    from securerun.guard import takeover  # few guards do
+
+    takeover.take_over(lease, found)
 
 
 def _closed_already(found: Record | None) -> list[tuple[int, int]]:
@@ -299,9 +271,7 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
             undo.callback(lease.shield.close)
             if lease.shield.tags is None:
                 lease.forget_key("the guard before this one had none")
-            lease.shield.replace_peers(lease.policy.peers)
-            if lease.shield.tags is not None and lease.key is not None:
-                lease.shield.tags.replace_networks(lease.policy.tagged)
+            _fit_shield(lease, cgroup)
             return
     if lease.key is not None:
         from securerun.guard import keyed
@@ -317,6 +287,12 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
     if not cgroup.populated() or cgroup.proving_ground != cgroup.descriptor:
         selftest.require_proof(cgroup.proving_ground, lease.caller.pid)
+
+
+def _fit_shield(lease: Lease, cgroup: JobCgroup) -> None:
+    from securerun.guard import takeover
+
+    takeover.fit_shield(lease, cgroup.descriptor)
 
 
 def _where(caller: Caller) -> net_cgroups.Memberships:

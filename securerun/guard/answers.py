@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from securerun.firewall.refusals import ShieldUnavailable
 from securerun.linux.sock_diag import SocketDiagnosis, SocketsUnavailable
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ class Answers:
     Raises SocketsUnavailable without sock_diag.
     """
 
-    def __init__(self, tags: Tags, whose: str) -> None:
-        """Begin. whose: what those who answered have not got, for people."""
+    def __init__(self, tags: Tags, whose: str, *, has_key: bool) -> None:
+        """Begin. whose: what those who answered have not got, for people. has_key: whether that is the job's key."""
         self._tags = tags
         self._whose = whose
+        self._has_key = has_key
         self._diagnosis = SocketDiagnosis()
         self._told: dict[tuple[Address, int], float] = {}
 
@@ -61,8 +63,23 @@ class Answers:
         if who not in self._told and len(self._told) >= _MOST_TOLD:
             return
         if who not in self._told:
-            yield f"{_written(*who)} answered without {self._whose}; {how}"
+            yield f"{_written(*who)} answered without {self._lacked_by(*who)}; {how}"
         self._told[who] = now
+
+    def _lacked_by(self, target: Address, port: int) -> str:
+        """Return what an answer lacks, and what to do: of an address that showed the key before, it is not that."""
+        if not self._has_key or not self._is_known(target):
+            return self._whose
+        return (
+            f"a tag, though {target} has this job's key: port {port} is planned here, and there it is public, or is of a "
+            "process that is not the job's; name it in --public on both nodes or on neither, and see who listens "
+            f"there (ss -ltnp sport = :{port})"
+        )
+
+    def _is_known(self, target: Address) -> bool:
+        with contextlib.suppress(ShieldUnavailable):
+            return target in self._tags.seen().guarded
+        return False
 
 
 def open_answers(lease: Lease) -> Answers | None:
@@ -70,7 +87,7 @@ def open_answers(lease: Lease) -> Answers | None:
     if lease.shield is None or lease.shield.tags is None:
         return None
     with contextlib.suppress(SocketsUnavailable):
-        return Answers(lease.shield.tags, _lacking(lease))
+        return Answers(lease.shield.tags, _lacking(lease), has_key=lease.key is not None)
     return None
 
 
@@ -80,11 +97,12 @@ def _lacking(lease: Lease) -> str:
             "being a process of this job, the only ones that --loopback job lets it meet on its planned ports of this "
             "host; start all of the job by one securerun, or use --loopback any"
         )
-    fix = "start it by securerun with the same key, or name it with --peers"
+    fix = "start it by securerun with the same key, make what is public there public here too, or name it with --peers"
     if lease.key_required:
         fix = (
-            "start it by securerun with the same key; if something in between takes TCP option 254 away, or it has, as "
-            "this host, a public address of a network of its own, name each there with --peers, and --key auto"
+            "start it by securerun with the same key, and make what is public there public here too; if something in "
+            "between takes TCP option 254 away, or it has, as this host, a public address of a network of its own, name "
+            "each there with --peers, and --key auto"
         )
     key = f"the tag of this job's key (fingerprint {lease.key.fingerprint})"
     return f"{key}, so it counts as no node of it: if it is one, {fix}"

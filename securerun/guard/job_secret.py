@@ -50,6 +50,12 @@ def make(run_id: str, secret: bytes, user: int, group: int) -> str:
     return str(DIRECTORY / run_id / NAME)
 
 
+def path_of(run_id: str) -> str:
+    """Return the file of a run; "" where there is none."""
+    place = DIRECTORY / run_id / NAME
+    return str(place) if os.path.lexists(place) else ""
+
+
 def remove(run_id: str) -> None:
     """Remove the file of a run, and what was made for it; there may be nothing."""
     with contextlib.suppress(OSError):

@@ -47,12 +47,18 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
     lease.order = dataclasses.replace(lease.order, key=None)
     found = _NONE_FOR_CONTAINERS if _is_of_container(lease, wanted) else keys.find(wanted, lease.caller, lease.site)
     if found.secret is None:
+        if found.is_forbidden and wanted.required and lease.order.adopt:
+            _close_to_all(lease, found.why)
+            return None
         _require_not_required(wanted.required, found.why)
         if found.is_wrong:
             lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
         return None
     if not lease.caller.is_root and lease.site.peers == ():
         why = f"this host allows no peers ({LIMITS_FILE})"
+        if wanted.required and lease.order.adopt:
+            _close_to_all(lease, why)
+            return None
         _require_not_required(wanted.required, why)
         lease.notes += (f"no key ({why}): nobody may connect",)
         return None
@@ -60,6 +66,12 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
     if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
         lease.forget_key(NO_SHIELD_NO_TAG)
     return found.secret
+
+
+def _close_to_all(lease: Lease, why: str) -> None:
+    from securerun.guard import takeover
+
+    takeover.close_to_all(lease, why)
 
 
 def _require_not_required(required: bool, why: str) -> None:
@@ -92,7 +104,7 @@ def _give(lease: Lease, key: JobKey, source: str, wanted: KeyOrder) -> None:
         through_any=wanted.through_any,
         within=within,
     )
-    if lease.policy.tags_from:
+    if lease.policy.tags_from and not lease.order.adopt:
         allowed = some([*map(str, lease.policy.tags_from)], _NETWORKS_NAMED)
         lease.notes += (
             f"a tag of the job's key counts from {allowed} alone, where this host allows peers ({LIMITS_FILE})",
@@ -121,6 +133,10 @@ def hand_out(lease: Lease, secret: JobSecret) -> None:
     """Make the file with the secret of the job's frameworks, which goes with the run's record; or say that there is
     none."""
     caller = lease.caller
+    if lease.found is not None and lease.found.key not in ("", secret.key().fingerprint):
+        # Made of what is not there any more: the run goes on by its own, and its secret is where it was.
+        lease.secret_path = job_secret.path_of(lease.policy.run_id)
+        return
     if caller.container:  # which does not see the file, and on the host somebody else may have its user id
         return
     try:

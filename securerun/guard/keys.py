@@ -44,13 +44,15 @@ class Found:
     """What an order's key comes to. secret: None where there is none, and `why` says so.
 
     source: where the guard has it from, in words; "" for the launcher's own. is_wrong: whether there is something that
-    was to be a source and must not be believed, of which people have to hear.
+    was to be a source and must not be believed, of which people have to hear. is_forbidden: whether the site lets no
+    job have a key of the guard's.
     """
 
     secret: JobSecret | None
     source: str = ""
     why: str = ""
     is_wrong: bool = False
+    is_forbidden: bool = False
 
 
 def find(wanted: KeyOrder, caller: Caller, site: SitePolicy) -> Found:
@@ -58,7 +60,8 @@ def find(wanted: KeyOrder, caller: Caller, site: SitePolicy) -> Found:
     if wanted.secret is not None:
         return Found(wanted.secret)
     if not _permitted(caller, site):
-        return Found(None, why=f'this host gives out no key (site_key = "off" in {LIMITS_FILE})')
+        why = f'this host gives out no key (site_key = "off" in {LIMITS_FILE})'
+        return Found(None, why=why, is_forbidden=True)
     if caller.user == ROOT and not caller.is_root:
         return Found(
             None, why="user id 0 without root's rights may be anybody in a container, and has no key of the site"

@@ -57,7 +57,7 @@ class Lease:
     missing. left_out: ports of the order that
     nobody asked for and that are not in its plan any more, with the reasons. has_parted: the launcher lives on, and is
     none of the job's any more. stands: the job runs behind what stands of the run, which its record names; until then a
-    record that cannot be written is an error.
+    record that cannot be written is an error. found: the record of the guard that died, where this one took over.
 
     unrecorded: the runs whose rules of the same backend were found left over when this one began: of killed containers.
 
@@ -102,6 +102,7 @@ class Lease:
         self.record = first_record(order, caller)
         self.has_parted = False
         self.stands = False
+        self.found: Record | None = None
         self._is_recorded = False
         self.presence: Presence | None = None
         self._held: int | None = None

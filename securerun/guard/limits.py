@@ -24,12 +24,14 @@ from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
 from securerun.linux import packages, port_ranges, trust
-from securerun.linux.networks import EVERY_HOST, Network
+from securerun.linux.networks import EVERY_HOST, Network, common
+from securerun.text import some
 
 # Peers of more addresses than such a network has are half the world rather than the nodes of a job; and 3,200 networks,
 # none of them wider, are all of IPv4 but 128 addresses.
 _WIDEST = {4: 8, 6: 16}
 _BITS = {4: 32, 6: 128}
+_NETWORKS_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,21 @@ def for_own_network(site: SitePolicy, order: Order) -> Order:
             f"have the host's administrator allow them (container_chains = true in {LIMITS_FILE})"
         )
     return dataclasses.replace(order, firewall="off")
+
+
+def narrowed(site: SitePolicy, order: Order, caller: Caller) -> tuple[Order, tuple[str, ...]]:
+    """Return the order of who takes over a run, without peers that the site lets this caller name no more; and that.
+
+    The job runs: to refuse it would leave it without a guard, and open to them.
+    """
+    if caller.is_root or site.peers is None or not order.adopt:
+        return order, ()
+    allowed = common(order.policy.peers, site.peers)
+    if allowed == order.policy.peers:
+        return order, ()
+    still = some([*map(str, allowed)], _NETWORKS_NAMED) or "no host"
+    word = f"of the peers {still} may still connect, by what this host allows now ({LIMITS_FILE})"
+    return dataclasses.replace(order, policy=dataclasses.replace(order.policy, peers=allowed)), (word,)
 
 
 def unasked_beyond(site: SitePolicy, policy: Policy, caller: Caller) -> dict[int, str]:

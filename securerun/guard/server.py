@@ -327,6 +327,7 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool, is_apart: bool) -
         limits.require_containers(permitted)
     if is_apart:
         order = limits.for_own_network(permitted, order)
+    order, notes = limits.narrowed(permitted, order, caller)
     limits.require_permitted(permitted, order, caller)
     caller.require_same_network()
     if order.slurm is not None:
@@ -345,7 +346,7 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool, is_apart: bool) -
         leave_shared_cgroups(caller.attendants)
         if not caller.is_root:
             _require_left()
-    return acquire(order, caller, permitted)
+    return acquire(order, caller, permitted, notes)
 
 
 def _require_left() -> None:

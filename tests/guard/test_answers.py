@@ -15,7 +15,7 @@ from typing import Any
 
 import kernel
 import pytest
-from cgroups import inside
+from cgroups import inside, socket_made_in
 from dialing import RETRANSMISSION_SECONDS, listening
 from hosts import Network
 from shield_field import FAMILIES, port_of
@@ -23,7 +23,8 @@ from tag_field import BY_TAG, KEY, TagField, shielded, tag_field, within
 
 from securerun.errors import PolicyError
 from securerun.firewall import tag, tagging
-from securerun.firewall.policy import Admission, Policy, PortRange, Purpose
+from securerun.firewall.policy import Admission, Opening, Policy, PortRange, Purpose
+from securerun.firewall.tags import Seen
 from securerun.guard import answers
 from securerun.guard.answers import Answers, open_answers
 from securerun.guard.documents import ProtocolError, policy_document, read_policy
@@ -77,8 +78,35 @@ def test_a_job_that_meets_no_node_of_its_own_sees_an_error_at_once(field: TagFie
         who = f"[{address}]:{port}" if family == 6 else f"{address}:{port}"
         assert said == [
             f"{who} answered without the tag of this job's key (fingerprint 01234567), so it counts as no node of it: "
-            "if it is one, start it by securerun with the same key, or name it with --peers; the connection was ended"
+            "if it is one, start it by securerun with the same key, make what is public there public here too, or name "
+            "it with --peers; the connection was ended"
         ]
+
+
+@FAMILIES
+def test_a_port_that_is_public_on_one_node_and_planned_on_another_is_told_where_it_is_planned(
+    field: TagField, family: int
+) -> None:
+    address = field.peer.addresses[0 if family == 4 else 1]
+    with contextlib.ExitStack() as stack:
+        port = 7171
+        stack.enter_context(shielded(field.far, replace(BY_TAG, public=(Opening(port, port),))))
+        own = stack.enter_context(socket_made_in(field.far, lambda: listening(field.peer)))
+        stack.enter_context(socket_made_in(field.far, lambda: listening(field.peer, port)))
+        found = stack.enter_context(looked_out(field, port))
+        said: list[str] = []
+
+        def meet() -> None:
+            assert select.select([found], [], [], RETRANSMISSION_SECONDS)[0]
+            said.extend(found.take_in())
+
+        assert within(field.job, field.host, lambda: connected(address, port_of(own))) == 0
+        with _meanwhile(meet):
+            assert within(field.job, field.host, lambda: connected(address, port)) == errno.ECONNABORTED
+    (line,) = said
+    where = f"[{address}]:{port}" if family == 6 else f"{address}:{port}"
+    assert line.startswith(f"{where} answered without a tag, though {address} has this job's key: port {port} is ")
+    assert "name it in --public on both nodes or on neither" in line and "start it by securerun" not in line
 
 
 @contextlib.contextmanager
@@ -95,7 +123,7 @@ def test_of_many_who_answer_a_bounded_number_is_told(field: TagField, monkeypatc
     monkeypatch.setattr(answers, "_MOST_TOLD", 3)
     with looked_out(field, 29500) as found:
         ended = []
-        fake = SimpleNamespace(answers=lambda: [answer(f"10.0.0.{number % 5}") for number in range(40)])
+        fake = SimpleNamespace(answers=lambda: [answer(f"10.0.0.{number % 5}") for number in range(40)], seen=Seen)
         monkeypatch.setattr(found, "_tags", fake)
         monkeypatch.setattr(
             found, "_diagnosis", SimpleNamespace(end=lambda *ends: ended.append(ends), close=lambda: None)

@@ -11,9 +11,9 @@ import pytest
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import Opening, Policy, PortRange, Purpose
-from securerun.guard.acquire import _take_over
 from securerun.guard.limits import _understood, require_permitted
 from securerun.guard.protocol import Order
+from securerun.guard.takeover import take_over
 from securerun.linux.networks import collapse
 
 EVERY, TEN, ELEVEN, SIX = (), ("10.9.0.0/16",), ("11.0.0.0/16",), ("fd00::/16",)
@@ -87,5 +87,5 @@ def test_whoever_takes_a_run_over_has_the_public_ports_that_its_shield_has() -> 
     for public in ((), (Opening(7002, 7002),)):
         standing.policy = replace(asked.policy, public=public)
         with pytest.raises(PrivilegeError, match="has other public ports"):
-            _take_over(lease, standing)  # type: ignore[arg-type]
+            take_over(lease, standing)  # type: ignore[arg-type]
     assert not lease.stands
