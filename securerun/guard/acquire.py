@@ -282,6 +282,8 @@ def _hang_shield(lease: Lease, undo: ExitStack) -> None:
         from securerun.firewall import tag_proof  # not every job goes by tags
 
         tag_proof.require_tags(cgroup.descriptor, lease.caller.pid)
+    if lease.found is not None:
+        _require_same_key(lease)
     lease.shield = Shield.attach(cgroup.descriptor, lease.policy, lease.key)
     undo.callback(lease.shield.close)
     # The self-test forbids all sending for its moment, so it comes before anything moves in.
@@ -293,6 +295,12 @@ def _fit_shield(lease: Lease, cgroup: JobCgroup) -> None:
     from securerun.guard import takeover
 
     takeover.fit_shield(lease, cgroup.descriptor)
+
+
+def _require_same_key(lease: Lease) -> None:
+    from securerun.guard import takeover
+
+    takeover.require_same_key(lease)
 
 
 def _where(caller: Caller) -> net_cgroups.Memberships:

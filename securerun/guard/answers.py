@@ -71,8 +71,8 @@ class Answers:
         if not self._has_key or not self._is_known(target):
             return self._whose
         return (
-            f"a tag, though {target} has this job's key: port {port} is planned here, and there it is public, or is of a "
-            "process that is not the job's; name it in --public on both nodes or on neither, and see who listens "
+            f"a tag, though {target} has this job's key: port {port} is planned here, and there it is public, or is of "
+            "a process that is not the job's; name it in --public on both nodes or on neither, and see who listens "
             f"there (ss -ltnp sport = :{port})"
         )
 
@@ -101,8 +101,8 @@ def _lacking(lease: Lease) -> str:
     if lease.key_required:
         fix = (
             "start it by securerun with the same key, and make what is public there public here too; if something in "
-            "between takes TCP option 254 away, or it has, as this host, a public address of a network of its own, name "
-            "each there with --peers, and --key auto"
+            "between takes TCP option 254 away, or it has, as this host, a public address of a network of its own, "
+            "name each there with --peers, and --key auto"
         )
     key = f"the tag of this job's key (fingerprint {lease.key.fingerprint})"
     return f"{key}, so it counts as no node of it: if it is one, {fix}"

@@ -59,6 +59,8 @@ def take_over(lease: Lease, found: Record) -> None:
     lease.policy = dataclasses.replace(lease.policy, ports=(*lease.order.policy.ports, *more))
     # And what was closed while the job ran: it would be open until it is found again.
     lease.record = dataclasses.replace(lease.record, policy=lease.policy)
+    if lease.key is not None and found.key:  # of what stands, whatever a file has by now that it was made of
+        lease.record = dataclasses.replace(lease.record, key=found.key)
     lease.found = found
 
 
@@ -101,10 +103,16 @@ def fit_shield(lease: Lease, cgroup: int) -> None:
     lease.shield.replace_peers(lease.policy.peers)
     if lease.shield.tags is not None and lease.key is not None:
         lease.shield.tags.replace_networks(lease.policy.tagged)
-        # What the programs have is the run's key, whatever a file has by now that it was made of.
-        fingerprint = lease.found.key or lease.key.fingerprint
-        lease.key = dataclasses.replace(lease.key, fingerprint=fingerprint)
-        lease.record = dataclasses.replace(lease.record, key=fingerprint)
+        lease.key = dataclasses.replace(lease.key, fingerprint=lease.record.key)
+
+
+def require_same_key(lease: Lease) -> None:
+    """Raise PrivilegeError where a shield is to be hung for a run whose key cannot be made any more."""
+    if lease.key is not None and lease.key.fingerprint != lease.record.key:
+        raise PrivilegeError(
+            f"the key of run {lease.policy.run_id} was made of what is not there any more, and a shield cannot be hung "
+            "without it: what stands stays; start the job again"
+        )
 
 
 def _judged_by(policy: Policy) -> tuple[object, ...]:
@@ -114,11 +122,7 @@ def _judged_by(policy: Policy) -> tuple[object, ...]:
 
 def _replace_shield(lease: Lease, cgroup: int, standing: Shield, found: Record) -> None:
     """Hang another shield in the place of the one that stands. For a moment both judge, and each has to let one in."""
-    if lease.key is not None and lease.key.fingerprint != found.key:
-        raise PrivilegeError(
-            f"the key of run {found.run_id} was made of what is not there any more, and without it the shield cannot "
-            "be made to judge otherwise: what stands stays; start the job again"
-        )
+    require_same_key(lease)
     try:
         lease.shield = Shield.attach(cgroup, lease.policy, lease.key)
         standing.detach()
