@@ -57,7 +57,7 @@ LOADED_BY_THE_GUARD = {
     "shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets "
     "namespaces net_cgroups netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes "
-    "sock_diag trust",
+    "sent_along sock_diag trust",
     "": "errors site_file text",
 }
 # And this while the launcher imports torch, for `--firewall auto`, and to tell whether something may void a shield.

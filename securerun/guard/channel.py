@@ -12,7 +12,8 @@ import socket
 import stat
 
 from securerun.errors import PrivilegeError
-from securerun.linux import proc
+from securerun.guard.documents import ProtocolError
+from securerun.linux import proc, sent_along
 
 _READ_BYTES = 65536
 
@@ -30,6 +31,7 @@ class Channel:
             if stat.S_ISSOCK(mode):
                 self._socket = socket.socket(fileno=os.dup(descriptor))
                 self.descriptor = self._socket.fileno()
+                sent_along.take_none(self._socket)
                 return
             if not stat.S_ISFIFO(mode):
                 raise PrivilegeError("a guard takes its orders from a pipe or a socket; it is securerun that starts it")
@@ -38,13 +40,18 @@ class Channel:
             raise PrivilegeError(f"the launcher has closed its end: {error.strerror}") from error
 
     def read(self) -> bytes | None:
-        """Read what is there; b"" when the other end is closed, None when there is nothing now. Raises OSError."""
+        """Read what is there; b"" when the other end is closed, None when there is nothing now.
+
+        Raises OSError, and ProtocolError where descriptors were sent along: then nothing more is to be read.
+        """
         try:
             if self._socket is not None:
-                return self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+                return sent_along.receive(self._socket, _READ_BYTES, socket.MSG_DONTWAIT)
             return os.read(self.descriptor, _READ_BYTES)
         except BlockingIOError:
             return None
+        except sent_along.DescriptorsSent as error:
+            raise ProtocolError(str(error)) from error
         except ConnectionError:
             return b""
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from securerun.errors import PrivilegeError
 from securerun.guard import containers, inherited, log, program, refusals
 from securerun.guard.protocol import Refused, encode
-from securerun.linux import local_sockets, proc
+from securerun.linux import local_sockets, proc, sent_along
 from securerun.linux.namespaces import Namespace
+from securerun.linux.sent_along import Parting
 
 _NAME = "securerun-guard"
 _MODE, _DIRECTORY_MODE = 0o666, 0o755
@@ -37,6 +38,10 @@ _AT_ONCE, _A_SECOND = 16, 2.0
 _MOST_KNOWN = 4096
 _LOOK_MILLISECONDS = 1000
 _SAID_SECONDS = 60.0
+# Connections that are to be closed by a child, some at a time; without a child they are open until there can be one.
+_UNREAD_AT_ONCE = 64
+_MOST_UNREAD = 1024
+_PAUSE_SECONDS = 0.25
 
 
 class Share:
@@ -127,7 +132,7 @@ def _serve(listener: socket.socket) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os.write(wake, b"."))
     signal.signal(signal.SIGINT, lambda *_: os.write(wake, b"."))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    guards, said = Guards(), 0.0
+    guards, parting, said = Guards(), Parting(), 0.0
     poller = select.poll()
     for descriptor in (listener.fileno(), ended):
         poller.register(descriptor, select.POLLIN)
@@ -136,28 +141,40 @@ def _serve(listener: socket.socket) -> None:
         guards.reap()
         if ended in ready:
             return
+        if len(parting) >= _UNREAD_AT_ONCE or not ready:
+            parting.close()
         if listener.fileno() not in ready:
             continue
-        obstacle = _serve_next(guards, listener)
+        if len(parting) >= _MOST_UNREAD:
+            time.sleep(_PAUSE_SECONDS)
+            continue
+        obstacle = _serve_next(guards, listener, parting)
         if obstacle and time.monotonic() - said > _SAID_SECONDS:
             said = time.monotonic()
             log.note(_NAME, f"turned away at the door: {obstacle}")
 
 
-def _serve_next(guards: Guards, listener: socket.socket) -> str:
+def _serve_next(guards: Guards, listener: socket.socket, parting: Parting) -> str:
     """Have a guard for who connected first; return why there is none, "" where there is."""
+    has_guard = False
     try:
         connection = listener.accept()[0]
-        with connection:
-            return _begin(guards, connection)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    try:
+        if _has_hung_up(connection):
+            return ""
+        obstacle = _begin(guards, connection)
+        has_guard = not obstacle
+        return obstacle
     except Exception as error:  # one who connects must not end it for all others
         return f"{type(error).__name__}: {error}"
+    finally:
+        parting.take(connection, is_anothers=has_guard)
 
 
 def _begin(guards: Guards, connection: socket.socket) -> str:
-    """Have a guard for a connection, or say why not; return that. Who has hung up needs neither."""
-    if _has_hung_up(connection):
-        return ""
+    """Have a guard for a connection, or say why not; return that."""
     account = _account(connection)
     obstacle = guards.obstacle(account)
     if not obstacle:
@@ -235,7 +252,7 @@ def _listen(place: Path) -> socket.socket:
 
 
 def _is_served(place: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+    with sent_along.deaf() as end:
         try:
             end.connect(str(place))
         except BlockingIOError:
@@ -246,8 +263,11 @@ def _is_served(place: Path) -> bool:
 
 
 def _remove(place: Path, listener: socket.socket) -> None:
-    """Remove the socket unless another has taken its place. What a socket is bound to is told by its name alone."""
-    listener.close()
+    """Remove the socket unless another has taken its place. What a socket is bound to is told by its name alone.
+
+    Closed it is by the end of this process, with those in it that nobody has served.
+    """
+    listener.shutdown(socket.SHUT_RD)  # nobody can connect any more
     if not _is_served(place):
         with contextlib.suppress(OSError):
             place.unlink()

@@ -12,6 +12,7 @@ import os
 import socket
 
 from securerun.guard.protocol import presence_of
+from securerun.linux.sent_along import Parting
 
 _WAITING = 16
 _MORE_BYTES = 8
@@ -29,14 +30,20 @@ class Presence:
     def __init__(self, run_id: str) -> None:
         first = presence_of(run_id)
         self._end = _standing_at(first) or _standing_at(f"{first}-{os.urandom(_MORE_BYTES).hex()}")
+        self._parting = Parting()
 
     def make_room(self) -> None:
-        """Let those go that have connected, of whom there is room for a few: to be done from time to time."""
-        if self._end is None:
+        """Let those go that have connected, of whom there is room for a few: to be done from time to time.
+
+        While none of those can be let go that came before, nobody is.
+        """
+        self._parting.close()
+        if self._end is None or len(self._parting):
             return
         with contextlib.suppress(OSError):
             for _ in range(_WAITING + 1):
-                self._end.accept()[0].close()
+                self._parting.take(self._end.accept()[0])
+        self._parting.close()
 
     def close(self) -> None:
         """Take the sign down."""

@@ -36,8 +36,10 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 # -S: it needs the standard library alone, and site-packages' start-up files take longer than all of its own.
 # The package's directory comes last on the path, so that nothing beside it can stand in for the standard library.
 _PROGRAM = (
-    "import sys; sys.path.append(sys.argv.pop(1)); from securerun.{module} import main; sys.exit(main(sys.argv[1:]))"
+    "import sys; sys.path.append(sys.argv.pop(1)); from securerun.{module} import main; {end}(main(sys.argv[1:]))"
 )
+# Nothing of it is taken apart first: what others sent along on its sockets is for the kernel to close (sent_along.py).
+_AT_ONCE = "__import__('os')._exit"
 _USAGE = (
     "securerun starts this, by sudo or systemd, see securerunctl setup; for the containers of a node root "
     f"starts {NAME} {LISTEN_ARGUMENT} [SOCKET]"
@@ -48,7 +50,7 @@ _KEPT = ("SUDO_UID",)
 
 def command(*arguments: str) -> list[str]:
     """Return the command line of a guard with this interpreter and this package."""
-    return _command("guard.server", arguments)
+    return _command("guard.server", arguments, _AT_ONCE)
 
 
 def of_slurm(*arguments: str) -> list[str]:
@@ -56,13 +58,13 @@ def of_slurm(*arguments: str) -> list[str]:
     return _command("slurm", arguments)
 
 
-def _command(module: str, arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-I", "-S", "-c", _PROGRAM.format(module=module), _PACKAGE_PARENT, *arguments]
+def _command(module: str, arguments: Sequence[str], end: str = "sys.exit") -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", _PROGRAM.format(module=module, end=end), _PACKAGE_PARENT, *arguments]
 
 
 def listening(place: str) -> list[str]:
     """Return the command line of what starts a guard for each who connects to a socket."""
-    return _command("guard.listener", (place,))
+    return _command("guard.listener", (place,), _AT_ONCE)
 
 
 def hook() -> list[str]:

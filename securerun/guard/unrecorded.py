@@ -12,7 +12,6 @@ No launch that finds no such rules loads this.
 from __future__ import annotations
 
 import re
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -22,7 +21,7 @@ from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import noted, program, records, reserved
 from securerun.guard.presence import MORE_NAMES
 from securerun.guard.protocol import presence_of
-from securerun.linux import capabilities, local_sockets, proc, processes, user_namespaces
+from securerun.linux import capabilities, local_sockets, proc, processes, sent_along, user_namespaces
 from securerun.linux.port_ranges import ReservationUnavailable
 
 # What stands in the way of removing.
@@ -83,7 +82,7 @@ def is_stood_for(run_id: str) -> bool:
 
 
 def _is_a_guards(name: str | bytes) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+    with sent_along.deaf() as end:
         try:
             end.connect(name)
         except ConnectionRefusedError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from securerun.errors import PolicyError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard import records
 from securerun.guard.protocol import RUN_ID_VARIABLE, presence_of
-from securerun.linux import local_sockets, proc
+from securerun.linux import local_sockets, proc, sent_along
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.options import Options
 
@@ -161,7 +160,7 @@ def _is_in_network_of(run_id: str) -> bool:
 
     for _ in range(_LOOKS):
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+            with sent_along.deaf() as end:
                 end.connect(keeper.place_of(run_id))
                 return local_sockets.peer_of(end)[1] == os.getuid()
         except BlockingIOError:  # as many wait there as may: the launcher lets each go in a moment
@@ -182,7 +181,7 @@ def _guard_lives(run_id: str) -> bool:
 
 def _stands_there(run_id: str) -> bool:
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as end:
+        with sent_along.deaf() as end:
             end.connect(presence_of(run_id))
             return local_sockets.peer_of(end)[1] == _ROOT
     except OSError:

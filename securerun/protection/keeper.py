@@ -33,6 +33,7 @@ from typing import Any
 
 from securerun.linux import forked, local_sockets, namespaces, own_network, prctl, proc, processes, user_namespaces
 from securerun.linux.processes import Process
+from securerun.linux.sent_along import Parting
 
 NAME = "securerun-keep"
 # In the command of a way out: the process whose network it is for.
@@ -188,6 +189,7 @@ class _Keeper:
         self._inside_child = 0
         self._ended: deque[float] = deque(maxlen=_RESTARTS)
         self._teller: socket.socket | None = None
+        self._parting = Parting()
 
     def keep(self) -> None:
         """Do all of the work, until nothing is left of it."""
@@ -341,10 +343,13 @@ class _Keeper:
             return
         with contextlib.suppress(OSError):
             asking, _ = self._teller.accept()
-            with asking:
+            try:
                 if local_sockets.peer_of(asking)[1] in {os.getuid(), 0}:
                     asking.settimeout(_TELL_SECONDS)
                     asking.sendall(json.dumps(self._kept.record).encode())
+            finally:
+                self._parting.take(asking)
+                self._parting.close()
 
     def _see_it_empty(self) -> None:
         """End what a job left that failed or whose launcher was killed; wait for what one left that ended well."""

@@ -8,6 +8,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from securerun.errors import UsageError
 from securerun.guard import program
 from securerun.guard.documents import MAXIMUM_BYTES
 from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode
-from securerun.linux import capabilities, local_sockets, prctl, proc
+from securerun.linux import capabilities, local_sockets, prctl, proc, sent_along
 from securerun.options import SITE_CONFIG, of_site
 
 DIRECTLY, BY_SUDO, BY_SYSTEMD = "directly", "by sudo", "by systemd"
@@ -52,6 +53,8 @@ _LAST_WORDS_SECONDS = 1.0
 # For sudo to say whether it would run something; it may have to ask a directory service.
 _SUDO_SECONDS = 10.0
 _LAST_STANDARD = 2
+_CONNECT_SECONDS = 10
+_TIME = struct.Struct("@ll")  # struct timeval
 
 
 class Connection:
@@ -397,21 +400,36 @@ def beside_standard(descriptor: int) -> int:
 def _open_socket(*, brings_key: bool = False) -> Connection:
     """Connect to the socket. Raises OSError when nobody, or nobody of root's, listens there."""
     place = socket_place()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
         with contextlib.suppress(OSError):
             end.bind(program.launcher_address(brings_key=brings_key))
         _connect(end, place)
         _, user = local_sockets.peer_of(end)
         if user != _ROOT and not (user == proc.overflow_user() and _only_root_put_it_there(place)):
             raise PermissionError(f"{place} is served by user {user}, not by root")
-        descriptor = beside_standard(end.detach())
+    except BaseException:
+        parting = sent_along.Parting()
+        parting.take(end)
+        parting.close()
+        raise
+    descriptor = beside_standard(end.detach())
     return Connection(descriptor, descriptor, None, None)
 
 
 def _connect(end: socket.socket, place: Path) -> None:
     """Connect to the socket at a place. Raises OSError, which names the place and says what to do."""
+    # While as many wait there as may, one more is to wait as well, for as long as anybody likes (unix_wait_for_peer).
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(_CONNECT_SECONDS, 0))
     try:
         end.connect(str(place))
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(0, 0))
+    except BlockingIOError as error:
+        words = (
+            f"too many wait at {place} to be served: for {_CONNECT_SECONDS} s there was no place for one more; look "
+            "at what listens there, on the host (systemctl status securerun.socket), and try again"
+        )
+        raise OSError(error.errno, words) from error
     except ConnectionRefusedError as error:
         words = (
             f"nobody listens at {place} any more; have the host's guard listen again (systemctl restart "

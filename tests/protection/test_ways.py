@@ -7,17 +7,21 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from cgroups import in_child
 from sandbox import NOBODY
 
+from securerun.errors import PrivilegeError
 from securerun.guard.documents import ProtocolError
 from securerun.guard.protocol import Ready, Release, encode
 from securerun.linux import capabilities, libc, proc
 from securerun.protection import ways
+from securerun.protection.client import Guard
 from securerun.protection.ways import Connection
 
 SHORT_SECONDS = 0.05
@@ -297,6 +301,43 @@ def test_socket_without_a_listener_is_named_with_what_to_do(tmp_path: Path, monk
     monkeypatch.setenv("SECURERUN_SOCKET", f"/{'x' * 120}")
     with pytest.raises(OSError, match="x cannot be connected to: AF_UNIX path too long"):
         ways._open_socket()
+
+
+def test_socket_at_which_too_many_wait_is_waited_for_some_seconds_and_then_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever listens there may be stopped, or keep up with nobody: a launch waited without a word, and without end."""
+    place = tmp_path / "guard.sock"
+    monkeypatch.setenv("SECURERUN_SOCKET", str(place))
+    monkeypatch.setattr(ways, "_CONNECT_SECONDS", 1)
+    with ExitStack() as ends:
+        listener = ends.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(place))
+        listener.listen(0)
+        first = ends.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(str(place))
+        began = time.monotonic()
+        with pytest.raises(OSError, match=f"too many wait at {place} to be served: for 1 s"):
+            ways._open_socket()
+        assert 0.9 < time.monotonic() - began < 5
+        (way,) = ways.by_socket_alone()
+        with pytest.raises(PrivilegeError, match=r"too many wait at .* \(systemctl status securerun.socket\)"):
+            Guard(by=lambda: (way,)).report()
+
+
+@pytest.mark.usefixtures("root")
+def test_connection_that_was_waited_for_waits_for_its_answers_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "guard.sock"
+    monkeypatch.setenv("SECURERUN_SOCKET", str(place))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+        connection = ways._open_socket()
+        with socket.socket(fileno=connection._orders) as end:
+            limit = end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, ways._TIME.size)
+            assert ways._TIME.unpack(limit) == (0, 0)
 
 
 def test_advice_is_for_the_place_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
