@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall import job_key, shield, tag_proof, tagging
+from securerun.firewall import job_key, shield, tag_proof, tag_writer, tagging
 from securerun.firewall.job_key import JobKey, JobSecret
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.guard import job_secret, keys, run_directory
@@ -33,10 +33,11 @@ _NONE_FOR_CONTAINERS = Found(None, why="a user id in a container is nobody's own
 
 
 def prepare() -> None:
-    """Load all that an order with a key takes, for whoever has time now and none later."""
+    """Load all that an order with a key takes, and make what does not depend on it, for whoever has time now."""
     for name in _LATER:
         importlib.import_module(name)
     job_key.prepare()
+    tag_writer.writing_program()
 
 
 def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
