@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks securerun.
-#   scripts/test.sh                     sets up, checks style and types, and runs all tests, as many at a time as there are
-#                                       cores, each runner in a /run and a cgroup tree of its own
+#   scripts/test.sh                     sets up, checks style and types, and runs all tests, three at a time for two cores,
+#                                       each runner in a /run and a cgroup tree of its own
 #   scripts/test.sh -k shield           likewise; arguments go to pytest, which then runs one test at a time
 #   scripts/test.sh --fast [ARGUMENTS]  only the tests that need neither root nor namespaces, and take no time: for whoever
 #                                       changes a line. No lint, which is scripts/lint.sh
@@ -24,6 +24,7 @@ fi
 
 scripts/lint.sh
 if [ $# = 0 ] && [ "$(id -u)" = 0 ]; then
-    set -- --dist loadfile --no-loadscope-reorder --tx "$(nproc)*popen//python=$PWD/scripts/isolated.sh $python"
+    # A third of a test is waiting.
+    set -- --dist loadfile --no-loadscope-reorder --tx "$((($(nproc) * 3 + 1) / 2))*popen//python=$PWD/scripts/isolated.sh $python"
 fi
 exec "$python" -m pytest "$@" < /dev/null

@@ -297,7 +297,9 @@ class Docker(Engine):
                 stdout=written,
                 stderr=subprocess.STDOUT,
             )
-        if not eventually(lambda: bool(self.call("version", check=False)), seconds=_START_SECONDS):
+        # By itself `docker version` says something of the client, whether the daemon answers or not.
+        asked = ("version", "--format", "{{.Server.Version}}")
+        if not eventually(lambda: bool(self.call(*asked, check=False).strip()), seconds=_START_SECONDS):
             raise RuntimeError(f"dockerd does not answer: {log.read_text()[-2000:]}")
         self.call("import", self._write_image(), IMAGE)
 
