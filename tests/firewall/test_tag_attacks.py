@@ -105,12 +105,9 @@ def test_a_master_that_is_none_answers_with_no_tag_that_it_has_seen(field: TagFi
         assert made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
+@kernel.needing(kernel.MPTCP)
 def test_a_subflow_of_multipath_tcp_has_no_room_for_a_tag_and_is_refused(field: TagField) -> None:
     """MP_JOIN takes 12 bytes beside those of a SYN: of 40 there is no room for 12 more."""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP).close()
-    except OSError:
-        pytest.skip("no multipath TCP here")
     if shutil.which("ip") is None or field.peer.run(["ip", "mptcp", "limits", "show"]).returncode != 0:
         pytest.skip("this ip knows no mptcp")
     other = "10.77.0.102"

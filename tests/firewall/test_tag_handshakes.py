@@ -189,11 +189,8 @@ def open_with_data(listener: socket.socket, address: str) -> None:
             exchange(near, far)
 
 
+@kernel.needing(kernel.MPTCP)
 def test_a_connection_of_the_job_by_multipath_tcp(field: TagField) -> None:
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP).close()
-    except OSError:
-        pytest.skip("no multipath TCP here")
     with field.shielded(), field.listener(protocol=_IPPROTO_MPTCP) as of_the_job:
         port = port_of(of_the_job)
 

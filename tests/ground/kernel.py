@@ -33,6 +33,7 @@ from securerun.linux.assembler import R0, R1, R7, assemble, calculate, leave, lo
 from securerun.linux.bpf import Map, Program
 
 _CAP_BPF = 39  # include/uapi/linux/capability.h
+_IPPROTO_MPTCP = 262  # include/uapi/linux/in.h
 # include/uapi/linux/bpf.h: skb_data and skb_data_end in struct bpf_sock_ops
 _COMPARING = """
 from securerun.linux.assembler import R0, R1, R2, R3, Label, assemble, calculate, jump_if, leave, load
@@ -132,6 +133,10 @@ def _find_cgroup_of_listener() -> None:
             raise OSError("INET_DIAG_CGROUP_ID is not in its answer")
 
 
+def _make_a_multipath_socket() -> None:
+    socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP).close()
+
+
 def _file_of_cgroups(name: str) -> Callable[[], None]:
     def ask() -> None:
         with new_cgroup() as cgroup:
@@ -148,6 +153,7 @@ TAGS = Need("programs that write TCP options (BPF_SOCK_OPS_WRITE_HDR_OPT_CB)", _
 CAP_BPF = Need("capability of its own for bpf(2) (CAP_BPF)", _know_cap_bpf)
 PACKETS_FOR_CAP_BPF = Need("look at packets for a program of who has CAP_BPF alone", _compare_packets_with_their_end)
 CGROUPS_OF_SOCKETS = Need("word on which cgroup a socket belongs to", _find_cgroup_of_listener)
+MPTCP = Need("MPTCP", _make_a_multipath_socket)
 KILLING_CGROUPS = Need("way to end a cgroup at once (cgroup.kill)", _file_of_cgroups("cgroup.kill"))
 FREEZING_CGROUPS = Need("way to freeze a cgroup (cgroup.freeze)", _file_of_cgroups("cgroup.freeze"))
 

@@ -93,12 +93,9 @@ def test_a_listener_is_found_with_address_port_and_inode(family: int, address: s
         assert (found.address, found.port) == (ipaddress.ip_address(address), port_of(made))
 
 
+@kernel.needing(kernel.MPTCP)
 def test_an_mptcp_listener_is_found_once_with_the_inode_that_the_process_holds() -> None:
-    try:
-        made = listener(protocol=IPPROTO_MPTCP)
-    except OSError:
-        pytest.skip("this kernel has no MPTCP")
-    with made:
+    with listener(protocol=IPPROTO_MPTCP) as made:
         assert [one.inode for one in sock_diag.listeners() if one.port == port_of(made)] == [inode_of(made)]
 
 
@@ -298,12 +295,9 @@ def test_a_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
 
 
 @TELLS_CGROUPS
+@kernel.needing(kernel.MPTCP)
 def test_an_mptcp_listener_carries_the_number_of_its_cgroup(cgroup: Cgroup) -> None:
-    try:
-        made = socket_made_in(cgroup, lambda: listener(protocol=IPPROTO_MPTCP))
-    except AssertionError:
-        pytest.skip("this kernel has no MPTCP")
-    with made:
+    with socket_made_in(cgroup, lambda: listener(protocol=IPPROTO_MPTCP)) as made:
         assert found_of(made)[0].cgroup_id == sock_diag.cgroup_id(cgroup.descriptor)
 
 
