@@ -58,6 +58,13 @@ def _write(path: str, text: str) -> None:
     Path(path).write_text(text)
 
 
+def _keep_one_processor() -> None:
+    processors = os.sched_getaffinity(0)
+    if len(processors) == 1:
+        raise OSError("this machine has one processor")
+    os.sched_setaffinity(0, {min(processors)})
+
+
 def _keep_descriptor() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (80_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     os.dup2(0, _FAR_DESCRIPTOR, inheritable=True)
@@ -86,7 +93,7 @@ OF_ANYBODY: dict[str, Callable[[], Any]] = {
     "core group": lambda: prctl(62, 1, 0, 0),
     "niceness": lambda: min(0, os.nice(7)),
     "autogroup": lambda: _write("/proc/self/autogroup", "11"),
-    "processors": lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+    "processors": _keep_one_processor,
     "memory shortage": lambda: _write("/proc/self/oom_score_adj", "777"),
     "keyring": lambda: min(0, call(_KEYCTL, 1, b"callers")),
     "keys": lambda: min(0, call(_KEYCTL, 14, 4)),
