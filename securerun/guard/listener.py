@@ -112,19 +112,22 @@ def main(arguments: Sequence[str]) -> int:
     try:
         inherited.require_unlimited()
         _go_where_the_node_is()
+        # Whoever sees the socket may tell it to end.
+        ended = _hear_of_the_end()
         listener = _listen(place)
     except PrivilegeError as error:
         program.say(str(error))
         return error.status
     log.note(_NAME, f"listening at {place}")
     try:
-        _serve(listener)
+        _serve(listener, ended)
     finally:
         _remove(place, listener)
     return 0
 
 
-def _serve(listener: socket.socket) -> None:
+def _hear_of_the_end() -> int:
+    """Return what can be read from when this is told to end."""
     # What started this may ignore the end of its children, and then none is told of; or keep SIGTERM from them.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ended, wake = os.pipe()
@@ -132,6 +135,10 @@ def _serve(listener: socket.socket) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os.write(wake, b"."))
     signal.signal(signal.SIGINT, lambda *_: os.write(wake, b"."))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    return ended
+
+
+def _serve(listener: socket.socket, ended: int) -> None:
     guards, parting, said = Guards(), Parting(), 0.0
     poller = select.poll()
     for descriptor in (listener.fileno(), ended):

@@ -62,6 +62,8 @@ if [ "${1:-}" = service ]; then
     run_command
     turn_off
 fi
+# As its package's script does.
+chmod 0440 /etc/sudoers
 [ "${systemd:?}" = 0 ] || become_systemd
 
 mkdir -p /dev/pts /dev/shm

@@ -7,9 +7,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from checkout import CHECKOUT
 from hosts import eventually
 from users import GUARD
 
@@ -104,7 +106,7 @@ def test_listener_that_was_started_deaf_hears_its_end_and_its_childrens(tmp_path
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             try:
-                listener._serve(end)
+                listener._serve(end, listener._hear_of_the_end())
             finally:
                 os._exit(0 if signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL else 1)
     try:
@@ -129,6 +131,23 @@ def test_listener_without_standard_streams_has_nothing_of_its_own_in_their_place
     finally:
         process.terminate()
         assert process.wait(timeout=20) == 0
+
+
+@pytest.mark.usefixtures("root")
+def test_listener_that_is_told_to_end_once_its_socket_is_there_leaves_none(tmp_path: Path) -> None:
+    """However soon: between the two it wrote its first line to the log, which takes its time."""
+    place = tmp_path / "securerun.d" / "guard.sock"
+    program = """
+import os, signal, sys
+sys.path.append(sys.argv[1])
+from securerun.guard import listener, log
+log.note = lambda _, words: words.startswith("listening") and os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(listener.main(sys.argv[2:]))
+"""
+    command = [sys.executable, "-I", "-S", "-c", program, str(CHECKOUT), str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(place.parent) == []
 
 
 @pytest.mark.usefixtures("root")
