@@ -38,7 +38,11 @@ PACKAGES = (
     *("python3", "iptables", "nftables", "iproute2", "procps", "util-linux", "kmod", "sudo", "passwd", "mawk"),
     *("systemd", "systemd-sysv", "git", "gcc", "libc6-dev", "python3-dev", "findutils", "iputils-ping"),
 )
-TORCH = os.environ.get("SECURERUN_TORCH", "torch==2.13.0")
+# Of the newer ones PyPI's wheels for aarch64 want CUDA.
+TORCHES = {
+    name: os.environ.get("SECURERUN_TORCH", torch)
+    for name, torch in {"amd64": "torch==2.13.0", "arm64": "torch==2.9.1"}.items()
+}
 # pip weighs the conditions of wheels for the machine that it runs on: what torch wants is named for the others.
 TORCH_NEEDS = ("filelock", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec")
 WHEELS = (
@@ -378,7 +382,7 @@ def _configure(root: Path) -> None:
 def site_image(architecture: str, *, torch: bool) -> Path:
     """A disk with a virtual environment on it, mounted at /srv/site; the checkout is in its path."""
     compiled = COMPILED if _is_like_this_one(architecture) else ()
-    made_by = key_of(PYTHON, WHEELS, SOURCES, compiled, COMMANDS, TORCH if torch else None, 1)
+    made_by = key_of(PYTHON, WHEELS, SOURCES, compiled, COMMANDS, TORCHES[architecture] if torch else None, 1)
 
     def make(file: Path) -> None:
         site = file.parent / "site"
@@ -422,9 +426,9 @@ def _install_torch(architecture: str, packages: Path) -> None:
     index = os.environ.get("SECURERUN_TORCH_INDEX")
     more = ("--extra-index-url", index) if index else ()
     if architecture == "amd64":
-        _install(architecture, packages, [TORCH], "--upgrade", *more)
+        _install(architecture, packages, [TORCHES[architecture]], "--upgrade", *more)
     else:
-        _install(architecture, packages, [TORCH, *TORCH_NEEDS], "--no-deps", *more)
+        _install(architecture, packages, [TORCHES[architecture], *TORCH_NEEDS], "--no-deps", *more)
 
 
 def _pip(*words: str) -> None:
