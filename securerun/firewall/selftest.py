@@ -317,9 +317,11 @@ def _live(
     prctl.set_name(_NAME)
     # What else the guard has open ends with the guard: locks, the launcher's pipe, programs.
     _close_all_but({cgroup, *others, *kept, far.fileno()})
-    far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))
-    while far.recv(len(_QUESTION)):
-        far.sendall(_ANSWER.pack(_errno_of(action)))
+    # A parent that dies between a question and the look at its answer is an error of the conversation, not its end.
+    with contextlib.suppress(ConnectionError):
+        far.sendall(_ANSWER.pack(_errno_of(lambda: _enter(cgroup, others))))
+        while far.recv(len(_QUESTION)):
+            far.sendall(_ANSWER.pack(_errno_of(action)))
     at_end()
 
 

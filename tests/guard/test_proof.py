@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +36,7 @@ from net_cls import (
 from patience import patient
 from probe import reach
 
+from securerun.firewall import selftest
 from securerun.linux import net_cgroups
 from securerun.linux.bpf import AttachType
 
@@ -241,6 +244,27 @@ def test_proof_of_a_run_that_was_killed_whole_is_gone(network: Network, with_its
         node.run([CTL, "clean"], check=True)
     assert eventually(lambda: not room_of(holder.run_id).exists(), seconds=2)
     node.run([CTL, "clean"], check=True)
+
+
+@pytest.mark.parametrize("when", ["before it has answered", "before the answer is read"])
+def test_child_whose_guard_dies_in_the_middle_of_a_question_does_what_is_left_to_do(tmp_path: Path, when: str) -> None:
+    left = tmp_path / "left"
+    left.mkdir()
+    near, far = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        slowly = 0.5 if when == "before it has answered" else 0.0
+        try:
+            selftest._live(-1, (), far, left.rmdir, (), lambda: time.sleep(slowly))
+        finally:
+            os._exit(0)
+    with near, far:
+        assert len(near.recv(4)) == 4  # that it could not enter
+        near.send(b"?")
+        if when == "before the answer is read":
+            assert select.select([near], [], [], patient(5))[0]
+    os.waitpid(child, 0)
+    assert not left.exists()
 
 
 def test_child_of_the_proof_that_is_killed_is_replaced_and_that_is_no_no(network: Network) -> None:
