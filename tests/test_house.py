@@ -52,7 +52,7 @@ AS_ROOT = {
 LOADED_BY_THE_GUARD = {
     "guard": "acquire caller cgroup channel containers documents ending exposure inherited job_secret lease limits log "
     "neighbours notices parting place presence program protocol reaper records refusals reserved run_directory server "
-    "sight slurm_job unanswered unasked waiting watch",
+    "share sight slurm_job unanswered unasked waiting watch",
     "firewall": "backends chains droplog job_key policy program_steps refusals selftest shield shield_maps "
     "shield_program",
     "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets "

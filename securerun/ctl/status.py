@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, Callable
@@ -95,13 +96,19 @@ def _read_own_runs(*, known: bool) -> tuple[Record, ...]:
     from securerun.protection.client import Refusal
 
     try:
-        return tuple(records.understood(document) for document in _guard().report())
+        return tuple(map(_told, _guard().report()))
     except Refusal:
         raise
     except PrivilegeError as error:
         if known:
             return ()
         raise PrivilegeError(_not_readable()) from error
+
+
+def _told(document: Mapping[str, Any]) -> Record:
+    """Return a record that a guard has told, with what it says of whether the run's guard lives."""
+    lives = document.get("guard_lives")  # of a guard of the release before it is not said
+    return replace(records.understood(document), guard_told=lives if isinstance(lives, bool) else None)
 
 
 def open_records() -> int | None:

@@ -16,7 +16,8 @@ _CLASSES = {
     "legacy": ("securerun.firewall.legacy", "LegacyChains"),
 }
 NAMES = tuple(_CLASSES)
-_NO_RUN = "0" * 12
+NO_RUN = "0" * 12
+"""The id of no run: by it what stands of all others is looked for."""
 _LEGACY_TABLES = (Path("/proc/net/ip_tables_names"), Path("/proc/net/ip6_tables_names"))
 _LEGACY_FILTER = "filter"
 
@@ -39,7 +40,7 @@ def standing_runs(backend: str) -> frozenset[str]:
     if backend == "legacy" and not any(_LEGACY_FILTER in _names(tables) for tables in _LEGACY_TABLES):
         return frozenset()
     try:
-        chains = open_chains(backend, _NO_RUN)
+        chains = open_chains(backend, NO_RUN)
         chains.begin(adopt=True, outlive=True)
     except PortChainsUnavailable:
         return frozenset()

@@ -6,7 +6,8 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from securerun.firewall import backends
@@ -15,6 +16,8 @@ from securerun.guard.cgroup import open_job_cgroup
 from securerun.guard.records import Record
 
 _SECOND_LOOK_SECONDS = 1.0
+# Then whoever waits for the host's lock is next.
+_LOCKED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ def clean(*, dry_run: bool) -> Remains:
         # A guard that was killed alone is replaced in a moment. Nobody waits for that: the lock is not held.
         time.sleep(_SECOND_LOOK_SECONDS)
     with run_directory.host_lock() as directory:
-        return _cleaned(directory, dry_run=dry_run)
+        remains = _cleaned(directory, dry_run=dry_run)
+    found = unrecorded_rules()
+    return replace(remains, rules=found if dry_run else tuple(_without(found)))
 
 
 def unrecorded_rules() -> tuple[Rules, ...]:
@@ -102,13 +107,25 @@ def _cleaned(directory: int, *, dry_run: bool) -> Remains:
     readable = records.read_all(directory)
     abandoned = tuple(_reaped(directory, record, dry_run=dry_run) for record in readable if record.is_abandoned)
     ours = {*(f"{record.run_id}.json" for record in readable), *partial, *reserved.ledgers(directory)}
-    rules = tuple(_removed(directory, found, dry_run=dry_run) for found in _unrecorded(directory))
-    return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)), rules)
+    return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)))
 
 
-def _removed(directory: int, found: Rules, *, dry_run: bool) -> Rules:
-    if found.stands or dry_run:
-        return found
+def _without(found: Iterable[Rules]) -> Iterator[Rules]:
+    """Remove these; yield each as it is then. Of them there may be thousands, and others launch meanwhile."""
+    waiting = deque(found)
+    while waiting:
+        done: list[Rules] = []
+        with run_directory.host_lock() as directory:
+            until = time.monotonic() + _LOCKED_SECONDS
+            while waiting and (not done or time.monotonic() < until):
+                done.append(_removed(directory, waiting.popleft()))
+        yield from done
+
+
+def _removed(directory: int, found: Rules) -> Rules:
+    """Remove the rules of a run for which no guard stands still. The caller holds the host's lock."""
+    if found.stands or records.exists(directory, found.run_id) or unrecorded.is_stood_for(found.run_id):
+        return replace(found, stands=True)
     try:
         if found.backend:
             backends.open_chains(found.backend, found.run_id).remove()

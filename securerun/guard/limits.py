@@ -19,6 +19,7 @@ from typing import Any, Callable
 
 from securerun import site_file
 from securerun.errors import PolicyError, PrivilegeError
+from securerun.firewall import backends
 from securerun.firewall.policy import LAST_PORT, Opening, Policy, PortRange, covers, joined, require_ports
 from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
@@ -94,6 +95,10 @@ def require_permitted(site: SitePolicy, order: Order, caller: Caller) -> None:
 
     What nobody asked for is left out instead (`unasked_beyond`).
     """
+    if order.policy.run_id == backends.NO_RUN:
+        raise PolicyError(
+            f"{order.policy.run_id} is no run's id: what such a one leaves would not be found; take another"
+        )
     if caller.is_root:
         return
     _require_user(site, caller)

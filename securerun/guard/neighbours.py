@@ -93,7 +93,7 @@ def harmful_ports(run: Record, ports: Collection[int], known: Iterable[Brief]) -
         theirs = brief.ports()
         shared = [port for port in ports if covers(theirs, port)]
         if shared and _would_let_others_in(run, brief):
-            whose = f"run {brief.run_id} of user {brief.user} has it, and no shield"
+            whose = f"{named(run, brief)} has it, and no shield"
             found.update(dict.fromkeys(shared, f"{whose}, so this job's peers could reach that run"))
     return found
 
@@ -108,9 +108,16 @@ def require_unweakened(run: Record, known: Iterable[Brief]) -> None:
     """Raise PolicyError, for a run without a shield, where another user's run lets its own peers to our ports."""
     for brief in harming(run, known):
         raise PolicyError(
-            f"this job has no shield, and run {brief.run_id} of user {brief.user} lets its own peers to ports of "
-            "this plan; choose other ports"
+            f"this job has no shield, and {named(run, brief)} lets its own peers to ports of this plan; choose other "
+            "ports"
         )
+
+
+def named(run: Record, brief: Brief) -> str:
+    """Return a run in words for whoever has another: in a container, of one that is not in it, nothing but that."""
+    if run.container and run.container != brief.container:
+        return "a run outside of this container"
+    return f"run {brief.run_id} of user {brief.user}"
 
 
 def harmed_by(run: Record, known: Iterable[Brief]) -> Iterator[Brief]:
@@ -145,7 +152,7 @@ def closing_public(run: Record, known: Iterable[Brief]) -> Iterator[str]:
         closed = [span(first, last) for first, last in both if first <= last]
         if closed:
             yield (
-                f"public port {some(closed, _PORTS_NAMED)} is in the plan of run {brief.run_id} of user {brief.user}, "
+                f"public port {some(closed, _PORTS_NAMED)} is in the plan of {named(run, brief)}, "
                 "so it is closed to others until that run ends; have this job listen on another port"
             )
 
@@ -153,8 +160,8 @@ def closing_public(run: Record, known: Iterable[Brief]) -> Iterator[str]:
 def _require_harmless_peers(run: Record, known: Iterable[Brief]) -> None:
     for brief in harmed_by(run, known):
         raise PolicyError(
-            f"run {brief.run_id} of user {brief.user} has ports of this plan and no shield, so this job's peers "
-            "could reach it; choose other ports"
+            f"{named(run, brief)} has ports of this plan and no shield, so this job's peers could reach it; choose "
+            "other ports"
         )
 
 

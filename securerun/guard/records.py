@@ -148,6 +148,7 @@ class Record(Known):
     slurm_job: the number of the job of Slurm's that it is for, where no launcher goes on with it; 0 for any other.
     nodes_guarded: how many of the job's nodes were seen with that key, this one among them; 0 without a key; nodes: how
     many the job has, 0 where that is not known.
+    guard_told: whether its guard lives, by the word of the guard that told of this record; None for one read here.
     """
 
     policy: Policy
@@ -178,11 +179,17 @@ class Record(Known):
     guard_restarts: int = 0
     reserved: tuple[tuple[int, int], ...] = ()
     left_open: tuple[tuple[int, int], ...] = ()
+    guard_told: bool | None = None
 
     @property
     def run_id(self) -> str:  # type: ignore[override]
         """The run's id."""
         return self.policy.run_id
+
+    @property
+    def guard_lives(self) -> bool:
+        """Whether the guard that wrote this still runs."""
+        return super().guard_lives if self.guard_told is None else self.guard_told
 
     def document(self) -> dict[str, Any]:
         """Return the record as JSON's own types."""

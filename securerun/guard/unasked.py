@@ -51,13 +51,13 @@ def of_listeners(run: Record, known: Iterable[Brief], listeners: Mapping[int, in
 
 def harmful(run: Record, known: Iterable[Brief]) -> dict[int, str]:
     """Return the unasked ports to which this run's peers would be let although they are a shieldless neighbour's."""
-    why = "run {0.run_id} of user {0.user} has it, and no shield"
+    why = "{} has it, and no shield"
     return _shared(run, neighbours.harmed_by(run, known), why)
 
 
 def weakening(run: Record, known: Iterable[Brief]) -> dict[int, str]:
     """Return the unasked ports to which neighbours let peers of their own, for a run without a shield."""
-    why = "run {0.run_id} of user {0.user} lets its own peers there"
+    why = "{} lets its own peers there"
     return _shared(run, neighbours.harming(run, known), why)
 
 
@@ -80,7 +80,7 @@ def _shared(run: Record, others: Iterable[Brief], why: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for record in others if unasked else ():
         theirs = record.ports()
-        found.update((port, why.format(record)) for port in unasked if covers(theirs, port))
+        found.update((port, why.format(neighbours.named(run, record))) for port in unasked if covers(theirs, port))
     return found
 
 

@@ -22,6 +22,7 @@ from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.parting import give_back, part
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
+from securerun.guard.share import Share
 from securerun.guard.unanswered import open_unanswered
 from securerun.guard.unasked import told
 from securerun.linux.links import Links
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 _NOTICE_SECONDS = 1.0
 # A list of peers takes the host's lock and up to 100,000 changes: of those that come meanwhile the newest counts.
 _PEERS_SECONDS = 1.0
+# The lock is others' for the longer part of the time.
+_MOST_OF_LOCK = 0.25
+# Messages of megabytes without end, or one by its bytes, are heard by root's processor.
+_HEARD_AT_ONCE_SECONDS, _MOST_CPU = 1.0, 0.2
 # What a launcher may have said before it ended, and be heard of.
 _LAST_MESSAGES = 16
 _MOST_COMPLAINTS = 64
@@ -119,8 +124,12 @@ class Watch:
         reserving = Chore(_LOOK_FOR_PORTS_SECONDS, lease.keep_ports_reserved)
         # Only when there is something to change.
         self._peers = Chore(math.inf, self._change_peers, math.inf)
+        # Only while what the launcher said has cost too much.
+        self._hearing = Chore(math.inf, self._hear_again, math.inf)
+        self._share = Share(_HEARD_AT_ONCE_SECONDS, _MOST_CPU)
         recording = Chore(_RECORD_SECONDS, lease.keep_recorded)
-        self._chores = [self._peers, self._repair, reserving, recording, Chore(_NOTICE_SECONDS, self._notices.look)]
+        self._chores = [self._peers, self._hearing, self._repair, reserving, recording]
+        self._chores.append(Chore(_NOTICE_SECONDS, self._notices.look))
         self._proof = _open_proof(lease)
         self._proving = Chore(_PROOF_SECONDS if self._proof else math.inf, self._prove_again)
         self._chores.insert(0, self._proving)
@@ -320,8 +329,12 @@ class Watch:
     def _hear(self, ready: set[int]) -> None:
         """Notice when the launcher is gone, and do the next thing that it says: one a turn, however many there are."""
         has_ended = self._lease.caller.pidfd in ready or self._lease.caller.has_ended()
+        if self._hearing.due != math.inf and not has_ended:
+            return
+        before = time.process_time()
         message = self._last_word() if has_ended else self._read_order()
         self._has_more_to_hear = message is not None
+        self._pause(self._share.pause_after(time.process_time() - before))
         if isinstance(message, Release):
             stays = self._part() if message.goes_on else ""
             self._attempt(self._remove_unrecorded)
@@ -334,6 +347,18 @@ class Watch:
         elif isinstance(message, Peers):
             self._newest_peers = message
             self._peers.due = max(time.monotonic(), self._peers_may_change)
+
+    def _pause(self, seconds: float) -> None:
+        """Hear nothing more for a while; what is said meanwhile waits."""
+        if seconds > 0 and self._hearing.due == math.inf:
+            self._poller.unregister(self._orders.descriptor)
+            self._has_more_to_hear = False
+            self._hearing.due = time.monotonic() + seconds
+
+    def _hear_again(self) -> None:
+        if not self._released:
+            self._poller.register(self._orders.descriptor, select.POLLIN)
+            self._has_more_to_hear = True
 
     def _last_word(self) -> Message | None:
         """Return what a launcher said last that is gone: a job that it let go before is no failed one.
@@ -395,15 +420,21 @@ class Watch:
         newest, self._newest_peers = self._newest_peers, None
         if newest is None:
             return
-        self._peers_may_change = time.monotonic() + _PEERS_SECONDS
+        began = time.monotonic()
+        self._peers_may_change = began + _PEERS_SECONDS
         before = set(self._lease.left_out)
-        self._lease.change_peers(newest.networks)
+        try:
+            self._lease.change_peers(newest.networks)
+        finally:
+            took = time.monotonic() - began
+            self._peers_may_change = max(self._peers_may_change, began + took / _MOST_OF_LOCK)
         self._speech.say(*told({port: why for port, why in self._lease.left_out.items() if port not in before}))
         self._speech.log(f"open to {len(newest.networks)} peer networks now")
 
     def _release(self, failed: bool) -> None:
         self._released = True
-        self._poller.unregister(self._orders.descriptor)
+        if self._hearing.due == math.inf:
+            self._poller.unregister(self._orders.descriptor)
         if self._lease.caller.pidfd is not None:
             self._poller.unregister(self._lease.caller.pidfd)
         self._notices.quiet = True

@@ -162,6 +162,16 @@ _ROOTS = {
     "root by the socket": ("socket", ":"),
     "root by sudo": ("sudo", ":"),
 }
+
+
+@pytest.mark.parametrize("way", [*WAYS, "direct"])
+def test_nobody_leaves_rules_that_are_not_found_by_an_id_that_is_no_runs(ground: Ground, way: str) -> None:
+    talk = Conversation(ground.machine, ground.node, None if way == "direct" else ground.alice, way)
+    talk.say(order(run_id="0" * 12))
+    assert "is no run's id" in talk.hear_verdict()["refused"]["message"]
+    talk.hang_up()
+
+
 _REFUSED = {
     "--accept": {"accept": True},
     "may not be named": {"ports": [22]},

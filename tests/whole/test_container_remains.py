@@ -125,6 +125,35 @@ def test_clean_finds_what_is_left_in_every_backend(node: Node, backend: str) -> 
     assert not any("securerun" in text.lower() for text in node.host.snapshot(legacy=True).values())
 
 
+def test_clean_lets_others_launch_between_one_run_and_the_next(node: Node) -> None:
+    """Of 8,000, which who has CAP_NET_ADMIN over the network may have made, it kept everybody waiting for minutes."""
+    before = node.host.snapshot()
+    done = node.run(node.host, [sys.executable, "-c", _CLEAN_AND_COUNT])
+    assert done.stdout.split() == ["3", "4"], done
+    assert node.host.snapshot() == before
+
+
+_CLEAN_AND_COUNT = """
+import ipaddress
+from securerun.firewall import backends
+from securerun.firewall.policy import Policy, PortRange
+from securerun.guard import cleaning, run_directory
+for number in range(3):
+    policy = Policy(f"00000000000{number + 1}", (PortRange(7001, 7001, "planned"),), ())
+    chains = backends.open_chains("iptables", policy.run_id)
+    chains.begin(adopt=False, outlive=False)
+    chains.install(policy, None)
+locked, lock = 0, run_directory.host_lock
+def counted():
+    global locked
+    locked += 1
+    return lock()
+run_directory.host_lock = counted
+cleaning._LOCKED_SECONDS = 0.0
+print(len(cleaning.clean(dry_run=False).rules), locked)
+"""
+
+
 @pytest.mark.parametrize("uid", [0, 1000])
 @pytest.mark.parametrize("crowd", [0, 40], ids=["alone", "crowded"])
 def test_nobody_keeps_rules_by_standing_where_their_guard_stood(node: Node, left: str, uid: int, crowd: int) -> None:

@@ -141,7 +141,8 @@ def test_containers_know_nothing_of_each_others_runs(network: Network, node: Nod
     second = held(podman, network["pod1"], *LISTENING, options=["--name=second"])
     for name, run_id in (("first", first.run_id), ("second", second.run_id)):
         shown = podman.call("exec", name, "securerunctl", "status", "--json")
-        assert [run["run_id"] for run in json.loads(shown)["runs"]] == [run_id]
+        # No process of the guard's is to be seen in there: that it lives is the guard's own word.
+        assert [(run["run_id"], run["state"]) for run in json.loads(shown)["runs"]] == [(run_id, "guarding")]
     for adopt in (True, False):
         taken = json.loads(podman.call("exec", "second", *_ordering(run_id=first.run_id, adopt=adopt)))
         assert "guarded" in taken["refused"] and str(guards(node)[0]) not in taken["refused"]
@@ -151,6 +152,14 @@ def test_containers_know_nothing_of_each_others_runs(network: Network, node: Nod
     first.let_go()
     assert eventually(lambda: node.runs() == {f"{second.run_id}.json"}, seconds=5)
     second.let_go()
+
+
+def test_refusal_for_another_containers_run_does_not_name_it(network: Network, podman: Engine) -> None:
+    first = held(podman, None, "--scope", "ports", "--ports", "7001-7001", *LISTENING)
+    second = held(podman, None, "--peers", network["pod1"].ipv4, "--ports", "7001-7002", "--listen", "7002")
+    assert "a run outside of this container has ports of this plan" in second.start["refused"]
+    assert first.run_id not in second.start["refused"]
+    first.let_go()
 
 
 def test_limits_hold_for_a_container_whatever_users_are_in_it_and_for_all_together(
