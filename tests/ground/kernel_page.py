@@ -67,7 +67,8 @@ Each row is a machine that QEMU emulates: Debian's kernel, and cgroups as an ini
 A number is that of an explanation below the table; - does not apply: a socket unit takes systemd, and net_cls the
 hierarchies of version 1.
 
-What more of the suite ran in such machines, and what did not: [kernels/suite.md](kernels/suite.md).
+What more of the suite ran in such machines, what did not, and which kernels are not Debian's:
+[kernels/suite.md](kernels/suite.md).
 """
 
 
