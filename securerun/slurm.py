@@ -313,7 +313,8 @@ def _planned(asked: Options, command: str) -> Plan:
     from securerun.job import environment
     from securerun.protection import plan
 
-    found = plan.understand(environment.describe_job(os.environ, (command,)), asked, umask.current())
+    job = replace(environment.describe_job(os.environ, ()), command=(command,))
+    found = plan.understand(job, asked, umask.current())
     if asked.interface is not None:
         return found
     # Slurm's daemons may come through another interface than the job's own traffic (GLOO_SOCKET_IFNAME).

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from securerun.firewall.policy import Opening
 from securerun.firewall.program_steps import count, load_packet, look_up
@@ -108,8 +107,7 @@ class Build(Protocol):
         """Return its statements."""
 
 
-@dataclass(frozen=True)
-class ShieldProgram:
+class ShieldProgram(NamedTuple):
     """One way to judge packets.
 
     name: what the job's layer is called. kernel_name: what the kernel's lists of programs show.

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from securerun.firewall.policy import LAST_PORT, PortRange, Purpose
-from securerun.job import elsewhere
 from securerun.job.job import BY_ENVIRONMENT, C10D, C10D_PORT, STATIC, UNKNOWN_NODES, Endpoint, Job, explicit_id
+
+if TYPE_CHECKING:
+    from securerun.job.elsewhere import Elsewhere
 
 _NODES = re.compile(r"([1-9][0-9]{0,5})(?::([1-9][0-9]{0,5}))?")
 _ENDPOINT = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]/]+))(?::(?P<port>[0-9]{1,5}))?")
@@ -36,10 +39,18 @@ def describe_job(environment: Mapping[str, str], command: Sequence[str]) -> Job:
         node_rank=_node_rank(environment),
         command=tuple(command),
         known_ports=_known_ports(environment),
-        elsewhere=elsewhere.of_command(command),
+        elsewhere=_elsewhere(command),
         local_address=_value(environment, "PET_LOCAL_ADDR") or None,
         rendezvous_id=explicit_id(_value(environment, "PET_RDZV_ID")),
     )
+
+
+def _elsewhere(command: Sequence[str]) -> tuple[Elsewhere, ...]:
+    if not command:
+        return ()
+    from securerun.job import elsewhere
+
+    return elsewhere.of_command(command)
 
 
 def _known_ports(environment: Mapping[str, str]) -> tuple[PortRange, ...]:

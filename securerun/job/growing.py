@@ -5,7 +5,6 @@ What is half written, broken or empty changes nothing: a change counts once it w
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -81,6 +80,8 @@ class Growing:
         if now == file:
             self._seen.pop(file.name, None)
             return file
+        import hashlib  # where a file has changed
+
         digest = hashlib.sha256(contents[0]).digest()
         if self._seen.get(file.name) != digest:
             self._seen[file.name] = digest

@@ -5,7 +5,7 @@ The random ports of a job (the workers' store, gloo, NCCL) cannot be planned; th
 
 from __future__ import annotations
 
-import platform
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -149,7 +149,7 @@ def _cann_version(environment: Mapping[str, str]) -> tuple[int, int]:
 
 def _cann_files(home: Path) -> Iterator[str]:
     """Yield what torch_npu.utils.collect_env and the CANN documentation read to tell the version."""
-    architecture = home / f"{platform.machine()}-linux"
+    architecture = home / f"{os.uname().machine}-linux"
     candidates = (
         *architecture.glob("ascend_*_install.info"),
         *home.glob("ascend_*_install.info"),

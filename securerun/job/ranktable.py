@@ -21,7 +21,7 @@ from typing import Callable, TextIO
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import FIRST_PORT, LAST_PORT
-from securerun.job import entries, jsonstream
+from securerun.job import entries
 from securerun.job.entries import Entry, Tell
 from securerun.linux.networks import is_address
 
@@ -168,12 +168,14 @@ def read(location: Location) -> RankTable:
 
     Raises Unfinished for one that is being written, Unknown for what is none, PolicyError for one that cannot be read.
     """
+    from securerun.job import jsonstream
+
     source = location.source
     try:
         with _open(location) as file:
             table = _Table(source)
             for piece in jsonstream.pieces(file, _WHOLE):
-                table.add(piece.path, piece.value)
+                table.add(piece.path, piece.value, begins_list=isinstance(piece.value, jsonstream.ListStart))
     except FileNotFoundError as error:
         raise Unfinished(f"{source}: the rank table is gone", WRITING_SECONDS) from error
     except OSError as error:
@@ -232,8 +234,8 @@ class _Table:
         self._instances: dict[str, Server] = {}
         self._lists = 0
 
-    def add(self, path: str, value: object) -> None:
-        if isinstance(value, jsonstream.ListStart):
+    def add(self, path: str, value: object, *, begins_list: bool) -> None:
+        if begins_list:
             self._listed = set()
             self._lists += f"{path}.item" in _WHOLE
         elif path in _SERVERS:

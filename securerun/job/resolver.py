@@ -24,7 +24,8 @@ _STALLED_SECONDS = 0.05
 
 def addresses_of(name: str) -> Iterable[str]:
     """Return all addresses of a host name, A and AAAA records or the hosts file; OSError where it has none."""
-    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    # A text is encoded by IDNA, whose tables take longer than the hosts file.
+    found = socket.getaddrinfo(name.encode() if name.isascii() else name, None, type=socket.SOCK_STREAM)
     return dict.fromkeys(str(address[4][0]) for address in found)
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Union
 
 
-@dataclass(frozen=True)
-class Register:
+class Register(NamedTuple):
     """r0 to r10; r10 is the frame pointer, below which lie 512 bytes of stack."""
 
     number: int
@@ -26,8 +24,7 @@ class Register:
 R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 = (Register(number) for number in range(11))
 
 
-@dataclass(frozen=True)
-class Symbol:
+class Symbol(NamedTuple):
     """A number that is known only when the program is assembled, by a name that a person understands."""
 
     name: str
@@ -36,8 +33,7 @@ class Symbol:
         return f"[{self.name}]"
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """Where a jump can go."""
 
     name: str
@@ -46,8 +42,7 @@ class Label:
         return f"{self.name}:"
 
 
-@dataclass(frozen=True)
-class Remark:
+class Remark(NamedTuple):
     """A word to the reader of a listing; nothing to the kernel."""
 
     text: str

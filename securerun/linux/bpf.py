@@ -16,9 +16,8 @@ import os
 import resource
 import struct
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Callable, TypeVar
+from typing import Callable, NamedTuple, TypeVar
 
 from securerun.linux import libc
 
@@ -188,8 +187,7 @@ class _Descriptor:
 # ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MapShape:
+class MapShape(NamedTuple):
     """What a map holds: sizes are bytes, `entries` is the most it can hold."""
 
     kind: MapType
@@ -328,16 +326,14 @@ class Map(_Descriptor):
 # ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ProgramInformation:
+class ProgramInformation(NamedTuple):
     """What the kernel tells about a loaded program."""
 
     name: str
     map_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Attached:
+class Attached(NamedTuple):
     """The programs that hang on one cgroup itself, and the flags that they were attached with."""
 
     flags: AttachFlags

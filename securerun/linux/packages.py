@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +13,11 @@ def directories() -> Iterator[Path]:
     # Before Python 3.14 it takes `site` to make sys.prefix the virtual environment's.
     environment = Path(sys.executable).parent.parent
     if (environment / "pyvenv.cfg").is_file():
-        yield Path(sysconfig.get_path("platlib", "posix_prefix", {"platbase": str(environment)}))
+        # There as the standard library is below its own prefix, by the version (`posix_prefix`).
+        yield environment / sys.platlibdir / Path(os.__file__).parent.name / "site-packages"
         return
+    import sysconfig  # reads how this Python was built
+
     yield Path(sysconfig.get_path("platlib"))
     # Debian's own packages.
     if "deb_system" in sysconfig.get_scheme_names():

@@ -13,15 +13,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import RUN_ID
-from securerun.guard import records
 from securerun.guard.protocol import RUN_ID_VARIABLE, presence_of
 from securerun.linux import local_sockets, proc, sent_along
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.options import Options
+
+if TYPE_CHECKING:
+    from securerun.guard import records
 
 # What a lease was asked for, for launchers inside of it to compare; for their messages, never for what is closed.
 TERMS_VARIABLE = "SECURERUN_LEASE"
@@ -202,6 +204,8 @@ def _is_known_by_environment(run_id: str) -> bool:
 
     It looks for root's processes in its own namespaces. An ordinary user may not read the records, and takes a lease.
     """
+    from securerun.guard import records  # few are in a run that has no cgroup
+
     try:
         runs = records.read_briefs_of_host()
     except OSError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -121,7 +120,7 @@ def understand(job: Job, asked: Options, umask: int) -> Plan:
         found, warnings=(*doubts, *found.warnings, *warnings, *way_in.warnings, *of_addresses, *variables.warnings)
     )
     policy = Policy(
-        run_id=secrets.token_hex(6),
+        run_id=os.urandom(6).hex(),
         ports=planned,
         peers=found.networks,
         interfaces=way_in.names,

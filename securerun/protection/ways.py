@@ -9,13 +9,12 @@ import select
 import socket
 import stat
 import struct
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from securerun.errors import UsageError
 from securerun.guard import program
@@ -23,6 +22,9 @@ from securerun.guard.documents import MAXIMUM_BYTES
 from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode
 from securerun.linux import capabilities, local_sockets, prctl, proc, sent_along
 from securerun.options import SITE_CONFIG, of_site
+
+if TYPE_CHECKING:
+    import subprocess
 
 DIRECTLY, BY_SUDO, BY_SYSTEMD = "directly", "by sudo", "by systemd"
 SOCKET = program.SOCKET
@@ -108,6 +110,8 @@ class Connection:
     def reap(self) -> None:
         """Take note that the first process has made way for the guard itself, which is no child of ours (server.py)."""
         if self._process is not None:
+            import subprocess
+
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_LAST_WORDS_SECONDS)
 
@@ -115,6 +119,8 @@ class Connection:
         """Why there is no answer: the last line of standard error, or the exit status."""
         if self._process is None or self._words is None:
             return "it closed the connection"
+        import subprocess
+
         try:
             status = self._process.wait(_LAST_WORDS_SECONDS)
         except subprocess.TimeoutExpired:
@@ -183,6 +189,8 @@ def _permitted_program() -> Path:
 
 
 def _is_permitted(program: Path) -> bool:
+    import subprocess
+
     try:
         done = subprocess.run(  # noqa: S603 - absolute paths, and an environment of our own
             [str(sudo_program()), "-n", "-l", "--", str(program)],
@@ -366,6 +374,8 @@ def _open_by_sudo() -> Connection:
 
 
 def _start(command: list[str], environment: dict[str, str]) -> Connection:
+    import subprocess  # who connects to a socket starts nothing
+
     orders_read, orders = os.pipe()
     answers, answers_write = os.pipe()
     # Not the launcher's standard error: a guard that held it would keep `2>&1 | tee` waiting.
