@@ -71,7 +71,7 @@ LOADED_WITH_A_KEY = {
 }
 
 # And this where it is for a job of Slurm's.
-LOADED_OF_SLURM = {"guard": "slurm_served unattended", "linux": "slurm"}
+LOADED_OF_SLURM = {"guard": "replaced slurm_served unattended", "linux": "slurm"}
 
 MOST_LINES = 549
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -100,7 +100,7 @@ backends.prepare()
 from securerun.linux import net_cgroups
 net_cgroups.may_void_filters()
 second = set(sys.modules)
-import securerun.guard.slurm_served, securerun.guard.unattended
+import securerun.guard.replaced, securerun.guard.slurm_served, securerun.guard.unattended
 of_slurm = set(sys.modules)
 import securerun.guard.keyed
 from securerun.firewall import tag_proof

@@ -73,6 +73,18 @@ LockPersonality=yes
 SystemCallArchitectures=native
 """
 
+# What all guards may have is no more than what so many of the least are, whoever asks for them.
+_SLICE = "securerun.slice"
+_SLICE_UNIT = """\
+[Unit]
+Description=securerun: the guards of this host, all together
+
+[Slice]
+# 256 guards of 20 MB. Where that is not enough one of them ends: its shield stays, and its launcher has the next.
+MemoryMax=6G
+TasksMax=1024
+"""
+
 _SERVICE_UNIT = """\
 [Unit]
 Description=securerun: the guard of one job
@@ -86,6 +98,7 @@ StandardError=journal
 # The guard ends when its job has ended; it does so also while the host shuts down.
 KillMode=process
 TimeoutStopSec=20
+Slice={slice}
 # Of one guard: some 20 MB, 50 MB with 10,000 peers, and the few processes of iptables.
 MemoryMax=512M
 TasksMax=16
@@ -102,6 +115,7 @@ ConditionPathIsDirectory={directory}
 Type=oneshot
 ExecStart={program} metrics --output {directory}/securerun.prom
 TimeoutStartSec=50
+Slice={slice}
 MemoryMax=512M
 TasksMax=16
 {confined}"""
@@ -158,17 +172,18 @@ def print_systemd(group: str, textfiles: str) -> None:
 
 
 def guard_units(program: Path, group: str) -> dict[str, str]:
-    """Return the socket unit and the service unit of guards, by name. program: of root's, and of nobody else's."""
-    service = _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, confined=_CONFINED)
+    """Return the units of guards, by name: socket, service and slice. program: of root's, and of nobody else's."""
+    service = _SERVICE_UNIT.format(program=program, argument=SOCKET_ARGUMENT, slice=_SLICE, confined=_CONFINED)
     return {
         "securerun.socket": _SOCKET_UNIT.format(socket=SOCKET, before=SOCKET_BEFORE, group=group),
         "securerun@.service": service,
+        _SLICE: _SLICE_UNIT,
     }
 
 
 def metrics_units(program: Path, textfiles: str) -> dict[str, str]:
     """Return the units of metrics, by name. program: securerunctl, of root's and of nobody else's."""
-    service = _METRICS_UNIT.format(program=program, directory=textfiles, confined=_CONFINED)
+    service = _METRICS_UNIT.format(program=program, directory=textfiles, slice=_SLICE, confined=_CONFINED)
     return {"securerun-metrics.service": service, "securerun-metrics.timer": _TIMER_UNIT}
 
 

@@ -16,6 +16,8 @@ from typing import NoReturn
 from securerun.errors import UsageError
 
 NAME = "securerun-guard"
+# Of a process of a guard's that only waits for it.
+WAITING_NAME = "securerun-waits"
 SOCKET_ARGUMENT, LISTEN_ARGUMENT = "--socket", "--listen"
 # Of a guard that a launcher starts itself, and is likely to order with a key.
 KEY_ARGUMENT = "--key"

@@ -30,7 +30,7 @@ from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
 from securerun.guard.notices import Send
-from securerun.guard.program import KEY_ARGUMENT, NAME, SOCKET_ARGUMENT, brings_key, reads_versions
+from securerun.guard.program import KEY_ARGUMENT, NAME, SOCKET_ARGUMENT, WAITING_NAME, brings_key, reads_versions
 from securerun.guard.protocol import (
     VERSIONS,
     Message,
@@ -55,7 +55,6 @@ from securerun.linux.processes import Process
 if TYPE_CHECKING:
     from securerun.guard.unattended import Unattended
 
-_WAITING_NAME = "securerun-waits"
 _INPUT, _OUTPUT = 0, 1
 _FIRST_OTHER_DESCRIPTOR = 3
 # The launcher imports torch before it orders; from a slow network file system that takes minutes.
@@ -246,7 +245,7 @@ def _held(pids: Sequence[int]) -> tuple[Process, ...]:
 
 def _wait_for(guard: int) -> NoReturn:
     """Be what sudo waits for, and hold nothing that tells the launcher whether its guard lives."""
-    prctl.set_name(_WAITING_NAME)
+    prctl.set_name(WAITING_NAME)
     os.closerange(_INPUT, _FIRST_OTHER_DESCRIPTOR)
     with contextlib.suppress(OSError):
         capabilities.keep_only(())
@@ -347,6 +346,10 @@ def _acquire(order: Order, caller: Caller, *, by_socket: bool, is_apart: bool) -
         leave_shared_cgroups(caller.attendants)
         if not caller.is_root:
             _require_left()
+    if order.slurm is not None and order.slurm.is_whole:
+        from securerun.guard import replaced
+
+        order, caller = replaced.go_on_in_a_child(order, order.slurm)
     return acquire(order, caller, permitted, notes)
 
 

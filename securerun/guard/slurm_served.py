@@ -71,7 +71,7 @@ class HeldCgroup(JobCgroup):
 
     def __init__(self, ancestors: tuple[int, ...], path: PurePosixPath, run_id: str) -> None:
         super().__init__(ancestors, path)
-        self._hold = f"securerun-{run_id}"
+        self._hold = hold_of(run_id)
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._hold, _MODE, dir_fd=self.descriptor)
@@ -106,6 +106,11 @@ class HeldCgroup(JobCgroup):
         """Close the descriptors; the cgroup stays."""
         os.close(self._inner)
         super().close()
+
+
+def hold_of(run_id: str) -> str:
+    """Return the name of what holds the cgroup of a job for its guard."""
+    return f"securerun-{run_id}"
 
 
 def make_cgroup(job: Caller, path: str, run_id: str) -> JobCgroup:

@@ -26,14 +26,17 @@ _NETWORKS_NAMED = 4
 _NOW = f"by what this host allows now ({LIMITS_FILE})"
 
 
+def _is_of_same_job(lease: Lease, found: Record) -> bool:
+    """Return whether a record is of the very job. Whole ones of Slurm's, which root alone orders, have no launcher."""
+    slurm, caller = lease.order.slurm, lease.caller
+    if slurm is not None and slurm.is_whole:
+        return (found.slurm_job, found.cgroup, found.user) == (slurm.number, slurm.cgroup, caller.user)
+    return (found.launcher, found.launcher_start, found.user) == (caller.pid, caller.start, caller.user)
+
+
 def take_over(lease: Lease, found: Record) -> None:
     """Go on from the record of a dead guard of this very job. Raises PrivilegeError where that cannot be."""
-    same_job = (found.launcher, found.launcher_start, found.user) == (
-        lease.caller.pid,
-        lease.caller.start,
-        lease.caller.user,
-    )
-    if not lease.order.adopt or found.guard_lives or not same_job:
+    if not lease.order.adopt or found.guard_lives or not _is_of_same_job(lease, found):
         by = f"by process {found.guard} " if found.owner == lease.caller.owner else ""
         raise PrivilegeError(f"run {found.run_id} is guarded {by}already")
     if found.policy.public != lease.order.policy.public:

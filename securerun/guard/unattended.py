@@ -64,9 +64,13 @@ class Unattended:
         self._left_out = 0
         self._notice_due = 0.0
         self._is_owner: bool | None = None
-        self._asked = time.monotonic()
-        self._over_due = self._asked + _OVER_SECONDS
+        began = time.monotonic()
+        self._over_due = began + _OVER_SECONDS
         self._hurried = False
+        # While the one before this was dead the nodes may have become others.
+        self._asked = began - _PEERS_SECONDS if lease.order.adopt else began
+        if lease.order.adopt:
+            log(f"run {lease.policy.run_id}: its guard was killed, and this one goes on")
         self._running: _Program | None = None
         self._peers: Peers | None = None
         # Nobody is at the other end, and it is held open.

@@ -279,6 +279,7 @@ class Guard:
             try:
                 with seclusion.without_forks():
                     self._connection = way.open()
+                    self._way = self._connection.by or way.name
             except OSError as error:
                 self._note(f"{way.name}: {error.strerror or error}")
 

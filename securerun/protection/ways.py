@@ -22,6 +22,7 @@ from securerun.guard.documents import MAXIMUM_BYTES
 from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode
 from securerun.linux import capabilities, local_sockets, prctl, proc, sent_along
 from securerun.options import SITE_CONFIG, of_site
+from securerun.text import printable
 
 if TYPE_CHECKING:
     import subprocess
@@ -32,6 +33,7 @@ SOCKET = program.SOCKET
 SOCKET_BEFORE = Path("/run/securerun.sock")
 SOCKET_VARIABLE = "SECURERUN_SOCKET"
 _PROGRAM = "securerun-guard"
+_SYSTEMD = "systemd"
 _SYSTEM_DIRECTORIES = tuple(map(Path, ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")))
 # sudo's messages are looked at, so they are to be in one language; nothing else is for it.
 _SUDO_ENVIRONMENT = {"PATH": ":".join(map(str, _SYSTEM_DIRECTORIES)), "LC_ALL": "C"}
@@ -62,11 +64,15 @@ _TIME = struct.Struct("@ll")  # struct timeval
 class Connection:
     """A guard at the other end: orders go to one descriptor, answers come from another.
 
-    process: the child that is, or leads to, the guard; None where systemd starts it. words: its standard error.
+    process: the child that is, or leads to, the guard; None where somebody who listens starts it. words: its standard
+    error. by: how it is started, in words, where more is known of that than the way's name.
     Raises nothing by itself: a guard that cannot be had does not answer, and `last_words` tells why.
     """
 
-    def __init__(self, orders: int, answers: int, process: subprocess.Popen[bytes] | None, words: int | None) -> None:
+    def __init__(
+        self, orders: int, answers: int, process: subprocess.Popen[bytes] | None, words: int | None, by: str = ""
+    ) -> None:
+        self.by = by
         self._orders = orders
         self._answers = answers
         self._process = process
@@ -418,13 +424,26 @@ def _open_socket(*, brings_key: bool = False) -> Connection:
         _, user = local_sockets.peer_of(end)
         if user != _ROOT and not (user == proc.overflow_user() and _only_root_put_it_there(place)):
             raise PermissionError(f"{place} is served by user {user}, not by root")
+        by = _by_whom(end, place)
     except BaseException:
         parting = sent_along.Parting()
         parting.take(end)
         parting.close()
         raise
     descriptor = beside_standard(end.detach())
-    return Connection(descriptor, descriptor, None, None)
+    return Connection(descriptor, descriptor, None, None, by)
+
+
+def _by_whom(end: socket.socket, place: Path) -> str:
+    """Return who starts guards there, in words: systemd where it is proven to be what listens, else the socket alone.
+
+    The kernel noted who called listen(2); a process of another pid namespace has no number here.
+    """
+    pid, _ = local_sockets.peer_of(end)
+    with contextlib.suppress(OSError):
+        if pid == proc.INIT and proc.name(pid).strip() == _SYSTEMD:
+            return BY_SYSTEMD
+    return f"by the socket {printable(str(place))}"
 
 
 def _connect(end: socket.socket, place: Path) -> None:

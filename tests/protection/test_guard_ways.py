@@ -25,7 +25,11 @@ from probe import Probe, reach
 from process_table import users_of
 from users import FIRST_USER, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
 
-_STARTED = {"sudo": "guard started by sudo", "socket": "guard started by systemd", "run-as": "guard started directly"}
+_STARTED = {
+    "sudo": "guard started by sudo",
+    "socket": f"guard started by the socket {SOCKET}",
+    "run-as": "guard started directly",
+}
 _IDENTITY = """
 import grp, os, pwd
 status = dict(line.split(":", 1) for line in open("/proc/self/status").read().split("\\n") if ":" in line)
@@ -126,7 +130,7 @@ def test_ways_are_tried_in_order_and_the_one_that_was_used_is_said(
         with opened("sudo", machine, node, alice):
             by_sudo = machine.run(node, [jobs.SECURERUN, script], user=alice)
             directly = machine.run(node, [jobs.SECURERUN, script])
-    for done, words in ((by_socket, "by systemd"), (by_sudo, "by sudo"), (directly, "directly")):
+    for done, words in ((by_socket, f"by the socket {SOCKET}"), (by_sudo, "by sudo"), (directly, "directly")):
         assert (done.returncode, done.stdout) == (0, "ran\n"), done
         assert f"guard started {words}" in done.stderr
     assert directly.stderr.count("running as root") == 1
@@ -507,7 +511,7 @@ def test_what_setup_prints_is_what_sudo_and_systemd_take(machine: PrivateMachine
             by_socket = machine.run(node, [jobs.SECURERUN, script], user=alice)
             bob = machine.add_user("bob")
             assert machine.run(node, [jobs.SECURERUN, script], user=bob).returncode == 77
-    for done, words in ((by_sudo, "by sudo"), (by_group, "by sudo"), (by_socket, "by systemd")):
+    for done, words in ((by_sudo, "by sudo"), (by_group, "by sudo"), (by_socket, f"by the socket {SOCKET}")):
         assert (done.returncode, done.stdout) == (0, "ran\n"), done
         assert f"guard started {words}" in done.stderr
 

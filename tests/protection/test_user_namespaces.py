@@ -209,7 +209,7 @@ def test_hosts_socket_gives_a_guard_in_a_user_namespace(
         said = require_closed_to_strangers_alone(
             network, machine, alice, [*before, *EXEC, "--peers", network["node1"].ipv4, "--", *listener]
         )
-    assert "guard started by systemd" in said
+    assert "guard started by the socket /run/securerun.sock" in said
 
 
 @pytest.mark.usefixtures("root")

@@ -71,12 +71,23 @@ def booted(root_and_tools: None) -> Iterator[Booted]:
 def test_under_systemd_a_job_is_guarded_by_the_units_that_setup_prints(booted: Booted) -> None:
     rules = booted.node.snapshot()
     job = booted.job()
-    assert len(booted.system.guards()) == 1
+    (guard,) = booted.system.guards()
     assert not booted.stranger_gets_in()
+    show = ("show", "--property=Slice,MemoryMax,TasksMax")
+    assert "Slice=securerun.slice\n" in booted.system.systemctl(*show, guard), "all guards have a limit together"
+    together = booted.system.systemctl(*show, "securerun.slice").splitlines()
+    assert {"MemoryMax=6442450944", "TasksMax=1024"} <= set(together), together
     job.let_go()
     assert eventually(booted.is_clean, seconds=2)
     assert booted.node.snapshot() == rules
     assert eventually(lambda: not booted.system.guards(), seconds=2)
+
+
+def test_start_line_names_systemd_where_that_is_what_listens(booted: Booted) -> None:
+    done = booted.system.run(
+        [COMMANDS / "securerunctl", "exec", "--peers", "10.0.0.9", "--", "true"], user=booted.alice
+    )
+    assert done.returncode == 0 and "guard started by systemd" in done.stderr, done
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from checkout import COMMANDS
 from conversation import Conversation, guards, nothing_left, order, permit, socket_unit
 from hosts import eventually, finish, require_root_and_tools
 from probe import reach
+from process_table import name_of
 from remains import nothing_left_behind
 from slurm import Cluster
 from slurm_site import NODES, Site
@@ -142,7 +143,39 @@ def test_node_that_a_job_gave_back_is_no_peer_of_it_any_more(site: Site) -> None
         finish(job, timeout=60)
 
 
-def test_whole_job_stays_closed_when_its_guard_is_killed_and_the_next_job_tidies_up(site: Site) -> None:
+def test_whole_job_has_its_killed_guard_replaced_again_and_again_within_seconds(site: Site) -> None:
+    """With all that it looks after: port chains that are put back, notices, a status, and the end with the job."""
+    machine, host = site.machines["sl0"], site.nodes[0]
+    with (
+        site.cluster("cgroup/v2", "prolog", "epilog", options=("--ports", "7100")) as cluster,
+        site.place() as place,
+        nothing_left_behind(*site.nodes),
+    ):
+        job = cluster.popen(site.alice, "srun", "--nodes=1", "--nodelist=sl0", *_listens(place, 1))
+        port = place / "port 1"
+        assert eventually(port.exists, seconds=60), (site.log(), cluster.logs())
+        target = (host.ipv4, int(port.read_text()))
+        (run,) = site.runs("sl0")
+        for _ in range(2):
+            (guard,) = guards(machine)
+            os.kill(guard, signal.SIGKILL)
+            assert eventually(lambda killed=guard: guards(machine) not in ([], [killed]), seconds=10), site.log()  # type: ignore[misc]
+            assert eventually(lambda: site.runs("sl0")[0]["state"] == "guarding", seconds=10), site.log()
+            (again,) = site.runs("sl0")
+            assert (again["run_id"], again["layers"]) == (run["run_id"], run["layers"])
+            assert again["peers"] == run["peers"]
+        assert reach(site.stranger, [target]) == {target: False}
+        assert "its guard was killed, and this one goes on" in site.log()
+        assert eventually(lambda: f"turned away: {site.stranger.ipv4} at port {target[1]}" in site.log(), seconds=10)
+        host.run(["iptables", "-F", "SECURERUN"], check=True)
+        assert eventually(lambda: "somebody flushed the port chains away; they are back" in site.log(), seconds=15)
+        (place / "end 1").touch()
+        assert finish(job, timeout=60).returncode == 0
+        assert site.is_clean(), site.log()
+        assert not [pid for pid in machine.processes() if name_of(pid) == program.WAITING_NAME]
+
+
+def test_whole_job_stays_closed_when_all_that_guards_it_is_killed_and_the_next_job_tidies_up(site: Site) -> None:
     with (
         site.cluster("cgroup/v2", "prolog", "epilog") as cluster,
         site.place() as place,
@@ -154,8 +187,10 @@ def test_whole_job_stays_closed_when_its_guard_is_killed_and_the_next_job_tidies
             port = place / f"port {number}"
             assert eventually(port.exists, seconds=60), (site.log(), cluster.logs())
             if number == 1:
-                (guard,) = guards(site.machines["sl0"])
-                os.kill(guard, signal.SIGKILL)
+                machine = site.machines["sl0"]
+                waiting = [pid for pid in machine.processes() if name_of(pid) == program.WAITING_NAME]
+                for pid in (*waiting, *guards(machine)):
+                    os.kill(pid, signal.SIGKILL)
                 assert eventually(lambda: not guards(site.machines["sl0"]))
                 assert site.runs("sl0")[0]["state"] == "stale"
             target = (site.nodes[0].ipv4, int(port.read_text()))
