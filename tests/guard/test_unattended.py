@@ -53,9 +53,10 @@ class Ground:
         self.logged: list[str] = []
         self.cgroup = FakeCgroup()
 
-    def unattended(self, job: SlurmJob = JOB) -> Unattended:
+    def unattended(self, job: SlurmJob = JOB, *, adopt: bool = False) -> Unattended:
         policy = SimpleNamespace(run_id="0" * 12, peers=(network(NODE), network(GIVEN_BACK)))
-        lease: Any = SimpleNamespace(policy=policy, caller=SimpleNamespace(user=USER), cgroup=self.cgroup)
+        order = SimpleNamespace(adopt=adopt)
+        lease: Any = SimpleNamespace(policy=policy, caller=SimpleNamespace(user=USER), cgroup=self.cgroup, order=order)
         return Unattended(lease, job, self.logged.append)
 
     def told(self) -> list[str]:

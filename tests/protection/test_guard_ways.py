@@ -90,17 +90,19 @@ def test_stranger_cannot_reach_any_port_of_a_job_of_ordinary_users_on_two_hosts(
     with contextlib.ExitStack() as stack:
         started, users, machines = [], [], []
         probes = [stack.enter_context(Probe(stranger, node)) for node in (node0, node1)]
-        for rank, node in enumerate((node0, node1)):
+        # All of it before the first job: what is the machine's is looked at for each.
+        for node in (node0, node1):
             machine = stack.enter_context(PrivateMachine())
             user = machine.add_user("alice")
             stack.enter_context(opened(way, machine, node, user))
             stack.enter_context(nothing_left(machine, node))
+            users.append(user)
+            machines.append(machine)
+        for rank, (node, machine, user) in enumerate(zip((node0, node1), machines, users)):
             rendezvous = jobs.rendezvous("static", node, rank, node0)
             options = ["--peers", peers, "--nnodes", "2", "--nproc-per-node", "2", *rendezvous]
             command, starter = launch(way, user, *options, str(jobs.TRAIN), "--groups", "3")
             started.append(machine.popen(node, command, user=starter))
-            users.append(user)
-            machines.append(machine)
         workers: set[tuple[int, ...]] = set()
         while any(job.poll() is None for job in started):
             found = [pid for m in machines for pid, said in m.processes().items() if _is_worker(said)]
