@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from itertools import chain, product
 
 from securerun.errors import PolicyError
 
@@ -20,8 +19,6 @@ _WORD = re.compile(r"(?:\[[^\[\]]*\]|[^,\s])+")
 _FOLDED = re.compile(r"[A-Za-z0-9_.-]*(?:\[[0-9,/\s-]*\][A-Za-z0-9_.-]*)+")
 _PIECE = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
-# Slurm takes the two for digits of one number, ClusterShell for nothing at all.
-_WITHOUT_TEXT = re.compile(r"\][0-9]*\[")
 _RANGE = re.compile(r"\s*([0-9]+)(?:-([0-9]+)(?:/([0-9]+))?)?\s*")
 _LONGEST_RANGE = 40
 # So much of a wrong list stands in a message.
@@ -59,39 +56,19 @@ def too_many(text: str, place: str) -> PolicyError:
 
 
 def unfold(text: str) -> tuple[str, ...]:
-    """Return the names in a folded list. Raises ValueError for what is none, as by ranges that ClusterShell refuses.
+    """Return the names in a folded list. Raises ValueError for what ClusterShell does not read.
 
     Of what it reads, negative numbers are refused too: node names have none, and `size` does not count them.
     """
     wrong = next((part for part in _parts(text) if not _RANGE.fullmatch(part)), None)
     if wrong is not None:
         raise ValueError(f"{wrong!r} is no range such as 0-3")
-    pieces = _PIECE.findall(text)
-    if ",".join(pieces) != text:
-        raise ValueError("a name is empty, or a bracket stands alone")
-    return tuple(dict.fromkeys(name for piece in pieces for name in _names(piece)))
-
-
-def _names(piece: str) -> Iterator[str]:
-    """Yield the names that one word without a comma outside of brackets stands for. Raises ValueError."""
-    # What stands between the brackets, and what is in them, by turns.
-    plain, ranges = _BRACKETS.split(piece)[::2], _BRACKETS.findall(piece)
-    if any("]" in text for text in plain):
-        raise ValueError("a bracket stands alone")
-    if _WITHOUT_TEXT.search(piece):
-        raise ValueError("nothing tells two numbers apart")
-    for numbers in product(*map(_numbers, ranges)):
-        yield "".join(chain(*zip(plain, numbers), plain[-1:]))
-
-
-def _numbers(ranges: str) -> tuple[str, ...]:
-    """Return the numbers of a list of ranges as they are written, with their zeros. Raises ValueError."""
-    # Its NodeSet loads what reads groups of nodes from files, which takes longer than a task's whole prolog.
-    from ClusterShell.RangeSet import RangeSet, RangeSetException
+    # Imported where a folded list exists: it takes longer than everything else here.
+    from ClusterShell.NodeSet import RESOLVER_NOGROUP, NodeSet, NodeSetException
 
     try:
-        return tuple(RangeSet(ranges).striter())
-    except RangeSetException as error:
+        return tuple(NodeSet(text, resolver=RESOLVER_NOGROUP))
+    except NodeSetException as error:
         raise ValueError(str(error)) from error
 
 
