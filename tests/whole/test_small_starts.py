@@ -24,6 +24,7 @@ NOT_FOR_A_HOOK = {
     *NOT_FOR_A_PROLOG,
     "ClusterShell",
     "logging",
+    "subprocess",
     "hashlib",
     "threading",
     "securerun.guard.protocol",
