@@ -40,7 +40,7 @@ def write_out(text: str) -> None:
     try:
         print(text, end="", flush=True)
     except OSError as error:
-        _give_up(error)
+        give_up(error)
 
 
 def finish_output() -> None:
@@ -48,10 +48,14 @@ def finish_output() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        _give_up(error)
+        give_up(error)
 
 
-def _give_up(error: OSError) -> NoReturn:
+def give_up(error: OSError) -> NoReturn:
+    """End because standard output cannot be written; without a word, by SystemExit, where its reader is gone.
+
+    Raises SecurerunError otherwise.
+    """
     # What is left in the buffer would be complained of at the exit.
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - not a path
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

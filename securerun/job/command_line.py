@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
-from securerun import options
+from securerun import console, options
 from securerun.errors import UsageError
 from securerun.job import completing, launchers, originals
 from securerun.options import OPTIONS, Option, Value
@@ -86,6 +86,9 @@ def followed_by_ours() -> Iterator[None]:
         argparse.ArgumentParser.format_help = format_help  # type: ignore[method-assign, assignment]
         try:
             yield
+        except BrokenPipeError as error:
+            # The argparse of Python 3.11.2, Debian 12's, and of older ones lets it out; newer ones heed no reader.
+            console.give_up(error)
         finally:
             argparse.ArgumentParser.format_help = torchs  # type: ignore[method-assign]
 

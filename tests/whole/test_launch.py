@@ -110,8 +110,9 @@ def unread(node: Host, *command: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_whose_reader_goes_away_ends_as_torchruns_does(node: Host) -> None:
     theirs, ours = (unread(node, command, "--help") for command in (jobs.TORCHRUN, jobs.SECURERUN))
-    assert (ours.returncode, ours.stderr) == (theirs.returncode, theirs.stderr)
-    assert "Traceback" not in ours.stderr
+    # Older Pythons let torchrun end with a traceback there.
+    said = "" if "Traceback" in theirs.stderr else theirs.stderr
+    assert (ours.returncode, ours.stderr) == (theirs.returncode, said)
 
 
 @pytest.mark.parametrize(
