@@ -133,6 +133,12 @@ def _find_cgroup_of_listener() -> None:
             raise OSError("INET_DIAG_CGROUP_ID is not in its answer")
 
 
+def _hold_the_peer() -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        os.close(near.getsockopt(socket.SOL_SOCKET, 77))  # asm-generic/socket.h: SO_PEERPIDFD
+
+
 def _make_a_multipath_socket() -> None:
     socket.socket(socket.AF_INET, socket.SOCK_STREAM, _IPPROTO_MPTCP).close()
 
@@ -146,6 +152,7 @@ def _file_of_cgroups(name: str) -> Callable[[], None]:
 
 
 PIDFDS = Need("file descriptors of processes (pidfd_open(2))", _hold_a_process)
+PEER_PIDFDS = Need("hold on the process of a socket's other end (SO_PEERPIDFD)", _hold_the_peer)
 OWNED_TABLES = Need("nf_tables tables that belong to who made them (NFT_TABLE_F_OWNER)", _own_a_table)
 TEST_RUNS = Need("runs of a program on packets made by hand (BPF_PROG_TEST_RUN with a device)", _run_a_program)
 SOCKETS_IN_PROGRAMS = Need("sockets in programs on a cgroup (struct __sk_buff, sk)", _see_a_socket)
