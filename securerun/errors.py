@@ -29,6 +29,7 @@ All exceptions of securerun's own, each where it stands if that is not here; a t
     ├── TimeUp                        linux.file_lock
     └── Unfit                         linux.secret_file
     OSError
+    ├── DescriptorsSent               linux.sent_along
     └── VerifierError                 linux.bpf
 """
 
