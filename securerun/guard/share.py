@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class Share:
+class ProcessorShare:
     """So many seconds of a processor at once, and then this part of one."""
 
     def __init__(self, at_once: float, part: float) -> None:
