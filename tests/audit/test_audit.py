@@ -574,6 +574,9 @@ def test_workers_end_when_the_audit_is_killed(many: Path) -> None:
 
 IMPATIENT = "from securerun.audit import workers; workers._BUDGET = 5; from securerun.ctl import app; app.main()"
 
+# Where tests run on a console, that is a dumb one.
+WITH_A_SCREEN = {**os.environ, "TERM": "xterm"}
+
 
 def test_a_bar_shows_on_a_terminal_that_a_long_audit_goes_on(many: Path) -> None:
     with terminal() as screen:
@@ -582,6 +585,7 @@ def test_a_bar_shows_on_a_terminal_that_a_long_audit_goes_on(many: Path) -> None
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=screen.end,
+            env=WITH_A_SCREEN,
             text=True,
             timeout=60,
             check=False,
@@ -594,7 +598,10 @@ def test_a_bar_shows_on_a_terminal_that_a_long_audit_goes_on(many: Path) -> None
 def test_findings_and_bar_do_not_mix_on_one_terminal(many: Path) -> None:
     with terminal() as screen:
         command = [sys.executable, "-c", IMPATIENT, "audit", str(many)]
-        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=screen.end, stderr=screen.end, timeout=60, check=False)
+        done = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=screen.end, stderr=screen.end, env=WITH_A_SCREEN
+        )
+        done.wait(timeout=60)
         said = screen.text()
     assert said.rindex("looked at") < said.index("0646, may be 0640")
     assert said.count("0646, may be 0640") == 40
