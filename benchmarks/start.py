@@ -26,7 +26,7 @@ ROUNDS = 20
 PYTHON = "python -c pass"
 # What these load besides is the standard library's for the most part; of processor time, against a bare interpreter.
 BARE, TASK_PROLOG, HOOK = "python -I -S -c pass", "TaskProlog of Slurm's", "hook of containers"
-GOALS = {TASK_PROLOG: 18.0, HOOK: 9.0}
+GOALS = {TASK_PROLOG: 14.0, HOOK: 7.0}
 # A hook has no container here, and says so once it has loaded all.
 _STATUS = {HOOK: 78}
 _COMMANDS = {
