@@ -14,6 +14,7 @@ import pytest
 from attacking import Ground
 from conversation import nothing_left, permit, socket_unit
 from engines import Node
+from guards_log import GuardsLog
 from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
 from patience import wait_for_programs_as_patiently
 from users import PrivateMachine
@@ -124,6 +125,18 @@ def machine_at_start() -> MachineState | None:
     come and go.
     """
     return machine_snapshot() if os.geteuid() == 0 else None
+
+
+@pytest.fixture(scope="session")
+def guards_log() -> GuardsLog:
+    return GuardsLog()
+
+
+@pytest.fixture(autouse=True)
+def _no_guard_has_died_of_a_defect(guards_log: GuardsLog) -> Iterator[None]:
+    """In this test or in one beside it: another guard takes over, so only the log tells."""
+    yield
+    assert guards_log.defects() == []
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,8 @@ class JobProcesses:
         known = {*self._known, *also}
         pids = listed.keys() - self._others.keys()
         if patient and before:
-            pids = {pid for pid in pids if before.get(pid) == listed[pid]} | {process.pid for process in also}
+            # Of `also` those who are there still: they may have ended since somebody saw them.
+            pids = {pid for pid in pids if before.get(pid) == listed[pid]} | listed.keys() & {one.pid for one in also}
         look = _Look(self._user, {os.getpid(), *self._spare, *spare}, known, pids)
         self.kin = look.kin({*self.kin, *also})
         self._known = self.kin | look.marked(self._mark, known)

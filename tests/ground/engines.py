@@ -60,6 +60,7 @@ _CONTAINER_PATH = f"{COMMANDS}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin
 # What a container is given for the shield, beside CAP_NET_ADMIN and one of CAP_BPF and CAP_SYS_ADMIN.
 HOSTS_CGROUPS = ("--cgroupns=host", "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw")
 _START_SECONDS = 20.0
+_NAME = "--name="
 _END_SECONDS = 5.0
 _numbers = itertools.count()
 
@@ -156,6 +157,7 @@ class Engine:
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self._named: dict[str, subprocess.Popen[str]] = {}
 
     def start(self) -> None:
         """Make it ready, and its image."""
@@ -192,7 +194,11 @@ class Engine:
         stdin: Stream = subprocess.DEVNULL,
     ) -> subprocess.Popen[str]:
         """Start a container; what it prints and how it ends is the process' own."""
-        return self.node.popen(self.node.host, self.command(*options, command=command, env=env), stdin=stdin)
+        name = next((option[len(_NAME) :] for option in options if option.startswith(_NAME)), "")
+        told = [*options, *self._told_of(name)] if name else options
+        process = self.node.popen(self.node.host, self.command(*told, command=command, env=env), stdin=stdin)
+        self._named[name] = process
+        return process
 
     def run(
         self,
@@ -213,11 +219,19 @@ class Engine:
 
         def runs() -> bool:
             nonlocal found
+            if not self._may_be_asked_for(name):
+                return False
             found = self.call("inspect", "--format={{.State.Pid}}", name, check=False).strip()
             return found not in ("", "0")
 
-        assert eventually(runs, seconds=_START_SECONDS), f"there is no container {name}"
+        assert eventually(runs, seconds=_START_SECONDS), f"there is no container {name}: {self._what_became_of(name)}"
         return int(found)
+
+    def _what_became_of(self, name: str) -> str:
+        process = self._named.get(name)
+        if process is None:
+            return "none was started"
+        return "it is still being started" if process.poll() is None else str(finish(process))
 
     def cgroup_of(self, name: str) -> str:
         """The cgroup of that process below the root of the node's, without a slash before it."""
@@ -244,6 +258,13 @@ class Engine:
     def _needed(self) -> list[str]:
         return []
 
+    def _told_of(self, name: str) -> list[str]:
+        """More options for a container with a name; called before it is started."""
+        return []
+
+    def _may_be_asked_for(self, name: str) -> bool:
+        return True
+
     def _seen(self) -> list[Path]:
         return outermost(path for path in needed_paths(self.node._more) if Path("/usr") not in (path, *path.parents))
 
@@ -261,6 +282,21 @@ class Podman(Engine):
         self.node.place(_PLACE).mkdir(exist_ok=True)
         self.node.write(f"{_PLACE}/containers.conf", _PODMAN_CONFIGURATION)
         self.call("import", self._write_image(), IMAGE)
+
+    def _told_of(self, name: str) -> list[str]:
+        path = self._pid_file(name)
+        self.node.place(path).unlink(missing_ok=True)
+        return [f"--pidfile={path}"]
+
+    def _may_be_asked_for(self, name: str) -> bool:
+        """Not before it is made: where another podman is asked meanwhile, one start in three fails in a user namespace.
+
+        runc is denied to mount the container's root then (Debian 12: podman 4.3, runc 1.1).
+        """
+        return name not in self._named or self.node.place(self._pid_file(name)).exists()
+
+    def _pid_file(self, name: str) -> str:
+        return f"{_PLACE}/{name}.pid"
 
     def _client(self) -> list[str]:
         places = [f"--root={_PLACE}/podman", f"--runroot={_PLACE}/podman-run", f"--tmpdir={_PLACE}/podman-tmp"]

@@ -261,6 +261,18 @@ def test_who_is_none_of_the_jobs_is_looked_at_once_and_whoever_gets_its_number_a
     assert other in looked
 
 
+@pytest.mark.parametrize("patient", [False, True])
+def test_who_ended_since_it_was_seen_in_the_cgroup_is_none_of_the_living(job: Job, patient: bool) -> None:
+    mine = job.start(["sleep", "60"])
+    short = subprocess.Popen(["sleep", "60"])
+    inside = {Process.of(short.pid)}
+    memory = JobProcesses(job.mark, USER)
+    assert {process.pid for process in memory.find(inside, patient=patient)} == {mine, short.pid}
+    short.kill()
+    short.wait()
+    assert {process.pid for process in memory.find(inside, patient=patient)} == {mine}
+
+
 def test_a_process_of_others_between_the_job_and_its_own_hides_nothing(job: Job) -> None:
     """Such as a service that sudo started in the job: what it starts as the job's user is found, however late."""
     assert JobProcesses(job.mark, NOBODY).find() == frozenset()
@@ -296,7 +308,7 @@ def test_another_users_process_with_the_same_id_is_not_touched(job: Job) -> None
     mine = job.start(["sleep", "60"])
     liar = job.start(["sleep", "60"], user=NOBODY)
     assert processes.end_all(job.find, 0) == frozenset()
-    assert not is_alive(mine)
+    assert eventually(lambda: not is_alive(mine))  # killed, it shows no mark a moment before it has ended
     assert is_alive(liar)
     # Nor does a run of that user have to do with root's processes.
     again = job.start(["sleep", "60"])
@@ -493,7 +505,7 @@ def test_who_ignores_the_request_lives_until_the_grace_is_over(job: Job) -> None
     assert within(PATIENCE_SECONDS, lambda: processes.end_all(find, 0.5)) == frozenset()
     assert all(lives for at, lives, _ in alive if at < 0.5)
     assert any(not lives for at, _, lives in alive if at < 0.5)
-    assert not is_alive(deaf)
+    assert eventually(lambda: not is_alive(deaf))  # likewise
 
 
 def test_without_grace_all_are_killed_at_once(job: Job) -> None:
