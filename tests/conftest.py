@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -17,10 +17,14 @@ from engines import Node
 from guards_log import GuardsLog
 from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
 from patience import wait_for_programs_as_patiently
+from torchless import IS_WITHOUT_TORCH, skip_if_missed
 from users import PrivateMachine
 
+from securerun.errors import SecurerunError
 from securerun.guard.protocol import RUN_ID_VARIABLE
 
+# They compare with torch's own modules, which they import.
+collect_ignore = ["job/test_command_line.py", "job/test_launchers.py"] if IS_WITHOUT_TORCH else []
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
 
@@ -71,6 +75,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("kernel"):
         for need in mark.args:
             kernel.require(need)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Skip what needs torch where there is none."""
+    try:
+        return (yield)
+    except (ModuleNotFoundError, SecurerunError) as error:
+        skip_if_missed(str(error))
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from typing import IO, Callable, Union
 import probe
 from patience import patient
 from process_table import fields_of, signal_if
+from torchless import skip_if_missed
 
 Argument = Union[str, "os.PathLike[str]"]
 Stream = Union[int, IO[str], None]
@@ -305,6 +306,7 @@ def finish(
         except subprocess.TimeoutExpired as late:  # something outside of the group holds the pipes
             output, errors = _text(late.stdout), _text(late.stderr)
         raise subprocess.TimeoutExpired(process.args, timeout, output, errors) from None
+    skip_if_missed(errors or "")
     return subprocess.CompletedProcess(process.args, process.returncode, output or "", errors or "")
 
 
