@@ -17,10 +17,9 @@ from engines import Node
 from guards_log import GuardsLog
 from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
 from patience import wait_for_programs_as_patiently
-from torchless import IS_WITHOUT_TORCH, skip_if_missed
+from torchless import IS_WITHOUT_TORCH, skipped_without_torch
 from users import PrivateMachine
 
-from securerun.errors import SecurerunError
 from securerun.guard.protocol import RUN_ID_VARIABLE
 
 # They compare with torch's own modules, which they import.
@@ -70,21 +69,20 @@ def _is_left_out(item: pytest.Item, *, every: bool) -> bool:
     return item.get_closest_marker("in_this_network") is not None or not (every or item.get_closest_marker("apart"))
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     """Skip what needs of the kernel what it has not got."""
     for mark in item.iter_markers("kernel"):
         for need in mark.args:
             kernel.require(need)
+    with skipped_without_torch():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
-    """Skip what needs torch where there is none."""
-    try:
+    with skipped_without_torch():
         return (yield)
-    except (ModuleNotFoundError, SecurerunError) as error:
-        skip_if_missed(str(error))
-        raise
 
 
 @pytest.fixture(scope="session")
