@@ -83,7 +83,10 @@ class Seat:
         while words not in self.shown:
             assert time.monotonic() < deadline, self.shown
             if select.select([self._descriptor], [], [], 1)[0]:
-                self._read()
+                try:
+                    self._read()
+                except OSError as ended:  # EIO, as below
+                    raise AssertionError(f"ended without {words!r}: {self.shown}") from ended
         self.before, _, self.shown = self.shown.partition(words)
 
     def end(self) -> int:

@@ -22,6 +22,7 @@ from checkout import CHECKOUT, COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
 from hosts import Network, eventually, kill_group, machine_snapshot
 from pages import DIRECTORY, Block, Stage, blocks_of
+from torchless import NEEDS_TORCH
 from users import PrivateMachine
 
 README, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
@@ -187,6 +188,7 @@ def test_every_yaml_is_a_mapping() -> None:
     assert all(isinstance(yaml.safe_load(block.text), dict) for block in different("yaml"))
 
 
+@NEEDS_TORCH
 def test_quickstart_keeps_its_promises(root_and_tools: None) -> None:
     """What the script does once everything is set up; the setting up is what made this test possible."""
     assert 'python" scripts/quickstart.py' in (CHECKOUT / "scripts/quickstart.sh").read_text()
