@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from securerun.errors import PolicyError
-from securerun.linux.networks import Address, Network, collapse, shown, written_address
+from securerun.linux.networks import Address, Network, collapse, listed, written_address
 from securerun.text import some, span
 
 FIRST_PORT = 1
@@ -332,7 +332,7 @@ def opened(public: Iterable[Opening]) -> str:
     parts = []
     for networks, ranges in by_networks(public).items():
         ports = some([span(first, last) for first, last in ranges], _NAMED)
-        parts.append(f"{ports} to {some([*map(shown, networks)], _NAMED) or 'every host'}")
+        parts.append(f"{ports} to {listed(networks) or 'every host'}")
     return "; ".join(parts)
 
 

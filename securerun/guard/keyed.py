@@ -19,9 +19,8 @@ from securerun.guard.lease import NO_SHIELD_NO_TAG, Lease
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import KeyOrder
 from securerun.linux import addresses
-from securerun.text import some
+from securerun.linux.networks import listed
 
-_NETWORKS_NAMED = 4
 # What else is loaded on the way of an order with a key, but when it has come.
 _LATER = (
     "securerun.firewall.tag_program",
@@ -48,20 +47,12 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
     lease.order = dataclasses.replace(lease.order, key=None)
     found = _NONE_FOR_CONTAINERS if _is_of_container(lease, wanted) else keys.find(wanted, lease.caller, lease.site)
     if found.secret is None:
-        if found.is_forbidden and wanted.required and lease.order.adopt:
-            _close_to_all(lease, found.why)
-            return None
-        _require_not_required(wanted.required, found.why)
-        if found.is_wrong:
-            lease.notes += (f"no key ({found.why}): who may connect is told by addresses alone",)
+        consequence = "who may connect is told by addresses alone" if found.is_wrong else ""
+        _go_on_without(lease, found.why, consequence, required=wanted.required, by_new_rules=found.is_forbidden)
         return None
     if not lease.caller.is_root and lease.site.peers == ():
         why = f"this host allows no peers ({LIMITS_FILE})"
-        if wanted.required and lease.order.adopt:
-            _close_to_all(lease, why)
-            return None
-        _require_not_required(wanted.required, why)
-        lease.notes += (f"no key ({why}): nobody may connect",)
+        _go_on_without(lease, why, "nobody may connect", required=wanted.required, by_new_rules=True)
         return None
     _give(lease, found.secret.key(), found.source, wanted)
     if lease.order.scope == "ports":  # known before anybody is asked whether such a run may be beside theirs
@@ -69,20 +60,24 @@ def take(lease: Lease, wanted: KeyOrder) -> JobSecret | None:
     return found.secret
 
 
-def _close_to_all(lease: Lease, why: str) -> None:
-    from securerun.guard import takeover
+def _go_on_without(lease: Lease, why: str, consequence: str, *, required: bool, by_new_rules: bool) -> None:
+    """Have no key, for this reason. required: whether nobody is to come in without a tag of one.
 
-    takeover.close_to_all(lease, why)
-
-
-def _require_not_required(required: bool, why: str) -> None:
-    """Raise PolicyError where a job that has no key, for this reason, is to be open to nobody without a tag of it."""
-    if required:
+    by_new_rules: whether the host's rules, which may have changed since the job began, are the reason: a job that runs
+    is closed to all then. Raises PolicyError for any other that requires a key.
+    """
+    if not required:
+        lease.notes += (f"no key ({why}): {consequence}",) if consequence else ()
+        return
+    if not (by_new_rules and lease.order.adopt):
         raise PolicyError(
             f"the nodes of this job are to be known by a key, and there is none: {why}; make one with "
             "`securerunctl setup key` on one node and copy it to the others, or name the others with --peers and "
             "write --key off; nothing was started"
         )
+    from securerun.guard import takeover
+
+    takeover.close_to_all(lease, why)
 
 
 def _is_of_container(lease: Lease, wanted: KeyOrder) -> bool:
@@ -106,7 +101,7 @@ def _give(lease: Lease, key: JobKey, source: str, wanted: KeyOrder) -> None:
         within=within,
     )
     if lease.policy.tags_from and not lease.order.adopt:
-        allowed = some([*map(str, lease.policy.tags_from)], _NETWORKS_NAMED)
+        allowed = listed(lease.policy.tags_from)
         lease.notes += (
             f"a tag of the job's key counts from {allowed} alone, where this host allows peers ({LIMITS_FILE})",
         )

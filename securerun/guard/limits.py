@@ -25,14 +25,12 @@ from securerun.guard.caller import Caller
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.protocol import Order
 from securerun.linux import packages, port_ranges, trust
-from securerun.linux.networks import EVERY_HOST, Network, common
-from securerun.text import some
+from securerun.linux.networks import EVERY_HOST, Network, common, listed
 
 # Peers of more addresses than such a network has are half the world rather than the nodes of a job; and 3,200 networks,
 # none of them wider, are all of IPv4 but 128 addresses.
 _WIDEST = {4: 8, 6: 16}
 _BITS = {4: 32, 6: 128}
-_NETWORKS_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def narrowed(site: SitePolicy, order: Order, caller: Caller) -> tuple[Order, tup
     allowed = common(order.policy.peers, site.peers)
     if allowed == order.policy.peers:
         return order, ()
-    still = some([*map(str, allowed)], _NETWORKS_NAMED) or "no host"
+    still = listed(allowed) or "no host"
     word = f"of the peers {still} may still connect, by what this host allows now ({LIMITS_FILE})"
     return dataclasses.replace(order, policy=dataclasses.replace(order.policy, peers=allowed)), (word,)
 

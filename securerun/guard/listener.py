@@ -21,6 +21,7 @@ from pathlib import Path
 from securerun.errors import PrivilegeError
 from securerun.guard import containers, inherited, log, program, refusals
 from securerun.guard.protocol import Refused, encode
+from securerun.guard.share import Share
 from securerun.linux import local_sockets, proc, sent_along
 from securerun.linux.namespaces import Namespace
 from securerun.linux.sent_along import Parting
@@ -44,29 +45,6 @@ _MOST_UNREAD = 1024
 _PAUSE_SECONDS = 0.25
 
 
-class Share:
-    """How many guards more one account may have begun now."""
-
-    def __init__(self) -> None:
-        self._left = float(_AT_ONCE)
-        self._since = time.monotonic()
-
-    def take(self) -> bool:
-        """Take one, if there is one."""
-        now = time.monotonic()
-        self._left = min(_AT_ONCE, self._left + (now - self._since) * _A_SECOND)
-        self._since = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing of it is taken, so that it need not be remembered."""
-        return self._left + (time.monotonic() - self._since) * _A_SECOND >= _AT_ONCE
-
-
 class Guards:
     """The guards that were begun and have not ended, by account."""
 
@@ -84,7 +62,7 @@ class Guards:
             self._shares = {known: share for known, share in self._shares.items() if not share.is_whole}
         if len(self._shares) >= _MOST_KNOWN:
             return "too many ask for guards"
-        if not self._shares.setdefault(account, Share()).take():
+        if not self._shares.setdefault(account, Share(_AT_ONCE, _A_SECOND)).take():
             return "too many guards were asked for from this container or by this user"
         return ""
 

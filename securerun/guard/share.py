@@ -1,22 +1,40 @@
-"""How much of a processor those may cause to be spent who can ask for work without end."""
+"""How much those may cause to be done who can ask for work without end."""
 
 from __future__ import annotations
 
 import time
 
 
-class ProcessorShare:
-    """So many seconds of a processor at once, and then this part of one."""
+class Share:
+    """So much at once, and then so much a second: of guards, of seconds of a processor."""
 
-    def __init__(self, at_once: float, part: float) -> None:
+    def __init__(self, at_once: float, a_second: float) -> None:
         self._at_once = at_once
-        self._part = part
+        self._a_second = a_second
         self._left = at_once
         self._since = time.monotonic()
 
+    def take(self) -> bool:
+        """Take one, if there is one."""
+        self._refill()
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
     def pause_after(self, spent: float) -> float:
-        """Return for how many seconds nothing more is to be done, now that so many were spent."""
+        """Return for how many seconds nothing more is to be done, now that this much was spent."""
+        self._refill()
+        self._left -= spent
+        return max(0.0, -self._left / self._a_second)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is taken, so that it need not be remembered."""
+        self._refill()
+        return self._left >= self._at_once
+
+    def _refill(self) -> None:
         now = time.monotonic()
-        self._left = min(self._at_once, self._left + (now - self._since) * self._part) - spent
+        self._left = min(self._at_once, self._left + (now - self._since) * self._a_second)
         self._since = now
-        return max(0.0, -self._left / self._part)

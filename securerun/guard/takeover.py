@@ -19,10 +19,8 @@ from securerun.guard.lease import Lease
 from securerun.guard.program import LIMITS_FILE
 from securerun.guard.records import Record
 from securerun.linux import port_ranges
-from securerun.linux.networks import common
-from securerun.text import some
+from securerun.linux.networks import common, listed
 
-_NETWORKS_NAMED = 4
 _NOW = f"by what this host allows now ({LIMITS_FILE})"
 
 
@@ -135,5 +133,5 @@ def _replace_shield(lease: Lease, cgroup: int, standing: Shield, found: Record) 
     if lease.key is None:
         lease.notes += ("the shield asks nobody for a tag any more",)
     elif lease.policy.tags_from:
-        counts = some([*map(str, lease.policy.tags_from)], _NETWORKS_NAMED)
+        counts = listed(lease.policy.tags_from)
         lease.notes += (f"the shield lets tags count from {counts} alone now",)

@@ -22,7 +22,7 @@ from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.parting import give_back, part
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
-from securerun.guard.share import ProcessorShare
+from securerun.guard.share import Share
 from securerun.guard.unanswered import open_unanswered
 from securerun.guard.unasked import told
 from securerun.linux.links import Links
@@ -126,7 +126,7 @@ class Watch:
         self._peers = Chore(math.inf, self._change_peers, math.inf)
         # Only while what the launcher said has cost too much.
         self._hearing = Chore(math.inf, self._hear_again, math.inf)
-        self._share = ProcessorShare(_HEARD_AT_ONCE_SECONDS, _MOST_CPU)
+        self._share = Share(_HEARD_AT_ONCE_SECONDS, _MOST_CPU)
         recording = Chore(_RECORD_SECONDS, lease.keep_recorded)
         self._chores = [self._peers, self._hearing, self._repair, reserving, recording]
         self._chores.append(Chore(_NOTICE_SECONDS, self._notices.look))

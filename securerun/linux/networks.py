@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Union
 
 from securerun.errors import PolicyError
+from securerun.text import some
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 EVERY_HOST: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
+_LISTED = 4
 
 
 def is_address(text: str) -> bool:
@@ -27,6 +29,11 @@ def is_address(text: str) -> bool:
 def shown(network: Network) -> str:
     """Return a network for people: that of one host as its address."""
     return str(network) if network.num_addresses > 1 else str(network.network_address)
+
+
+def listed(networks: Sequence[Network]) -> str:
+    """Return the first few networks for people, and how many more there are; "" for none."""
+    return some([*map(shown, networks)], _LISTED)
 
 
 def within(word: str, address: str, network: Network) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from securerun.firewall.policy import Denial, Policy, opened
-from securerun.linux.networks import Network, is_address, shown
+from securerun.linux.networks import Network, is_address, listed
 from securerun.protection import denials
 from securerun.protection.ways import DIRECTLY, OF_NAMESPACE, OUTSIDE
 from securerun.text import nodes_guarded, printable, some
@@ -156,8 +156,8 @@ def news(policy: Policy, notice: Notice, key: denials.KeyInForce | None = None) 
 
 def renewed(before: Peers, now: Peers) -> str:
     """Which addresses of the peers came and went while the job runs."""
-    gone = _addresses(sorted(set(before.listed) - set(now.listed), key=_in_order))
-    come = _addresses(sorted(set(now.listed) - set(before.listed), key=_in_order))
+    gone = listed(sorted(set(before.listed) - set(now.listed), key=_in_order))
+    come = listed(sorted(set(now.listed) - set(before.listed), key=_in_order))
     changes = (f"{gone} may no longer connect" if gone else "", f"{come} may connect now" if come else "")
     what = (
         f"{now.source} has other hosts"
@@ -339,15 +339,11 @@ def open_to(plan: Plan) -> str:
         return f"{plan.peers.source}{through}"
     if not plan.policy.peers:
         return f"no other host ({plan.peers.source})"
-    return f"{_addresses(plan.policy.peers)} ({plan.peers.source}){through}"
+    return f"{listed(plan.policy.peers)} ({plan.peers.source}){through}"
 
 
 def _in_order(network: Network) -> tuple[int, int]:
     return network.version, int(network.network_address)
-
-
-def _addresses(networks: Sequence[Network]) -> str:
-    return some([*map(shown, networks)], _NETWORKS_NAMED)
 
 
 def _ports(policy: Policy) -> str:

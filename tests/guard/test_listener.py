@@ -17,7 +17,8 @@ from users import GUARD
 
 from securerun.errors import PrivilegeError
 from securerun.guard import listener
-from securerun.guard.listener import Guards, Share
+from securerun.guard.listener import Guards
+from securerun.guard.share import Share
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_share_is_a_number_at_once_and_then_so_many_a_second(clock: list[float]) -> None:
-    share = Share()
+    share = Share(at_once=16, a_second=2.0)
     assert [share.take() for _ in range(17)] == [True] * 16 + [False]
     clock[0] += 1
     assert [share.take() for _ in range(3)] == [True, True, False]

@@ -90,7 +90,7 @@ def test_a_tag_counts_from_the_networks_that_the_site_allows_by_now(ground: Grou
     node, peer, stranger = ground.node, ground.peer, ground.stranger
     options = ("--peers", f"{peer.ipv4},{stranger.ipv4}") if named else ("--require-key",)
     with rules_changed(ground, "", allowing(peer), *BY_KEY, *options) as (holder, _):
-        of_notes(holder, f"tags count from {peer.ipv4}/32 alone")
+        of_notes(holder, f"tags count from {peer.ipv4} alone")
         assert judges(ground) == 1
         assert by_key(peer, node) and not by_key(stranger, node)
         assert by_address(peer, node) is named and not by_address(stranger, node)
@@ -132,7 +132,7 @@ def test_peers_that_may_be_named_no_more_are_kept_out_and_the_job_has_its_guard(
     node, peer, stranger = ground.node, ground.peer, ground.stranger
     both = ("--peers", f"{peer.ipv4},{stranger.ipv4}")
     with rules_changed(ground, "", allowing(peer), *HELD, *both) as (holder, _):
-        assert f"{peer.ipv4}/32 may still connect" in of_notes(holder, "may still connect")
+        assert f"{peer.ipv4} may still connect" in of_notes(holder, "may still connect")
         assert by_address(peer, node) and not by_address(stranger, node)
         assert record(ground)["policy"]["peers"] == [f"{peer.ipv4}/32"]
 

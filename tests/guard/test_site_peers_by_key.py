@@ -55,7 +55,7 @@ def test_a_tag_counts_from_the_sites_peers_alone_and_who_is_named_comes_in_as_ev
     options = ("--peers", peer.ipv4) if named else ("--require-key",)
     holder = bound.holder(bound.alice, *OPTIONS, *options)
     said = " ".join(holder.start["notes"])
-    assert f"a tag of the job's key counts from {peer.ipv4}/32 alone" in said and "/etc/securerun/guard.toml" in said
+    assert f"a tag of the job's key counts from {peer.ipv4} alone" in said and "/etc/securerun/guard.toml" in said
     assert by_key(peer, node) and not by_key(stranger, node)
     assert by_address(peer, node) is named and not by_address(stranger, node)
     policy = recorded(bound, holder)
