@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from securerun.errors import PolicyError, Powerless, PrivilegeError, SecurerunError
 from securerun.firewall import backends
-from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import opened
 from securerun.guard import inherited, limits, log, records, refusals
 from securerun.guard.acquire import acquire, require_room
@@ -29,7 +28,7 @@ from securerun.guard.channel import Channel
 from securerun.guard.documents import MAXIMUM_BYTES, ProtocolError
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
-from securerun.guard.notices import Send
+from securerun.guard.notices import EXPECTED, Send
 from securerun.guard.program import KEY_ARGUMENT, NAME, SOCKET_ARGUMENT, WAITING_NAME, brings_key, reads_versions
 from securerun.guard.protocol import (
     VERSIONS,
@@ -388,10 +387,11 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
         noted(f"{run}: a defect of securerun's: {_place(error)}")
         if not lease.caller.has_ended():
             return 1  # the launcher starts another guard, which takes over
-        lease.kill()
+        with contextlib.suppress(*EXPECTED):
+            lease.kill()
     try:
         lease.release()
-    except (SecurerunError, CgroupUnavailable, PortChainsUnavailable) as error:
+    except EXPECTED as error:
         noted(f"{run}: not all of it could be removed, the next run tries again: {error}")
         return 1
     noted(f"{run}: released")

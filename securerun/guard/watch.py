@@ -162,7 +162,7 @@ class Watch:
         In each turn: whether the launcher is there, the chores that are due, and a part of what others caused.
         """
         try:
-            while not (self._released and self._lease.is_over()):
+            while not (self._released and self._is_over()):
                 ready = {descriptor for descriptor, _ in self._poller.poll(self._milliseconds_to_wait())}
                 if not self._released:
                     self._hear(ready)
@@ -196,7 +196,7 @@ class Watch:
         """Read of what there is: who was dropped, whether rules were deleted, what happened to the job's cgroup."""
         drops, deletions, cgroup = self._lease.drops, self._deletions, self._lease.cgroup
         if cgroup is not None and cgroup.events in ready:
-            cgroup.populated()  # poll(2) returns at once until the change has been read (kernfs_generic_poll)
+            self._attempt(cgroup.populated)  # until it has been read, poll(2) returns at once (kernfs_generic_poll)
         if drops is not None and drops.fileno() in ready:
             drops.read()
         if self._answers is not None and self._answers.fileno() in ready:
@@ -464,15 +464,26 @@ class Watch:
         chore.due = time.monotonic() + chore.seconds
         return True
 
-    def _attempt(self, work: Callable[[], None]) -> None:
+    def _attempt(self, work: Callable[[], object]) -> None:
         """Do it, and go on if it fails: a full disk or a table that cannot be read must not take the guard away."""
         try:
             work()
         except EXPECTED as error:
-            words = f"a part of the guard's work fails: {error}"
-            if words not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
-                self._complaints.add(words)
-                self._speech.say(words)
+            self._complain(error)
+
+    def _is_over(self) -> bool:
+        """Return whether the job's last process has gone; not while that cannot be told, as without descriptors."""
+        try:
+            return self._lease.is_over()
+        except EXPECTED as error:
+            self._complain(error)
+            return False
+
+    def _complain(self, error: Exception) -> None:
+        words = f"a part of the guard's work fails: {error}"
+        if words not in self._complaints and len(self._complaints) < _MOST_COMPLAINTS:
+            self._complaints.add(words)
+            self._speech.say(words)
 
 
 def _pace(lease: Lease) -> float:
