@@ -165,7 +165,7 @@ class View:
         raw = self._table.first_rule(chain)
         while raw:
             target = self._table.get_target(raw)
-            yield Entry(_comment_of(raw), target.decode() if target else "")
+            yield Entry(_comment_of(raw), target.decode(errors="replace") if target else "")  # any bytes name a chain
             raw = self._table.next_rule(raw)
 
     def _encoded(self, rule: str) -> ctypes.Array[ctypes.c_ubyte]:

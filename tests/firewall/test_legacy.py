@@ -300,6 +300,18 @@ def test_foreign_rules_are_the_same_before_during_and_after(node: Host) -> None:
         assert "[12:3456] -A INPUT -p tcp" in node.run([f"{command}-save", "-c"], check=True).stdout
 
 
+def test_chain_of_others_whose_name_is_no_utf8_is_in_nobodys_way(node: Host) -> None:
+    """The guard looks at INPUT's jumps again and again: it died of the name."""
+    theirs = os.fsdecode("règles".encode("latin-1"))
+    for command in COMMANDS:
+        node.run([command, "-N", theirs], check=True)
+        node.run([command, "-A", "INPUT", "-p", "udp", "-j", theirs], check=True)
+    install(node, RUN, "10.77.0.2")
+    remove(node, RUN)
+    for command in COMMANDS:
+        node.run([command, "-C", "INPUT", "-p", "udp", "-j", theirs], check=True)
+
+
 def test_removal_of_the_last_run_takes_the_chain_and_the_jump_away(node: Host) -> None:
     before = saved(node)
     install(node, RUN, "10.77.0.2")

@@ -6,12 +6,13 @@ import errno
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from securerun.firewall.policy import Denials, Policy
 from securerun.guard import server
+from securerun.guard.lease import Lease
 from securerun.guard.protocol import Guarding, Message
 from securerun.guard.watch import Watch
 
@@ -38,7 +39,7 @@ class Once:
         self._number = number
         self.asked = 0
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         self.asked += 1
         if self.asked == 1:
             raise OSError(self._number, os.strerror(self._number))
@@ -62,7 +63,7 @@ def hung_up() -> Iterator[int]:
     os.close(end)
 
 
-def lease_of(**facts: object) -> Any:
+def lease_of(**facts: object) -> Lease:
     policy = Policy(RUN_ID, (), ())
     caller = SimpleNamespace(
         pidfd=None, has_ended=lambda: False, can_be_looked_into=lambda: False, user=0, pid=1, container="", is_root=True
@@ -83,7 +84,7 @@ def lease_of(**facts: object) -> Any:
         "unrecorded": frozenset(),
     }
     nothing = dict.fromkeys(("cgroup", "drops", "chains", "shield", "key", "presence"))
-    return SimpleNamespace(**{**nothing, **known, **facts})
+    return cast("Lease", SimpleNamespace(**{**nothing, **known, **facts}))
 
 
 def test_guard_without_descriptors_for_a_moment_asks_again_whether_the_job_is_over(hung_up: int) -> None:
