@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from securerun.errors import SecurerunError
 
@@ -22,12 +22,20 @@ def say(words: str) -> None:
     if sys.stderr is None:
         return
     text = "".join(f"securerun: {line}\n" for line in words.splitlines())
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is a file that the caller has closed
         if sys.stderr is not sys.__stderr__:  # a caller's own
-            print(text, end="", file=sys.stderr, flush=True)
+            _print(text, sys.stderr)
             return
         # Past the buffer: what is stuck in it at the exit makes Python's status 120.
         os.write(2, text.encode(errors="backslashreplace"))
+
+
+def _print(text: str, file: TextIO) -> None:
+    """Print to a file in whichever encoding it has; what that cannot hold is written in digits."""
+    try:
+        print(text, end="", file=file, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode("ascii", "backslashreplace").decode(), end="", file=file, flush=True)
 
 
 def write_out(text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -395,13 +396,14 @@ class Guard:
     def _hear(self) -> None:
         while True:
             with contextlib.suppress(PrivilegeError):
-                message = self._received(self._connection, None) if self._connection else None
+                connection = self._connection
+                message = self._received(connection, None) if connection is not None else None
                 if isinstance(message, Notice):
-                    self._tell(message)
+                    self._pass_on(message)
                     continue
                 if isinstance(message, Refused):
                     self._ended = Refusal(message)
-                    self._tell(Notice(words=(message.message,)))
+                    self._pass_on(Notice(words=(message.message,)))
                     _end_job(message.status)
                     continue
                 if isinstance(message, Released):
@@ -412,22 +414,30 @@ class Guard:
                 self._farewell.set()
                 return
 
+    def _pass_on(self, notice: Notice) -> None:
+        """Tell the caller. What is wrong with their own function is shown; the guard is heard and replaced as ever."""
+        try:
+            self._tell(notice)
+        except Exception:
+            with contextlib.suppress(Exception):  # nobody may be there to be shown it
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
     def _carry_on(self) -> bool:
         """After a guard's death: have another take over, and say so; False when none has once the job is over."""
         obstacle, said = self._why_to_pause(), False
         while True:
             if obstacle and not said:
-                self._tell(Notice(words=(_every_now_and_then(obstacle),)))
+                self._pass_on(Notice(words=(_every_now_and_then(obstacle),)))
                 said = True
             if obstacle and not self._may_try_again():
                 return False
             try:
                 answer = self._take_over_and_let_go()
-            except SecurerunError as error:
+            except (SecurerunError, OSError) as error:  # this process may have no descriptor left for a moment
                 obstacle = f"the guard died and no other can take over: {error}"
                 continue
             if answer is not None:
-                self._tell(Notice(words=("the guard died; another has taken over", *answer.notes)))
+                self._pass_on(Notice(words=("the guard died; another has taken over", *answer.notes)))
                 return True
             obstacle = self._why_to_pause()
 
@@ -505,10 +515,17 @@ def _every_now_and_then(obstacle: str) -> str:
 def _end_job(status: int) -> None:
     """Have the main thread end its job as by a batch system's SIGTERM; where it would not hear of it, end at once."""
     heard = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
-    waited_for = signal.SIGTERM - 1 in proc.status(os.getpid()).bits("SigBlk")  # as by linux/child.py
-    if not heard and not waited_for:
+    if not heard and not _is_waited_for(signal.SIGTERM):
         os._exit(status)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_waited_for(number: int) -> bool:
+    """Return whether the main thread takes this signal when it likes, as by linux/child.py; also if nobody can tell."""
+    try:
+        return number - 1 in proc.status(os.getpid()).bits("SigBlk")
+    except OSError:
+        return True
 
 
 def _no_way(obstacles: list[str], more: str) -> str:

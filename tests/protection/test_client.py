@@ -6,10 +6,13 @@ Each stand-in is a process that says what a line of Python has it say, by the ch
 from __future__ import annotations
 
 import dataclasses
+import errno
 import ipaddress
 import os
 import queue
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -32,6 +35,7 @@ from securerun.guard.protocol import (
     Runs,
     encode,
 )
+from securerun.linux import proc
 from securerun.linux.networks import collapse
 from securerun.protection import client, ways
 from securerun.protection.client import Guard, Refusal
@@ -188,6 +192,68 @@ def test_a_guard_that_dies_meanwhile_is_replaced_and_that_is_said(stand_in: queu
     told = told_by(guard)
     assert told.get(timeout=PATIENCE_SECONDS).words == ("the guard died; another has taken over", "no chains")
     assert guard.release(failed=True) == Released(())
+
+
+def test_guard_is_replaced_whatever_is_wrong_with_who_hears_its_news(
+    stand_in: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    will(
+        stand_in,
+        [say(Ready(1)), READ, say(GUARDING, Notice(words=("news",))), DIE],
+        [say(Ready(2)), READ, say(GUARDING), READ, say(Released(()))],
+    )
+    told: queue.Queue[Notice] = queue.Queue()
+    shown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+
+    def tell(notice: Notice) -> None:
+        told.put(notice)
+        raise KeyError(notice.words)
+
+    guard = Guard()
+    assert guard.guard(ORDER, tell) == GUARDING
+    assert told.get(timeout=PATIENCE_SECONDS).words == ("news",)
+    assert told.get(timeout=PATIENCE_SECONDS).words == ("the guard died; another has taken over",)
+    assert guard.release(failed=False) == Released(())
+    assert [str(error.exc_value) for error in shown][:1] == ["('news',)"]
+
+
+def test_launcher_without_descriptors_for_a_moment_replaces_its_guard_all_the_same(
+    stand_in: queue.Queue[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many jobs are who load their data from thousands of files: their guard died in such a moment, and for good."""
+    monkeypatch.setattr(client, "_PAUSE_SECONDS", 0.1)
+    will(stand_in, [say(Ready(1)), READ, say(GUARDING), DIE], [say(Ready(2)), READ, say(GUARDING), READ])
+    looks = 0
+
+    def ways_but_once() -> Sequence[Way]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return tuple(client.__dict__["ways"]())
+
+    told: queue.Queue[Notice] = queue.Queue()
+    guard = Guard(by=ways_but_once)
+    assert guard.guard(ORDER, told.put) == GUARDING
+    assert "no other can take over: [Errno 24]" in told.get(timeout=PATIENCE_SECONDS).words[0]
+    assert told.get(timeout=PATIENCE_SECONDS).words == ("the guard died; another has taken over",)
+    guard.release(failed=False)
+
+
+def test_job_that_is_to_end_is_ended_also_where_nobody_can_tell_who_waits_for_the_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+
+    def cannot(_: object) -> proc.Status:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(proc, "status", cannot)
+    monkeypatch.setattr(os, "kill", lambda _, number: ended.append(number))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    client._end_job(77)
+    assert ended == [signal.SIGTERM]
 
 
 def test_guards_that_die_again_and_again_are_replaced_with_pauses_and_that_is_said(
