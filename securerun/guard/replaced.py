@@ -1,8 +1,8 @@
-"""Have the guard of a whole job of Slurm's replaced where it is killed: it has no launcher that would.
+"""Have the guard of a whole job of Slurm's replaced where it dies: it has no launcher that would.
 
-The guard is a child of a process that only waits for it, as below sudo, and forks another where it was killed and the
-job is there still: that takes over what stands, and looks after it again. Whoever kills both leaves the shield, which
-stays with the cgroup, and the rest to the next run on this host.
+The guard is a child of a process that only waits for it, as below sudo, and forks another where it was killed, or ended
+by a defect, and the job is there still: that takes over what stands, and looks after it again. Whoever kills both
+leaves the shield, which stays with the cgroup, and the rest to the next run on this host.
 
 Loaded where an order is for a job of Slurm's.
 """
@@ -21,6 +21,8 @@ from securerun.guard.slurm_served import WholeJob, hold_of
 from securerun.linux import cgroups, prctl, proc
 
 _STANDARD = (0, 1, 2)
+# As waitpid(2) has it: it ended with 1.
+_NOT_STARTED = 1 << 8
 # One that dies of a defect would do so again and again.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 60.0
 
@@ -30,20 +32,31 @@ def go_on_in_a_child(order: Order, job: SlurmJob) -> tuple[Order, WholeJob]:
     pause = _FIRST_PAUSE_SECONDS
     while True:
         began = time.monotonic()
-        child = os.fork()
+        child = _forked(again=order.adopt)
         if child == 0:
             os.setsid()  # who kills by session or by group means one of the two
             prctl.set_name(program.NAME)
             return (_as_recorded(order) if order.adopt else order), WholeJob(job)
         _stand_aside()
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status) or not _is_there(order, job):
+        status = _NOT_STARTED if child is None else os.waitpid(child, 0)[1]
+        # One that was refused has taken away what holds the job; one that could not take over has not.
+        if status == 0 or not _is_there(order, job):
             os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
         lived = time.monotonic() - began
         pause = _FIRST_PAUSE_SECONDS if lived > _LONGEST_PAUSE_SECONDS else pause
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         order = dataclasses.replace(order, adopt=True)
+
+
+def _forked(*, again: bool) -> int | None:
+    """Fork. Raises OSError where that cannot be; None instead where it was done before, and is to be tried again."""
+    try:
+        return os.fork()
+    except OSError:
+        if not again:
+            raise
+        return None
 
 
 def _stand_aside() -> None:
