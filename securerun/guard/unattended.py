@@ -172,7 +172,8 @@ class Unattended:
             self._peers = message
 
     def _run(self, command: Sequence[str], then: Callable[[str], None]) -> None:
-        with contextlib.suppress(OSError):
+        # SubprocessError: it could be started, and not give up its privilege.
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             self._running = _Program(command, then)
 
 
@@ -180,7 +181,7 @@ class _Program:
     """A program that runs beside the watch, and is killed where it takes too long."""
 
     def __init__(self, command: Sequence[str], then: Callable[[str], None]) -> None:
-        """Start it. then: takes what it printed. Raises OSError."""
+        """Start it. then: takes what it printed. Raises OSError, or SubprocessError where it keeps a privilege."""
         self.then = then
         self._until = time.monotonic() + _PROGRAM_SECONDS
         self._output = os.memfd_create("output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import time
@@ -137,6 +138,21 @@ def test_slurm_that_does_not_answer_is_asked_again(ground: Ground, monkeypatch: 
     monkeypatch.setattr(guard, "_notice_due", 0.0)
     look(guard)
     assert len(ground.told()) == 1
+
+
+def test_program_that_cannot_give_up_its_privilege_is_not_run_and_ends_nothing(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the child of a guard that has many descriptors gets no more to read what it has."""
+
+    def cannot() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(unattended, "_give_up_privilege", cannot)
+    at = ground.unattended()
+    at.send(denial())
+    look(at)
+    assert not ground.asked.exists()
 
 
 def test_of_several_tasks_of_a_node_one_speaks_and_all_are_logged(ground: Ground) -> None:
