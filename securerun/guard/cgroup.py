@@ -388,10 +388,6 @@ def _move(directory: int, pid: int) -> None:
 
 
 def _remove_below(directory: int) -> None:
-    for name in cgroups.children(directory):
-        child = os.open(name, cgroups.DIRECTORY_FLAGS, dir_fd=directory)
-        try:
-            _remove_below(child)
-        finally:
-            os.close(child)
-        os.rmdir(name, dir_fd=directory)
+    for way, _ in reversed([*cgroups.directories_below(directory)]):
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(way, dir_fd=directory)

@@ -189,9 +189,32 @@ def slices() -> list[str]:
 def processes_below(directory: int) -> set[int]:
     """Return the live processes in the cgroup of this descriptor, and below it."""
     found = _members(directory)
-    for below in _directories_below(directory):
+    for _, below in directories_below(directory):
         found |= _members(below)
     return found
+
+
+def directories_below(directory: int) -> Iterator[tuple[str, int]]:
+    """Yield the cgroups below the one of this descriptor, each before those below it: the way there, and a descriptor.
+
+    That is open until the next is asked for. By the way from the top, so that neither depth nor breadth, both up to
+    whoever may make cgroups there, can exhaust descriptors or Python's stack; those too deep for a path are left out.
+    Raises OSError.
+    """
+    pending = children(directory)
+    while pending:
+        way = pending.pop()
+        try:
+            child = os.open(way, DIRECTORY_FLAGS, dir_fd=directory)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                continue
+            raise
+        try:
+            yield way, child
+            pending += [f"{way}/{name}" for name in children(child)]
+        finally:
+            os.close(child)
 
 
 def is_of_this_user(directory: int) -> bool:
@@ -338,18 +361,6 @@ def _members(directory: int) -> set[int]:
         with contextlib.suppress(OSError):
             return {int(line) for line in read(directory, name).split()}
     return set()
-
-
-def _directories_below(directory: int) -> Iterator[int]:
-    """Yield descriptors of the cgroups below, each open until the next is asked for."""
-    for name in children(directory):
-        with contextlib.suppress(FileNotFoundError):
-            child = os.open(name, DIRECTORY_FLAGS, dir_fd=directory)
-            try:
-                yield child
-                yield from _directories_below(child)
-            finally:
-                os.close(child)
 
 
 def _unescaped(text: str) -> str:
