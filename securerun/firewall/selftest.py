@@ -131,7 +131,7 @@ class Sender:
 
     def answer_within(self, seconds: float) -> int | None:
         """Return its next answer; None where there is none so soon. Raises ShieldUnavailable where none will come."""
-        if not select.select([self._near], [], [], max(0.0, seconds))[0]:
+        if not self._can_be_read(seconds):
             return None
         answer = b""
         with contextlib.suppress(OSError):
@@ -139,6 +139,13 @@ class Sender:
         if len(answer) != _ANSWER.size:
             raise _no_answer()
         return int(_ANSWER.unpack(answer)[0])
+
+    def _can_be_read(self, seconds: float) -> bool:
+        """Wait for an answer, or the end. A guard holds a descriptor of each cgroup above its job's, and of those there
+        may be more than select(2) knows numbers for, 1024."""
+        poller = select.poll()
+        poller.register(self._near, select.POLLIN)
+        return bool(poller.poll(max(0.0, seconds) * 1000))
 
     def _answer(self, deadline: float) -> int:
         answer = self.answer_within(deadline - time.monotonic())
@@ -165,7 +172,7 @@ class Sender:
         """Return whether its end of the conversation is closed within a moment; with it goes the rest of it."""
         deadline = time.monotonic() + _LONGEST_END_SECONDS
         with contextlib.suppress(OSError):
-            while select.select([self._near], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            while self._can_be_read(deadline - time.monotonic()):
                 if not self._near.recv(_ANSWER.size):
                     return True
         return False

@@ -6,8 +6,10 @@ the guard that it does not (ground/net_cls.py).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -17,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cgroups import in_child
 from checkout import COMMANDS
 from holding import HOLDER, Held, held
 from hosts import RECORDS, Host, Network, eventually, is_alive
@@ -265,6 +268,24 @@ def test_child_whose_guard_dies_in_the_middle_of_a_question_does_what_is_left_to
             assert select.select([near], [], [], patient(5))[0]
     os.waitpid(child, 0)
     assert not left.exists()
+
+
+def answer_to_a_guard_with_descriptors(number: int) -> int | None:
+    """What the child of a proof says first to a guard that holds so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    for _ in range(number):
+        os.open(os.devnull, os.O_RDONLY)
+    sender = selftest.Sender(-1)
+    try:
+        return sender.answer_within(patient(5))
+    finally:
+        sender.end()
+
+
+def test_guard_of_a_job_deep_down_hears_the_child_of_its_proof() -> None:
+    """It holds a descriptor of each cgroup above its job's, and select(2) knows no number beyond 1023."""
+    assert in_child(lambda: answer_to_a_guard_with_descriptors(1100)) == errno.EBADF
 
 
 def test_child_of_the_proof_that_is_killed_is_replaced_and_that_is_no_no(network: Network) -> None:
