@@ -69,7 +69,13 @@ class Caller:
         """Return whether the process is gone, or is no longer the one that this guard began to serve."""
         if self.pidfd is not None and select.select([self.pidfd], [], [], 0)[0]:
             return True
-        return not proc.is_running(self.pid, self.start)
+        try:
+            found = proc.stat(self.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        except OSError:  # without a descriptor or memory for a moment: then the pidfd alone tells
+            return self.pidfd is None
+        return found.start != self.start or found.first_thread_has_ended
 
     def waiting(self) -> frozenset[int]:
         """Return the pids of those attendants that live: the launcher started them, and they are no part of its job."""

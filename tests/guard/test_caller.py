@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from sandbox import NOBODY
 from securerun.errors import PrivilegeError
 from securerun.guard import caller
 from securerun.guard.caller import SUDO_USER_VARIABLE, Caller, find_ancestor, find_peer
-from securerun.linux import local_sockets
+from securerun.linux import local_sockets, proc
 
 
 @pytest.fixture
@@ -51,6 +52,22 @@ def test_a_process_that_ended_is_served_no_more(
         served.require_same_network()
     with pytest.raises(PrivilegeError, match="has ended"):
         Caller(process.pid)
+
+
+@kernel.needing(kernel.PIDFDS)
+def test_launcher_lives_on_for_a_guard_that_cannot_look_at_it_for_a_moment(
+    process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took the job for a failed one, and heard nothing of its launcher any more."""
+    served = Caller(process.pid)
+
+    def cannot(_: object) -> proc.Stat:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(proc, "stat", cannot)
+    assert not served.has_ended()
+    end(process)
+    assert served.has_ended()
 
 
 def test_one_that_waits_to_be_reaped_has_ended(process: subprocess.Popen[bytes]) -> None:
