@@ -138,6 +138,7 @@ def _cannot_record(error: OSError) -> PrivilegeError:
 
 def _lock(seconds: float) -> int:
     """Open the record directory, locked. Waits in the kernel's queue, so that none of many guards starves."""
+    directory = None
     try:
         with file_lock.time_limit(seconds):
             while True:
@@ -145,6 +146,9 @@ def _lock(seconds: float) -> int:
                 if directory is not None and _locked(directory):
                     return directory
     except file_lock.TimeUp as error:
+        if directory is not None:  # also one that was locked as the time was up, and would be for good
+            with contextlib.suppress(OSError):
+                os.close(directory)
         raise PrivilegeError(
             f"another guard has held the lock on {DIRECTORY} for {seconds:.0f} s; "
             f"find it with `fuser -v {DIRECTORY}`, then try again"
@@ -153,13 +157,9 @@ def _lock(seconds: float) -> int:
 
 def _locked(directory: int) -> bool:
     """Lock the directory; False, and closed, where its last user has removed it meanwhile."""
-    try:
-        file_lock.lock(directory)
-        if _is_current(directory):
-            return True
-    except file_lock.TimeUp:
-        os.close(directory)
-        raise
+    file_lock.lock(directory)
+    if _is_current(directory):
+        return True
     os.close(directory)
     return False
 

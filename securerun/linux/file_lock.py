@@ -42,12 +42,20 @@ def lock_at_once(descriptor: int) -> bool:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeUp in the block after some time. Only the main thread can: guards and securerunctl have no other."""
+    """Raise TimeUp in the block after some time. Only the main thread can: guards and securerunctl have no other.
+
+    Once: it may be raised as the block ends, in the middle of putting the alarm away, and must not be again after that.
+    """
     deadline = time.monotonic() + seconds
+    has_rung = False
 
     def ring(_number: int, _frame: FrameType | None) -> None:
-        if time.monotonic() >= deadline:
-            raise TimeUp
+        nonlocal has_rung
+        if has_rung or time.monotonic() < deadline:
+            return
+        has_rung = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds, _RING_AGAIN_SECONDS)
