@@ -37,6 +37,7 @@ PYTHON = "3.11"
 PACKAGES = (
     *("python3", "iptables", "nftables", "iproute2", "procps", "util-linux", "kmod", "sudo", "passwd", "mawk"),
     *("systemd", "systemd-sysv", "git", "gcc", "libc6-dev", "python3-dev", "findutils", "iputils-ping"),
+    *("passt", "slirp4netns"),
 )
 # Of the newer ones PyPI's wheels for aarch64 want CUDA.
 TORCHES = {
@@ -47,7 +48,7 @@ TORCHES = {
 TORCH_NEEDS = ("filelock", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec")
 WHEELS = (
     *("typer>=0.12,<0.29", "psutil>=5.9", "pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "PyYAML>=6.0"),
-    *("numpy", "setuptools<80"),
+    *("prometheus-client>=0.20", "numpy", "setuptools<80"),
 )
 SOURCES = ("ClusterShell>=1.9",)
 # What the tests of the legacy backend need, and what pip compiles for the machine that it runs on, alone.
