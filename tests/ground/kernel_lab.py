@@ -369,7 +369,8 @@ def _configure(root: Path) -> None:
         (root / f"etc/{shadow}").chmod(0o600)
     (root / "etc/hostname").write_text("machine\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost machine\n::1 localhost\n")
-    (root / "etc/fstab").write_text("")
+    for name in ("fstab", "resolv.conf"):
+        (root / f"etc/{name}").write_text("")
     (root / "etc/machine-id").write_text(f"{1:032x}\n")
     for name in ("auth", "account", "password", "session", "session-noninteractive"):
         kind = name.partition("-")[0]
