@@ -248,7 +248,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "grace",
         "Seconds from SIGTERM to SIGKILL for what is left. What a failed or killed job leaves behind is ended so (10 "
-        "by default).",
+        "by default); what its processes start in their handlers, to save their work, is not sent SIGTERM.",
         metavar="SECONDS",
         example="--grace 10",
         numbers=True,

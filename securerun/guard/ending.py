@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterable
 from typing import Callable
 
 from securerun.guard.lease import Lease
-from securerun.linux import processes
-from securerun.linux.processes import Process
+from securerun.linux.processes import Process, Request
 
 # What a failed job leaves behind often ends by itself within this; torch_shm_manager then removes its files.
 _PATIENCE_SECONDS = 0.25
@@ -28,7 +26,7 @@ class Ending:
     def __init__(self, lease: Lease, log: Callable[[str], None]) -> None:
         self._lease = lease
         self._log = log
-        self._asked: set[Process] = set()
+        self._request = Request()
         self._since: float | None = None
         self._next = 0.0
         self._said = False
@@ -46,11 +44,7 @@ class Ending:
             self._lease.kill()
             self._see_what_is_left()
             return
-        new = self._lease.to_be_ended() - self._asked
-        processes.end(new, signal.SIGTERM)
-        # A stopped process would keep the request until it is continued.
-        processes.end(new, signal.SIGCONT)
-        self._asked |= new
+        self._request.make(self._lease.to_be_ended())
 
     def _see_what_is_left(self) -> None:
         left = self._lease.processes()

@@ -250,6 +250,11 @@ def seconds_since_start(found: Stat) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - found.start / os.sysconf("SC_CLK_TCK")
 
 
+def ticks_since_boot() -> int:
+    """Return the time as that of a process' start is told."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
 def of_user(user: int) -> Iterator[int]:
     """Yield the ids of the processes with this real user id: of whom else nothing is to be known, nothing is read."""
     return (pid for pid in pids() if real_user(pid) == user)

@@ -347,19 +347,49 @@ def _is_current(process: Process) -> bool:
         return False
 
 
+class Request:
+    """Asks processes to end by SIGTERM, each once, but none that one of those starts when it was asked.
+
+    With that it saves its work, or tidies up, as a shell's trap does: it may take as long as whoever started it.
+    """
+
+    def __init__(self) -> None:
+        # Since when each knows, in clock ticks since boot. What ended is remembered: it is none of its later number's.
+        self._knows_since: dict[Process, int] = {}
+        self._latest: int | None = None
+
+    def make(self, found: Iterable[Process]) -> None:
+        """Ask those that were not asked yet; they may have been forked before, and not been seen then."""
+        new = set(found) - self._knows_since.keys()
+        started_since = {process for process in new if self._is_started_by_who_knows(process)}
+        asked = new - started_since
+        if asked:
+            self._latest = proc.ticks_since_boot()
+        end(asked, signals.SIGTERM)
+        # A stopped process would keep the request until it is continued.
+        end(asked, signals.SIGCONT)
+        self._knows_since.update((process, process.start) for process in started_since)
+        self._knows_since.update((process, self._latest or 0) for process in asked)
+
+    def _is_started_by_who_knows(self, process: Process) -> bool:
+        if self._latest is None:
+            return False
+        with contextlib.suppress(OSError):
+            since = self._knows_since.get(Process.of(proc.stat(process.pid).parent))
+            # In doubt, which is a tick's of 10 ms, it is left alone: then it ends with the grace period at the latest.
+            return process.start >= (self._latest if since is None else since)
+        return True  # it has ended
+
+
 def _ask_to_end(find: Find, deadline: float) -> bool:
-    """Send each process SIGTERM once, those that appear meanwhile too; return whether none was left at the deadline."""
-    asked: set[Process] = set()
+    """Have all know, as `Request` does, that they are to end; return whether none was left at the deadline."""
+    request = Request()
     while True:
-        found = set(find())
+        found = find()
         # Two looks: one is no snapshot, and a child may get a pid that it has passed already.
         if not found and not find():
             return True
-        new = found - asked
-        end(new, signals.SIGTERM)
-        # A stopped process would keep the request until it is continued.
-        end(new, signals.SIGCONT)
-        asked |= new
+        request.make(found)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             return False

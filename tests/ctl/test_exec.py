@@ -313,6 +313,19 @@ def test_what_a_failed_command_leaves_running_is_ended(node: Host, tmp_path: Pat
     assert asked.exists()
 
 
+def test_what_a_leftover_starts_to_save_its_work_may_take_the_grace(node: Host, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    leftover = f"trap 'sleep 1 && touch {saved}; exit' TERM; echo up; while :; do sleep 0.1; done"
+    with nothing_left(node):
+        job = node.popen(
+            [*ALONE, "--", "sh", "-c", f'(setsid sh -c "{leftover}") 2> /dev/null & read go; exit 3'], stdin=-1
+        )
+        assert heard(job) == "up"
+        assert finish(job, timeout=30, text_input="go\n").returncode == 3
+        assert eventually(lambda: not node.processes())
+    assert saved.exists()
+
+
 def test_output_can_be_piped_while_leftovers_of_the_command_live_on(node: Host) -> None:
     script = "sleep 60 > /dev/null 2>&1 < /dev/null & echo $!"
     with nothing_left(node):
@@ -443,7 +456,7 @@ def test_command_that_an_interrupt_ends_looks_interrupted_to_the_shell(node: Hos
 def test_command_is_stopped_and_continued_by_the_shell(node: Host) -> None:
     with nothing_left(node), Seat(node, ["bash", "--norc", "--noprofile", "-i"]) as terminal:
         terminal.type(f"{' '.join(ALONE)} -- cat\n")
-        terminal.show("running as root")
+        terminal.show("`securerun --run-as USER`\r\n")
         terminal.type("a line\n")
         terminal.show("a line\r\na line")
         (cat,) = (pid for pid, command in node.processes().items() if command == "cat")

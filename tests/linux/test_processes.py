@@ -508,6 +508,39 @@ def test_who_ignores_the_request_lives_until_the_grace_is_over(job: Job) -> None
     assert eventually(lambda: not is_alive(deaf))  # likewise
 
 
+SAVES = """
+import os, signal, subprocess, sys, time
+def save(number, frame):
+    sys.exit(subprocess.call(["sh", "-c", f"(sleep 0.5 && touch {sys.argv[1]}); wait"]))
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_process_starts_to_save_its_work_is_not_ended_within_the_grace(job: Job, tmp_path: Path) -> None:
+    """Nor what that starts: a shell's trap that copies a checkpoint is many programs."""
+    saved = tmp_path / "saved"
+    job.start([sys.executable, "-ISc", SAVES, str(saved)])
+    assert job.line() == "ready"
+    willing = job.start(["sleep", "60"])
+    assert within(PATIENCE_SECONDS, lambda: processes.end_all(job.find, PATIENCE_SECONDS)) == frozenset()
+    assert saved.exists() and not is_alive(willing)
+
+
+def test_who_was_not_seen_when_the_others_were_asked_is_asked_too(job: Job) -> None:
+    """Of two looks the second finds what the first passed: as old as the others, and told of nothing."""
+    first, second = (Process.of(job.start(["sleep", "60"])) for _ in range(2))
+    time.sleep(0.05)
+    looks = iter([{first}, {second}])
+
+    def find() -> set[Process]:
+        found = next(looks, {first, second})
+        return {process for process in found if is_alive(process.pid)}
+
+    assert within(PATIENCE_SECONDS, lambda: processes.end_all(find, PATIENCE_SECONDS)) == frozenset()
+
+
 def test_without_grace_all_are_killed_at_once(job: Job) -> None:
     job.shell("trap '' TERM; echo ready; while :; do sleep 0.01; done")
     assert job.line() == "ready"
