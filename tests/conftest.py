@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
@@ -12,10 +13,20 @@ from typing import NoReturn
 import kernel
 import pytest
 from attacking import Ground
+from checkout import COMMANDS
 from conversation import nothing_left, permit, socket_unit
 from engines import Node
 from guards_log import GuardsLog
-from hosts import Host, MachineState, Network, eventually, hear_signals, machine_snapshot, require_root_and_tools
+from hosts import (
+    NAMESPACES,
+    Host,
+    MachineState,
+    Network,
+    eventually,
+    hear_signals,
+    machine_snapshot,
+    require_root_and_tools,
+)
 from patience import wait_for_programs_as_patiently
 from torchless import IS_WITHOUT_TORCH, skipped_without_torch
 from users import PrivateMachine
@@ -160,8 +171,17 @@ def _nothing_of_securerun_is_left(machine_at_start: MachineState | None) -> Iter
     before = os.environ.get(RUN_ID_VARIABLE)
     yield
     assert os.environ.get(RUN_ID_VARIABLE) == before, os.environ.pop(RUN_ID_VARIABLE)
-    if machine_at_start is not None:
-        assert eventually(lambda: _is_clean(machine_at_start), seconds=_GUARD_SECONDS), machine_snapshot()
+    if machine_at_start is not None and not eventually(lambda: _is_clean(machine_at_start), seconds=_GUARD_SECONDS):
+        left = machine_snapshot()
+        _clean()  # for the tests after this one, which would all fail of it
+        pytest.fail(f"left: {left}")
+
+
+def _clean() -> None:
+    """Have securerunctl remove what dead runs left, in each network of the tests that there is still, and here."""
+    places = sorted(NAMESPACES.iterdir()) if NAMESPACES.is_dir() else []
+    for words in (*(["nsenter", f"--net={place}", "--"] for place in places), []):
+        subprocess.run([*words, COMMANDS / "securerunctl", "clean"], check=False, timeout=60)
 
 
 def _is_clean(before: MachineState) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ import kernel
 import pytest
 from checkout import COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
-from hosts import Host, Network, eventually, machine_snapshot
+from hosts import Host, Network, eventually, finish, is_alive, machine_snapshot
 from sandbox import apart, cover
 from users import GUARD, PrivateMachine
 
 from securerun.ctl import doctor
-from securerun.guard import records
 from securerun.preflight import abilities
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
@@ -146,15 +146,21 @@ def test_rules_that_turn_this_networks_hosts_away_are_found(node: Host) -> None:
 
 def test_run_that_was_killed_with_its_guard_is_found_until_it_is_cleaned(node: Host) -> None:
     script = (
-        "import os, signal\nfrom securerun import guarded\nfrom securerun.firewall.policy import Policy\n"
+        "import signal\nfrom securerun import guarded\nfrom securerun.firewall.policy import Policy\n"
         "from securerun.guard import records\n"
         "with guarded(Policy('0123456789ab', (), ())):\n"
         "    (run,) = records.read_host()\n"
-        "    os.kill(run.guard, signal.SIGKILL)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    print(run.guard, flush=True)\n    signal.pause()\n"
     )
-    python = str(COMMANDS / "python")
-    node.run([python, "-c", script])
-    assert eventually(lambda: bool(records.read_host()))
+    launcher = node.popen([str(COMMANDS / "python"), "-c", script])
+    assert launcher.stdout is not None
+    guard = int(launcher.stdout.readline())
+    # Held still first, it cannot begin another guard in between: one that has just begun is in the run's cgroup.
+    os.kill(launcher.pid, signal.SIGSTOP)
+    os.kill(guard, signal.SIGKILL)
+    launcher.kill()
+    finish(launcher)
+    assert eventually(lambda: not is_alive(guard))
     status, text = examined(node)
     found = [finding for finding in understood(text)[1] if "0123456789ab" in finding["what"]]
     assert status == 1 and [(one["name"], one["mend"]) for one in found] == [("remains", "securerunctl clean")], text
