@@ -10,12 +10,11 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
-
-import pytest
+from typing import Callable, TypeVar
 
 IS_WITHOUT_TORCH = importlib.util.find_spec("torch") is None and "CI" not in os.environ
-# Of tests that only wait in vain for what their job says.
-NEEDS_TORCH = pytest.mark.skipif(IS_WITHOUT_TORCH, reason="needs torch, which is not installed here")
+_REASON = "needs torch, which is not installed here"
+_Test = TypeVar("_Test", bound=Callable[..., object])
 # What securerun says there (run.py), and what Python says.
 _MISSED = re.compile(r"has no module torch\b|No module named '?torch\b")
 
@@ -23,7 +22,17 @@ _MISSED = re.compile(r"has no module torch\b|No module named '?torch\b")
 def skip_if_missed(said: str) -> None:
     """Skip the running test where torch is not here, and this, which a program or an error said, is about that."""
     if IS_WITHOUT_TORCH and _MISSED.search(said):
-        pytest.skip("needs torch, which is not installed here")
+        import pytest  # scripts/quickstart.py has none
+
+        pytest.skip(_REASON)
+
+
+def needs_torch(test: _Test) -> _Test:
+    """Mark a test that only waits in vain for what its job says, where there is no torch."""
+    import pytest
+
+    marked: _Test = pytest.mark.skipif(IS_WITHOUT_TORCH, reason=_REASON)(test)
+    return marked
 
 
 @contextlib.contextmanager

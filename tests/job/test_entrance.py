@@ -16,7 +16,7 @@ import pytest
 from hosts import Host, Network, finish
 from probe import reach
 from sandbox import IN_NAMESPACE, needs_namespace
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 
 from securerun.errors import PolicyError
 from securerun.job import entrance as entrances
@@ -251,7 +251,7 @@ def test_a_variable_for_another_host_is_no_matter_to_a_job_without_peers(network
     assert row == "interfaces   any (no peer is to come in)"
 
 
-@NEEDS_TORCH
+@needs_torch
 def test_hccl_on_one_wire_and_the_rendezvous_on_another_are_both_open_to_peers(
     network: Network, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import jobs
 import pytest
 from checkout import COMMANDS
 from hosts import Host, Network, environment, eventually, finish
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 
 from securerun.errors import PolicyError, PrivilegeError
 from securerun.job import hccl_whitelist
@@ -364,7 +364,7 @@ def test_a_job_that_fails_leaves_no_list(network: Network, place: Path) -> None:
     assert not list(place.glob("securerun-*"))
 
 
-@NEEDS_TORCH
+@needs_torch
 def test_a_terminated_launcher_leaves_no_list(network: Network, place: Path) -> None:
     script = "import time; print('up', flush=True); time.sleep(60)"
     job = launch(network["node0"], "--hccl-whitelist", "--grace", "0", tmp=place, script=script)

@@ -23,7 +23,7 @@ from holding import Held, hold_as
 from hosts import Host, Network, eventually, finish, finish_all, is_alive
 from probe import Probe, reach
 from process_table import users_of
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 from users import FIRST_USER, GUARD, RECORDS, PrivateMachine, User, delegated_cgroup
 
 _STARTED = {
@@ -320,7 +320,7 @@ def test_guard_that_is_killed_is_replaced_the_same_way(
     assert probe.reached == set()
 
 
-@NEEDS_TORCH
+@needs_torch
 @pytest.mark.parametrize("way", WAYS)
 def test_guard_ends_what_a_killed_launcher_of_a_user_leaves_behind(
     machine: PrivateMachine, node: Host, alice: User, way: str

@@ -23,7 +23,7 @@ from hosts import eventually, finish, is_alive
 from probe import reach
 from process_table import fields_of, users_of
 from terminals import Seat
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 
 import securerun
 
@@ -295,7 +295,7 @@ def test_interrupt_looks_to_the_shell_as_it_did(ground: Ground, command: Sequenc
     assert ends[:2] == ends[2:]
 
 
-@NEEDS_TORCH
+@needs_torch
 @pytest.mark.parametrize("command", [EXEC, LAUNCH], ids=["exec", "launch"])
 def test_whoever_kills_what_root_started_ends_the_job(ground: Ground, command: Sequence[str]) -> None:
     job = ground.machine.popen(ground.node, [*command, "sh", "-c", "echo up; sleep 600"])

@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from checkout import CHECKOUT, COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
 from hosts import Network, eventually, kill_group, machine_snapshot
 from pages import DIRECTORY, Block, Stage, blocks_of
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 from users import PrivateMachine
 
 README, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
@@ -188,7 +189,12 @@ def test_every_yaml_is_a_mapping() -> None:
     assert all(isinstance(yaml.safe_load(block.text), dict) for block in different("yaml"))
 
 
-@NEEDS_TORCH
+def test_quickstart_takes_nothing_that_only_tests_have_installed() -> None:
+    look = "import sys; sys.modules['pytest'] = None; sys.path.insert(0, 'scripts'); import quickstart"
+    subprocess.run([sys.executable, "-c", look], cwd=CHECKOUT, check=True)
+
+
+@needs_torch
 def test_quickstart_keeps_its_promises(root_and_tools: None) -> None:
     """What the script does once everything is set up; the setting up is what made this test possible."""
     assert 'python" scripts/quickstart.py' in (CHECKOUT / "scripts/quickstart.sh").read_text()

@@ -12,7 +12,7 @@ import pytest
 from hosts import Host, Network, eventually, finish, finish_all
 from key_homes import make_homes
 from probe import Probe
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 
 # Says RESTARTS.RANK.SIZE once its group has met, and adds ranks up until there is a file `over`, or somebody is gone.
 GENERATION = """
@@ -60,7 +60,7 @@ def _start(node: Host, home: Path, first: Host, script: Path, *, local: str) -> 
     )
 
 
-@NEEDS_TORCH
+@needs_torch
 def test_nodes_that_nobody_named_join_and_leave_and_nobody_else_comes_in(four: Network, tmp_path: Path) -> None:
     node0, node1, node2, stranger = four
     homes = make_homes(node0, tmp_path, 3)

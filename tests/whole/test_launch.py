@@ -13,7 +13,7 @@ import jobs
 import pytest
 from checkout import COMMANDS
 from hosts import Host, eventually, finish, finish_all, machine_snapshot
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 
 _TWO_NODES = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "10.77.0.1", "--master-port", "29500")
 
@@ -192,7 +192,7 @@ def test_restarts_are_torchruns(node: Host, tmp_path: Path) -> None:
     assert node.run([jobs.SECURERUN, "--max-restarts", "0", str(script)]).returncode == 1
 
 
-@NEEDS_TORCH
+@needs_torch
 def test_interrupt_ends_the_job_and_leaves_nothing(node: Host, tmp_path: Path) -> None:
     script = tmp_path / "sleep.py"
     script.write_text("import time; print('sleeping', flush=True); time.sleep(60)")

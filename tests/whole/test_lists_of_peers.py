@@ -9,7 +9,7 @@ import jobs
 import pytest
 from hosts import Network, finish_all
 from probe import Probe, reach
-from torchless import NEEDS_TORCH
+from torchless import needs_torch
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def _static(nodes: int, rank: int, address: str) -> list[str]:
     return ["--nnodes", str(nodes), "--nproc-per-node", "1", *meeting]
 
 
-@NEEDS_TORCH
+@needs_torch
 def test_a_list_that_a_shell_exports_opens_no_job_of_one_node(network: Network, tmp_path: Path) -> None:
     """README's `export SECURERUN_PEERS=@hostfile.txt` before a job of one node; --peers opens it."""
     node0, node1, _ = network
@@ -86,7 +86,7 @@ def test_nodes_train_that_a_folded_list_and_grid_engine_s_file_name(network: Net
     assert f"open to {node0.ipv4}, {node1.ipv4} (Grid Engine (PE_HOSTFILE))" in done[1].stderr
 
 
-@NEEDS_TORCH
+@needs_torch
 def test_the_pods_of_a_kubeflow_trainjob_train_though_one_comes_late(network: Network, tmp_path: Path) -> None:
     """The name service of each pod is a hosts file; the first is started before the other has its address."""
     node0, node1, stranger = network
