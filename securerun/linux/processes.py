@@ -362,23 +362,31 @@ class Request:
         """Ask those that were not asked yet; they may have been forked before, and not been seen then."""
         new = set(found) - self._knows_since.keys()
         started_since = {process for process in new if self._is_started_by_who_knows(process)}
+        self._knows_since.update((process, process.start) for process in started_since)
         asked = new - started_since
-        if asked:
-            self._latest = proc.ticks_since_boot()
+        if not asked:
+            return
+        self._latest = proc.ticks_since_boot()
         end(asked, signals.SIGTERM)
         # A stopped process would keep the request until it is continued.
         end(asked, signals.SIGCONT)
-        self._knows_since.update((process, process.start) for process in started_since)
-        self._knows_since.update((process, self._latest or 0) for process in asked)
+        self._knows_since.update(dict.fromkeys(asked, self._latest))
 
     def _is_started_by_who_knows(self, process: Process) -> bool:
+        """Return whether it is not to be asked. In doubt, which is a tick's of 10 ms, it has the grace period too."""
         if self._latest is None:
             return False
-        with contextlib.suppress(OSError):
-            since = self._knows_since.get(Process.of(proc.stat(process.pid).parent))
-            # In doubt, which is a tick's of 10 ms, it is left alone: then it ends with the grace period at the latest.
-            return process.start >= (self._latest if since is None else since)
-        return True  # it has ended
+        parent = _parent_of(process)
+        since = self._latest if parent is None else self._knows_since.get(parent, self._latest)
+        return process.start >= since
+
+
+def _parent_of(process: Process) -> Process | None:
+    """Return its parent; None where one of the two has ended, or the parent is not to be seen from here."""
+    try:
+        return Process.of(proc.stat(process.pid).parent)
+    except OSError:
+        return None
 
 
 def _ask_to_end(find: Find, deadline: float) -> bool:
