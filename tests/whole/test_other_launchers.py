@@ -71,8 +71,9 @@ quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False
 trainer = lightning.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy="ddp", max_epochs=1, **quiet)
 trainer.fit(Model(), DataLoader(torch.ones(8, 1), batch_size=2))
 """
+# ray shows what its workers print when it comes to it, and at the end of the driver not at all: the driver prints it.
 RAY = """
-import os, socket, ray
+import contextlib, io, os, socket, ray
 
 @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 class Worker:
@@ -82,13 +83,16 @@ class Worker:
             return ray.util.get_node_ip_address(), free.getsockname()[1]
     def train(self, rank, address, port):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR=address, MASTER_PORT=str(port))
-        exec(TRAIN, {})
-        return os.getpid()
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(TRAIN, {})
+        return os.getpid(), said.getvalue()
 
 ray.init(ALONE)
 workers = [Worker.remote(), Worker.remote()]
 address, port = ray.get(workers[0].address.remote())
-assert len(set(ray.get([worker.train.remote(rank, address, port) for rank, worker in enumerate(workers)]))) == 2
+pids, said = zip(*ray.get([worker.train.remote(rank, address, port) for rank, worker in enumerate(workers)]))
+assert len(set(pids)) == 2
+print(*said)
 ray.shutdown()
 """.replace("TRAIN,", f"{TRAIN!r},")
 # Whoever has no token of the cluster's is turned away by ray itself, although they come from inside of the job.
@@ -197,7 +201,7 @@ def test_stranger_cannot_reach_any_port_of_what_the_page_has_written(stage: Stag
     ):
         said = stage.run(*(_on_node(block, rank) for rank in range(case.nodes)), timeout=case.seconds)
         assert eventually(lambda: not [*_jobs(node0), *_jobs(node1)], seconds=30)
-    assert f"{case.workers} workers, all-reduce right" in said[0], said
+    assert f"{case.workers} workers, all-reduce right" in said[0], "\n".join(said)
     for words, probe in zip(said, (at_node0, at_node1)):
         assert "every TCP port of this job closed to all others by shield" in words
         assert probe.reached == set()
