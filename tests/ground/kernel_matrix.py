@@ -194,7 +194,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="seconds for a cell; what was done until then is kept")
     parser.add_argument("--processors", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     _require_sense(parser, options)
     return options
 

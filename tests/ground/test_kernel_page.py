@@ -82,6 +82,11 @@ def test_what_there_is_not_is_said_before_a_machine_is_booted(
     assert words in capsys.readouterr().err
 
 
+def test_options_may_stand_between_a_cell_and_its_command() -> None:
+    options = parse(["--run", "5.10/amd64/v2", "--torch=", "--seconds", "1500", "uname -a"])
+    assert (options.cells, options.torch, options.seconds) == (["5.10/amd64/v2", "uname -a"], (), 1500)
+
+
 @pytest.mark.parametrize("there", [[], ["vmlinuz"], ["release"]])
 def test_a_directory_that_is_no_kernel_is_refused_in_a_line(tmp_path: Path, there: list[str]) -> None:
     for name in there:
