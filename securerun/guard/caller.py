@@ -70,12 +70,9 @@ class Caller:
         if self.pidfd is not None and select.select([self.pidfd], [], [], 0)[0]:
             return True
         try:
-            found = proc.stat(self.pid)
-        except (FileNotFoundError, ProcessLookupError):
-            return True
+            return not proc.is_running(self.pid, self.start)
         except OSError:  # without a descriptor or memory for a moment: then the pidfd alone tells
             return self.pidfd is None
-        return found.start != self.start or found.first_thread_has_ended
 
     def waiting(self) -> frozenset[int]:
         """Return the pids of those attendants that live: the launcher started them, and they are no part of its job."""

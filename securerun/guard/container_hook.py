@@ -66,7 +66,7 @@ def hang(pid: int, policy: Policy) -> None:
     ended = f"process {pid} has ended, or was moved, before it was behind its shield"
     try:
         start = proc.start_time(pid)
-    except (FileNotFoundError, ProcessLookupError) as error:
+    except proc.GONE as error:
         raise CgroupUnavailable(ended) from error
     try:
         path = _hang(pid, policy)

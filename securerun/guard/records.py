@@ -97,17 +97,17 @@ class Known:
 
     @property
     def guard_lives(self) -> bool:
-        """Whether the guard that wrote this still runs."""
+        """Whether the guard that wrote this still runs. Raises OSError where that cannot be seen for a moment."""
         return self._lives(self.guard, self.guard_start)
 
     @property
     def launcher_lives(self) -> bool:
-        """Whether the launcher still runs."""
+        """Whether the launcher still runs. Raises OSError likewise."""
         return self._lives(self.launcher, self.launcher_start)
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether launcher and guard are both gone, so that nobody looks after what stands of the run."""
+        """Whether launcher and guard are both gone, so that nobody looks after the run. Raises OSError likewise."""
         return not self.guard_lives and not self.launcher_lives
 
     @property

@@ -121,7 +121,7 @@ def _may_make_rules(pid: int) -> bool:
     try:
         has = capabilities.NET_ADMIN in proc.status(pid).bits("CapEff")
         return has and proc.namespace("user", pid) in (proc.namespace("user"), user_namespaces.of_network())
-    except (FileNotFoundError, ProcessLookupError):
+    except proc.GONE:
         return False
     except OSError:
         return True  # it may not be looked into: no ordinary user's

@@ -4,7 +4,8 @@ Much of it is the process' own word: its name, its title, its environment, the n
 where the kernel ends it, at a newline, and not at the ten other characters of Python's splitlines; and nobody can make
 their reader take in more than an environment can hold.
 
-A process may end while it is looked at: then all of these raise OSError, but for those that say otherwise.
+A process may end while it is looked at: then all of these raise OSError, but for those that say otherwise. That it has
+ended is what GONE says, and no other error: whoever is without a descriptor or memory for a moment has not seen it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _READ_BYTES = 65536
 _THREADS_ASKED = 4
 _KERNEL_THREAD = 0x00200000  # include/linux/sched.h: PF_KTHREAD
 _FIRST_FIELD = 3
+# Of a process that is no more: its directory is gone (ENOENT), or it ended after that was found (ESRCH).
+GONE = (FileNotFoundError, ProcessLookupError)
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What the kernel puts behind the name of a program whose file was removed (fs/d_path.c).
 _DELETED = " (deleted)"
@@ -149,19 +152,22 @@ def start_time(pid: int) -> int:
 
 
 def is_running(pid: int, start: int) -> bool:
-    """Return whether this process, and not another of the same id, runs; one that waits to be reaped does not."""
+    """Return whether this process, and not another of the same id, runs; one that waits to be reaped does not.
+
+    Raises OSError where that cannot be seen for a moment.
+    """
     try:
         found = stat(pid)
-    except OSError:
+    except GONE:
         return False
     return found.start == start and not found.first_thread_has_ended
 
 
 def exists(pid: int) -> bool:
-    """Return whether any process has this id, one that waits to be reaped apart."""
+    """Return whether any process has this id, one that waits to be reaped apart. Raises OSError likewise."""
     try:
         return not stat(pid).first_thread_has_ended
-    except OSError:
+    except GONE:
         return False
 
 

@@ -33,6 +33,8 @@ _EXECVE_SECONDS = 0.005
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # include/linux/proc_ns.h, PROC_PID_INIT_INO
 _STOPPING_ROUNDS = 50
 _GROWN_SECONDS = 2.0
+# Whose /proc is mounted with hidepid sees nobody else's processes (proc(5)).
+_UNSEEN = (*proc.GONE, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,13 @@ def all_are_seen() -> bool:
 
 
 def lives(process: Process) -> bool:
-    """Return whether this process, and not a later one of its number, has a thread that runs."""
+    """Return whether this process, and not a later one of its number, has a thread that runs.
+
+    Raises OSError where that cannot be seen for a moment.
+    """
     try:
         found = proc.stat(process.pid)
-    except OSError:
+    except _UNSEEN:
         return False
     return found.start == process.start and not found.has_ended
 
@@ -267,10 +272,10 @@ def kill_all(find: Find, seconds: float) -> frozenset[Process]:
 
 
 def _living(pids: Iterable[int]) -> dict[int, Stat]:
-    """Find those that are neither kernel threads nor only wait to be reaped, by pid."""
+    """Find those that are neither kernel threads nor only wait to be reaped, by pid. Raises OSError as `lives` does."""
     living = {}
     for pid in pids:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_UNSEEN):
             found = proc.stat(pid)
             if not (found.is_kernel_thread or found.has_ended):
                 living[pid] = found

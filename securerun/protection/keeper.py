@@ -172,10 +172,13 @@ class _Life:
 
     @property
     def lasts(self) -> bool:
-        """Whether the process has not ended."""
+        """Whether the process has not ended, as far as is to be seen."""
         if self.descriptor >= 0:
             return not select.select([self.descriptor], [], [], 0)[0]
-        return proc.is_running(self.pid, self._start)
+        try:
+            return proc.is_running(self.pid, self._start)
+        except OSError:
+            return True
 
 
 class _Keeper:

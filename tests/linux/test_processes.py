@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -675,3 +676,26 @@ def _killed(pid: int) -> bool:
 
 def test_where_nothing_is_found_nothing_is_awaited(job: Job) -> None:
     assert within(PATIENCE_SECONDS, lambda: processes.end_all(job.find, 10 * PATIENCE_SECONDS)) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda process: proc.is_running(process.pid, process.start),
+        lambda process: proc.exists(process.pid),
+        processes.lives,
+        lambda process: processes.marked("A=1", USER, known=[process]),
+    ],
+    ids=["is_running", "exists", "lives", "marked"],
+)
+def test_who_cannot_be_seen_for_want_of_descriptors_is_not_taken_for_ended(look: Callable[[Process], object]) -> None:
+    """A run would be removed whose processes live, and its ports would be open."""
+    parent = Process.of(os.getppid())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            look(parent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert look(parent)
