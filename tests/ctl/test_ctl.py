@@ -30,6 +30,7 @@ import probe
 import pytest
 from checkout import COMMANDS
 from hosts import RECORDS, Host, Network, cgroup2_mount, environment, eventually, finish, is_alive, machine_snapshot
+from jobs import kill_with_guard
 from process_table import fields_of
 
 from securerun.ctl import app
@@ -122,14 +123,6 @@ class Job:
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(timeout=30) == 0
-
-    def kill_with_guard(self, guard: int) -> None:
-        """SIGKILL launcher and guard; held still first, the launcher cannot start another guard in between."""
-        os.kill(self.pid, signal.SIGSTOP)
-        os.kill(guard, signal.SIGKILL)
-        os.kill(self.pid, signal.SIGKILL)
-        self.process.wait()
-        assert eventually(lambda: not is_alive(guard))
 
 
 def ctl(*arguments: str, host: Host | None = None) -> subprocess.CompletedProcess[str]:
@@ -280,7 +273,7 @@ def test_what_a_double_kill_leaves_is_shown_and_cleaned(network: Network, backen
     job = Job(node, backend)
     guarding = the_run()
     assert guarding["pid"] == job.pid
-    job.kill_with_guard(guarding["guard_pid"])
+    kill_with_guard(job.process, guarding["guard_pid"])
 
     assert the_run() == {**guarding, "state": "stale"}
     assert "securerunctl clean" in ctl("status").stdout
@@ -310,7 +303,7 @@ def test_clean_takes_the_dead_run_and_leaves_the_live_one(network: Network) -> N
     lives = Job(node, "iptables", "ba9876543210", port=29600)
     before, machine = node.snapshot(), machine_snapshot()
     dies = Job(node, "iptables")
-    dies.kill_with_guard(next(run["guard_pid"] for run in runs() if run["run_id"] == RUN))
+    kill_with_guard(dies.process, next(run["guard_pid"] for run in runs() if run["run_id"] == RUN))
     assert {run["run_id"]: run["state"] for run in runs()} == {RUN: "stale", "ba9876543210": "guarding"}
 
     done = ctl("clean", host=node)
@@ -330,7 +323,7 @@ def test_processes_without_a_guard_keep_their_shield(network: Network) -> None:
     before, machine = node.snapshot(), machine_snapshot()
     job = Job(node, "iptables")
     left = job.leave_a_process()
-    job.kill_with_guard(the_run()["guard_pid"])
+    kill_with_guard(job.process, the_run()["guard_pid"])
     stands, stands_on_machine = node.snapshot(), machine_snapshot()
     for arguments in (["clean", "--dry-run"], ["clean"]):
         done = ctl(*arguments, host=node)
@@ -350,7 +343,7 @@ def test_rules_of_another_network_namespace_are_named_and_kept(network: Network)
     node = network["node0"]
     machine = machine_snapshot()
     job = Job(node, "iptables")
-    job.kill_with_guard(the_run()["guard_pid"])
+    kill_with_guard(job.process, the_run()["guard_pid"])
     stands = node.snapshot(), machine_snapshot()
     done = ctl("clean")
     assert (done.returncode, done.stdout) == (1, ""), done
@@ -364,7 +357,7 @@ def test_rules_of_another_network_namespace_are_named_and_kept(network: Network)
 def test_what_cannot_be_removed_is_said_and_stays(network: Network) -> None:
     node = network["node0"]
     job = Job(node, "iptables")
-    job.kill_with_guard(the_run()["guard_pid"])
+    kill_with_guard(job.process, the_run()["guard_pid"])
     stands = node.snapshot(), machine_snapshot()
     without_privilege = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
     done = node.run([*without_privilege, SECURERUNCTL, "clean"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import kernel
 import pytest
 from checkout import COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
-from hosts import Host, Network, eventually, finish, is_alive, machine_snapshot
+from hosts import Host, Network, eventually, machine_snapshot
+from jobs import kill_with_guard
 from sandbox import apart, cover
 from users import GUARD, PrivateMachine
 
@@ -156,12 +156,7 @@ def test_run_that_was_killed_with_its_guard_is_found_until_it_is_cleaned(node: H
     launcher = node.popen([str(COMMANDS / "python"), "-c", script])
     assert launcher.stdout is not None
     guard = int(launcher.stdout.readline())
-    # Held still first, it cannot begin another guard in between: one that has just begun is in the run's cgroup.
-    os.kill(launcher.pid, signal.SIGSTOP)
-    os.kill(guard, signal.SIGKILL)
-    launcher.kill()
-    finish(launcher)
-    assert eventually(lambda: not is_alive(guard))
+    kill_with_guard(launcher, guard)
     status, text = examined(node)
     found = [finding for finding in understood(text)[1] if "0123456789ab" in finding["what"]]
     assert status == 1 and [(one["name"], one["mend"]) for one in found] == [("remains", "securerunctl clean")], text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
 from checkout import CHECKOUT, COMMANDS
-from hosts import Host
+from hosts import Host, eventually, is_alive
 
 SECURERUN = str(COMMANDS / "securerun")
 TORCHRUN = str(COMMANDS / "torchrun")
@@ -47,6 +49,15 @@ def start_on_both(
         )
         for rank, node in enumerate(nodes)
     ]
+
+
+def kill_with_guard(launcher: subprocess.Popen[str], guard: int) -> None:
+    """SIGKILL a launcher and its guard; held still first, it cannot start another guard in between."""
+    launcher.send_signal(signal.SIGSTOP)
+    os.kill(guard, signal.SIGKILL)
+    launcher.kill()
+    launcher.wait()
+    assert eventually(lambda: not is_alive(guard))
 
 
 def last_loss(output: str) -> float:

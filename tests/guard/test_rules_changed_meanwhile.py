@@ -14,33 +14,18 @@ from typing import Any
 import kernel
 import pytest
 from attacking import Ground
-from cgroups import new_cgroup
 from checkout import COMMANDS
-from dialing import attempt
 from holding import Held
 from hosts import Host, cgroup2_mount, eventually, finish
-from probe import reach
-from tag_field import shielded, within
+from ways_in import SECRET, by_address, by_key
 
-from securerun.firewall.job_key import JobSecret
 from securerun.linux.bpf import AttachType, attached
 
-SECRET = bytes(range(32))
 PORT = 7100
 HELD = ("--ports", str(PORT), "--listen", str(PORT))
 BY_KEY = (*HELD, "--key", SECRET.hex())
 SITE_KEY, SITE, OTHER_SITE = "/etc/securerun/site.key", "0123456789abcdef" * 4, "fedcba9876543210" * 4
 MEETING = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "NNODES": "2"}
-
-
-def by_key(origin: Host, target: Host) -> bool:
-    """Whether a node of the job that has the key gets in from a host."""
-    with new_cgroup() as there, shielded(there, key=JobSecret(SECRET).key()):
-        return within(there, origin, lambda: attempt(target.ipv4, PORT)) == "connected"
-
-
-def by_address(origin: Host, target: Host) -> bool:
-    return all(reach(origin, [(target.ipv4, PORT)]).values())
 
 
 def record(ground: Ground, run_id: str = "*") -> dict[str, Any]:
@@ -92,20 +77,20 @@ def test_a_tag_counts_from_the_networks_that_the_site_allows_by_now(ground: Grou
     with rules_changed(ground, "", allowing(peer), *BY_KEY, *options) as (holder, _):
         of_notes(holder, f"tags count from {peer.ipv4} alone")
         assert judges(ground) == 1
-        assert by_key(peer, node) and not by_key(stranger, node)
-        assert by_address(peer, node) is named and not by_address(stranger, node)
+        assert by_key(peer, node, PORT) and not by_key(stranger, node, PORT)
+        assert by_address(peer, node, PORT) is named and not by_address(stranger, node, PORT)
         assert record(ground)["policy"]["tags_from"] == [f"{peer.ipv4}/32"]
         # One that takes over from that one has nothing to do.
         kill_guard(ground)
         holder.hear_of("another has taken over")
-        assert by_key(peer, node) and not by_key(stranger, node)
+        assert by_key(peer, node, PORT) and not by_key(stranger, node, PORT)
 
 
 def test_what_the_site_allows_by_now_and_did_not_is_for_runs_that_begin_now(ground: Ground) -> None:
     kernel.require(kernel.TAGS)
     node, peer, stranger = ground.node, ground.peer, ground.stranger
     with rules_changed(ground, allowing(peer), allowing(peer, stranger), *BY_KEY, "--require-key"):
-        assert by_key(peer, node) and not by_key(stranger, node)
+        assert by_key(peer, node, PORT) and not by_key(stranger, node, PORT)
         assert record(ground)["policy"]["tags_from"] == [f"{peer.ipv4}/32"]
 
 
@@ -116,7 +101,7 @@ def test_a_site_that_allows_no_peers_by_now_has_them_all_kept_out(ground: Ground
     with rules_changed(ground, "", "peers = []", *BY_KEY, *options) as (holder, _):
         of_notes(holder, "asks nobody for a tag")
         for host in (ground.peer, ground.stranger):
-            assert not by_key(host, ground.node) and not by_address(host, ground.node)
+            assert not by_key(host, ground.node, PORT) and not by_address(host, ground.node, PORT)
         assert not record(ground).get("key")
 
 
@@ -125,7 +110,7 @@ def test_both_go_on_being_asked_for_where_no_peer_is_left(ground: Ground) -> Non
     options = ("--require-key", "--peers", ground.peer.ipv4)
     with rules_changed(ground, "", allowing(ground.stranger), *BY_KEY, *options):
         for host in (ground.peer, ground.stranger):
-            assert not by_key(host, ground.node) and not by_address(host, ground.node)
+            assert not by_key(host, ground.node, PORT) and not by_address(host, ground.node, PORT)
 
 
 def test_peers_that_may_be_named_no_more_are_kept_out_and_the_job_has_its_guard(ground: Ground) -> None:
@@ -133,7 +118,7 @@ def test_peers_that_may_be_named_no_more_are_kept_out_and_the_job_has_its_guard(
     both = ("--peers", f"{peer.ipv4},{stranger.ipv4}")
     with rules_changed(ground, "", allowing(peer), *HELD, *both) as (holder, _):
         assert f"{peer.ipv4} may still connect" in of_notes(holder, "may still connect")
-        assert by_address(peer, node) and not by_address(stranger, node)
+        assert by_address(peer, node, PORT) and not by_address(stranger, node, PORT)
         assert record(ground)["policy"]["peers"] == [f"{peer.ipv4}/32"]
 
 

@@ -7,28 +7,11 @@ import json
 import kernel
 import pytest
 from attacking import Ground
-from cgroups import new_cgroup
-from dialing import attempt
 from holding import HOLDER, Held
-from hosts import Host
-from probe import reach
-from tag_field import shielded, within
+from ways_in import SECRET, by_address, by_key
 
-from securerun.firewall.job_key import JobSecret
-
-SECRET = bytes(range(32))
 PORT = 7100
 OPTIONS = ("--key", SECRET.hex(), "--ports", str(PORT), "--listen", str(PORT))
-
-
-def by_key(origin: Host, target: Host) -> bool:
-    """Whether a node of the job that has the key gets in from a host."""
-    with new_cgroup() as there, shielded(there, key=JobSecret(SECRET).key()):
-        return within(there, origin, lambda: attempt(target.ipv4, PORT)) == "connected"
-
-
-def by_address(origin: Host, target: Host) -> bool:
-    return all(reach(origin, [(target.ipv4, PORT)]).values())
 
 
 @pytest.fixture
@@ -56,8 +39,8 @@ def test_a_tag_counts_from_the_sites_peers_alone_and_who_is_named_comes_in_as_ev
     holder = bound.holder(bound.alice, *OPTIONS, *options)
     said = " ".join(holder.start["notes"])
     assert f"a tag of the job's key counts from {peer.ipv4} alone" in said and "/etc/securerun/guard.toml" in said
-    assert by_key(peer, node) and not by_key(stranger, node)
-    assert by_address(peer, node) is named and not by_address(stranger, node)
+    assert by_key(peer, node, PORT) and not by_key(stranger, node, PORT)
+    assert by_address(peer, node, PORT) is named and not by_address(stranger, node, PORT)
     policy = recorded(bound, holder)
     assert policy["tags_from"] == [f"{peer.ipv4}/32"] and policy["peers"] == ([f"{peer.ipv4}/32"] if named else [])
     shown = ground_status(bound)
@@ -65,14 +48,14 @@ def test_a_tag_counts_from_the_sites_peers_alone_and_who_is_named_comes_in_as_ev
     # And for all peers that are named later: none may be that the site does not allow.
     holder.say(stranger.ipv4)
     assert "may not be named a peer" in holder.hear_of("a part of the guard's work fails")["news"]
-    assert not by_address(stranger, node) and not by_key(stranger, node)
+    assert not by_address(stranger, node, PORT) and not by_key(stranger, node, PORT)
     holder.let_go()
 
 
 def test_both_are_asked_for_where_a_tag_is_insisted_on_and_peers_are_named(bound: Ground) -> None:
     holder = bound.holder(bound.alice, *OPTIONS, "--require-key", "--peers", bound.peer.ipv4)
-    assert by_key(bound.peer, bound.node)
-    assert not by_address(bound.peer, bound.node) and not by_key(bound.stranger, bound.node)
+    assert by_key(bound.peer, bound.node, PORT)
+    assert not by_address(bound.peer, bound.node, PORT) and not by_key(bound.stranger, bound.node, PORT)
     holder.let_go()
 
 
@@ -81,7 +64,7 @@ def test_a_site_that_allows_no_peers_allows_none_with_a_key(ground: Ground) -> N
     ground.machine.configure("peers = []")
     holder = ground.holder(ground.alice, *OPTIONS)
     assert "no key (this host allows no peers" in " ".join(holder.start["notes"])
-    assert not by_key(ground.peer, ground.node)
+    assert not by_key(ground.peer, ground.node, PORT)
     holder.let_go()
     refused = Held(ground.popen(ground.alice, ["python", str(HOLDER), *OPTIONS, "--require-key"]))
     assert "this host allows no peers" in refused.start["refused"]
@@ -92,6 +75,6 @@ def test_nobody_is_named_a_peer_of_a_run_whose_only_way_in_is_a_tag(ground: Grou
     holder = ground.holder(ground.alice, *OPTIONS, "--require-key")
     holder.say(ground.stranger.ipv4)
     assert "the only way in to this run is a tag" in holder.hear_of("a part of the guard's work fails")["news"]
-    assert not by_address(ground.stranger, ground.node)
+    assert not by_address(ground.stranger, ground.node, PORT)
     assert recorded(ground, holder)["peers"] == []
     holder.let_go()

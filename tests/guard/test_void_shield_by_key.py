@@ -15,20 +15,14 @@ from pathlib import Path
 
 import kernel
 import pytest
-from cgroups import new_cgroup
 from checkout import COMMANDS
-from dialing import attempt
 from holding import HOLDER, Held
 from hosts import RECORDS, Host, Network, eventually, finish
 from net_cls import UNTOLD, doubted, hierarchy, is_proven_again, switch_all_off
 from patience import patient
-from probe import reach
-from tag_field import shielded, within
-
-from securerun.firewall.job_key import JobSecret
+from ways_in import SECRET, by_address, by_key
 
 CTL = str(COMMANDS / "securerunctl")
-SECRET = bytes(range(32))
 PORT = 7001
 OPTIONS = ("--key", SECRET.hex(), "--ports", str(PORT), "--listen", str(PORT))
 LET_ON = "--tcp-option 254"
@@ -44,15 +38,6 @@ def recorded(run_id: str) -> dict[str, object]:
     return document
 
 
-def by_key(origin: Host, target: Host) -> bool:
-    with new_cgroup() as there, shielded(there, key=JobSecret(SECRET).key()):
-        return within(there, origin, lambda: attempt(target.ipv4, PORT)) == "connected"
-
-
-def by_address(origin: Host, target: Host) -> bool:
-    return all(reach(origin, [(target.ipv4, PORT)]).values())
-
-
 def rules(node: Host) -> str:
     return node.run(["iptables-save"], check=True).stdout
 
@@ -65,27 +50,27 @@ def test_port_chains_let_no_option_on_any_more_and_who_insists_on_a_tag_lets_nob
     options = (*OPTIONS, "--peers", peer.ipv4, "--firewall", "iptables", *["--require-key"] * required)
     with doubted(node, *options) as holder:
         assert eventually(lambda: is_proven_again(holder.run_id))
-        assert by_key(peer, node) and by_address(peer, node) is not required
-        assert by_key(stranger, node) is not required
+        assert by_key(peer, node, PORT) and by_address(peer, node, PORT) is not required
+        assert by_key(stranger, node, PORT) is not required
         assert LET_ON in rules(node)
         switch_all_off(holder.run_id)
         assert eventually(lambda: LET_ON not in rules(node), seconds=2)
         said = holder.hear_of("nobody is asked for a tag of the job's key any more")["news"]
         assert ("nobody else may connect" if required else "by addresses alone") in said
-        assert by_address(peer, node) is not required
-        assert not by_key(stranger, node) and not by_address(stranger, node)
+        assert by_address(peer, node, PORT) is not required
+        assert not by_key(stranger, node, PORT) and not by_address(stranger, node, PORT)
         assert eventually(lambda: recorded(holder.run_id).get("key") in (None, ""))
         # Nobody is let in later either: not by other peers, nor by the guard that comes next.
         holder.say(stranger.ipv4)
         if required:
             assert "no shield that asks" in holder.hear_of("a part of the guard's work fails")["news"]
         else:
-            assert eventually(lambda: by_address(stranger, node), seconds=3)
+            assert eventually(lambda: by_address(stranger, node, PORT), seconds=3)
             holder.say(peer.ipv4)
         os.kill(int(str(recorded(holder.run_id)["guard"])), signal.SIGKILL)
         holder.hear_of("another has taken over")
         assert LET_ON not in rules(node)
-        assert not by_key(stranger, node) and by_address(peer, node) is not required
+        assert not by_key(stranger, node, PORT) and by_address(peer, node, PORT) is not required
 
 
 def test_where_no_chains_can_close_it_a_job_that_insists_on_a_tag_is_ended(network: Network, tmp_path: Path) -> None:
@@ -113,7 +98,7 @@ def test_where_something_may_switch_the_shield_off_no_key_is_claimed(network: Ne
         with doubted(node, *OPTIONS, "--peers", peer.ipv4) as holder:
             said = " ".join(holder.start["notes"])
             assert "no key (net_cls or net_prio of cgroup version 1 is here" in said and "addresses alone" in said
-            assert by_address(peer, node) and LET_ON not in rules(node)
+            assert by_address(peer, node, PORT) and LET_ON not in rules(node)
         launcher = [*UNTOLD, sys.executable, str(HOLDER), *OPTIONS, "--require-key"]
         refused = Held(node.popen(launcher, stdin=subprocess.PIPE))
         assert "nobody can be asked for its tag here: net_cls or net_prio" in refused.start["refused"]
