@@ -28,13 +28,11 @@ from hosts import (
     require_root_and_tools,
 )
 from patience import wait_for_programs_as_patiently
-from torchless import IS_WITHOUT_TORCH, skipped_without_torch
+from torchless import skip_modules_that_import_it, skipped_without_torch
 from users import PrivateMachine
 
 from securerun.guard.protocol import RUN_ID_VARIABLE
 
-# They compare with torch's own modules, which they import.
-collect_ignore = ["job/test_command_line.py", "job/test_launchers.py"] if IS_WITHOUT_TORCH else []
 # How long a guard may take after the last process of its job.
 _GUARD_SECONDS = 5.0
 
@@ -88,6 +86,13 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
             kernel.require(need)
     with skipped_without_torch():
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    skip_modules_that_import_it(report)
+    return report
 
 
 @pytest.hookimpl(wrapper=True)

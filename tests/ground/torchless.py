@@ -10,7 +10,10 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
-from typing import Callable, TypeVar
+from typing import TYPE_CHECKING, Callable, TypeVar
+
+if TYPE_CHECKING:
+    import pytest
 
 IS_WITHOUT_TORCH = importlib.util.find_spec("torch") is None and "CI" not in os.environ
 _REASON = "needs torch, which is not installed here"
@@ -25,6 +28,13 @@ def skip_if_missed(said: str) -> None:
         import pytest  # scripts/quickstart.py has none
 
         pytest.skip(_REASON)
+
+
+def skip_modules_that_import_it(report: pytest.CollectReport) -> None:
+    """Turn the error of a module of tests that imports torch, where it is not here, into a skip with a reason."""
+    if IS_WITHOUT_TORCH and report.failed and _MISSED.search(str(report.longrepr)):
+        report.outcome = "skipped"
+        report.longrepr = (report.nodeid, 0, f"Skipped: {_REASON}")
 
 
 def needs_torch(test: _Test) -> _Test:
