@@ -226,9 +226,15 @@ class Apart:
         while self._stands is not None:
             ready = {descriptor for descriptor, _ in poller.poll()}
             if self._stands.fileno() in ready:
-                self._stands.accept()[0].close()
+                self._let_see(self._stands)
             if self._connection.fileno() in ready:
                 return
+
+    def _let_see(self, stands: socket.socket) -> None:
+        try:
+            stands.accept()[0].close()
+        except OSError:  # without a descriptor for a moment: they wait
+            time.sleep(_LOOK_SECONDS)
 
     def _say(self, kind: str, body: object) -> None:
         with contextlib.suppress(OSError):  # nobody is there any more: `_listen` says so

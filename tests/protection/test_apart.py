@@ -493,6 +493,21 @@ def test_many_launchers_inside_find_the_run_around_them(ground: Ground) -> None:
     assert done.stdout == "300\n", done
 
 
+def test_launcher_without_descriptors_for_a_moment_is_found_by_those_inside_then(ground: Ground) -> None:
+    machine, node, _, alice, _ = ground
+    look = (
+        "import os, resource, time\nfrom securerun.protection import enclosing\n"
+        "limits = resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)\n"
+        "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (3, limits[1]))\n"
+        "enclosing.find(os.environ)\n"
+        "time.sleep(0.4)\n"
+        "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, limits)\n"
+        "print(sum(enclosing.find(os.environ) is not None for _ in range(300)))"
+    )
+    done = machine.run(node, [*EXEC, "--", sys.executable, "-c", look], user=alice)
+    assert (done.stdout, "Traceback" in done.stderr) == ("300\n", False), done
+
+
 def test_run_is_not_believed_outside_of_its_network(ground: Ground) -> None:
     """sbatch, ssh and docker copy the variables; the network they do not."""
     machine, node, _, alice, _ = ground
