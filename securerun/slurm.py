@@ -90,7 +90,9 @@ def _task_prolog(_arguments: Sequence[str]) -> None:
     asked = asked if asked.scope != "namespace" else replace(asked, scope="auto")
     number = _job_number(os.environ)
     connection = _connected()
-    plan = _with(_planned(asked, f"task of job {number} of Slurm's"), _controllers())
+    plan = _planned(asked, f"task of job {number} of Slurm's")
+    # Slurm shows no tag: beside a key that is insisted on it would not come in, but the nodes would have to be named.
+    plan = plan if plan.key.is_required else _with(plan, _controllers())
     # Of a heterogeneous job, whose parts have lists of their own, each is another job to Slurm.
     renews = plan.peers.source == "Slurm (SLURM_JOB_NODELIST)"
     order = _order(plan, asked.scope, SlurmJob(number, plan.task.is_first, renews))

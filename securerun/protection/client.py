@@ -48,7 +48,6 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 3.0
 _REPLACEMENTS = 5
 _REPLACEMENTS_SECONDS = 60.0
 _PAUSE_SECONDS = 15.0
-DEFAULT_GRACE_SECONDS = 10.0
 
 _KNOWS_NO_KEYS = (
     "no key (the guard of this host is of an older securerun, which knows none): who may connect is told by addresses "

@@ -23,12 +23,12 @@ A_PROGRAM_STAYS = (
 def guarded(
     policy: Policy,
     *,
-    firewall: str = "auto",
-    scope: str = "auto",
-    grace: float = client.DEFAULT_GRACE_SECONDS,
+    firewall: str | None = None,
+    scope: str | None = None,
+    grace: float | None = None,
     command: str = "",
     tell: client.Tell = lambda _: None,
-    key: str = "off",
+    key: str | None = None,
 ) -> Iterator[Guarding]:
     """Hold a lease on this process, and on all that it starts, for a policy (`securerun.policy` makes one).
 
@@ -37,7 +37,8 @@ def guarded(
     it stays in, and the next lease is refused.
 
     grace: seconds between SIGTERM and SIGKILL for what is left when the block raises or this process is killed. key: as
-    for --key; off by default, and where the policy has no peers, and there is a key, its tag is the only way in.
+    for --key; where the policy has no peers, and there is a key, its tag is the only way in. What is not given comes
+    from the environment and the site file, as for `securerunctl exec`; a key is off where neither says another.
     In a run that is in a network of its own that is relied on: nobody can connect.
     Raises PrivilegeError, with nothing installed, when the job cannot be guarded, PolicyError in a process that is
     in a run of its own which has other peers, and UsageError for a network of this process' own: a program that runs
@@ -51,18 +52,22 @@ def guarded(
             )
         yield Guarding((Layer(NAMESPACE, f"of run {around}"),), ())
         return
-    if scope == NAMESPACE:
-        raise UsageError(f"scope='namespace': a program that runs stays in its network; start it with {_APART}")
+    from securerun import options
+    from securerun.protection import plan
+
+    asked = plan.asked_by_program(firewall=firewall, scope=scope, key=key)
+    if grace is None:
+        grace = options.seconds(asked.grace, asked.grace_source)
+    if asked.scope == NAMESPACE:
+        raise UsageError(
+            f"{asked.scope_source} {NAMESPACE}: a program that runs stays in its network; start it with {_APART}"
+        )
     client.require_parted()
     client.require_peers_of_others(policy.peers)
-    of_job = None
-    if key != "off":
-        from securerun.protection.plan import key_order
-
-        of_job = key_order(key)
+    of_job = plan.key_order(asked)
     guard = client.Guard()
     guard.note(*A_PROGRAM_STAYS)
-    guarding = guard.guard(Order(policy, firewall, scope, grace, command, key=of_job), tell)
+    guarding = guard.guard(Order(policy, asked.firewall, asked.scope, grace, command, key=of_job), tell)
     failed = True
     try:
         yield guarding

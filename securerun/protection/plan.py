@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from securerun.job.key import Key
     from securerun.job.peers import Peers
     from securerun.job.tasks import Task
-    from securerun.options import Options
+    from securerun.options import Options, Value
 
 
 def _no_key() -> Key:
@@ -176,42 +176,51 @@ def policy(
     interface: str | Iterable[str] | None = None,
     *,
     public: str | Iterable[int | str] | None = None,
-    loopback: str = "any",
+    loopback: str | None = None,
     accept: bool = False,
-    key: str = "off",
+    key: str | None = None,
 ) -> Policy:
     """Make the policy of a job that this process begins by itself, for `securerun.guarded`.
 
     The arguments are those of the command line, or lists of them: peers=["node0", "10.0.0.0/24"], ports=[7000],
     public=["8080=10.0.0.0/8", 9100]. What is not given comes from the environment, the batch system and the site file,
-    as for `securerunctl exec`. key: as for --key; give `guarded` the same.
+    as for `securerunctl exec`; but a key is off where none of them says another. key: as for --key; give `guarded` the
+    same.
     Raises PolicyError or UsageError, in one line, for what cannot be right, and where the peers are not known.
     """
-    from securerun import options
     from securerun.job import environment
 
     given = {"peers": peers, "ports": ports, "interface": interface}
-    taken: dict[str, options.Value] = {name: _listed(value) for name, value in given.items() if value is not None}
-    taken.update(loopback=loopback, key=key)
+    lists = {name: _listed(value) for name, value in given.items() if value is not None}
     if public is not None:
-        taken["public"] = _listed(public, ";")
-    if accept:
-        taken["accept"] = True
+        lists["public"] = _listed(public, ";")
+    asked = asked_by_program(**lists, loopback=loopback, key=key, accept=accept or None)
     job = environment.describe_job(os.environ, sys.argv)
-    asked = options.resolve(taken, os.environ)
     return understand(job, asked, umask=0).policy
 
 
-def key_order(key: str) -> KeyOrder | None:
-    """Return what a guard is told of the key of a job that this process begins by itself; None for no key.
+def asked_by_program(**given: Value | None) -> Options:
+    """Return the options of a run that this process begins by itself: as for `securerunctl exec`, but without a key.
 
-    key: as for --key. Raises PolicyError or UsageError.
+    given: by their keys; what is None comes from the environment or the site file, and a key from there is one.
+    Raises UsageError for a value that an option does not take.
     """
     from securerun import options
+
+    asked = options.resolve({key: value for key, value in given.items() if value is not None}, os.environ)
+    return asked if "key" in asked.origins else replace(asked, key="off")
+
+
+def key_order(asked: Options) -> KeyOrder | None:
+    """Return what a guard is told of the key of a job that this process begins by itself; None for no key.
+
+    Raises PolicyError or UsageError.
+    """
+    if asked.key == "off":
+        return None
     from securerun.job import environment, meeting
     from securerun.job.key import find
 
-    asked = options.resolve({"key": key}, os.environ)
     job = environment.describe_job(os.environ, sys.argv)
     found = find(asked, job, os.environ)
     return None if found.order is None else found.met_at(meeting.addresses(job)).order

@@ -649,6 +649,41 @@ def test_python_callers_have_the_same_lease_also_as_ordinary_users(network: Netw
             assert eventually(lambda: not machine.records())
 
 
+LEFT_OUT = """
+import sys
+from securerun import guarded, policy
+
+made = policy(peers="localhost", **eval(sys.argv[1]))
+with guarded(made, **eval(sys.argv[2])) as guarding:
+    print(made.close_loopback, *(layer.backend for layer in guarding.layers), bool(guarding.fingerprint))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "given", "made"),
+    [
+        ({}, ({}, {}), "False shield iptables False"),
+        ({"LOOPBACK": "job", "FIREWALL": "off"}, ({}, {}), "True shield False"),
+        (
+            {"LOOPBACK": "job", "FIREWALL": "off"},
+            ({"loopback": "any"}, {"firewall": "iptables"}),
+            "False shield iptables",
+        ),
+        ({"SCOPE": "ports"}, ({}, {}), "False iptables False"),
+        ({"SCOPE": "namespace"}, ({}, {}), "SECURERUN_SCOPE namespace: a program that runs stays in its network"),
+        ({"KEY": "/none/at/all"}, ({}, {}), "SECURERUN_KEY: there is no file /none/at/all"),
+        ({"KEY": "/none/at/all"}, ({"key": "off"}, {"key": "off"}), "False shield iptables False"),
+        ({"GRACE": "soon"}, ({}, {}), "SECURERUN_GRACE: 'soon' is no number of seconds"),
+    ],
+)
+def test_what_python_callers_leave_out_comes_from_the_environment(
+    network: Network, variables: Mapping[str, str], given: tuple[dict[str, str], dict[str, str]], made: str
+) -> None:
+    env = {f"SECURERUN_{name}": text for name, text in variables.items()}
+    done = network["node0"].run([sys.executable, "-c", LEFT_OUT, *map(repr, given)], env=env)
+    assert made in done.stdout + done.stderr, done
+
+
 def test_users_have_any_command_guarded_and_root_can_become_one(network: Network) -> None:
     node = network["node0"]
     with PrivateMachine() as machine:

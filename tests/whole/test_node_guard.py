@@ -181,8 +181,9 @@ def test_site_that_names_its_users_means_none_in_containers(network: Network, no
     node.configure(f"users = [{IMAGE_USER}]\n")
     refused = held(podman, network["pod0"], *LISTENING)
     assert "jobs in containers may not have a guard on this host" in refused.start["refused"]
-    node.configure(f"users = [{IMAGE_USER}]\ncontainers = true\n")
-    held(podman, network["pod0"], *LISTENING).let_go()
+    for users in (f"users = [{IMAGE_USER}]", "users = [0]\ngroups = []"):
+        node.configure(f"{users}\ncontainers = true\n")
+        held(podman, network["pod0"], *LISTENING).let_go()
 
 
 def test_launcher_of_the_release_before_has_its_job_guarded(network: Network, podman: Engine) -> None:

@@ -85,6 +85,21 @@ def test_plain_srun_torchrun_trains_behind_the_task_prolog(site: Site, tracking:
         assert site.is_clean(), site.log()
 
 
+def test_tasks_whose_user_insists_on_a_key_train_behind_the_task_prolog(site: Site) -> None:
+    """Slurm's controllers show no tag: named beside it they would have bound everybody to their addresses."""
+    with site.cluster(TRACKINGS[0], "task-prolog") as cluster, site.place() as place:
+        training = Training(place)
+        with no_port_reached(site.stranger, site.nodes, ignore=SLURMD):
+            job = cluster.popen(site.alice, *plain(site, training.script), env={"SECURERUN_KEY": "require"})
+            wait_for(training, job, site, cluster)
+            (run,) = site.runs(NODES[0], site.alice)
+            assert run["peers"] == [] and run["key"]["source"] == "/etc/munge/munge.key", run
+            training.go_on()
+            done = finish(job, timeout=60)
+        assert done.returncode == 0 and "rank 0 of 2" in done.stdout, done
+        assert site.is_clean(), site.log()
+
+
 def test_plain_srun_torchrun_trains_behind_the_prolog(site: Site) -> None:
     with (
         site.cluster("cgroup/v2", "prolog", "epilog") as cluster,
