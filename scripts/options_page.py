@@ -19,7 +19,7 @@ Made by `scripts/options_page.py` from the table in `securerun/options.py`; `sec
 
 They stand before the script, among torchrun's options, by their full names: with dashes or, as torchrun's, with
 underscores, `--name value` or `--name=value`. What comes after the script is the script's.
-`securerunctl exec` has the same ones before its command, `--launcher` aside.
+`securerunctl exec` has the same ones before its command, `--launcher` and `--[no-]seal-logs` aside.
 
 A value comes from the flag, else from the environment (an empty variable counts as none), else from `{SITE_CONFIG}`:
 

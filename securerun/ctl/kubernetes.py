@@ -59,7 +59,7 @@ spec:
           runAsUser: 0
         resources:
           requests: {{cpu: 50m, memory: 64Mi}}
-          limits: {{memory: 4Gi}}   # 20 MB for each job that runs
+          limits: {{memory: 8Gi}}   # 20 MB for each job that runs or waits
         volumeMounts:
         - {{name: run, mountPath: /run}}
         - {{name: cgroups, mountPath: /sys/fs/cgroup}}
@@ -74,7 +74,7 @@ spec:
 """
 
 _POD = """\
-# A job's pod: to copy from. It has what Pod Security's "restricted" asks for, and one mount.
+# A job's pod: to copy from. It has what Pod Security's "restricted" asks for, but for the mount (hostPath).
 apiVersion: v1
 kind: Pod
 metadata:
