@@ -4,7 +4,8 @@ A user id alone is nobody's own in a container: its root takes on any, and the n
 only the host's root makes, a cgroup or a pid namespace, makes a container; one that an ordinary user made (rootless
 podman, enroot, `unshare`) is that user's own, and whoever is in it is that user. So nobody becomes several by making
 namespaces, nor leaves a container by them: pid namespaces lie in each other, and the outermost around a process tells
-whether it is in a container.
+whether it is in a container. Nor by cgroups: a set-user-id program (apptainer, firejail) makes root's pid namespaces for
+anybody, in whatever cgroup they are, so of the way to that only what root made counts.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _root(cgroup: Namespace, processes: Namespace, pid: int) -> str:
     """
     is_contained = _is_of_root(processes)
     if cgroup.is_own():
-        return _telling(cgroups.paths_of(pid), pid) if is_contained else ""
+        return _telling(cgroups.paths_of(pid), processes, pid) if is_contained else ""
     is_of_root = _is_of_root(cgroup)
     if is_of_root and _was_made_with(processes, cgroup):
         return _root_seen_from(cgroup, pid)
@@ -108,7 +109,8 @@ def _root_seen_from(namespace: Namespace, pid: int) -> str:
         with namespace.entered():
             within = cgroups.paths_of(pid)
         if cgroups.paths_of(pid) == before:
-            return _telling({name: _less(path, within.get(name, "")) for name, path in before.items()}, pid)
+            roots = {name: _less(path, within.get(name, "")) for name, path in before.items()}
+            return _telling(roots, namespace, pid)
     raise PrivilegeError(f"process {pid} moves from cgroup to cgroup, so its container cannot be told")
 
 
@@ -122,13 +124,17 @@ def _less(path: str, within: str) -> str:
     return path[: len(path) - len(within.rstrip("/"))] or "/"
 
 
-def _telling(roots: dict[str, str], pid: int) -> str:
+def _telling(roots: dict[str, str], made: Namespace, pid: int) -> str:
     """Return which of a container's roots, one a hierarchy, tells it from others: that of version 2, else the longest.
 
-    None does that has this guard in it as well, such as the top. Raises PrivilegeError where there is no other: who was
-    handed the host's cgroups may move anywhere.
+    made: root's namespace, which makes it a container. None tells that has this guard in it as well, such as the top.
+    Raises PrivilegeError where there is no other: who was handed the host's cgroups may move anywhere.
     """
     own = cgroups.paths_of(proc.SELF)
+    # An engine hands a container with a user namespace its cgroup; those of such a namespace are of no set-user-id
+    # program's making.
+    if made.user_namespace() == proc.namespace("user"):
+        roots = {name: cgroups.deepest_of(ROOT, name, root) for name, root in roots.items()}
     telling = {name: root for name, root in roots.items() if relative(own.get(name, "/"), root) is None}
     if not telling:
         raise PrivilegeError(

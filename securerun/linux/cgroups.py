@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
@@ -175,6 +176,27 @@ def inode_of(path: str) -> int | None:
             for descriptor in descriptors:
                 os.close(descriptor)
     return None
+
+
+def deepest_of(user: int, name: str, path: str) -> str:
+    """Return how far on the way from the top down to a cgroup all are this user's: the last of them; "/" for none.
+
+    name: its hierarchy, as in `paths_of`. What others make below theirs is not followed. Raises OSError where it is gone.
+    """
+    mounted = _hierarchies() if not name else ((top.place, top.root) for top in tops() if top.name == name)
+    for top, root in mounted:
+        below = relative(path, root)
+        if below is None:
+            continue
+        descriptors = Place(top, below).open(with_last=True)
+        try:
+            owners = [os.fstat(descriptor).st_uid for descriptor in descriptors[1:]]
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        own = itertools.takewhile(lambda pair: pair[1] == user, zip(below.parts, owners))
+        return str(PurePosixPath(root, *(part for part, _ in own)))
+    return "/"
 
 
 def slices() -> list[str]:

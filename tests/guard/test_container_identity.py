@@ -132,6 +132,20 @@ def test_nobody_makes_containers_of_a_container(cgroup: Cgroup, before: Sequence
             seen(process, innermost(process))
 
 
+@pytest.mark.parametrize("made", [("--pid", "--fork", "--kill-child"), ("--cgroup",), CONTAINED[1:]], ids="-".join)
+def test_user_does_not_become_several_by_a_program_that_makes_namespaces_as_root(
+    cgroup: Cgroup, made: Sequence[str]
+) -> None:
+    """As apptainer does, installed set-user-id: each of the user's own cgroups was a container."""
+    path = path_of(cgroup)
+    with new_cgroup(cgroup) as own, new_cgroup(own) as below:
+        os.chown(own.path, NOBODY, NOBODY)
+        os.chown(below.path, NOBODY, NOBODY)
+        for place in (own, below):
+            process = running(place, "unshare", *made, *BECOMING)
+            assert seen(process, innermost(process)) == path
+
+
 @pytest.mark.parametrize("user", ["--user", ""], ids=["user-namespace", "host-ids"])
 def test_container_of_an_engine_may_have_a_user_namespace(cgroup: Cgroup, user: str) -> None:
     process = running(cgroup, *CONTAINED, *filter(None, [user]))
