@@ -29,6 +29,8 @@ _MOST_TOLD = 256
 _FIRST_FREE_PORT = 1024
 # The kernel walks all connections of the host: no more than half a percent of a processor.
 _PAUSE_FACTOR = 200
+# Nor more than a tenth to look at what the job holds, nor seconds at a stretch.
+_REST, _MOST_DESCRIPTORS = 9, 500_000
 
 Pair = tuple[Address, Address]
 
@@ -54,8 +56,9 @@ class Unanswered:
         """
         now = time.monotonic()
         attempts = self._diagnosis.attempts(_RETRIES)
-        self.pause = (time.monotonic() - now) * _PAUSE_FACTOR
+        asked = time.monotonic()
         found = {(one.source, one.target): one for one in self._of_the_job(attempts)}
+        self.pause = (asked - now) * _PAUSE_FACTOR + (time.monotonic() - asked) * _REST
         self._waiting = {pair: self._waiting.get(pair, now) for pair in found}
         self._told = {
             pair: now if pair in found else at
@@ -77,7 +80,8 @@ class Unanswered:
         # A socket names its cgroup from Linux 5.9 on.
         user = self._lease.caller.user
         unknown = {one.inode for one in asked if one.user == user and (not ids or one.cgroup_id is None)}
-        held = proc.sockets_of((each.pid for each in self._lease.processes()), unknown) if unknown else {}
+        pids = (each.pid for each in self._lease.processes()) if unknown else ()
+        held = proc.sockets_of(pids, unknown, _MOST_DESCRIPTORS)
         return [one for one in asked if one.cgroup_id in ids or one.inode in held]
 
 

@@ -266,10 +266,13 @@ def of_user(user: int) -> Iterator[int]:
     return (pid for pid in pids() if real_user(pid) == user)
 
 
-def sockets_of(processes: Iterable[int], among: Collection[int] | None = None) -> dict[int, int]:
+def sockets_of(
+    processes: Iterable[int], among: Collection[int] | None = None, most: int | None = None
+) -> dict[int, int]:
     """Return the inodes of the sockets that the processes hold, each with one process that holds it.
 
-    among: the inodes to look for, by default all: a process may hold a million, which nobody is to remember.
+    among: the inodes to look for, by default all: a process may hold a million, which nobody is to remember. most: how
+    many descriptors to look at, by default all.
 
     One readlink a descriptor, some ten microseconds for a worker's fifty and milliseconds for thousands: to be
     called when the set of listeners changed, not at every look. A process that received a listener changes nothing in
@@ -277,10 +280,24 @@ def sockets_of(processes: Iterable[int], among: Collection[int] | None = None) -
     (without CAP_SYS_PTRACE those of other users), are passed over.
     """
     holders: dict[int, int] = {}
-    for pid in processes:
-        for inode in _sockets_of(pid, among):
+    for pid, inode in itertools.islice(descriptors_of(processes), most):
+        if inode and (among is None or inode in among):
             holders.setdefault(inode, pid)
     return holders
+
+
+def descriptors_of(processes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield each descriptor that the processes hold: whose it is, and the inode of the socket that it is, or 0.
+
+    For whoever has other things to do than to look at millions of them at a stretch; else as `sockets_of`.
+    """
+    for pid in processes:
+        is_empty = True
+        for inode in _sockets_in(f"/proc/{pid}/fd"):
+            is_empty = False
+            yield pid, inode
+        if is_empty:
+            yield from ((pid, inode) for thread in _threads(pid) for inode in _sockets_in(f"{thread}/fd"))
 
 
 def may_be_looked_into(pid: int) -> bool:
@@ -486,42 +503,27 @@ def _threads(pid: int) -> Iterator[str]:
             yield thread.path
 
 
-def _sockets_of(pid: int, among: Collection[int] | None) -> Iterable[int]:
-    found = _sockets_in(f"/proc/{pid}/fd", among)
-    if found is not None:
-        return found
-    return {inode for thread in _threads(pid) for inode in _sockets_in(f"{thread}/fd", among) or ()}
-
-
-def _sockets_in(place: str, among: Collection[int] | None) -> set[int] | None:
-    """Return the inodes of the sockets among a process' descriptors; None when no descriptor is seen at all."""
+def _sockets_in(place: str) -> Iterator[int]:
+    """Yield for each of a process' descriptors what `_socket_at` says; nothing where none is seen."""
     try:
         directory = os.open(place, _DIRECTORY_FLAGS)
     except OSError:
-        return None
-    found: set[int] = set()
-    is_empty = True
+        return
     try:
-        with os.scandir(directory) as entries:
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
-                is_empty = False
-                inode = _socket_at(directory, entry.name)
-                if inode and (among is None or inode in among):
-                    found.add(inode)
-    except OSError:
-        return None
+                yield _socket_at(directory, entry.name)
     finally:
         os.close(directory)
-    return None if is_empty else found
 
 
-def _socket_at(directory: int, name: str) -> int | None:
-    """Return the inode behind a link "socket:[N]"; None for any other, or when it was closed meanwhile."""
+def _socket_at(directory: int, name: str) -> int:
+    """Return the inode behind a link "socket:[N]"; 0 for any other, or when it was closed meanwhile."""
     with contextlib.suppress(OSError, ValueError):
         target = os.readlink(name, dir_fd=directory)
         if target.startswith("socket:["):
             return int(target[8:-1])
-    return None
+    return 0
 
 
 def _is_in_namespace(pid: int, kind: str, inode: int) -> bool:

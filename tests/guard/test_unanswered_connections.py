@@ -18,6 +18,7 @@ from hosts import Network
 from securerun.firewall.policy import Policy, PortRange
 from securerun.guard import unanswered
 from securerun.guard.unanswered import Unanswered
+from securerun.linux import proc
 from securerun.linux.sock_diag import Attempt
 
 NOBODY = "10.77.0.200"
@@ -108,3 +109,24 @@ def test_looks_are_further_apart_where_they_take_long(network: Network, monkeypa
     monkeypatch.setattr(looking._diagnosis, "attempts", slow)
     looking.look()
     assert 10 <= looking.pause < 60
+
+
+def test_looks_are_further_apart_where_the_job_holds_very_much_and_see_no_more_than_a_bound(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looked = [1000.0], []
+
+    def descriptors(_: object) -> Iterator[tuple[int, int]]:
+        for number in range(1000):
+            looked.append(number)
+            now[0] += 1.0
+            yield os.getpid(), 0
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(unanswered, "_MOST_DESCRIPTORS", 100, raising=False)
+    monkeypatch.setattr(proc, "descriptors_of", descriptors, raising=False)
+    with inside(network["node0"]), knocking(40000):
+        looking = Unanswered(lease(os.getpid()))
+        assert looking.look() == ()
+    assert len(looked) == 100
+    assert looking.pause == pytest.approx(900.0)
