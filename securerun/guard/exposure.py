@@ -14,10 +14,11 @@ as long as it listens there.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.firewall.policy import covers
@@ -25,12 +26,20 @@ from securerun.guard import unasked as unasked_ports
 from securerun.guard.caller import ROOT
 from securerun.guard.lease import Lease
 from securerun.guard.program import LIMITS_FILE
-from securerun.linux import proc, sock_diag
+from securerun.guard.share import Share
+from securerun.linux import proc, processes, sock_diag
+from securerun.linux.processes import Process
 from securerun.linux.sock_diag import Listener, SocketDiagnosis, SocketsUnavailable
 from securerun.text import some
 
 # What is held changes without any listener being made: one can be inherited or received.
 _FULL_LOOK_SECONDS = 1.0
+# A job may hold millions of descriptors, at some 4 us each: so many are looked at before the guard does something else,
+# for a tenth of a processor's time, and where a port is new for as much again, of which some seconds at once. And so
+# many times in a row: what the job has left is closed to others until then.
+_DESCRIPTORS_AT_ONCE, _MOST_PARTS = 50_000, 10
+_REST = 9
+_HURRY_AT_ONCE_SECONDS, _MOST_HURRY = 4.0, 0.1
 # A listener may be missed once (sock_diag.py); and each change of the chains is a transaction under the host's lock.
 _GONE_SECONDS = 2.0
 _LEAVE_SECONDS = 2.0
@@ -39,6 +48,15 @@ _PORTS_NAMED = 8
 # Stores are one or two a job: what has more such listeners is something else, and each costs the host rules.
 _MOST_ANSWERED = 64
 _ANY_ADDRESS = ipaddress.IPv6Address("::")
+_LATE = (
+    "this job opens ports so often, or has so many open files, that its guard closes new ports later: until then one "
+    "that no other layer covers is open to every host"
+)
+_NOT_ALL = (
+    f"this job has more than {_DESCRIPTORS_AT_ONCE * _MOST_PARTS} open files, and its guard looks at no more: a port "
+    "that no other layer covers, and that is not found among them, stays open to every host"
+)
+_NOT_YET = "for a moment, since this user's jobs open ports faster than a host closes them for one user"
 
 
 class Exposure:
@@ -55,12 +73,20 @@ class Exposure:
         # Of a whole job of Slurm's some processes are Slurm's own, and their ports are not the job's to close.
         self._may_close_any = lease.caller.is_root and lease.order.slurm is None
         self._limit = math.inf if lease.caller.is_root else lease.site.ports_found_per_run
-        self._seen: tuple[Listener, ...] = ()
+        self._any_may_be_the_jobs = self._may_close_any or bool(lease.caller.container)
+        self._seen: frozenset[Listener] = frozenset()
+        self._search: _Search | None = None
+        self._haste = Share(_HURRY_AT_ONCE_SECONDS, _MOST_HURRY)
+        self._may_hurry = 0.0
+        self._said: set[str] = set()
+        self._is_waiting = False
+        self._recorded: frozenset[int] = frozenset()
         self._given_way_to: dict[int, int] = {}
         self._next_way = 0.0
         self._cgroups: frozenset[int] = frozenset()
-        self._next_full_look = 0.0
+        self._next_look = 0.0
         self._next_leave = 0.0
+        self._settled = 0.0
         # Each port that the chains close beside the plan, and when the job was last seen to listen there.
         self._closed = dict.fromkeys(lease.found_ports(), time.monotonic())
         self._harmful: dict[int, str] = {}
@@ -71,28 +97,65 @@ class Exposure:
         Raises SocketsUnavailable, PortChainsUnavailable or PrivilegeError when that does not succeed.
         """
         found, now = self._diagnosis.listeners(), time.monotonic()
-        if found == self._seen and now < self._next_full_look:
+        is_hurried = now < self._next_look
+        if is_hurried and not self._has_news(found):
             return ()
-        self._next_full_look = now + _FULL_LOOK_SECONDS
-        holders = self._holders(found)
+        if is_hurried and now < max(self._may_hurry, self._lease.turn.due):
+            return self._once(_LATE)
+        self._next_look = now + _FULL_LOOK_SECONDS
+        search = self._go_on(found, is_hurried=is_hurried)
+        if search is None:
+            return self._once(_LATE)
+        words = self._act(search.found, search.holders, time.monotonic())
+        self._seen = frozenset(search.found)
+        return words if search.is_whole else (*words, *self._once(_NOT_ALL))
+
+    def hurry(self) -> None:
+        """Look at everything the next time, whether or not a listener came meanwhile."""
+        self._next_look = 0.0
+        self._seen = frozenset()
+
+    def _has_news(self, found: Iterable[Listener]) -> bool:
+        """Return whether a listener came that the chains may have to close, since the last look, or waits for that.
+
+        What another user makes is closed for no ordinary user's job, and keeps nobody busy.
+        """
+        own = self._lease.caller.user
+        near = (one for one in found if self._any_may_be_the_jobs or one.user == own)
+        return self._is_waiting or any(one not in self._seen for one in near)
+
+    def _once(self, line: str) -> tuple[str, ...]:
+        """Return a line, unless it was said before."""
+        unsaid = (line,) if line not in self._said else ()
+        self._said.add(line)
+        return unsaid
+
+    def _go_on(self, found: tuple[Listener, ...], *, is_hurried: bool) -> _Search | None:
+        """Begin to look for what of these is the job's, or go on with that; return it when that has ended.
+
+        What took long rests long.
+        """
+        before = time.process_time()
+        search, self._search = self._search or _Search(found, self._lease.processes()), None
+        has_ended = search.go_on()
+        spent = time.process_time() - before
+        now = time.monotonic()
+        self._next_look = now + max(_REST * spent, _FULL_LOOK_SECONDS if has_ended else 0.0)
+        if is_hurried:
+            self._may_hurry = now + self._haste.pause_after(spent)
+        if has_ended:
+            return search
+        self._search = search
+        return None
+
+    def _act(self, found: tuple[Listener, ...], holders: Mapping[int, int], now: float) -> tuple[str, ...]:
         exposed = [one for one in self._exposed(found, holders) if not covers(self._for_all, one.port)]
         if self._lease.chains is None:
             ports = {listener.port for listener in exposed}
             uncovered = "the shield holds no more" if self._lease.void else "its socket is not behind the shield"
-            words = self._told(dict.fromkeys(ports, f"{uncovered}, and no chains are set"), ())
-        else:
-            covered = (*self._to_be_answered(found, holders), *self._covered(found, holders, exposed))
-            words = (*self._settle(exposed, covered, found, now), *self._give_way(exposed, found, now))
-        self._seen = found
-        return words
-
-    def hurry(self) -> None:
-        """Look at everything the next time, whether or not a listener came meanwhile."""
-        self._next_full_look = 0.0
-
-    def _holders(self, found: Iterable[Listener]) -> dict[int, int]:
-        inodes = {listener.inode for listener in found}
-        return proc.sockets_of((process.pid for process in self._lease.processes()), inodes)
+            return self._told(dict.fromkeys(ports, f"{uncovered}, and no chains are set"), ())
+        covered = (*self._to_be_answered(found, holders), *self._covered(found, holders, exposed))
+        return (*self._settle(exposed, covered, found, now), *self._give_way(exposed, found, now))
 
     def _exposed(self, found: tuple[Listener, ...], holders: Mapping[int, int]) -> tuple[Listener, ...]:
         cgroup = self._lease.cgroup
@@ -168,8 +231,15 @@ class Exposure:
         yielded = {port: _shared_with(strangers[port]) for port in local & unplanned & strangers.keys()}
         refused = {**self._objections(new, strangers), **yielded, **self._harmful}
         wanted = new - refused.keys()
-        gone = {port for port, seen in self._closed.items() if now - seen > _GONE_SECONDS or port in yielded}
-        if wanted or (gone and now >= self._next_leave):
+        # Not seen at the look before this one either, however long that is ago.
+        unseen = {port for port, seen in self._closed.items() if now - seen > _GONE_SECONDS and seen < self._settled}
+        gone = unseen | yielded.keys()
+        self._settled = now
+        has_turn = now >= self._lease.turn.due
+        self._is_waiting = bool(wanted) and not has_turn
+        if not has_turn:
+            refused.update(dict.fromkeys(wanted, _NOT_YET))
+        elif wanted or (gone and now >= self._next_leave):
             self._next_leave = now + _LEAVE_SECONDS
             refused.update(self._change(wanted, gone, now))
         left_open = {port: why for port, why in refused.items() if port in uncovered}
@@ -226,14 +296,45 @@ class Exposure:
         news: defaultdict[str, list[int]] = defaultdict(list)
         for port in sorted(left_open.keys() - self.left_open):
             news[left_open[port]].append(port)
-        if left_open.keys() != self.left_open.keys():
+        if left_open.keys() != self._recorded and time.monotonic() >= self._lease.turn.due:
             self._lease.note_open_ports(left_open)
+            self._recorded = frozenset(left_open)
         self.left_open = left_open
         words = tuple(f"port {some(ports, _PORTS_NAMED)} is open to every host: {why}" for why, ports in news.items())
         listed = some(list(closed), _PORTS_NAMED)
         if not self._lease.is_shielded or not listed:
             return words
         return (*words, f"port {listed} is on a socket that the shield does not cover; the port chains close it")
+
+
+class _Search:
+    """Looks for who of the job holds what listens, some descriptors at a time.
+
+    found: what listened when it began. is_whole: whether all descriptors were looked at.
+    """
+
+    def __init__(self, found: tuple[Listener, ...], of_the_job: Iterable[Process]) -> None:
+        self.found = found
+        self.holders: dict[int, int] = {}
+        self.is_whole = False
+        self._inodes = {listener.inode for listener in found}
+        self._parts = 0
+        self._left = proc.descriptors_of(self._pids(of_the_job))
+
+    def go_on(self) -> bool:
+        """Look at some more; return whether there is no more to look at, or there was too much."""
+        seen = 0
+        for pid, inode in itertools.islice(self._left, _DESCRIPTORS_AT_ONCE):
+            seen += 1
+            if inode and inode in self._inodes:
+                self.holders.setdefault(inode, pid)
+        self._parts += 1
+        self.is_whole = seen < _DESCRIPTORS_AT_ONCE
+        return self.is_whole or self._parts == _MOST_PARTS
+
+    def _pids(self, of_the_job: Iterable[Process]) -> Iterator[int]:
+        """Yield the job's processes; after a pause, a number may be another's by now."""
+        return (each.pid for each in of_the_job if not self._parts or processes.lives(each))
 
 
 def _shared_with(user: int) -> str:

@@ -34,6 +34,7 @@ from securerun.guard.limits import SitePolicy, require_permitted_peers
 from securerun.guard.presence import Presence
 from securerun.guard.protocol import Guarding, Order, mark_of
 from securerun.guard.records import MOST_RANGES_LEFT_OPEN, Record
+from securerun.guard.share import Turn
 from securerun.linux import proc, processes
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.linux.networks import Network
@@ -69,7 +70,7 @@ class Lease:
 
     may_void: net_cls and net_prio of cgroup version 1 may switch the shield off on this kernel; closes_all: they are
     there, so the port chains close what the shield does as well; proven_in: the launcher's cgroups of the two when the
-    shield was proven; void: why it holds no more, "" while it does.
+    shield was proven; void: why it holds no more, "" while it does. turn: when the job's ports may next be changed.
     """
 
     def __init__(self, order: Order, caller: Caller, site: SitePolicy) -> None:
@@ -99,6 +100,7 @@ class Lease:
         self.closes_all = False
         self.proven_in: Mapping[str, str] = {}
         self.void = ""
+        self.turn = Turn()
         self.record = first_record(order, caller)
         self.has_parted = False
         self.stands = False
@@ -214,8 +216,10 @@ class Lease:
         Return those of them that may not be closed, since that would harm another user's job, and why.
         Raises PortChainsUnavailable, with what was closed before closed still, or PrivilegeError.
         """
-        with run_directory.recording() as directory:
-            refused = neighbours.harmful_ports(self.record, ports, records.read_briefs(directory))
+        with run_directory.recording() as directory, self.turn.counted():
+            known = records.read_briefs(directory)
+            self.turn.runs = neighbours.runs_of_owner(self.record, known)
+            refused = neighbours.harmful_ports(self.record, ports, known)
             ranges = joined((port, port) for port in ports if port not in refused)
             found = (PortRange(first, last, Purpose.OPENED_MEANWHILE) for first, last in ranges)
             policy = dataclasses.replace(self.policy, ports=(*self.order.policy.ports, *found))
@@ -253,7 +257,10 @@ class Lease:
 
     def note_open_ports(self, ports: Iterable[int]) -> None:
         """Record which ports are open to every host, as far as there is room. Raises PrivilegeError."""
-        self.write(left_open=tuple(joined((port, port) for port in ports)[:MOST_RANGES_LEFT_OPEN]))
+        left_open = tuple(joined((port, port) for port in ports)[:MOST_RANGES_LEFT_OPEN])
+        with run_directory.recording() as directory, self.turn.counted():
+            self.turn.runs = neighbours.runs_of_owner(self.record, records.read_briefs(directory))
+            self.write_to(directory, left_open=left_open)
 
     def change_peers(self, networks: tuple[Network, ...]) -> None:
         """Let these networks in from now on and no others; established connections stay.

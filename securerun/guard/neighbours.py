@@ -120,6 +120,11 @@ def named(run: Record, brief: Brief) -> str:
     return f"run {brief.run_id} of user {brief.user}"
 
 
+def runs_of_owner(run: Record, known: Iterable[Brief]) -> int:
+    """Return how many runs whoever has this one has, with it."""
+    return max(1, sum(brief.owner == run.owner for brief in known))
+
+
 def harmed_by(run: Record, known: Iterable[Brief]) -> Iterator[Brief]:
     """Yield the runs of other users that have ports of ours and no shield, and would get others than their peers."""
     for brief in _neighbours(run, known):

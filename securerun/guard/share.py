@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
+
+# The host's lock is others' for the longer part of the time; some of it at once, for what a job does when it starts.
+MOST_OF_LOCK = 0.25
+_LOCK_AT_ONCE_SECONDS = 4.0
 
 
 class Share:
@@ -38,3 +44,25 @@ class Share:
         now = time.monotonic()
         self._left = min(self._at_once, self._left + (now - self._since) * self._a_second)
         self._since = now
+
+
+class Turn:
+    """When a job may next cause what takes the host's lock: a user's jobs together have a part of it.
+
+    due: when that is, on the monotonic clock. runs: how many the user has now, among which the part is divided.
+    """
+
+    def __init__(self) -> None:
+        self.due = 0.0
+        self.runs = 1
+        self._share = Share(_LOCK_AT_ONCE_SECONDS, MOST_OF_LOCK)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count how long this takes, with the lock held: to wait for it is no fault of who waits."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self.due = now + self._share.pause_after((now - began) * self.runs)

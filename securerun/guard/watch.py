@@ -22,7 +22,7 @@ from securerun.guard.lease import Lease
 from securerun.guard.notices import EXPECTED, Log, Notices, Send, Speech
 from securerun.guard.parting import give_back, part
 from securerun.guard.protocol import Message, Peers, Refused, Release, Released
-from securerun.guard.share import Share
+from securerun.guard.share import MOST_OF_LOCK, Share
 from securerun.guard.unanswered import open_unanswered
 from securerun.guard.unasked import told
 from securerun.linux.links import Links
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 _NOTICE_SECONDS = 1.0
 # A list of peers takes the host's lock and up to 100,000 changes: of those that come meanwhile the newest counts.
 _PEERS_SECONDS = 1.0
-# The lock is others' for the longer part of the time.
-_MOST_OF_LOCK = 0.25
 # Messages of megabytes without end, or one by its bytes, are heard by root's processor.
 _HEARD_AT_ONCE_SECONDS, _MOST_CPU = 1.0, 0.2
 # What a launcher may have said before it ended, and be heard of.
@@ -427,7 +425,7 @@ class Watch:
             self._lease.change_peers(newest.networks)
         finally:
             took = time.monotonic() - began
-            self._peers_may_change = max(self._peers_may_change, began + took / _MOST_OF_LOCK)
+            self._peers_may_change = max(self._peers_may_change, began + took / MOST_OF_LOCK)
         self._speech.say(*told({port: why for port, why in self._lease.left_out.items() if port not in before}))
         self._speech.log(f"open to {len(newest.networks)} peer networks now")
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from securerun.errors import PolicyError
 from securerun.firewall.policy import SHIELD, Layer, Policy, PortRange, Purpose
 from securerun.guard import documents, neighbours, reaper, records, run_directory
+from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Record
+from securerun.guard.share import Turn
 from securerun.linux import proc
 
 ALICE, BOB = 1001, 1002
@@ -159,3 +164,32 @@ def test_many_dead_runs_are_removed_a_few_seconds_at_a_time(directory: int, monk
     monkeypatch.setattr(reaper, "_REAPING_SECONDS", 0.3)
     assert list(reaper.reap_all(directory, BOB)) == []
     assert reaped == [one.run_id for one in dead[:2]]
+
+
+def test_a_runs_part_of_the_hosts_lock_is_divided_by_its_users_runs_and_waiting_for_it_costs_nothing(
+    directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for number, user in enumerate((ALICE, ALICE, ALICE, BOB)):
+        run_directory.write(directory, record(number, user))
+
+    @contextlib.contextmanager
+    def recording() -> Iterator[int]:
+        now[0] += 100.0  # others have it
+        yield directory
+
+    def write(*_: object) -> None:
+        now[0] += 2.0
+
+    monkeypatch.setattr(run_directory, "recording", recording)
+    monkeypatch.setattr(run_directory, "write", write)
+    lease = object.__new__(Lease)
+    lease.record = record(0, ALICE)
+    lease.policy = Policy(f"{0:012x}", (), ())
+    lease.order = cast("Any", SimpleNamespace(policy=lease.policy))
+    lease.chains, lease.turn = None, Turn()
+    for change in (lambda: lease.close_found([20001]), lambda: lease.note_open_ports([80])):
+        change()
+        # Of 4 s at once, and then a quarter, three runs took 2 s as if each had.
+        assert lease.turn.due - now[0] == pytest.approx((3 * 2.0 - 4.0) / 0.25)
