@@ -4,8 +4,8 @@ A user id alone is nobody's own in a container: its root takes on any, and the n
 only the host's root makes, a cgroup or a pid namespace, makes a container; one that an ordinary user made (rootless
 podman, enroot, `unshare`) is that user's own, and whoever is in it is that user. So nobody becomes several by making
 namespaces, nor leaves a container by them: pid namespaces lie in each other, and the outermost around a process tells
-whether it is in a container. Nor by cgroups: a set-user-id program (apptainer, firejail) makes root's pid namespaces for
-anybody, in whatever cgroup they are, so of the way to that only what root made counts.
+whether it is in a container. Nor by cgroups: a set-user-id program (apptainer, firejail) makes root's pid namespaces
+for anybody, in whatever cgroup they are, so of the way to that only what root made counts.
 """
 
 from __future__ import annotations

@@ -181,7 +181,8 @@ def inode_of(path: str) -> int | None:
 def deepest_of(user: int, name: str, path: str) -> str:
     """Return how far on the way from the top down to a cgroup all are this user's: the last of them; "/" for none.
 
-    name: its hierarchy, as in `paths_of`. What others make below theirs is not followed. Raises OSError where it is gone.
+    name: its hierarchy, as in `paths_of`. What others make below theirs is not followed. Raises OSError where it is
+    gone.
     """
     mounted = _hierarchies() if not name else ((top.place, top.root) for top in tops() if top.name == name)
     for top, root in mounted:
