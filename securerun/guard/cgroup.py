@@ -119,12 +119,7 @@ class JobCgroup:
 
     def populated(self) -> bool:
         """Return whether a live process is in the cgroup or below it."""
-        try:
-            return b"populated 1" in os.pread(self._events, 4096, 0)
-        except OSError as error:
-            if error.errno == errno.ENODEV:  # removed, as whoever owns the directory above may do with an empty one
-                return False
-            raise
+        return b"populated 1" in self._told()
 
     def processes(self) -> set[int]:
         """Return the live processes in the cgroup and below it."""
@@ -170,13 +165,16 @@ class JobCgroup:
                 cgroups.write(self.descriptor, "cgroup.freeze", "0")
 
     def remove(self, seconds: float = _REMOVAL_SECONDS) -> None:
-        """Remove the cgroup, and the empty ones that the job made below it.
+        """Remove the cgroup, and the empty ones that the job made below it; what has its name by now stays.
 
         Raises CgroupUnavailable when it cannot be removed within some seconds.
         """
         deadline = time.monotonic() + seconds
         while True:
             try:
+                # Before each try: who made another in its place in between may have somebody in it, for good.
+                if not self._told():
+                    return
                 _remove_below(self.descriptor)
                 os.rmdir(self._name, dir_fd=self._parent)
                 return
@@ -187,6 +185,18 @@ class JobCgroup:
                     raise refused(f"{self.path} cannot be removed", error) from error
             time.sleep(_REMOVAL_INTERVAL_SECONDS)
 
+    def end(self) -> CgroupUnavailable | None:
+        """Remove and close it; return why an empty one stays. Raises CgroupUnavailable for one that somebody is in."""
+        try:
+            self.remove()
+        except CgroupUnavailable as error:
+            if self.populated():
+                raise
+            return error
+        finally:
+            self.close()
+        return None
+
     def close(self) -> None:
         """Close the descriptors; the cgroup stays."""
         for descriptor in (self._events, self.descriptor, *self._ancestors):
@@ -195,6 +205,15 @@ class JobCgroup:
     @property
     def _parent(self) -> int:
         return self._ancestors[-1]
+
+    def _told(self) -> bytes:
+        """Read what the kernel tells of it; nothing once it was removed, as the owner of the directory above may do."""
+        try:
+            return os.pread(self._events, 4096, 0)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return b""
+            raise
 
     def _wait_until_frozen(self) -> None:
         deadline = time.monotonic() + _FREEZING_SECONDS

@@ -500,20 +500,22 @@ class Lease:
         """Remove every layer. The job's last process must have gone.
 
         Raises PrivilegeError, CgroupUnavailable or PortChainsUnavailable for what could not be removed; then the record
-        stays, and the next run or `securerunctl clean` tries again.
+        stays, and the next run or `securerunctl clean` tries again. The port chains stay with a cgroup that somebody is
+        in, and with no other.
         """
         if self.shield is not None:
             self.shield.close()
-        if self.cgroup is not None:
-            self.cgroup.remove()
-            self.cgroup.close()
+        cgroup_stays = None if self.cgroup is None else self.cgroup.end()
         with run_directory.host_lock() as directory:
             self.remove_chains()
-            remove_record(directory, self.policy.run_id)
+            if cgroup_stays is None:
+                remove_record(directory, self.policy.run_id)
         if self.drops is not None:
             self.drops.close()
         if self._held is not None:
             os.close(self._held)
+        if cgroup_stays is not None:
+            raise cgroup_stays
 
 
 def remove_record(directory: int, run_id: str) -> None:

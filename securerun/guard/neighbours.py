@@ -23,22 +23,26 @@ _PORTS_NAMED = 8
 
 
 def require_room(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
-    """Raise PrivilegeError when an ordinary user has as many other runs as the site allows."""
+    """Raise PrivilegeError when an ordinary user has as many other runs as the site allows.
+
+    known: those to count. What is left of a run without a guard takes as much of the host as one that has one.
+    """
     if run.root:
         return
     if run.container:
         _require_room_for_containers(run, known, site)
         return
-    others = {record.run_id for record in known if record.owner == run.owner and record.guard_lives} - {run.run_id}
+    others = {record.run_id for record in known if record.owner == run.owner} - {run.run_id}
     if len(others) >= site.runs_per_user:
         raise PrivilegeError(
-            f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for an end"
+            f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for an end, "
+            "or end what `securerunctl status` shows to be left of one"
         )
 
 
 def _require_room_for_containers(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
     """Raise PrivilegeError when a container has as many other runs as the site allows, or all of them together."""
-    others = [brief for brief in known if brief.container and brief.run_id != run.run_id and brief.guard_lives]
+    others = [brief for brief in known if brief.container and brief.run_id != run.run_id]
     own = [brief for brief in others if brief.container == run.container]
     if len(own) >= site.runs_per_container:
         raise PrivilegeError(

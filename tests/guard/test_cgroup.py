@@ -21,8 +21,13 @@ from hosts import cgroup2_mount, eventually
 from sandbox import NOBODY, apart
 
 from securerun.errors import Obstacle, PrivilegeError
+from securerun.firewall.policy import Policy
 from securerun.guard import cgroup
+from securerun.guard.caller import Caller
 from securerun.guard.cgroup import JobCgroup, make_job_cgroup, open_job_cgroup, path_of_job_cgroup
+from securerun.guard.lease import Lease
+from securerun.guard.limits import SitePolicy
+from securerun.guard.protocol import Order
 from securerun.linux import cgroups, libc, proc, sock_diag
 from securerun.linux.cgroups import CgroupUnavailable, cgroup_of
 from securerun.preflight import abilities
@@ -418,6 +423,19 @@ def test_one_that_somebody_is_in_is_not_removed(
     assert directory_of(job).exists()
 
 
+def test_one_that_somebody_is_in_keeps_the_rules_that_close_its_ports(
+    job: JobCgroup, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guard that ends by a defect releases what it can: who was not to be ended for the job's user stays behind."""
+    run = Policy(PurePosixPath(job.path).name.partition("-")[2], (), ())
+    lease = Lease(Order(run, "auto", "auto", 0.0, ""), Caller(os.getpid()), SitePolicy())
+    lease.cgroup = open_job_cgroup(job.path)
+    monkeypatch.setattr(lease, "remove_chains", lambda: pytest.fail("its ports are open"))
+    sleep_in(directory_of(job), sleepers)
+    with pytest.raises(CgroupUnavailable, match="cannot be removed"):
+        lease.release()
+
+
 def test_its_removal_waits_for_the_kernel(job: JobCgroup, sleepers: list[subprocess.Popen[bytes]]) -> None:
     """A cgroup is busy for a moment after its last process was killed."""
     pid = sleep_in(directory_of(job), sleepers)
@@ -425,3 +443,31 @@ def test_its_removal_waits_for_the_kernel(job: JobCgroup, sleepers: list[subproc
     job.remove()
     assert not directory_of(job).exists()
     job.remove()  # once more does no harm
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_one_that_the_owner_of_the_directory_above_made_in_its_place_keeps_nobody_from_removing_it(
+    job: JobCgroup, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Ours is gone then, and the other has somebody in it for as long as its owner likes."""
+    place, remove_below = directory_of(job), cgroup._remove_below
+
+    def swap(_: int) -> None:
+        monkeypatch.setattr(cgroup, "_remove_below", remove_below)
+        place.rmdir()
+        place.mkdir()
+        sleep_in(place, sleepers)
+
+    try:
+        if when == "before":
+            swap(job.descriptor)
+        else:
+            monkeypatch.setattr(cgroup, "_remove_below", swap)
+        job.remove()
+        assert (place / "cgroup.procs").read_text() == f"{sleepers[0].pid}\n"
+        assert not job.populated()
+    finally:
+        sleepers[0].kill()
+        sleepers[0].wait()
+        assert eventually(lambda: not (place / "cgroup.procs").read_text())
+        place.rmdir()

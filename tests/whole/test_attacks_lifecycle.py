@@ -25,7 +25,7 @@ from attacking import Ground, cgroup_of, pid_taken, program
 from cgroups import inside
 from checkout import CHECKOUT, COMMANDS
 from conversation import WAYS, guards, log_of, order
-from hosts import eventually, is_alive
+from hosts import cgroup2_mount, eventually, is_alive
 from memory_shown import SHOWS_A_GIGABYTE
 from probe import reach
 from process_table import name_of, status_of
@@ -221,6 +221,75 @@ def test_run_whose_launcher_and_guard_are_killed_is_not_reaped_while_its_workers
         os.kill(server, signal.SIGKILL)
         assert eventually(lambda: not is_alive(server))
         ground.guarded(ground.bob, "socket", ports=[29600]).release()
+
+
+# What the owner of the directory above may do: the job leaves its cgroup, and another gets its name and a process.
+_SWAP = """
+echo "$1" > "${0%/*}/cgroup.procs" && rmdir "$0" && mkdir "$0" && echo $$ > "$0/cgroup.procs" && exec sleep 607
+"""
+
+
+def test_user_who_puts_another_cgroup_in_the_place_of_the_jobs_keeps_no_guard_from_its_end(ground: Ground) -> None:
+    """Its rules, reserved ports and record would be there for good, as often as he likes."""
+    document = order()
+    with delegated_cgroup(ground.alice) as own:
+        talk = ground.talk(ground.alice, "socket", cgroup=own)
+        talk.say(document)
+        assert "guarding" in talk.hear_verdict()
+        place = own.path / f"securerun-{document['order']['policy']['run_id']}"
+        stays = ground.popen(ground.alice, ["sh", "-c", _SWAP, str(place), str(talk.pid)], cgroup=own)
+        assert eventually(lambda: name_of(stays.pid) == "sleep"), stays.communicate()
+        assert cgroup_of(stays.pid).endswith(place.name)
+        talk.release()
+        assert eventually(lambda: not guards(ground.machine))
+        left, said, where = ground.machine.records(), log_of(ground.machine), cgroup_of(stays.pid)
+        ground.guarded(ground.bob, "socket").release()
+        assert left is None
+        assert "released" in said and "not all of it" not in said
+        assert where.endswith(place.name)
+
+
+def test_cgroup_that_cannot_be_removed_keeps_no_rules_in_place(ground: Ground) -> None:
+    """Its record stays, by which the next run removes it."""
+    before, mount = ground.node.snapshot(), str(cgroup2_mount())
+    talk = ground.guarded(ground.alice, "sudo")
+    assert ground.machine.run(ground.node, ["mount", "-o", "remount,bind,ro", mount]).returncode == 0
+    try:
+        talk.release()
+        assert eventually(lambda: not guards(ground.machine), seconds=10)
+    finally:
+        assert ground.machine.run(ground.node, ["mount", "-o", "remount,bind,rw", mount]).returncode == 0
+    said, found, runs = log_of(ground.machine), ground.node.snapshot(), ground.machine.runs()
+    ground.guarded(ground.bob, "socket").release()
+    assert "not all of it could be removed" in said
+    assert {**found, "reserved ports": ""} == {**before, "reserved ports": ""}
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_run_without_a_guard_counts_towards_its_users_limit_while_it_has_processes(ground: Ground, way: str) -> None:
+    """Nobody may remove what closes its ports, and that takes as much of the host as any run's."""
+    ground.machine.configure("runs_per_user = 1\n")
+    document = order()
+    mark = {"SECURERUN_RUN_ID": document["order"]["policy"]["run_id"]}
+    with delegated_cgroup(ground.alice) as own:
+        talk = ground.talk(ground.alice, "socket", apart=True, cgroup=own)
+        talk.say(document)
+        assert "guarding" in talk.hear_verdict()
+        (guard,) = guards(ground.machine)
+        claims = ground.machine.popen(ground.node, ["sleep", "608"], user=ground.alice, env=mark)
+        assert eventually(lambda: name_of(claims.pid) == "sleep")
+        os.kill(guard, signal.SIGSTOP)
+        for pid in (talk.pid, guard):
+            os.kill(pid, signal.SIGKILL)
+        talk.process.wait()
+        talk.hang_up()
+        assert eventually(lambda: not guards(ground.machine))
+        assert "which allows 1" in ground.refusal(ground.alice, order(ports=[29600]), way)
+        ground.guarded(ground.bob, way, ports=[29600]).release()
+        claims.kill()
+        claims.wait()
+        ground.guarded(ground.alice, way, ports=[29600]).release()
 
 
 # --- who looks after it ---
