@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Callable, TypeVar
 
 from securerun.firewall import backends
 from securerun.guard import noted, reaper, records, reserved, run_directory, unrecorded
@@ -18,6 +19,11 @@ from securerun.guard.records import Record
 _SECOND_LOOK_SECONDS = 1.0
 # Then whoever waits for the host's lock is next.
 _LOCKED_SECONDS = 1.0
+# For asking processes whether they are of one dead run.
+_ASKING_SECONDS = 0.5
+
+Waiting = TypeVar("Waiting")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,11 @@ def clean(*, dry_run: bool) -> Remains:
         # A guard that was killed alone is replaced in a moment. Nobody waits for that: the lock is not held.
         time.sleep(_SECOND_LOOK_SECONDS)
     with run_directory.host_lock() as directory:
-        remains = _cleaned(directory, dry_run=dry_run)
+        remains, without_guard = _looked_at(directory, dry_run=dry_run)
+    reaped = _in_turns(without_guard, lambda directory, run_id: _reaped(directory, run_id, dry_run=dry_run))
+    abandoned = tuple(run for run in reaped if run is not None)
     found = unrecorded_rules()
-    return replace(remains, rules=found if dry_run else tuple(_without(found)))
+    return replace(remains, abandoned=abandoned, rules=found if dry_run else tuple(_in_turns(found, _removed)))
 
 
 def unrecorded_rules() -> tuple[Rules, ...]:
@@ -100,25 +108,32 @@ def _unrecorded(directory: int | None) -> Iterator[Rules]:
             yield Rules(run_id, "", unrecorded.is_stood_for(run_id), None)
 
 
-def _cleaned(directory: int, *, dry_run: bool) -> Remains:
+def _looked_at(directory: int, *, dry_run: bool) -> tuple[Remains, list[str]]:
+    """Return what lies there beside the runs, with what was being written removed, and which runs are without a guard.
+
+    The caller holds the host's lock.
+    """
     partial = _partial_files(directory)
     if not dry_run:
         run_directory.remove_partial(directory)
     readable = records.read_all(directory)
-    abandoned = tuple(_reaped(directory, record, dry_run=dry_run) for record in readable if record.is_abandoned)
     ours = {*(f"{record.run_id}.json" for record in readable), *partial, *reserved.ledgers(directory)}
-    return Remains(partial, abandoned, tuple(sorted(set(os.listdir(directory)) - ours)))
+    foreign = tuple(sorted(set(os.listdir(directory)) - ours))
+    return Remains(partial, foreign=foreign), [record.run_id for record in readable if record.is_abandoned]
 
 
-def _without(found: Iterable[Rules]) -> Iterator[Rules]:
-    """Remove these; yield each as it is then. Of them there may be thousands, and others launch meanwhile."""
+def _in_turns(found: Iterable[Waiting], remove: Callable[[int, Waiting], Done]) -> Iterator[Done]:
+    """Remove these under the host's lock; yield what became of each.
+
+    Of them there may be thousands, and others launch meanwhile: what was found may be another by its turn.
+    """
     waiting = deque(found)
     while waiting:
-        done: list[Rules] = []
+        done: list[Done] = []
         with run_directory.host_lock() as directory:
             until = time.monotonic() + _LOCKED_SECONDS
             while waiting and (not done or time.monotonic() < until):
-                done.append(_removed(directory, waiting.popleft()))
+                done.append(remove(directory, waiting.popleft()))
         yield from done
 
 
@@ -136,9 +151,16 @@ def _removed(directory: int, found: Rules) -> Rules:
     return found
 
 
-def _reaped(directory: int, record: Record, *, dry_run: bool) -> Abandoned:
-    runs, has_cgroup = reaper.what_runs(record), _has_cgroup(record)
-    is_dead = not runs and reaper.may_reap(record)
+def _reaped(directory: int, run_id: str, *, dry_run: bool) -> Abandoned | None:
+    """Remove what is left of a run without a guard; None where it has one by now, or another was faster.
+
+    The caller holds the host's lock.
+    """
+    record = records.read(directory, run_id)
+    if record is None or not record.is_abandoned:
+        return None
+    runs, has_cgroup = reaper.what_runs(record, time.monotonic() + _ASKING_SECONDS), _has_cgroup(record)
+    is_dead = not runs and reaper.is_within_reach(record)
     failure = None
     if is_dead and not dry_run:
         try:

@@ -500,8 +500,7 @@ class Lease:
         """Remove every layer. The job's last process must have gone.
 
         Raises PrivilegeError, CgroupUnavailable or PortChainsUnavailable for what could not be removed; then the record
-        stays, and the next run or `securerunctl clean` tries again. The port chains stay with a cgroup that somebody is
-        in, and with no other.
+        stays, and the next run or `securerunctl clean` tries again; so do chains of a cgroup that somebody is in.
         """
         if self.shield is not None:
             self.shield.close()

@@ -9,15 +9,16 @@ replaced by its launcher; a launcher that died alone is cleaned up after by its 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from securerun.firewall.backends import NAMES, open_chains
 from securerun.firewall.chains import PortChainsUnavailable
 from securerun.guard import records, reserved, run_directory
 from securerun.guard.caller import ROOT
 from securerun.guard.cgroup import JobCgroup, open_job_cgroup
-from securerun.guard.records import Record
+from securerun.guard.records import Brief, Record
 from securerun.linux import cgroups, proc, sock_diag
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.port_ranges import ReservationUnavailable
@@ -31,26 +32,31 @@ _PIDS_NAMED = 8
 _REMOVAL_SECONDS = 0.2
 # What is left then is for the next launch.
 _REAPING_SECONDS = 3.0
+# Of that, for asking processes whether they are of a dead run: how many there are is for their users to say.
+_ASKING_SECONDS = 0.5
 
 
 def reap_all(directory: int, user: int, *, may_be_root: bool = True, container: str = "") -> Iterator[str]:
     """Reap every dead run and yield a line for each that could not be reaped, and for the user's own that still runs.
 
     may_be_root: user id 0 is root's, to whom all of them are told; to whoever is in a container its own alone. The
-    caller holds the host's lock, so what has not been looked at after some seconds is left.
+    caller holds the host's lock, so what has not been looked at after some seconds is left, and so is a run of whom not
+    all processes could be asked by then.
     """
     run_directory.remove_partial(directory)
     is_root = user == ROOT and may_be_root
     owner = (user, False, container)
-    deadline = time.monotonic() + _REAPING_SECONDS
-    for brief in records.read_briefs(directory):
-        record = brief.whole() if brief.is_abandoned and time.monotonic() < deadline else None
+    deadline, seconds_to_ask = time.monotonic() + _REAPING_SECONDS, _ASKING_SECONDS
+    for brief in _own_first(records.read_briefs(directory), owner):
+        began = time.monotonic()
+        record = brief.whole() if began < deadline and brief.is_abandoned else None
         if record is None:
             continue
-        left = what_runs(record)
+        left = what_runs(record, began + seconds_to_ask)
+        seconds_to_ask -= time.monotonic() - began
         if left and (is_root or record.owner == owner):
             yield f"run {record.run_id} has no guard, and {left}; what closes its ports stays until that ends"
-        if left or not _is_within_reach(record):
+        if left or not is_within_reach(record):
             continue
         try:
             reap(directory, record)
@@ -59,9 +65,12 @@ def reap_all(directory: int, user: int, *, may_be_root: bool = True, container: 
                 yield f"what run {record.run_id} left cannot be removed: {error}"
 
 
-def may_reap(record: Record) -> bool:
-    """Return whether a run is dead, and what it left can be removed from here. The caller holds the host's lock."""
-    return record.is_abandoned and not what_runs(record) and _is_within_reach(record)
+def _own_first(known: Iterable[Brief], owner: tuple[int, bool, str]) -> list[Brief]:
+    """Return an owner's runs before all others, and these in another order each time.
+
+    So no runs for which the time is never enough come before the same others launch after launch.
+    """
+    return sorted(known, key=lambda brief: (brief.owner != owner, os.urandom(8)))
 
 
 def reap(directory: int, record: Record) -> None:
@@ -88,11 +97,17 @@ def reap(directory: int, record: Record) -> None:
     run_directory.remove(directory, record.run_id)
 
 
-def what_runs(record: Record) -> str:
-    """Return, in words, what is left running of a run whose launcher and guard are gone; "" when nothing is."""
+def what_runs(record: Record, until: float) -> str:
+    """Return, in words, what is left running of a run whose launcher and guard are gone; "" when nothing is.
+
+    until: on the monotonic clock. A run of whose processes not all could be asked by then counts as one that runs.
+    """
     if record.boot_id != proc.boot_id():
         return ""
-    pids = sorted(records.processes_of(record))
+    try:
+        pids = sorted(records.processes_of(record, until))
+    except TimeoutError:
+        return f"user {record.user} has more processes than could be asked in a moment whether they are of it"
     if pids:
         listed = " ".join(map(str, pids[:_PIDS_NAMED])) + (" ..." if len(pids) > _PIDS_NAMED else "")
         return f"processes of it still run ({listed})"
@@ -122,7 +137,7 @@ def _port_in_use(record: Record) -> int | None:
     return None
 
 
-def _is_within_reach(record: Record) -> bool:
+def is_within_reach(record: Record) -> bool:
     """Return whether its chains can be reached: from within their network namespace, or they are gone with it."""
     if record.boot_id != proc.boot_id() or record.network == proc.namespace("net"):
         return True

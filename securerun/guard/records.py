@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -282,10 +283,12 @@ _PLAIN: dict[str, type] = {
 }
 
 
-def processes_of(record: Known) -> frozenset[int]:
+def processes_of(record: Known, until: float = math.inf) -> frozenset[int]:
     """Return what runs of a run that nobody looks after: in its cgroup, and with its id in the environment.
 
     A launcher that could not be moved there, or a process that was moved out, is in no cgroup of the run's.
+
+    until: on the monotonic clock. Raises TimeoutError when not all of its user's processes could be asked until then.
     """
     found: set[int] = set()
     if record.boot_id != proc.boot_id():
@@ -293,7 +296,7 @@ def processes_of(record: Known) -> frozenset[int]:
     if record.cgroup:
         with contextlib.suppress(OSError):
             found |= cgroups.processes_of(record.cgroup)
-    return processes.claimants(mark_of(record.run_id), record.user) | found
+    return processes.claimants(mark_of(record.run_id), record.user, until) | found
 
 
 def run_of(cgroup: str) -> str | None:
@@ -316,6 +319,13 @@ def read_all(directory: int) -> tuple[Record, ...]:
             with contextlib.suppress(*NO_RECORD):
                 found.append(_read(directory, name))
     return tuple(found)
+
+
+def read(directory: int, run_id: str) -> Record | None:
+    """Read the record of one run; None where there is none that can be understood."""
+    with contextlib.suppress(*NO_RECORD):
+        return _read(directory, f"{run_id}.json")
+    return None
 
 
 def read_briefs(directory: int) -> tuple[Brief, ...]:

@@ -15,11 +15,12 @@ or stands in its cgroup, such as what sudo started.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal as signals
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from securerun.linux import namespaces, proc
@@ -213,15 +214,28 @@ def started_with(variable: str, pids: Iterable[int]) -> set[int]:
     return found
 
 
-def claimants(variable: str, user: int) -> frozenset[int]:
+def claimants(variable: str, user: int, until: float = math.inf) -> frozenset[int]:
     """Return the processes with this real user id that may have been started with this `NAME=value`, without waiting.
 
     Who does not show an environment yet is asked once more after all others, since most are through execve(2) by then.
     Who still is in the middle of it is among them: to be asked where one too many does no harm.
+
+    until: on the monotonic clock. Users may have thousands of processes with megabytes of environment, of which each
+    takes tens of milliseconds to read. Raises TimeoutError when not all could be asked until then.
     """
-    shown = {pid: _shows(variable.encode(), pid) for pid in proc.of_user(user) if pid != os.getpid()}
-    again = {pid: _shows(variable.encode(), pid) for pid, shows in shown.items() if shows is None}
+    shown = {pid: _shows(variable.encode(), pid) for pid in _of_user(user, proc.pids(), until) if pid != os.getpid()}
+    unsettled = [pid for pid, shows in shown.items() if shows is None]
+    again = {pid: _shows(variable.encode(), pid) for pid in _of_user(user, unsettled, until)}
     return frozenset(pid for pid, shows in {**shown, **again}.items() if shows is not False)
+
+
+def _of_user(user: int, pids: Iterable[int], until: float) -> Iterator[int]:
+    """Yield the processes with this real user id. Raises TimeoutError when that, and all in between, takes longer."""
+    for pid in pids:
+        if time.monotonic() > until:
+            raise TimeoutError
+        if proc.real_user(pid) == user:
+            yield pid
 
 
 def may_end(user: int, pid: int) -> bool:

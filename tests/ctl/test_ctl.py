@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kernel
@@ -35,9 +36,9 @@ from process_table import fields_of
 
 from securerun.ctl import app
 from securerun.firewall.policy import Denial, Layer, Policy, PortRange
-from securerun.guard import run_directory
+from securerun.guard import cleaning, run_directory
 from securerun.guard.records import Record
-from securerun.linux import proc
+from securerun.linux import proc, processes
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
 RUN = "0123456789ab"
@@ -486,6 +487,60 @@ def test_records_of_the_dead_go_and_of_the_living_stay(planted: int) -> None:
         assert not any("rules" in line for line in lines)
     assert sorted(path.name[0] for path in RECORDS.iterdir()) == ["a", "b", "c"]
     assert {run["run_id"][0] for run in runs()} == {"a", "b", "c"}
+
+
+def test_clean_lets_others_launch_between_one_dead_run_and_the_next(
+    planted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may take a while; and one that has a guard by its turn is none any more, nor one that somebody removed."""
+    for run_id in ("aaaaaaaaaaaa", "bbbbbbbbbbbb", "cccccccccccc", "dddddddddddd"):
+        run_directory.write(planted, dead(run_id))
+    locked, lock = 0, run_directory.host_lock
+
+    def counted() -> contextlib.AbstractContextManager[int]:
+        nonlocal locked
+        locked += 1
+        if locked == 2:
+            run_directory.write(planted, record("bbbbbbbbbbbb"))
+            run_directory.remove(planted, "cccccccccccc")
+        return lock()
+
+    monkeypatch.setattr(run_directory, "host_lock", counted)
+    monkeypatch.setattr(cleaning, "_LOCKED_SECONDS", 0.0)
+    done = cleaning.clean(dry_run=False)
+    assert [run.record.run_id[0] for run in done.abandoned] == ["a", "d"]
+    assert locked == 1 + 4
+    assert [path.name[0] for path in RECORDS.iterdir()] == ["b"]
+
+
+def test_clean_asks_a_users_processes_for_no_longer_than_half_a_second_a_run(
+    planted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for the host's lock meanwhile; what was not asked may be the run's, which stays, and that is said."""
+    user, now, reads = 61_003, 0.0, 0
+    read = proc.environment
+
+    def slowly(pid: int) -> bytes:
+        nonlocal now, reads
+        now, reads = now + 0.2, reads + 1
+        return read(pid)
+
+    sleepers = [subprocess.Popen(["sleep", "600"], user=user, env={}) for _ in range(8)]
+    try:
+        for run_id in ("aaaaaaaaaaaa", "bbbbbbbbbbbb"):
+            run_directory.write(planted, dead(run_id, user=user))
+        monkeypatch.setattr(proc, "environment", slowly)
+        for module in (cleaning, processes):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+        done = cleaning.clean(dry_run=False)
+    finally:
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.wait()
+    assert reads == 2 * 3
+    assert ["more processes than could be asked" in run.runs for run in done.abandoned] == [True, True]
+    assert not any(run.is_dead for run in done.abandoned)
+    assert {path.name[0] for path in RECORDS.iterdir()} == {"a", "b"}
 
 
 def test_a_containers_pids_mean_nothing_out_here(planted: int) -> None:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import ipaddress
 import os
+import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from securerun.errors import PolicyError
+from securerun.errors import PolicyError, PrivilegeError
 from securerun.firewall.policy import SHIELD, Layer, Policy, PortRange, Purpose
 from securerun.guard import documents, neighbours, reaper, records, run_directory
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
 from securerun.guard.records import Record
 from securerun.guard.share import Turn
-from securerun.linux import proc
+from securerun.linux import proc, processes
 
-ALICE, BOB = 1001, 1002
+ALICE, BOB, CAROL, DAVE = 61_001, 61_002, 61_003, 61_004
 _MOST_PORTS = 4096
 
 
@@ -55,6 +56,29 @@ def record(
         command="train.py",
         times=proc.time_namespace(),
     )
+
+
+def gone(number: int, user: int) -> Record:
+    """A run whose launcher and guard have ended."""
+    return replace(record(number, user), guard_start=1, launcher_start=1)
+
+
+class Clock:
+    """The clock of whoever looks for dead runs, on which time passes when a process is asked for its environment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seconds_a_read: float) -> None:
+        self.seconds_a_read = seconds_a_read
+        self.reads = 0
+        self._now = 0.0
+        self._read = proc.environment
+        monkeypatch.setattr(proc, "environment", self.environment)
+        for module in (reaper, processes):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self._now))
+
+    def environment(self, pid: int) -> bytes:
+        self.reads += 1
+        self._now += self.seconds_a_read
+        return self._read(pid)
 
 
 def test_who_may_connect_to_runs_of_others_is_not_read_where_no_port_is_shared(
@@ -138,7 +162,7 @@ def test_record_whose_policy_cannot_be_understood_is_nobodys_neighbour(directory
 
 
 def test_brief_has_all_of_its_record(directory: int) -> None:
-    known = dataclasses.replace(record(1, ALICE, "10.0.0.0/8", "fd00::/8", ports=3), cgroup="/a/securerun-000000000001")
+    known = replace(record(1, ALICE, "10.0.0.0/8", "fd00::/8", ports=3), cgroup="/a/securerun-000000000001")
     run_directory.write(directory, known)
     (brief,) = records.read_briefs(directory)
     assert brief.whole() == known
@@ -151,7 +175,7 @@ def test_brief_has_all_of_its_record(directory: int) -> None:
 
 def test_many_dead_runs_are_removed_a_few_seconds_at_a_time(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each may take a while; who launches meanwhile waits for the lock, and the next launch goes on."""
-    dead = [dataclasses.replace(record(number, ALICE), guard_start=1, launcher_start=1) for number in range(6)]
+    dead = [gone(number, ALICE) for number in range(6)]
     for one in dead:
         run_directory.write(directory, one)
     reaped = []
@@ -163,7 +187,69 @@ def test_many_dead_runs_are_removed_a_few_seconds_at_a_time(directory: int, monk
     monkeypatch.setattr(reaper, "reap", slowly)
     monkeypatch.setattr(reaper, "_REAPING_SECONDS", 0.3)
     assert list(reaper.reap_all(directory, BOB)) == []
-    assert reaped == [one.run_id for one in dead[:2]]
+    assert len(reaped) == 2
+
+
+@pytest.fixture
+def crowd(root: None) -> Iterator[int]:
+    """A user with eight processes."""
+    sleepers = [subprocess.Popen(["sleep", "600"], user=CAROL, env={}) for _ in range(8)]
+    yield CAROL
+    for sleeper in sleepers:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_processes_are_asked_under_the_lock_for_no_longer_than_half_a_second_in_all(
+    directory: int, crowd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users may have 5,000 with 6 MB of environment, of which each takes 30 ms; who was not asked may be the run's."""
+    for number in range(3):
+        run_directory.write(directory, gone(number, crowd))
+    reaped: list[str] = []
+    monkeypatch.setattr(reaper, "reap", lambda _, found: reaped.append(found.run_id))
+    clock = Clock(monkeypatch, seconds_a_read=0.2)
+    lines = list(reaper.reap_all(directory, crowd))
+    assert clock.reads == 3
+    assert reaped == []
+    assert len(lines) == 3 and all("more processes than could be asked" in line for line in lines)
+    clock.seconds_a_read = 0.001
+    assert list(reaper.reap_all(directory, crowd)) == []
+    assert clock.reads == 3 + 3 * 8
+    assert len(reaped) == 3
+
+
+def test_runs_for_which_there_is_no_time_keep_those_of_others_waiting_no_longer_than_a_few_launches(
+    directory: int, crowd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users choose the ids of runs. The launching user's own come first, and the others as it happens."""
+    users = [*[crowd] * 8, ALICE, BOB]
+    for number, user in enumerate(users):
+        run_directory.write(directory, gone(number, user))
+    reaped: list[str] = []
+    monkeypatch.setattr(reaper, "reap", lambda _, found: reaped.append(found.run_id))
+    Clock(monkeypatch, seconds_a_read=0.6)
+    list(reaper.reap_all(directory, BOB))
+    assert reaped[0] == gone(9, BOB).run_id
+    for _ in range(500):
+        list(reaper.reap_all(directory, DAVE))
+    assert set(reaped) == {gone(8, ALICE).run_id, gone(9, BOB).run_id}
+
+
+def test_what_is_left_of_runs_without_a_guard_counts_as_runs(directory: int) -> None:
+    for number, container in enumerate(["", "", "/pods/one", "/pods/two"]):
+        run_directory.write(directory, replace(gone(number, ALICE), container=container))
+    known, site = records.read_briefs(directory), SitePolicy()
+    run = record(9, ALICE)
+    inside = replace(run, container="/pods/one")
+    for whole, limits in (
+        (run, replace(site, runs_per_user=2)),
+        (inside, replace(site, runs_per_container=1)),
+        (inside, replace(site, runs_in_containers=2)),
+    ):
+        neighbours.require_room(whole, known, site)
+        with pytest.raises(PrivilegeError, match="wait for an end"):
+            neighbours.require_room(whole, known, limits)
 
 
 def test_a_runs_part_of_the_hosts_lock_is_divided_by_its_users_runs_and_waiting_for_it_costs_nothing(
