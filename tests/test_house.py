@@ -36,7 +36,7 @@ WINGS = (
     ("host",),
     ("firewall",),
     ("linux",),
-    ("options", "help_text", "errors", "text", "console", "finding", "site_file", "aside"),
+    ("options", "help_text", "errors", "text", "console", "finding", "lines", "site_file", "aside"),
 )
 FLOORS = {name: floor for floor, wing in enumerate(WINGS) for name in wing}
 
@@ -58,7 +58,7 @@ LOADED_BY_THE_GUARD = {
     "linux": "assembler attributes bpf capabilities cgroups file_lock forked libc links local_sockets "
     "namespaces net_cgroups netlink networks nf_tables nflog nfnetlink packages port_ranges prctl proc processes "
     "sent_along sock_diag trust",
-    "": "errors site_file text",
+    "": "errors lines site_file text",
 }
 # And this while the launcher imports torch, for `--firewall auto`, and to tell whether something may void a shield.
 LOADED_WHILE_WAITING = {"firewall": "dispatcher ipset iptables run_sets", "linux": "commands ip_set kernel_types"}

@@ -55,7 +55,7 @@ class Channel:
         except ConnectionError:
             return b""
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Write as much as there is room for and return how much. Raises OSError when nobody is there to read."""
         try:
             if self._socket is not None:

@@ -29,6 +29,12 @@ from securerun.linux.networks import Network
 # 100,000 collapsed IPv6 networks with quotes and commas are 4.6 MB.
 MAXIMUM_BYTES = 8 * 1024 * 1024
 MAXIMUM_PEERS = 100_000
+# What orders are counted by before they are read: a list, an object or a value takes up to 50 times the memory of its
+# text. Beside so many peers an honest one has some 12,000 commas and 6,000 opening brackets at most, texts counted in.
+MAXIMUM_COMMAS = MAXIMUM_PEERS + 32 * 1024
+MAXIMUM_BRACKETS = 8 * 1024
+# In the record of a run with a key its peers stand twice, and the networks that its site allows besides.
+MAXIMUM_RECORD_BYTES = 4 * MAXIMUM_BYTES
 MAXIMUM_PORT_RANGES = 1024
 # A guard adds those that it finds while the job runs: of 65,535 ports at most every other.
 MAXIMUM_RECORDED_RANGES = MAXIMUM_PORT_RANGES + 32768
@@ -75,11 +81,13 @@ def opening_document(opening: Opening) -> dict[str, Any]:
     return {"first": opening.first, "last": opening.last, "networks": [str(network) for network in opening.networks]}
 
 
-def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RANGES) -> Policy:
+def read_policy(document: Mapping[str, Any], *, recorded: bool = False) -> Policy:
     """Return the policy in a document; the opposite of `policy_document`. Raises ProtocolError or PolicyError.
 
-    most_ranges: how many ranges of ports it may have.
+    recorded: by a guard, which adds ports, and to where tags are written the networks of its host.
     """
+    most_ranges = MAXIMUM_RECORDED_RANGES if recorded else MAXIMUM_PORT_RANGES
+    most_of_tags = MAXIMUM_RECORD_BYTES if recorded else MAXIMUM_PEERS
     names = ("run_id", "ports", "peers", "interfaces", "accept", "close_loopback")
     require_fields(document, *names, may={"public", *_OF_TAGS})
     return Policy(
@@ -91,15 +99,15 @@ def read_policy(document: Mapping[str, Any], most_ranges: int = MAXIMUM_PORT_RAN
         close_loopback=flag(document, "close_loopback"),
         public=read_openings(document),
         admission=Admission(text(document, "admission")) if "admission" in document else Admission.ADDRESS,
-        tagged=_networks_in(document, "tagged"),
+        tagged=_networks_in(document, "tagged", most_of_tags),
         tags_through_any="tags_through_any" in document and flag(document, "tags_through_any"),
-        tags_from=_networks_in(document, "tags_from"),
+        tags_from=_networks_in(document, "tags_from", most_of_tags),
     )
 
 
-def _networks_in(document: Mapping[str, Any], name: str) -> tuple[Network, ...]:
+def _networks_in(document: Mapping[str, Any], name: str, most: int) -> tuple[Network, ...]:
     """Return the networks in a field, none where there is no such field."""
-    return tuple(read_network(each) for each in items(document, name, MAXIMUM_PEERS)) if name in document else ()
+    return tuple(read_network(each) for each in items(document, name, most)) if name in document else ()
 
 
 def read_openings(document: Mapping[str, Any]) -> tuple[Opening, ...]:

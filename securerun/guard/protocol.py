@@ -32,8 +32,11 @@ from securerun.firewall.job_key import SECRET_BYTES, JobSecret
 from securerun.firewall.policy import NAMESPACE, Denial, Layer, Policy
 from securerun.guard import documents, slurm_job
 from securerun.guard.documents import (
+    MAXIMUM_BRACKETS,
     MAXIMUM_BYTES,
+    MAXIMUM_COMMAS,
     MAXIMUM_PEERS,
+    MAXIMUM_RECORD_BYTES,
     MAXIMUM_TEXT,
     ProtocolError,
     denial_document,
@@ -252,12 +255,15 @@ def encode(message: Message, *, to_any: bool = False) -> bytes:
     return json.dumps({name: body}, separators=(",", ":")).encode() + b"\n"
 
 
-def decode(line: bytes) -> Message:
-    """Read one line. Raises ProtocolError for anything that is not exactly a message of this protocol."""
-    if len(line) > MAXIMUM_BYTES:
-        raise ProtocolError(f"a message of more than {MAXIMUM_BYTES} bytes")
+def decode(line: bytes, *, of_guard: bool = False) -> Message:
+    """Read one line. Raises ProtocolError for anything that is not exactly a message of this protocol.
+
+    of_guard: it comes from a guard, which may tell of records; a launcher's takes no more memory than an honest order.
+    """
+    _require_bounded(line, of_guard=of_guard)
     try:
-        document = json.loads(line.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
+        # All else is written as escapes; one such character has a whole line take four bytes for each of its own.
+        document = json.loads(line.decode("ascii"), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a message that is not JSON") from error
     if not isinstance(document, dict) or len(document) != 1:
@@ -271,6 +277,17 @@ def decode(line: bytes) -> Message:
         return _READERS[name](body)
     except (PolicyError, ValueError) as error:
         raise ProtocolError(f"{name}: {error}") from error
+
+
+def _require_bounded(line: bytes, *, of_guard: bool) -> None:
+    """Refuse what would take much memory to read, before it is read. Raises ProtocolError."""
+    most = MAXIMUM_RECORD_BYTES if of_guard else MAXIMUM_BYTES
+    if len(line) > most:
+        raise ProtocolError(f"a message of more than {most} bytes")
+    if of_guard:
+        return
+    if line.count(b",") > MAXIMUM_COMMAS or line.count(b"[") + line.count(b"{") > MAXIMUM_BRACKETS:
+        raise ProtocolError("a message of more lists, objects or values than an order has")
 
 
 def _body(message: Message) -> dict[str, Any]:

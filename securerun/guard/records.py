@@ -31,8 +31,7 @@ from securerun.firewall.policy import (
 )
 from securerun.guard import slurm_job
 from securerun.guard.documents import (
-    MAXIMUM_BYTES,
-    MAXIMUM_RECORDED_RANGES,
+    MAXIMUM_RECORD_BYTES,
     ProtocolError,
     denial_document,
     layer_document,
@@ -435,7 +434,7 @@ def understood(document: Mapping[str, Any]) -> Record:
 
     Raises ValueError, LookupError, TypeError, AttributeError, ProtocolError or PolicyError for what is none.
     """
-    policy = read_policy(document["policy"], MAXIMUM_RECORDED_RANGES)
+    policy = read_policy(document["policy"], recorded=True)
     plain = _plain_fields(document, policy.run_id)
     layers = tuple(read_layer(layer) for layer in document["layers"])
     denied = tuple(read_denial(denial) for denial in document["denied"])
@@ -482,8 +481,8 @@ def _content(directory: int, name: str) -> bytes:
     descriptor = os.open(name, flags, dir_fd=directory)
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAXIMUM_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAXIMUM_RECORD_BYTES:
             raise ValueError(f"{name} is no record")
-        return os.read(descriptor, MAXIMUM_BYTES)
+        return os.read(descriptor, status.st_size)
     finally:
         os.close(descriptor)

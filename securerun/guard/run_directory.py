@@ -18,6 +18,7 @@ from typing import Any
 from securerun.errors import Powerless, PrivilegeError
 from securerun.firewall.policy import RUN_ID
 from securerun.guard import job_secret, records
+from securerun.guard.documents import MAXIMUM_RECORD_BYTES
 from securerun.guard.records import DIRECTORY, Record
 from securerun.linux import capabilities, file_lock
 
@@ -94,13 +95,19 @@ def write(directory: int, record: Record) -> None:
 
 
 def write_document(directory: int, name: str, document: Mapping[str, Any]) -> None:
-    """Write or replace a file, whole or not at all, and on disk before this returns. Raises OSError."""
+    """Write or replace a file, whole or not at all, and on disk before this returns.
+
+    Raises OSError, also for more than who reads it would take.
+    """
+    text = json.dumps(document)  # json.dump() goes without the encoder in C
+    if len(text) > MAXIMUM_RECORD_BYTES:
+        raise OSError(errno.EFBIG, f"it would have more than {MAXIMUM_RECORD_BYTES} bytes")
     partial = f".{name}.partial"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(partial, flags, 0o600, dir_fd=directory)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(document))  # json.dump() goes without the encoder in C
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, name, src_dir_fd=directory, dst_dir_fd=directory)

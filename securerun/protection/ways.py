@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Callable
 
 from securerun.errors import UsageError
 from securerun.guard import program
-from securerun.guard.documents import MAXIMUM_BYTES
+from securerun.guard.documents import MAXIMUM_RECORD_BYTES
 from securerun.guard.protocol import RUN_ID_VARIABLE, Message, decode, encode
+from securerun.lines import LineBuffer
 from securerun.linux import capabilities, local_sockets, prctl, proc, sent_along
 from securerun.options import SITE_CONFIG, of_site
 from securerun.text import printable
@@ -77,11 +78,11 @@ class Connection:
         self._answers = answers
         self._process = process
         self._words = words
-        self._pending = b""
+        self._pending = LineBuffer()
 
     def send(self, message: Message) -> bool:
         """Write a message; False when nobody is there to read it."""
-        data = encode(message)
+        data = memoryview(encode(message))
         try:
             while data:
                 data = data[os.write(self._orders, data) :]
@@ -95,7 +96,7 @@ class Connection:
         Raises ProtocolError for what this version of securerun does not understand.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
-        while b"\n" not in self._pending:
+        while (line := self._pending.take()) is None:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not _can_be_read(self._answers, remaining):
                 return None
@@ -103,15 +104,14 @@ class Connection:
                 chunk = os.read(self._answers, 65536)
             except ConnectionError:
                 return None
-            if not chunk or len(self._pending) > MAXIMUM_BYTES:
+            if not chunk or len(self._pending) > MAXIMUM_RECORD_BYTES:
                 return None
-            self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
-        return decode(line)
+            self._pending.add(chunk)
+        return decode(line, of_guard=True)
 
     def has_answer(self) -> bool:
         """Return whether there is something to receive, or nobody any more from whom to."""
-        return b"\n" in self._pending or _can_be_read(self._answers, 0)
+        return self._pending.has_line() or _can_be_read(self._answers, 0)
 
     def reap(self) -> None:
         """Take note that the first process has made way for the guard itself, which is no child of ours (server.py)."""

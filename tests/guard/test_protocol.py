@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from securerun.firewall.job_key import JobSecret
-from securerun.firewall.policy import Denial, Layer, Opening, Policy, PortRange, Purpose
+from securerun.firewall.policy import MOST_OPENINGS, Denial, Layer, Opening, Policy, PortRange, Purpose
 from securerun.guard import documents
 from securerun.guard.documents import ProtocolError
 from securerun.guard.program import launcher_address, reads_versions
@@ -158,6 +160,103 @@ def test_anything_else_is_refused_in_words(line: bytes) -> None:
 def test_message_beyond_the_limit_is_not_even_parsed() -> None:
     with pytest.raises(ProtocolError, match="more than"):
         decode(b" " * (documents.MAXIMUM_BYTES + 1))
+
+
+def _peers(count: int) -> list[str]:
+    """Networks that cannot be joined, written as long as they can be."""
+    start = 0x1000_1000
+    return [
+        f"2001:db8:1234:5678:9abc:def0:{at >> 16:x}:{at & 0xFFFF:x}/128" for at in range(start, start + 2 * count, 2)
+    ]
+
+
+def _largest_order() -> bytes:
+    """The most that an honest launcher may ask for, with all in texts that an order is counted by."""
+    openings = [{"first": 2 * at + 1, "last": 2 * at + 1, "networks": ["10.0.0.0/8"]} for at in range(MOST_OPENINGS)]
+    public = [{"first": one["first"], "last": one["last"], "purpose": str(Purpose.PUBLIC)} for one in openings]
+    free = documents.MAXIMUM_PORT_RANGES - len(public)
+    ports = [{"first": at, "last": at, "purpose": "a purpose, [once"} for at in range(2000, 2000 + free)]
+    return order(
+        command=",[{" * (documents.MAXIMUM_TEXT // 3),
+        policy__peers=_peers(documents.MAXIMUM_PEERS),
+        policy__ports=[*public, *ports],
+        policy__public=openings,
+        policy__interfaces=[f"eth{number}" for number in range(documents.MAXIMUM_INTERFACES)],
+    )
+
+
+def test_largest_honest_order_is_understood() -> None:
+    message = decode(_largest_order())
+    assert isinstance(message, Order) and len(message.policy.peers) == documents.MAXIMUM_PEERS
+
+
+# That of 100,000 peers takes nearly as much.
+_MOST_MEMORY = 8 * documents.MAXIMUM_BYTES
+
+
+def _peak(line: bytes) -> int:
+    """How much memory Python asks for at most while a line is read."""
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ProtocolError):
+            decode(line)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# What takes the most memory for its text.
+_DENSE = {
+    "lists in lists": b"[" * 200 + b"]" * 200 + b",",
+    "lists": b"[],",
+    "objects": b"{},",
+    "objects with a field": b'{"":0},',
+    "whole numbers": b"999,",
+    "other numbers": b"1e9,",
+    "texts": b'"ab",',
+    "texts of wide characters": b'"\\u4e00\\u4e00",',
+    "texts of the widest": '"\U0001f600",'.encode(),
+}
+_WIDE = b"\\ud83d\\ude00"  # the text that it is in takes four bytes a character
+
+
+@pytest.mark.parametrize("most", [documents.MAXIMUM_BYTES, documents.MAXIMUM_COMMAS, documents.MAXIMUM_BRACKETS])
+@pytest.mark.parametrize("unit", _DENSE.values(), ids=list(_DENSE))
+def test_no_line_of_a_launchers_takes_more_memory_than_an_honest_one(unit: bytes, most: int) -> None:
+    """As many as there may be, and the rest one long text."""
+    brackets = unit.count(b"[") + unit.count(b"{")
+    each = {documents.MAXIMUM_BYTES: len(unit), documents.MAXIMUM_COMMAS: 1, documents.MAXIMUM_BRACKETS: brackets}[most]
+    times = min((most - 100) // each, (documents.MAXIMUM_BYTES - 100) // len(unit)) if each else 0
+    start = b'{"order":[' + unit * times + b'"' + _WIDE
+    line = start + b"a" * (documents.MAXIMUM_BYTES - len(start) - 3) + b'"]}'
+    assert _peak(line) <= _MOST_MEMORY
+
+
+@pytest.mark.parametrize("form", ['"%s%x":999', '"%s%x":"%s"'])
+def test_nor_does_one_of_an_object_with_very_many_fields(form: str) -> None:
+    fields = documents.MAXIMUM_COMMAS - 10
+    wide = _WIDE.decode()
+    made = (form.replace("%x", f"{number:x}").replace("%s", wide) for number in range(fields))
+    line = f'{{"order":{{{",".join(made)}}}}}'.encode()
+    assert len(line) <= documents.MAXIMUM_BYTES
+    assert _peak(line) <= _MOST_MEMORY
+
+
+def test_what_no_launcher_writes_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[object] = []
+    monkeypatch.setattr(json, "loads", lambda text, **_: parsed.append(text))
+    for unit in (b"0,", b"[]", b"{}"):
+        with pytest.raises(ProtocolError, match="more lists, objects or values"):
+            decode(b'{"order":[' + unit * (documents.MAXIMUM_COMMAS + 1) + b"0]}")
+    assert not parsed
+
+
+def test_record_that_a_guard_tells_of_may_have_all_that_it_wrote_down() -> None:
+    ports = [{"first": 1, "last": 1}] * documents.MAXIMUM_RECORDED_RANGES
+    told = Run({"policy": {"ports": ports}, "text": "x" * documents.MAXIMUM_BYTES})
+    assert decode(encode(told), of_guard=True) == told
+    with pytest.raises(ProtocolError, match="more than"):
+        decode(b" " * (documents.MAXIMUM_RECORD_BYTES + 1), of_guard=True)
 
 
 _JSON = st.recursive(

@@ -16,10 +16,21 @@ from typing import Any, cast
 import pytest
 
 from securerun.errors import PolicyError, PrivilegeError
-from securerun.firewall.policy import SHIELD, Layer, Policy, PortRange, Purpose
+from securerun.firewall import tagging
+from securerun.firewall.policy import (
+    LAST_PORT,
+    MOST_DENIALS,
+    SHIELD,
+    Denial,
+    Layer,
+    Policy,
+    PortRange,
+    Purpose,
+)
 from securerun.guard import documents, neighbours, reaper, records, run_directory
 from securerun.guard.lease import Lease
 from securerun.guard.limits import SitePolicy
+from securerun.guard.protocol import Run, decode, encode
 from securerun.guard.records import Record
 from securerun.guard.share import Turn
 from securerun.linux import proc, processes
@@ -279,3 +290,43 @@ def test_a_runs_part_of_the_hosts_lock_is_divided_by_its_users_runs_and_waiting_
         change()
         # Of 4 s at once, and then a quarter, three runs took 2 s as if each had.
         assert lease.turn.due - now[0] == pytest.approx((3 * 2.0 - 4.0) / 0.25)
+
+
+def _largest() -> Record:
+    """A run with a key, of all that there may be: peers, ports, those found meanwhile, strangers, and its command."""
+    start = int(ipaddress.ip_address("2001:db8:1234:5678:9abc:def0:1234:1000"))
+    peers = tuple(ipaddress.IPv6Network(start + 2 * number) for number in range(documents.MAXIMUM_PEERS))
+    planned = tuple(PortRange(at, at, "p" * 80) for at in range(1, 1 + documents.MAXIMUM_PORT_RANGES))
+    found = tuple(PortRange(at, at, Purpose.OPENED_MEANWHILE) for at in range(1, LAST_PORT + 1, 2))
+    policy = Policy("0" * 11 + "1", (*planned, *found), peers)
+    own = (ipaddress.ip_network("198.51.100.1/32"), ipaddress.ip_network("203.0.113.0/24"))
+    policy = tagging.by_key(policy, own, required=False, within=(ipaddress.ip_network("2000::/3"),))
+    strangers = tuple(Denial(peer.network_address, LAST_PORT, 2**63) for peer in peers[:MOST_DENIALS])
+    single = tuple((port.first, port.first) for port in found)
+    return replace(
+        record(1, ALICE),
+        policy=policy,
+        command="\U0001f600" * documents.MAXIMUM_TEXT,
+        denied=strangers,
+        reserved=single,
+        left_open=single[: records.MOST_RANGES_LEFT_OPEN],
+    )
+
+
+def test_largest_record_that_may_be_written_is_read_and_told_to_its_launcher(directory: int, tmp_path: Path) -> None:
+    largest = _largest()
+    run_directory.write(directory, largest)
+    (name,) = tmp_path.iterdir()
+    assert documents.MAXIMUM_BYTES < name.stat().st_size <= documents.MAXIMUM_RECORD_BYTES
+    (brief,) = records.read_briefs(directory)
+    assert brief.whole() == largest
+    told = Run({**largest.document(), "guard_lives": True})
+    assert decode(encode(told), of_guard=True) == told
+
+
+def test_record_that_its_reader_would_not_take_is_not_written(directory: int, tmp_path: Path) -> None:
+    run_directory.write(directory, record(1, ALICE))
+    with pytest.raises(OSError, match="it would have more than"):
+        run_directory.write(directory, replace(record(1, ALICE), command="x" * documents.MAXIMUM_RECORD_BYTES))
+    assert [one.name for one in tmp_path.iterdir()] == ["000000000001.json"]
+    assert [whole.command for whole in records.read_all(directory)] == ["train.py"]

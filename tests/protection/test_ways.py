@@ -60,7 +60,7 @@ def test_a_guard_that_says_nothing_is_waited_for_no_longer_than_asked(pipes: tup
 
 def test_an_answer_without_an_end_is_none(pipes: tuple[Connection, int], monkeypatch: pytest.MonkeyPatch) -> None:
     connection, far = pipes
-    monkeypatch.setattr(ways, "MAXIMUM_BYTES", 100)
+    monkeypatch.setattr(ways, "MAXIMUM_RECORD_BYTES", 100)
     os.write(far, b"x" * 200)
     assert connection.receive(SHORT_SECONDS) is None
 
