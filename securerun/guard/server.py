@@ -46,6 +46,7 @@ from securerun.guard.records import Brief
 from securerun.guard.slurm_job import SlurmJob
 from securerun.guard.waiting import Slot, TooManyWaiting
 from securerun.guard.watch import Watch
+from securerun.lines import LineBuffer
 from securerun.linux import capabilities, net_cgroups, prctl, proc
 from securerun.linux.cgroups import CgroupUnavailable
 from securerun.linux.local_sockets import address_of_peer
@@ -145,7 +146,7 @@ class Orders:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._pending = b""
+        self._pending = LineBuffer()
         self.descriptor = channel.descriptor
         self.ended = False
 
@@ -178,17 +179,14 @@ class Orders:
 
         Raises ProtocolError for what is no message.
         """
-        if b"\n" not in self._pending:
+        if not self._pending.has_line():
             chunk = self._channel.read()
             self.ended = chunk == b""
-            self._pending += chunk or b""
-        line, newline, following = self._pending.partition(b"\n")
-        if len(line) > MAXIMUM_BYTES:
+            self._pending.add(chunk or b"")
+        line = self._pending.take()
+        if line is None and len(self._pending) > MAXIMUM_BYTES:
             raise ProtocolError(f"a message of more than {MAXIMUM_BYTES} bytes")
-        if not newline:
-            return None
-        self._pending = following
-        return decode(line)
+        return None if line is None else decode(line)
 
     def _wait_until(self, deadline: float) -> None:
         left = deadline - time.monotonic()
@@ -361,11 +359,31 @@ def _require_left() -> None:
 
 def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     """Keep the lease until the job's last process has gone, then release it."""
-    run, caller = f"run {lease.policy.run_id}", lease.caller
+    run = f"run {lease.policy.run_id}"
 
     def noted(words: str) -> None:
         _log(words, _fields_of(lease))
 
+    try:
+        _look_after(lease, orders, answers, noted)
+    except Exception as error:  # a defect of ours must not leave what nobody looks after
+        noted(f"{run}: a defect of securerun's: {_place(error)}")
+        if not lease.caller.has_ended():
+            return 1  # the launcher starts another guard, or what waits for a whole job's does, and that takes over
+        with contextlib.suppress(*EXPECTED):
+            lease.kill()
+    try:
+        lease.release()
+    except EXPECTED as error:
+        noted(f"{run}: not all of it could be removed, the next run tries again: {error}")
+        return 1
+    noted(f"{run}: released")
+    return 0
+
+
+def _look_after(lease: Lease, orders: Orders, answers: Answers, noted: Callable[[str], None]) -> None:
+    """Tell what stands, and return when the job's last process has gone."""
+    run, caller = f"run {lease.policy.run_id}", lease.caller
     answers.send(lease.guarding)
     send: Send = answers.send
     of_slurm = None
@@ -381,21 +399,7 @@ def _hold(lease: Lease, orders: Orders, answers: Answers) -> int:
     )
     for note in lease.notes if of_slurm is not None else ():
         noted(f"{run}: {note}")  # a launcher would say it
-    try:
-        Watch(lease, of_slurm or orders, send, noted, () if of_slurm is None else (of_slurm.look,)).until_over()
-    except Exception as error:  # a defect of ours must not leave what nobody looks after
-        noted(f"{run}: a defect of securerun's: {_place(error)}")
-        if not lease.caller.has_ended():
-            return 1  # the launcher starts another guard, which takes over
-        with contextlib.suppress(*EXPECTED):
-            lease.kill()
-    try:
-        lease.release()
-    except EXPECTED as error:
-        noted(f"{run}: not all of it could be removed, the next run tries again: {error}")
-        return 1
-    noted(f"{run}: released")
-    return 0
+    Watch(lease, of_slurm or orders, send, noted, () if of_slurm is None else (of_slurm.look,)).until_over()
 
 
 def _fields_of(lease: Lease) -> log.Fields:
@@ -437,13 +441,13 @@ class Answers:
     def __init__(self, channel: Channel) -> None:
         self.to_any = False
         self._channel = channel
-        self._unsent = b""
+        self._unsent = memoryview(b"")
 
     def send(self, message: Message) -> None:
         """Say it, whole or not at all; while an earlier message is stuck, this one is dropped."""
         self._write(0.0 if self._unsent else _ANSWER_SECONDS)
         if not self._unsent:
-            self._unsent = encode(message, to_any=self.to_any)
+            self._unsent = memoryview(encode(message, to_any=self.to_any))
             self._write(_ANSWER_SECONDS)
 
     def _write(self, seconds: float) -> None:

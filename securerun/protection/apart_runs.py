@@ -79,11 +79,11 @@ def _record(end: socket.socket, run_id: str, user: int) -> list[Record]:
 
 
 def _all(end: socket.socket) -> bytes:
-    deadline, text = time.monotonic() + _SECONDS, b""
+    deadline, text = time.monotonic() + _SECONDS, bytearray()
     while len(text) < _MOST_BYTES:
         end.settimeout(max(deadline - time.monotonic(), 0.001))
         chunk = sent_along.receive(end, 65536)
         if not chunk:
             break
         text += chunk
-    return text
+    return bytes(text)

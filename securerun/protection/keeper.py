@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from securerun.lines import LineBuffer
 from securerun.linux import forked, local_sockets, namespaces, own_network, prctl, proc, processes, user_namespaces
 from securerun.linux.processes import Process
 from securerun.linux.sent_along import Parting
@@ -80,7 +81,7 @@ class Lines:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._pending = b""
+        self._pending = LineBuffer()
         self.closed = False
 
     def read(self) -> list[tuple[str, Any]]:
@@ -92,8 +93,8 @@ class Lines:
         except OSError:
             chunk = b""
         self.closed = not chunk or len(self._pending) > _MOST_BYTES
-        *lines, self._pending = (self._pending + chunk).split(b"\n")
-        return [next(iter(json.loads(line).items())) for line in lines]
+        self._pending.add(chunk)
+        return [next(iter(json.loads(line).items())) for line in iter(self._pending.take, None)]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -147,7 +148,7 @@ def _stand_by(life: _Life, connection: socket.socket) -> None:
 
 def _told_by(keeper: socket.socket, kept: _Kept) -> _Kept:
     """Return what is to be known when a keeper has ended, as it told meanwhile."""
-    pending = b""
+    pending = LineBuffer()
     while True:
         chunk, descriptors, _, _ = socket.recv_fds(keeper, 65536, len(_NAMESPACES))
         for descriptor in descriptors:
@@ -156,9 +157,10 @@ def _told_by(keeper: socket.socket, kept: _Kept) -> _Kept:
             kept = replace(kept, namespaces=tuple(descriptors))
         if not chunk:
             return kept
-        *lines, pending = (pending + chunk).split(b"\n")
-        if any(lines):
-            kept = replace(kept, **json.loads([line for line in lines if line][-1]))
+        pending.add(chunk)
+        lines = [line for line in iter(pending.take, None) if line]
+        if lines:
+            kept = replace(kept, **json.loads(lines[-1]))
 
 
 class _Life:

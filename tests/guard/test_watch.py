@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from cgroups import in_child
+from test_slurm_orders import WHOLE
 
 from securerun.firewall.policy import Denials, Policy
-from securerun.guard import server
+from securerun.guard import server, unattended  # noqa: F401 - before there are no descriptors
 from securerun.guard.lease import Lease
 from securerun.guard.protocol import Guarding, Message
 from securerun.guard.watch import Watch
@@ -116,9 +119,8 @@ def holding(monkeypatch: pytest.MonkeyPatch, logged: list[str], fault: Exception
 
 
 def hold(**facts: object) -> int:
-    policy = Policy(RUN_ID, (), ())
-    order = SimpleNamespace(policy=policy, slurm=None)
-    lease = lease_of(guarding=Guarding(()), order=order, notes=(), **facts)
+    order = SimpleNamespace(policy=Policy(RUN_ID, (), ()), slurm=None)
+    lease = lease_of(**{"guarding": Guarding(()), "order": order, "notes": (), **facts})
     answers: Any = SimpleNamespace(send=lambda _: None)
     return server._hold(lease, answers, answers)
 
@@ -138,3 +140,18 @@ def test_lease_of_a_defect_is_released_where_not_all_of_a_job_without_a_launcher
     caller = SimpleNamespace(has_ended=lambda: True, user=0, pid=1, container="")
     assert hold(caller=caller, kill=Once(None, errno.EBUSY), release=lambda: None) == 0
     assert logged[-1] == f"run {RUN_ID}: released"
+
+
+def test_guard_of_a_job_of_slurms_without_descriptors_ends_by_a_defect_that_is_told() -> None:
+    """A second process of root's waits for that of a whole job, and has another take over what stands."""
+
+    def ends() -> tuple[int, list[str]]:
+        logged: list[str] = []
+        server._log = lambda words, _=None: logged.append(words)  # type: ignore[assignment]
+        order = SimpleNamespace(policy=Policy(RUN_ID, (), ()), slurm=WHOLE, adopt=False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        return hold(order=order, release=lambda: logged.append("released")), logged
+
+    status, logged = in_child(ends)
+    assert status == 1
+    assert len(logged) == 1 and logged[0].startswith(f"run {RUN_ID}: a defect of securerun's: OSError: [Errno 24]")
