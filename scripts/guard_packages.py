@@ -72,7 +72,7 @@ Architecture: all
 Maintainer: The developers of securerun <securerun@localhost>
 Installed-Size: {size}
 Depends: python3 (>= {python}), passwd
-Recommends: iptables | nftables
+Recommends: iptables | nftables, python3 (>= 3.11) | python3-tomli
 Suggests: sudo, systemd
 Section: admin
 Priority: optional
@@ -94,6 +94,7 @@ Requires: /usr/bin/python3
 Requires: python3 >= {python}
 Requires(post): /usr/sbin/groupadd
 Recommends: iptables
+Recommends: (python3-tomli if python3 < 3.11)
 
 %description
 {description}

@@ -149,7 +149,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "accept",
-        "Let peers past the rest of the host's firewall. They get ACCEPT, instead of being handed on to its own rules.",
+        "Let peers past the rest of the host's firewall. They get ACCEPT, instead of being handed on to its own rules. "
+        "With iptables or `legacy`: no table of nftables accepts past another.",
         group=WHO,
     ),
     Option(

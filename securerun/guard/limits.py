@@ -259,7 +259,11 @@ def _toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     # The guard's interpreter is started without `site`, so packages are not on its path; last, they hide nothing.
     sys.path += map(str, packages.directories())
-    document: dict[str, Any] = importlib.import_module("tomli").loads(text)
+    try:
+        tomli = importlib.import_module("tomli")
+    except ImportError as error:
+        raise ValueError("before Python 3.11 it takes the package tomli (python3-tomli)") from error
+    document: dict[str, Any] = tomli.loads(text)
     return document
 
 

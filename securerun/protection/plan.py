@@ -147,7 +147,7 @@ def _who_comes(asked: Options, job: Job, of_job: Key, tell: Callable[[str], None
 
     Where nobody names the other nodes, its tag is the only way in; and where a tag is insisted on, who a batch system
     or a rank table names is of no account: others are on their hosts as well. Where it is known that no other host has
-    a part in the job, a key that only adds would let one in, and there is none.
+    a part in the job, or none is to come (`--peers localhost`), a key would let one in, and there is none.
     Raises PolicyError as `find_peers` does.
     """
     from securerun.job import peers
@@ -160,7 +160,7 @@ def _who_comes(asked: Options, job: Job, of_job: Key, tell: Callable[[str], None
         return by_key, of_job
     try:
         found = peers.find_peers(asked, job, tell=tell)
-        return found, of_job if found.networks or of_job.is_required else Key()
+        return found, of_job if found.networks else Key()
     except peers.Unnamed as error:
         # What the command has others start is in no cgroup of ours, and shows no tag.
         if of_job.order is None or asked.hccl_whitelist or job.elsewhere:

@@ -50,7 +50,8 @@ scripts/kernels.sh 5.10/arm64/v1
 scripts/kernels.sh --kernel DIRECTORY      a kernel of your own
 ```
 
-Each row is a machine that QEMU emulates: Debian's kernel, and cgroups as an init mounts them, or systemd itself. In it
+Each row is a machine that QEMU emulates: Debian's kernel (but the two `-void`: 5.10.262 without a fix, one of them
+held to what 4.19 knows of BPF), and cgroups as an init mounts them, or systemd itself. In it
 
 - **doctor is right**: what `securerunctl doctor` says of the shield is what a stranger in another network namespace
   finds, who tries the random ports of a guarded process; **port chains**: likewise of each backend by itself;

@@ -85,8 +85,9 @@ def test_peers_that_are_named_are_let_in_as_well_unless_a_tag_is_insisted_on(nod
     assert "of the peers, those may connect who prove that they have it" in both.stderr
 
 
-def test_a_job_of_this_host_alone_is_not_opened_by_a_key_that_nobody_asked_for(node: Host, home: Path) -> None:
-    done = node.run([*EXEC, "--peers", "localhost", "--", "true"], env={"HOME": str(home)})
+@pytest.mark.parametrize("asked", [(), ("--key", "require")], ids=["by-itself", "insisted-on"])
+def test_a_job_of_this_host_alone_is_not_opened_by_a_key(node: Host, home: Path, asked: tuple[str, ...]) -> None:
+    done = node.run([*EXEC, "--peers", "localhost", *asked, "--", "true"], env={"HOME": str(home)})
     assert done.returncode == 0 and "open to no other host" in done.stderr and ": key " not in done.stderr
 
 
