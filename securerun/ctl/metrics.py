@@ -86,7 +86,7 @@ def _text() -> str:
 def _of_host() -> Iterator[_Family]:
     yield _Family("securerun_info", "gauge", "The version of securerun.", [({"version": _version()}, 1)])
     found = Counter(finding.name for finding in _findings())
-    meaning = "What `securerunctl doctor` finds on this host, by check; the shell's umask aside, and what finds nothing."
+    meaning = "What `securerunctl doctor` finds on this host, by check, the shell's umask and what finds nothing aside."
     yield _Family("securerun_findings", "gauge", meaning, [({"check": name}, number) for name, number in found.items()])
 
 
