@@ -297,7 +297,7 @@ def test_the_guards_package_holds_what_it_loads_and_no_launcher(guard_package: P
     }
     assert needed <= modules
     tops = {PurePosixPath(name).parts[1] for name in modules}
-    assert tops == {"__init__.py", "errors.py", "site_file.py", "text.py", "guard", "firewall", "linux"}
+    assert tops == {"__init__.py", "errors.py", "lines.py", "site_file.py", "text.py", "guard", "firewall", "linux"}
     rest = {PurePosixPath(name).name for name in held if not name.endswith(".py")}
     assert rest == {
         *("securerun.socket", "securerun@.service", "securerun.slice", "sudoers", "copyright"),
