@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 import kernel
 import pytest
@@ -27,6 +26,7 @@ from hosts import (
     machine_snapshot,
     require_root_and_tools,
 )
+from lacking import Lacking, skipped_where_lacking
 from patience import wait_for_programs_as_patiently
 from torchless import skip_modules_that_import_it, skipped_without_torch
 from users import PrivateMachine
@@ -84,7 +84,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     for mark in item.iter_markers("kernel"):
         for need in mark.args:
             kernel.require(need)
-    with skipped_without_torch():
+    with skipped_where_lacking(), skipped_without_torch():
         return (yield)
 
 
@@ -97,30 +97,21 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
-    with skipped_without_torch():
+    with skipped_where_lacking(), skipped_without_torch():
         return (yield)
 
 
 @pytest.fixture(scope="session")
 def root() -> None:
-    """Whatever only root can do: a test that does it asks for this, and is skipped for other users, but never in CI."""
+    """Whatever only root can do: a test that does it asks for this."""
     if os.geteuid() != 0:
-        _lack("this needs root; run it as root")
+        raise Lacking("this needs root; run it as root")
 
 
 @pytest.fixture(scope="session")
 def root_and_tools(root: None) -> None:
-    """What hosts are made with: whatever needs it is skipped where it is missing, but never in CI."""
-    try:
-        require_root_and_tools()
-    except RuntimeError as missing:
-        _lack(str(missing))
-
-
-def _lack(words: str) -> NoReturn:
-    if "CI" in os.environ:
-        raise RuntimeError(words)
-    pytest.skip(words)
+    """What hosts are made with."""
+    require_root_and_tools()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from checkout import COMMANDS
 from hosts import environment
+from lacking import needed
 from torch.distributed.run import get_args_parser
 
 from securerun.ctl.completion import SHELLS, print_completion
@@ -99,7 +99,7 @@ def test_what_is_the_scripts_own_or_any_file_is_left_to_bash(scripts: dict[str, 
 
 
 def test_the_script_for_bash_has_no_fault_that_shellcheck_knows(scripts: dict[str, Path]) -> None:
-    shellcheck = COMMANDS / "shellcheck"
+    shellcheck = needed(COMMANDS / "shellcheck")
     done = subprocess.run([shellcheck, "--shell", "bash", scripts["bash"]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
@@ -114,10 +114,7 @@ def test_the_script_for_bash_has_no_fault_that_shellcheck_knows(scripts: dict[st
     ],
 )
 def test_tab_in_a_real_shell(scripts: dict[str, Path], tmp_path: Path, shell: str, typed: str, completed: str) -> None:
-    if shutil.which(shell) is None:
-        if "CI" in os.environ:
-            raise RuntimeError(f"{shell} is missing; scripts/setup.sh test installs it")
-        pytest.skip(f"there is no {shell}")
+    needed(shell)
     (tmp_path / "train_me.py").touch()
     (tmp_path / "trainings").touch()
     with terminal(shell, scripts[shell], tmp_path) as descriptor:

@@ -15,6 +15,7 @@ import plans
 import pytest
 from checkout import COMMANDS
 from hosts import Host, Network, finish
+from lacking import needed
 from probe import reach
 
 from securerun.ctl.plan import render
@@ -24,7 +25,7 @@ from securerun.firewall.script import lasting_id
 from securerun.protection.plan import Plan
 
 SECURERUNCTL = str(COMMANDS / "securerunctl")
-SHELLCHECK = str(COMMANDS / "shellcheck")
+SHELLCHECK = COMMANDS / "shellcheck"
 BACKENDS = ("iptables", "nftables", "legacy")
 PLANNED = (29500, 60000, 60007, 60015)
 # Not in the plan: what a rule for ports must leave alone.
@@ -307,7 +308,7 @@ def test_scripts_are_what_shellcheck_takes_for_plain_posix_shell(
 ) -> None:
     path = tmp_path / "ports.sh"
     path.write_text(render(plans.plan(peers, firewall=backend), "sh"))
-    done = subprocess.run([SHELLCHECK, "--shell=sh", path], capture_output=True, text=True)
+    done = subprocess.run([needed(SHELLCHECK), "--shell=sh", path], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 

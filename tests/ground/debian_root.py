@@ -11,7 +11,6 @@ cgroups.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import kernel_lab
 from checkout import CHECKOUT
 from hosts import Argument, Host
+from lacking import Lacking, needed
 
 _MAKE_IMAGE = CHECKOUT / "scripts/image.sh"
 _SECONDS = 900
@@ -40,10 +40,6 @@ done
 shift
 exec chroot "$root" "$@"
 """
-
-
-class NoDebian(Exception):
-    """There is no mmdebstrap, or nothing that it could fetch; the words say which."""
 
 
 class Root:
@@ -89,21 +85,20 @@ class Root:
 
 
 def image_base() -> Path:
-    """The Debian of the guard's image, as a tar. Raises NoDebian."""
-    if shutil.which("mmdebstrap") is None:
-        raise NoDebian("mmdebstrap is not installed; scripts/setup.sh test installs it")
+    """The Debian of the guard's image, as a tar. Raises Lacking."""
+    needed("mmdebstrap")
 
     def make(file: Path) -> None:
         words = [str(_MAKE_IMAGE), "--base", str(file)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
-            raise NoDebian(f"mmdebstrap could not make a Debian: {done.stderr.strip().splitlines()[-1:]}")
+            raise Lacking(f"mmdebstrap could not make a Debian: {done.stderr.strip().splitlines()[-1:]}")
 
     return kernel_lab.made(f"image-{kernel_lab.key_of(_MAKE_IMAGE.read_text())}.tar", make)
 
 
 def _base() -> Path:
-    """The Debian that all are copies of. Raises NoDebian."""
+    """The Debian that all are copies of. Raises Lacking."""
     tar = image_base()
 
     def make(place: Path) -> None:
@@ -121,4 +116,4 @@ def _base() -> Path:
     try:
         return kernel_lab.made(f"packages-{tar.stem}", make)
     except kernel_lab.LabError as error:
-        raise NoDebian(str(error)) from error
+        raise Lacking(str(error)) from error

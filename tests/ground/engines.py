@@ -29,6 +29,7 @@ from pathlib import Path
 from cgroups import end_all
 from checkout import COMMANDS
 from hosts import Argument, Host, Stream, cgroup2_mount, eventually, finish
+from lacking import Lacking
 from users import PrivateMachine, needed_paths, outermost
 
 TOOLS = {"podman": "podman", "docker": "docker.io", "dockerd": "docker.io", "runc": "runc", "catatonit": "catatonit"}
@@ -352,11 +353,11 @@ class Docker(Engine):
 
 
 def require_tools() -> None:
-    """Raise RuntimeError, saying what to do, where no containers can be made."""
+    """Raise Lacking, saying what to do, where no containers can be made."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
     missing = {package for tool, package in TOOLS.items() if shutil.which(tool, path=path) is None}
     if missing:
-        raise RuntimeError(f"install {', '.join(sorted(missing))} (scripts/setup.sh test does)")
+        raise Lacking(f"install {', '.join(sorted(missing))} (scripts/setup.sh test does)")
 
 
 def _image(etc: Path) -> bytes:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Callable, Union
 
 import probe
+from lacking import Lacking
 from patience import patient
 from process_table import fields_of, signal_if
 from torchless import skip_if_missed
@@ -364,12 +365,12 @@ def end_processes(network: Network) -> None:
 
 
 def require_root_and_tools() -> None:
-    """Raise RuntimeError, saying what to do, where no hosts can be made."""
+    """Raise Lacking, saying what to do, where no hosts can be made."""
     if os.geteuid() != 0:
-        raise RuntimeError("network namespaces need root; run this as root")
+        raise Lacking("network namespaces need root; run this as root")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        raise RuntimeError(f"{', '.join(missing)} not found; install iproute2 and util-linux (scripts/setup.sh does)")
+        raise Lacking(f"{', '.join(missing)} not found; install iproute2 and util-linux (scripts/setup.sh does)")
 
 
 def _become(user: str) -> list[str]:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from lacking import Lacking
+
 # Where scripts/setup.sh installs torch_npu: out of the way of the other tests.
 PACKAGES = Path(sys.prefix) / "npu"
 TORCH_NPU_RUN = str(PACKAGES / "bin" / "torch_npu_run")
@@ -30,12 +32,12 @@ _POINTERS = {"aclGetRecentErrMsg", "aclrtGetSocName", "aclCreateDataBuffer", "ac
 
 
 def require() -> None:
-    """Raise RuntimeError, saying what to do, where torch_npu cannot be had."""
+    """Raise Lacking, saying what to do, where torch_npu cannot be had."""
     if not (PACKAGES / ".filled-with").exists():
-        raise RuntimeError(f"{PACKAGES} has no torch_npu; run scripts/setup.sh test")
+        raise Lacking(f"{PACKAGES} has no torch_npu; run scripts/setup.sh test")
     missing = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
     if missing:
-        raise RuntimeError(f"{', '.join(missing)} not found; install gcc (scripts/setup.sh test does)")
+        raise Lacking(f"{', '.join(missing)} not found; install gcc (scripts/setup.sh test does)")
 
 
 def build_stand_ins(directory: Path) -> None:

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hosts import Argument, Host, Network, cgroup2_mount, end_processes, eventually
+from lacking import Lacking
 from users import PrivateMachine, User
 
 TOOLS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged", "unshare")
@@ -267,11 +268,11 @@ class Cluster:
 
 
 def require_tools() -> None:
-    """Raise RuntimeError, saying what to do, where there is no Slurm."""
+    """Raise Lacking, saying what to do, where there is no Slurm."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if missing:
-        raise RuntimeError(f"{', '.join(missing)} not found; install slurm-wlm and munge (scripts/setup.sh test does)")
+        raise Lacking(f"{', '.join(missing)} not found; install slurm-wlm and munge (scripts/setup.sh test does)")
 
 
 def _version2() -> Path:

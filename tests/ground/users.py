@@ -28,6 +28,7 @@ from typing import Callable
 from cgroups import Cgroup, end_all, new_cgroup
 from checkout import CHECKOUT, COMMANDS
 from hosts import FAREWELL_SECONDS, NAMESPACES, Argument, Host, Stream, eventually, finish, kill_group
+from lacking import Lacking
 from process_table import name_of, signal_if, users_of
 
 import securerun
@@ -398,12 +399,12 @@ def delegated_cgroup(user: User) -> Iterator[Cgroup]:
 
 
 def require_tools() -> None:
-    """Raise RuntimeError, saying what to do, where no users can be made."""
+    """Raise Lacking, saying what to do, where no users can be made."""
     if os.geteuid() != 0:
-        raise RuntimeError("mount namespaces and users need root; run this as root")
+        raise Lacking("mount namespaces and users need root; run this as root")
     missing = [tool for tool in TOOLS if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None]
     if missing:
-        raise RuntimeError(
+        raise Lacking(
             f"{', '.join(missing)} not found; install passwd, sudo, systemd and util-linux (scripts/setup.sh test does)"
         )
 

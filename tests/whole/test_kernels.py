@@ -7,13 +7,11 @@ chains and the guard.
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import kernel_matrix
 import pytest
 from kernel_cells import OF_THE_SUITE, parse_cell
 from kernel_matrix import Trial
+from lacking import needed
 
 # Those that ask the kernel most in the least time: programs that it has to take and to run, cgroups that it has to
 # make, and a table that it has to change while packets come.
@@ -30,9 +28,8 @@ SECONDS = 1200
 @pytest.fixture(scope="module")
 def emulator(root: None) -> None:
     tools = ("qemu-system-x86_64", "qemu-system-aarch64", "cpio", "depmod", "mke2fs")
-    missing = [name for name in tools if shutil.which(name) is None]
-    if missing and "CI" not in os.environ:
-        pytest.skip(f"{', '.join(missing)} not found; scripts/setup.sh test installs what machines are made with")
+    for tool in tools:
+        needed(tool)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from checkout import CHECKOUT, COMMANDS
 from hosts import Host, Network, eventually
+from lacking import Lacking
 from pages import DIRECTORY, Block, Stage, blocks_of
 from probe import Probe
 from users import PrivateMachine
@@ -173,9 +173,7 @@ def case_of(block: Block) -> Case:
 @pytest.fixture(scope="module")
 def stage(root_and_tools: None) -> Iterator[Stage]:
     if not (LAUNCHERS / ".filled-with").exists():
-        if "CI" in os.environ:
-            raise RuntimeError("the launchers are missing; scripts/setup.sh test installs them")
-        pytest.skip("the launchers are missing; scripts/setup.sh test installs them")
+        raise Lacking("the launchers are missing; scripts/setup.sh test installs them")
     with Network("node0", "node1", "stranger") as network, PrivateMachine() as machine:
         names = machine.place("/etc/hosts").read_text()
         for node in network:

@@ -12,6 +12,8 @@ import jobs
 import pytest
 from checkout import COMMANDS
 from hosts import Host, Network, eventually, finish, kill_group
+from patience import patient
+from torchless import needs_torch
 
 PORT, OTHER, WEB = 29500, 40000, 443
 LOCKED_OUT = "10.77.0.99"
@@ -53,7 +55,7 @@ def guarded(node: Host, *command: str, options: tuple[str, ...] = ()) -> subproc
 
 def said_after(job: subprocess.Popen[str], seconds: float) -> list[str]:
     """The lines about hosts that do not answer, after so many seconds."""
-    time.sleep(seconds)
+    time.sleep(patient(seconds))
     return [line for line in finish(job, text_input="").stderr.splitlines() if "no answer" in line]
 
 
@@ -66,7 +68,7 @@ def test_connection_that_nobody_answers_is_told_once_with_the_address_that_the_o
     job = guarded(node1, CONNECT, LOCKED_OUT, node0.ipv4, *ports, options=("--scope", scope))
     (line,) = said_after(job, 8)
     found = re.search(rf"no answer from {node0.ipv4}:\d+ for (\d+) s: that host may be down", line)
-    assert found and 3 <= int(found[1]) <= 6, line
+    assert found and 3 <= int(found[1]) <= patient(6), line
     assert f"by the address {LOCKED_OUT}: name that there with --peers" in line
 
 
@@ -101,6 +103,7 @@ def test_task_that_another_exec_keeps_out_hears_of_the_loopback(network: Network
     finish(first, text_input="")
 
 
+@needs_torch
 def test_torchrun_node_that_is_locked_out_says_so_at_its_rendezvous(network: Network) -> None:
     node0, node1, _ = network
     started = [

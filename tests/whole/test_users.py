@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from checkout import CHECKOUT, COMMANDS, GROUND
 from hosts import Host, Network, eventually, is_alive
+from torchless import needs_torch
 from users import GUARD, PrivateMachine, User, delegated_cgroup
 
 _SYSTEM = ("/dev", "/etc", "/etc/sudoers.d", "/run", "/root", "/var/log")
@@ -32,6 +33,7 @@ def alice(machine: PrivateMachine) -> User:
     return machine.add_user("alice", groups=("training",))
 
 
+@needs_torch
 def test_users_are_real_and_have_python_torch_and_the_hosts_network(
     machine: PrivateMachine, node: Host, alice: User
 ) -> None:
