@@ -55,6 +55,7 @@ class _Caller:
     user = 6001
     groups = frozenset({6001})
     is_root = False
+    container = ""
 
 
 def is_order(document: Any) -> bool:  # noqa: ANN401 - anything at all

@@ -26,6 +26,7 @@ class Caller:
     user = 6001
     groups = frozenset({6001})
     is_root = False
+    container = ""
 
 
 def order(*networks: str, port: int = 7001, last: int = 0) -> Order:
