@@ -223,19 +223,19 @@ def claimants(variable: str, user: int, until: float = math.inf) -> frozenset[in
     until: on the monotonic clock. Users may have thousands of processes with megabytes of environment, of which each
     takes tens of milliseconds to read. Raises TimeoutError when not all could be asked until then.
     """
-    shown = {pid: _shows(variable.encode(), pid) for pid in _of_user(user, proc.pids(), until) if pid != os.getpid()}
+    own = (pid for pid in proc.of_user(user) if pid != os.getpid())
+    shown = {pid: _shows(variable.encode(), pid) for pid in _in_time(own, until)}
     unsettled = [pid for pid, shows in shown.items() if shows is None]
-    again = {pid: _shows(variable.encode(), pid) for pid in _of_user(user, unsettled, until)}
+    again = {pid: _shows(variable.encode(), pid) for pid in _in_time(unsettled, until)}
     return frozenset(pid for pid, shows in {**shown, **again}.items() if shows is not False)
 
 
-def _of_user(user: int, pids: Iterable[int], until: float) -> Iterator[int]:
-    """Yield the processes with this real user id. Raises TimeoutError when that, and all in between, takes longer."""
+def _in_time(pids: Iterable[int], until: float) -> Iterator[int]:
+    """Yield these. Raises TimeoutError at the first that comes too late, with all that is done in between."""
     for pid in pids:
         if time.monotonic() > until:
             raise TimeoutError
-        if proc.real_user(pid) == user:
-            yield pid
+        yield pid
 
 
 def may_end(user: int, pid: int) -> bool:

@@ -699,3 +699,18 @@ def test_who_cannot_be_seen_for_want_of_descriptors_is_not_taken_for_ended(look:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert look(parent)
+
+
+def test_who_ended_before_its_environment_was_there_is_of_no_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was counted as a process of whatever run was asked for, which then was not removed."""
+    pid, shows = job.python("import time; time.sleep(600)", env={}), processes._shows
+
+    def none_yet(variable: bytes, asked: int) -> bool | None:
+        if asked != pid:
+            return shows(variable, asked)
+        monkeypatch.setattr(processes, "_shows", shows)
+        job.end(pid)
+        return None
+
+    monkeypatch.setattr(processes, "_shows", none_yet)
+    assert pid not in processes.claimants(job.mark, USER)
