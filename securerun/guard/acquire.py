@@ -114,8 +114,7 @@ def require_room(order: Order, caller: Caller, site: SitePolicy) -> None:
     """Look a first time, without the lock that `acquire` takes for the second. Raises PrivilegeError."""
     with contextlib.suppress(OSError):  # `acquire` says what is wrong with the records
         # Those without a guard may be dead, and `acquire` removes what is left of them before it counts the others.
-        guarded = [brief for brief in records.read_briefs_of_host() if brief.guard_lives]
-        neighbours.require_room(first_record(order, caller), guarded, site)
+        neighbours.require_room(first_record(order, caller), records.read_briefs_of_host(), site, guarded=True)
 
 
 def _begin(lease: Lease) -> None:

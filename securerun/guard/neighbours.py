@@ -22,17 +22,19 @@ from securerun.text import some, span
 _PORTS_NAMED = 8
 
 
-def require_room(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
+def require_room(run: Record, known: Iterable[Brief], site: SitePolicy, *, guarded: bool = False) -> None:
     """Raise PrivilegeError when an ordinary user has as many other runs as the site allows.
 
-    known: those to count. What is left of a run without a guard takes as much of the host as one that has one.
+    What is left of a run without a guard takes as much of the host as one that has one. guarded: count only the others,
+    while nobody has looked whether those are dead.
     """
     if run.root:
         return
     if run.container:
-        _require_room_for_containers(run, known, site)
+        _require_room_for_containers(run, known, site, guarded=guarded)
         return
-    others = {record.run_id for record in known if record.owner == run.owner} - {run.run_id}
+    own = [brief for brief in known if brief.owner == run.owner and brief.run_id != run.run_id]
+    others = _to_count(own, guarded=guarded)
     if len(others) >= site.runs_per_user:
         raise PrivilegeError(
             f"user {run.user} has {len(others)} runs on this host, which allows {site.runs_per_user}; wait for an end, "
@@ -40,9 +42,14 @@ def require_room(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
         )
 
 
-def _require_room_for_containers(run: Record, known: Iterable[Brief], site: SitePolicy) -> None:
+def _to_count(others: list[Brief], *, guarded: bool) -> list[Brief]:
+    return [brief for brief in others if brief.guard_lives] if guarded else others
+
+
+def _require_room_for_containers(run: Record, known: Iterable[Brief], site: SitePolicy, *, guarded: bool) -> None:
     """Raise PrivilegeError when a container has as many other runs as the site allows, or all of them together."""
-    others = [brief for brief in known if brief.container and brief.run_id != run.run_id]
+    contained = [brief for brief in known if brief.container and brief.run_id != run.run_id]
+    others = _to_count(contained, guarded=guarded)
     own = [brief for brief in others if brief.container == run.container]
     if len(own) >= site.runs_per_container:
         raise PrivilegeError(

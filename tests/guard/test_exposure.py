@@ -102,16 +102,13 @@ class Host:
         self._next_port = 20000
         self.exposure = Exposure(cast("Lease", lease))
         monkeypatch.setattr(self.exposure._diagnosis, "listeners", lambda: self.listeners)
-        monkeypatch.setattr(proc, "sockets_of", lambda *_: dict(self._looked()))
-        monkeypatch.setattr(
-            proc, "descriptors_of", lambda _: ((pid, inode) for inode, pid in self._looked()), raising=False
-        )
+        monkeypatch.setattr(proc, "descriptors_of", lambda _: self._looked())
 
     def _looked(self) -> Iterator[tuple[int, int]]:
         self.looks += 1
         self._clock.of_process += self.look_seconds
         self._clock.now += self.look_seconds
-        yield from ((one.inode, 1) for one in self.listeners)
+        yield from ((1, one.inode) for one in self.listeners)
 
     def listen(self, user: int | None = None, port: int | None = None) -> int:
         self._next_port += 1

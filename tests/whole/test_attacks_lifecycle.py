@@ -24,7 +24,7 @@ import pytest
 from attacking import Ground, cgroup_of, pid_taken, program
 from cgroups import inside
 from checkout import CHECKOUT, COMMANDS
-from conversation import WAYS, guards, log_of, order
+from conversation import WAYS, Conversation, guards, log_of, order
 from hosts import cgroup2_mount, eventually, is_alive
 from memory_shown import SHOWS_A_GIGABYTE
 from probe import reach
@@ -80,6 +80,16 @@ def waits_for_a_lock(pid: int) -> bool:
     """
     tasks = Path(f"/proc/{pid}/task").glob("*/syscall")
     return any(task.read_text().split()[0] == _FLOCK for task in tasks)
+
+
+def kill_both(ground: Ground, talk: Conversation, guard: int) -> None:
+    """SIGKILL a launcher and its guard; held still first, that does not see to what the launcher leaves."""
+    os.kill(guard, signal.SIGSTOP)
+    for pid in (talk.pid, guard):
+        os.kill(pid, signal.SIGKILL)
+    talk.process.wait()
+    talk.hang_up()
+    assert eventually(lambda: not guards(ground.machine))
 
 
 @pytest.mark.parametrize("new", ["alice", "root"])
@@ -205,12 +215,7 @@ def test_run_whose_launcher_and_guard_are_killed_is_not_reaped_while_its_workers
         if cgroup == "another":
             (own.path / "cgroup.procs").write_text(str(server))
         (guard,) = guards(ground.machine)
-        os.kill(guard, signal.SIGSTOP)
-        for pid in (talk.pid, guard):
-            os.kill(pid, signal.SIGKILL)
-        talk.process.wait()
-        talk.hang_up()
-        assert eventually(lambda: not guards(ground.machine))
+        kill_both(ground, talk, guard)
         for _ in range(2):
             ground.guarded(ground.bob, "socket", ports=[29600]).release()
             assert reach(ground.stranger, [target]) == {target: False}
@@ -279,12 +284,7 @@ def test_run_without_a_guard_counts_towards_its_users_limit_while_it_has_process
         (guard,) = guards(ground.machine)
         claims = ground.machine.popen(ground.node, ["sleep", "608"], user=ground.alice, env=mark)
         assert eventually(lambda: name_of(claims.pid) == "sleep")
-        os.kill(guard, signal.SIGSTOP)
-        for pid in (talk.pid, guard):
-            os.kill(pid, signal.SIGKILL)
-        talk.process.wait()
-        talk.hang_up()
-        assert eventually(lambda: not guards(ground.machine))
+        kill_both(ground, talk, guard)
         assert "which allows 1" in ground.refusal(ground.alice, order(ports=[29600]), way)
         ground.guarded(ground.bob, way, ports=[29600]).release()
         claims.kill()
