@@ -2,6 +2,7 @@
 
 5.10/amd64/v1              Debian's 5.10 on x86-64, version 1 of cgroups alone
 6.12/arm64/systemd-v2      Debian's 6.12 on aarch64, systemd as init
+5.10/um/v2                 Debian's 5.10 built as a program of this machine's (kernel_program.py); not in the table
 mine/amd64/hybrid          a kernel of one's own, from a directory mine (scripts/kernels.sh --kernel)
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ARCHITECTURES = {"amd64": "x86-64", "arm64": "aarch64"}
+PROGRAM = "um"
 # What an init mounts at /sys/fs/cgroup; with systemd- in front systemd itself does, and the socket unit is tried.
 GROUNDS = ("v2", "hybrid", "v1", "systemd-v2", "systemd-v1")
 # The suite has these (tests/whole/test_kernels.py), so that none of this can rot.
@@ -52,6 +54,16 @@ class Cell:
         return f"{self.kernel}/{self.architecture}/{self.ground}"
 
     @property
+    def is_program(self) -> bool:
+        """Whether it is no machine but a program of this one: User-mode Linux."""
+        return self.architecture == PROGRAM
+
+    @property
+    def processor(self) -> str:
+        """Debian's name for what its programs are compiled for."""
+        return "amd64" if self.is_program else self.architecture
+
+    @property
     def has_systemd(self) -> bool:
         return self.ground.startswith("systemd-")
 
@@ -72,8 +84,9 @@ class Cell:
 def parse_cell(text: str) -> Cell:
     """Raises ValueError, saying what a cell looks like, where there can be no such cell."""
     words = text.split("/")
-    if len(words) != 3 or words[1] not in ARCHITECTURES or words[2] not in GROUNDS:
-        raise ValueError(f"{text!r} is no cell; write KERNEL/{'|'.join(ARCHITECTURES)}/{'|'.join(GROUNDS)}")
+    architectures = (*ARCHITECTURES, PROGRAM)
+    if len(words) != 3 or words[1] not in architectures or words[2] not in GROUNDS:
+        raise ValueError(f"{text!r} is no cell; write KERNEL/{'|'.join(architectures)}/{'|'.join(GROUNDS)}")
     return Cell(*words)
 
 

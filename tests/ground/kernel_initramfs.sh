@@ -12,6 +12,8 @@ disk() {
     for d in /sys/block/vd*; do
         [ "$($b cat "$d/serial" 2> /dev/null)" != "$1" ] || { echo "/dev/${d##*/}"; return; }
     done
+    # Those of a kernel that is a program have no numbers; it is told which is which.
+    for word in $($b cat /proc/cmdline); do [ "${word#disk_"$1"=}" = "$word" ] || echo "/dev/${word#*=}"; done
 }
 
 for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do

@@ -157,7 +157,7 @@ class Apt:
         with tempfile.TemporaryDirectory(dir=self._place) as work:
             self._run("apt-get", "download", "-qq", package, cwd=Path(work))
             (archive,) = Path(work).glob("*.deb")
-            _run("dpkg-deb", "-x", archive, into)
+            run("dpkg-deb", "-x", archive, into)
 
     def fetch_all(self, packages: Sequence[str], into: Path) -> None:
         """Unpack these, what they need, and what Debian calls essential."""
@@ -168,13 +168,13 @@ class Apt:
             with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as reading:
                 # Debian's /bin is a link to usr/bin, also for packages that still have /bin.
                 words = ("tar", "-x", "-p", "--keep-directory-symlink", *left_out, "-C", into)
-                _run(*words, stdin=reading.stdout)
+                run(*words, stdin=reading.stdout)
             if reading.returncode:
                 raise LabError(f"{archive} cannot be unpacked")
         shutil.rmtree(self._place / "archives")
 
     def _run(self, tool: str, *words: str, cwd: Path | None = None) -> str:
-        return _run(tool, *self._options, *words, cwd=cwd)
+        return run(tool, *self._options, *words, cwd=cwd)
 
 
 def _version(package: str) -> list[int]:
@@ -236,9 +236,9 @@ def debian_kernel(name: str, architecture: str) -> KernelFiles:
         (image,) = (*tree.glob("boot/vmlinuz-*"), *tree.glob("usr/lib/modules/*/vmlinuz"))
         modules = next(path for path in (tree / "lib/modules", tree / "usr/lib/modules") if path.is_dir())
         (of_release,) = modules.iterdir()
-        _make_kernel(place, architecture, of_release.name, image, of_release)
+        make_kernel(place, architecture, of_release.name, image, of_release)
 
-    return _files_of(made(f"kernel-{name}-{architecture}-{made_by}", make))
+    return files_of(made(f"kernel-{name}-{architecture}-{made_by}", make))
 
 
 def own_kernel(directory: Path, architecture: str) -> KernelFiles:
@@ -252,18 +252,18 @@ def own_kernel(directory: Path, architecture: str) -> KernelFiles:
     made_by = key_of(image.resolve(), image.stat().st_mtime_ns, release, modules, INITRAMFS_INIT.read_text())
 
     def make(place: Path) -> None:
-        _make_kernel(place, architecture, release, image, modules)
+        make_kernel(place, architecture, release, image, modules)
 
-    return _files_of(made(f"kernel-own-{architecture}-{made_by}", make))
+    return files_of(made(f"kernel-own-{architecture}-{made_by}", make))
 
 
-def _files_of(place: Path) -> KernelFiles:
+def files_of(place: Path) -> KernelFiles:
     return KernelFiles(
         (place / "release").read_text().strip(), place / "vmlinuz", place / "initramfs", place / "modules.img"
     )
 
 
-def _make_kernel(place: Path, architecture: str, release: str, image: Path, modules: Path | None) -> None:
+def make_kernel(place: Path, architecture: str, release: str, image: Path, modules: Path | None) -> None:
     place.mkdir()
     shutil.copy(image, place / "vmlinuz")
     (place / "release").write_text(f"{release}\n")
@@ -272,7 +272,7 @@ def _make_kernel(place: Path, architecture: str, release: str, image: Path, modu
         tree.mkdir(parents=True)
         if modules is not None:
             shutil.copytree(modules, tree, symlinks=True, dirs_exist_ok=True, ignore=_of_devices)
-            _run("depmod", "-b", work, release)
+            run("depmod", "-b", work, release)
         _make_initramfs(place / "initramfs", architecture, release, Path(work))
         make_image(place / "modules.img", tree.parent, room_mib=16)
 
@@ -442,7 +442,7 @@ def _pip(*words: str) -> None:
         "--no-compile",
         "--root-user-action=ignore",
     )
-    _run(sys.executable, "-m", "pip", *fixed, *words)
+    run(sys.executable, "-m", "pip", *fixed, *words)
 
 
 def _compile(tree: Path, root: Path, becomes: str) -> None:
@@ -463,7 +463,7 @@ def _is_like_this_one(architecture: str) -> bool:
 
 def product_archive(file: Path, orders: dict[str, str]) -> None:
     """Write a tar of what git tracks here, as it stands here now, and of files below /srv/machine."""
-    listed = _run("git", "-c", f"safe.directory={CHECKOUT}", "-C", CHECKOUT, "ls-files", "-z")
+    listed = run("git", "-c", f"safe.directory={CHECKOUT}", "-C", CHECKOUT, "ls-files", "-z")
     with tempfile.TemporaryDirectory() as work:
         tree = Path(work) / "srv/securerun"
         for name in filter(None, listed.split("\0")):
@@ -488,15 +488,15 @@ def _of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def make_image(file: Path, tree: Path, *, room_mib: int) -> None:
     """Write a file system of a directory; with as few features as the oldest kernels know."""
-    used = int(_run("du", "-sm", "--apparent-size", tree).split()[0])
+    used = int(run("du", "-sm", "--apparent-size", tree).split()[0])
     files = sum(1 for _ in tree.rglob("*"))
     size = used + used // 4 + files // 256 + room_mib
     features = "none,extent,filetype,sparse_super,large_file,dir_index,ext_attr"
     words = ("-q", "-F", "-t", "ext4", "-O", features, "-E", "root_owner=0:0", "-N", str(files * 2 + 20000), "-d", tree)
-    _run("mke2fs", *words, file, f"{size}M")
+    run("mke2fs", *words, file, f"{size}M")
 
 
-def _run(*words: object, cwd: Path | None = None, stdin: object = subprocess.DEVNULL) -> str:
+def run(*words: object, cwd: Path | None = None, stdin: object = subprocess.DEVNULL) -> str:
     """Run a tool and return its output. Raises LabError with what it complained of."""
     argv = [os.fspath(word) if isinstance(word, Path) else str(word) for word in words]
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}

@@ -1,6 +1,7 @@
 """One boot of a machine of the kernel matrix, under QEMU: a command in it, and what it left.
 
-Emulated, not accelerated: it is to work where this runs in a machine itself, and to answer the same everywhere.
+Emulated, not accelerated: it is to work where this runs in a machine itself, and to answer the same everywhere. Or a
+kernel that is a program (kernel_program.py), which needs no emulation: its system calls are ptrace's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +73,8 @@ def run(
     What the command writes to /srv/machine/out/document comes back. Raises LabError where something that a machine is
     made of is not to be had, and MachineError where it gives no answer.
     """
-    root = kernel_lab.root_image(cell.architecture)
-    site = kernel_lab.site_image(cell.architecture, torch=torch)
+    root = kernel_lab.root_image(cell.processor)
+    site = kernel_lab.site_image(cell.processor, torch=torch)
     settings = f"cgroups={cell.cgroups}\nsystemd={int(cell.has_systemd)}\nlimit={limit}\n"
     with tempfile.TemporaryDirectory(prefix="sr-machine-", dir=kernel_lab.PLACE) as work:
         place = Path(work)
@@ -80,44 +82,84 @@ def run(
         with (place / "answer").open("wb") as answer:
             answer.truncate(ANSWER_MIB << 20)
         disks = (
-            *_disk("root", root, "snapshot=on"),
-            *_disk("site", site, "snapshot=on"),
-            *_disk("modules", kernel.modules, "readonly=on"),
-            *_disk("orders", place / "orders", "readonly=on"),
-            *_disk("answer", place / "answer", "cache=unsafe"),
+            Disk("root", root),
+            Disk("site", site),
+            Disk("modules", kernel.modules, "readonly=on"),
+            Disk("orders", place / "orders", "readonly=on"),
+            Disk("answer", place / "answer", "cache=unsafe"),
         )
         words = (
-            *(*_QEMU[cell.architecture], "-accel", "tcg", "-smp", str(processors), "-m", str(memory_mib)),
-            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-serial", f"file:{place / 'console'}", "-device", "virtio-rng-pci"),
-            *("-kernel", str(kernel.image), "-initrd", str(kernel.initramfs), "-append", _command_line(cell), *disks),
+            _program(cell, kernel, disks, place, memory_mib)
+            if cell.is_program
+            else _emulator(cell, kernel, disks, place, memory_mib, processors)
         )
-        said = _until_off(words, place, limit + BOOT_SECONDS)
+        # A program's console is its standard error.
+        errors = place / ("console" if cell.is_program else "errors")
+        said = _until_off(words, errors, limit + BOOT_SECONDS)
         return _answer(cell, place, said)
 
 
-def _disk(name: str, file: Path, option: str) -> tuple[str, ...]:
-    drive = f"file={str(file).replace(',', ',,')},format=raw,if=none,id={name},{option}"
-    return ("-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}")
+@dataclass(frozen=True)
+class Disk:
+    """A file as a disk. option: QEMU's; what a machine writes to the first two is thrown away."""
+
+    name: str
+    file: Path
+    option: str = "snapshot=on"
 
 
-def _command_line(cell: Cell) -> str:
-    words = [f"console={_CONSOLES[cell.architecture]}", "panic=-1", "quiet", "loglevel=4", "net.ifnames=0", "audit=0"]
+def _emulator(
+    cell: Cell, kernel: KernelFiles, disks: Sequence[Disk], place: Path, memory_mib: int, processors: int
+) -> tuple[str, ...]:
+    """Return the command line of QEMU."""
+    drives = [
+        f"file={str(disk.file).replace(',', ',,')},format=raw,if=none,id={disk.name},{disk.option}" for disk in disks
+    ]
+    devices = [f"virtio-blk-pci,drive={disk.name},serial={disk.name}" for disk in disks]
+    return (
+        *(*_QEMU[cell.architecture], "-accel", "tcg", "-smp", str(processors), "-m", str(memory_mib)),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-serial", f"file:{place / 'console'}", "-device", "virtio-rng-pci"),
+        *("-kernel", str(kernel.image), "-initrd", str(kernel.initramfs)),
+        *("-append", " ".join([f"console={_CONSOLES[cell.architecture]}", *_command_line(cell)])),
+        *(word for pair in zip(drives, devices) for word in ("-drive", pair[0], "-device", pair[1])),
+    )
+
+
+def _program(cell: Cell, kernel: KernelFiles, disks: Sequence[Disk], place: Path, memory_mib: int) -> tuple[str, ...]:
+    """Return the command line of a kernel that is a program (Documentation/virt/uml/user_mode_linux_howto_v2.rst).
+
+    It has one processor, and says on its standard error what a machine says on its console.
+    """
+    drives: list[str] = []
+    for letter, disk in zip("abcde", disks):
+        # What is written goes to a file of its own, as with snapshot=on.
+        before = f"{place / disk.name}-written," if disk.option == Disk.option else ""
+        flags = "r" if "readonly" in disk.option else ""
+        drives += [f"ubd{letter}{flags}={before}{disk.file}", f"disk_{disk.name}=ubd{letter}"]
+    return (
+        *(str(kernel.image), f"mem={memory_mib}M", f"initrd={kernel.initramfs}", f"uml_dir={place}/"),
+        *("con0=null,fd:2", "con=null", "ssl=null", *_command_line(cell), *drives),
+    )
+
+
+def _command_line(cell: Cell) -> list[str]:
+    words = ["panic=-1", "quiet", "loglevel=4", "net.ifnames=0", "audit=0"]
     words += ["mitigations=off", "random.trust_cpu=on"]
     if cell.has_systemd:
         words += [_SYSTEMD[cell.cgroups], _LEGACY, "systemd.show_status=0"]
-    return " ".join(words)
+    return words
 
 
-def _until_off(words: tuple[str, ...], place: Path, seconds: float) -> str:
-    """Let it run until it turns itself off, and return what QEMU said; end it after that long."""
+def _until_off(words: tuple[str, ...], errors: Path, seconds: float) -> str:
+    """Let it run until it turns itself off, and return how it ended, and its last error; end it after that long."""
     if shutil.which(words[0]) is None:
         raise LabError(f"{words[0]} is missing; run scripts/setup.sh test")
     # Where its throw-away disks are.
-    environment = {**os.environ, "TMPDIR": str(place)}
-    with (place / "qemu").open("w+") as errors:
+    environment = {**os.environ, "TMPDIR": str(errors.parent)}
+    with errors.open("w") as file:
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment, start_new_session=True
+            words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
         )
         ended = "it turned itself off"
         try:
@@ -128,8 +170,8 @@ def _until_off(words: tuple[str, ...], place: Path, seconds: float) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        errors.seek(0)
-        return f"{ended}; {errors.read().strip()}".rstrip("; ")
+    last = "".join(_read(errors).strip().splitlines()[-1:])
+    return f"{ended}; {last}".rstrip("; ")
 
 
 def _answer(cell: Cell, place: Path, said: str) -> Answer:

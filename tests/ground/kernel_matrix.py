@@ -5,7 +5,8 @@
     kernel_matrix.py --missing                those of which there is no result yet
     kernel_matrix.py --parts truth,left CELL  only these parts; results of the others stay as they are
     kernel_matrix.py --kernel DIRECTORY       a kernel of one's own: vmlinuz, release, modules/RELEASE
-    kernel_matrix.py --run CELL COMMAND       boots such a machine, runs a command in its checkout
+    kernel_matrix.py --run CELL COMMAND       boots such a machine, runs a command in its checkout; the kernel as a
+                                              program, ten times as quick, is KERNEL/um/GROUND
     kernel_matrix.py --page | --list          only writes docs/kernels.md | prints the cells
 
 Needs root. A result is docs/kernels/CELL.json, part by part with date and commit, so that cells can be run one at a
@@ -31,6 +32,7 @@ from typing import Any
 import kernel_lab
 import kernel_machine
 import kernel_page
+import kernel_program
 from checkout import CHECKOUT
 from kernel_cells import GROUNDS, KERNELS, Cell, all_cells, parse_cell
 from kernel_lab import KernelFiles, LabError
@@ -95,6 +97,8 @@ def kernel_of(cell: Cell, own: dict[str, Path]) -> KernelFiles:
         return kernel_lab.own_kernel(own[cell.kernel], cell.architecture)
     if cell.kernel not in KERNELS:
         raise LabError(f"there is no kernel {cell.kernel}; there are {', '.join(KERNELS)}, and --kernel DIRECTORY")
+    if cell.is_program:
+        return kernel_program.debian_kernel(cell.kernel)
     return kernel_lab.debian_kernel(cell.kernel, cell.architecture)
 
 

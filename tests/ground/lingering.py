@@ -18,6 +18,7 @@ import sys
 import time
 
 _SECONDS = 3600
+_BUFFER = 4096
 
 
 def main() -> None:
@@ -62,7 +63,10 @@ def say(end: socket.socket, text: str) -> None:
 def send_along(end: socket.socket, data: bytes, kept: list[socket.socket]) -> None:
     """Send data with a descriptor of its own, which is then nowhere but there. kept: what is to stay open meanwhile."""
     listener = socket.create_server(("127.0.0.1", 0))
+    # Full at once: eighty times what a connection may hold by itself is all that a small machine has for TCP (tcp_mem).
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
     lingering = socket.create_connection(listener.getsockname())
+    lingering.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
     kept += [listener, listener.accept()[0]]
     lingering.setblocking(False)
     with contextlib.suppress(BlockingIOError):

@@ -13,7 +13,7 @@ import kernel_page
 import pytest
 from checkout import CHECKOUT
 from kernel_lab import LabError, own_kernel
-from kernel_matrix import RESULTS, Trial, chosen, keep, parse
+from kernel_matrix import RESULTS, Trial, chosen, keep, kernel_of, parse
 from kernel_trial import No, Seen, judgement, what_became_of_the_shield
 
 VERSIONS = CHECKOUT / "docs/versions.md"
@@ -62,6 +62,16 @@ def test_cells_are_found_by_pattern_and_a_kernel_of_ones_own_has_all_grounds(tmp
     assert [str(cell) for cell in chosen([], own, "arm64")] == [f"4.19/arm64/{name}" for name in kernel_cells.GROUNDS]
     with pytest.raises(ValueError, match="write KERNEL/amd64"):
         kernel_cells.parse_cell("5.10/sparc/v1")
+
+
+def test_kernel_as_a_program_runs_commands_and_is_no_cell_of_the_table() -> None:
+    cell = kernel_cells.parse_cell("5.10/um/v2")
+    assert cell.is_program and cell.processor == "amd64"
+    assert cell not in kernel_cells.all_cells()
+    with pytest.raises(LabError, match="no cell matches"):
+        chosen([str(cell)], {}, "amd64")
+    with pytest.raises(LabError, match="there is no 4.4"):
+        kernel_of(kernel_cells.parse_cell("4.4/um/v2"), {})
 
 
 @pytest.mark.parametrize(

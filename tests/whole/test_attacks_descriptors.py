@@ -17,6 +17,7 @@ from pathlib import Path
 import lingering
 import pytest
 from attacking import Ground
+from cgroups import new_cgroup
 from conversation import SOCKET, Conversation, guards, log_of, order
 from hosts import eventually
 from users import GUARD, User
@@ -72,12 +73,27 @@ def test_nobody_holds_up_anothers_guard_by_what_they_send_to_its_sign(ground: Gr
         assert eventually(lambda: not guards(ground.machine), seconds=5)
 
 
+# The guard of a node asks where init is: the cgroup of the tests' own is a container to it, and bob's is another.
+_IN_A_CONTAINER = 'exec unshare --cgroup setpriv --reuid={0.uid} --regid={0.gid} --clear-groups "$@"'
+
+
 def test_nobody_holds_up_the_listener_for_all_others(ground: Ground) -> None:
     listener = ground.machine.popen(ground.node, [GUARD, "--listen"], stdout=subprocess.DEVNULL)
     try:
         assert eventually(ground.machine.place(str(OF_LISTENER)).is_socket, seconds=20)
-        with sent(ground, ground.alice, str(OF_LISTENER), json.dumps({"report": {}}), "--times", "80"):
-            talk = Conversation(ground.machine, ground.node, ground.bob, "socket", socket=str(OF_LISTENER))
+        with (
+            new_cgroup() as own,
+            sent(ground, ground.alice, str(OF_LISTENER), json.dumps({"report": {}}), "--times", "80"),
+        ):
+            talk = Conversation(
+                ground.machine,
+                ground.node,
+                None,
+                "socket",
+                socket=str(OF_LISTENER),
+                cgroup=own,
+                before=_IN_A_CONTAINER.format(ground.bob),
+            )
             assert "ready" in talk.hear()
             talk.hang_up()
         assert "turned away at the door" in log_of(ground.machine)
