@@ -135,7 +135,8 @@ def _program(cell: Cell, kernel: KernelFiles, disks: Sequence[Disk], place: Path
     for letter, disk in zip("abcde", disks):
         # What is written goes to a file of its own, as with snapshot=on.
         before = f"{place / disk.name}-written," if disk.option == Disk.option else ""
-        flags = "r" if "readonly" in disk.option else ""
+        # c: without locks on the files, which QEMU takes for another's writing.
+        flags = "rc" if "readonly" in disk.option else "c"
         drives += [f"ubd{letter}{flags}={before}{disk.file}", f"disk_{disk.name}=ubd{letter}"]
     return (
         *(str(kernel.image), f"mem={memory_mib}M", f"initrd={kernel.initramfs}", f"uml_dir={place}/"),

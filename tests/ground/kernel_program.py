@@ -68,9 +68,7 @@ _TOOLS = ("make", "gcc", "flex", "bison", "bc")
 
 def debian_kernel(name: str) -> KernelFiles:
     """Return one of the table's kernels as a program. Raises LabError, where it cannot be built too."""
-    kernel = KERNELS.get(name)
-    if kernel is None:
-        raise LabError(f"Debian's kernels are {', '.join(KERNELS)}; there is no {name}")
+    kernel = KERNELS[name]
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise LabError(f"{missing[0]} is missing, which builds kernels; apt-get install {' '.join(_TOOLS)} libelf-dev")

@@ -70,7 +70,7 @@ def test_kernel_as_a_program_runs_commands_and_is_no_cell_of_the_table() -> None
     assert cell not in kernel_cells.all_cells()
     with pytest.raises(LabError, match="no cell matches"):
         chosen([str(cell)], {}, "amd64")
-    with pytest.raises(LabError, match="there is no 4.4"):
+    with pytest.raises(LabError, match="there is no kernel 4.4"):
         kernel_of(kernel_cells.parse_cell("4.4/um/v2"), {})
 
 
