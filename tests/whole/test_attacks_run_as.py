@@ -286,7 +286,7 @@ def test_interrupt_looks_to_the_shell_as_it_did(ground: Ground, command: Sequenc
     ends = []
     for words in (without, command):
         with seated(
-            ground, ["bash", "-c", f"{shlex.join([*words, 'sh', '-c', 'echo up; sleep 60'])}; echo ended by $?"]
+            ground, ["bash", "-c", f"{shlex.join([*words, 'sh', '-c', 'echo up; exec sleep 60'])}; echo ended by $?"]
         ) as seat:
             seat.show("up")
             seat.type("\x03")
