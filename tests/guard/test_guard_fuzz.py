@@ -419,7 +419,7 @@ def _peak_before(peak: list[int] = []) -> int:  # noqa: B006 - remembered from t
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=2000) | st.recursive(st.none() | st.text(), st.lists).map(json.dumps).map(str.encode))
 def test_bytes_that_were_never_an_order_are_refused(data: bytes) -> None:
     assert acted_upon(data.replace(b"\n", b"")) is None

@@ -47,7 +47,7 @@ def test_one_account_takes_nothing_from_another(clock: list[float]) -> None:
 
 def test_whoever_takes_on_many_accounts_fills_no_memory(clock: list[float]) -> None:
     guards = Guards()
-    obstacles = {guards.obstacle(account) for account in range(10_000)}
+    obstacles = {guards.obstacle(account) for account in range(5_000)}
     assert "too many ask for guards" in obstacles
     clock[0] += 60
     assert guards.obstacle(20_000) == ""
