@@ -14,6 +14,7 @@ import pytest
 from hosts import Host, Network, eventually, finish_all
 from probe import Probe, reach
 from remains import nothing_left_behind
+from torchless import needs_torch
 
 _FOREIGN_RULES = (
     ("iptables", "-A", "INPUT", "-p", "tcp", "--dport", "9", "-j", "DROP"),
@@ -77,6 +78,7 @@ def test_torchrun_lets_the_stranger_in_where_securerun_does_not(network: Network
     assert jobs.PORT in _ports(probe.reached)
 
 
+@needs_torch
 def test_peers_reach_every_port_that_they_need(network: Network, tmp_path: Path) -> None:
     node0, node1, stranger = network
     script, go_on = _waiting_job(tmp_path)
@@ -97,6 +99,7 @@ def test_peers_reach_every_port_that_they_need(network: Network, tmp_path: Path)
     assert [node.returncode for node in done] == [0, 0], done
 
 
+@needs_torch
 def test_rules_of_others_are_untouched_while_the_job_runs(network: Network, tmp_path: Path) -> None:
     node0, _, _ = network
     for rule in _FOREIGN_RULES:
@@ -115,6 +118,7 @@ def test_rules_of_others_are_untouched_while_the_job_runs(network: Network, tmp_
     assert "table inet someone" in during["nft"]
 
 
+@needs_torch
 def test_two_jobs_on_one_host_do_not_disturb_each_other(network: Network, tmp_path: Path) -> None:
     node0, node1, stranger = network
     first, second = tmp_path / "first", tmp_path / "second"
@@ -166,6 +170,7 @@ def test_umask_is_0027_in_launcher_and_workers_and_stricter_ones_stay(network: N
         assert f"umask {expected}" in done.stderr, done
 
 
+@needs_torch
 def test_without_iptables_the_shield_closes_every_port_alone(network: Network, tmp_path: Path) -> None:
     node0, _, stranger = network
     with nothing_left_behind(node0), Probe(stranger, node0) as probe:
