@@ -21,6 +21,7 @@ import fnmatch
 import json
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -217,6 +218,9 @@ def _require_sense(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 
 def main() -> int:
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a machine is in a session of its own, and ends by our hand
     options = parse()
     own = {path.resolve().name.removesuffix(f"-{options.architecture}"): path for path in options.kernel}
     tests = options.tests or ALL_TESTS
@@ -236,6 +240,9 @@ def main() -> int:
     except (LabError, MachineError, ValueError) as error:
         print(f"kernels: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("kernels: told to end", file=sys.stderr)
+        return 130
     if options.results == RESULTS:
         kernel_page.PAGE.write_text(kernel_page.page(RESULTS))
     return status
