@@ -8,6 +8,7 @@ page faults, is no quicker in it. To build one takes some twenty minutes of a pr
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -72,7 +73,9 @@ def debian_kernel(name: str) -> KernelFiles:
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise LabError(f"{missing[0]} is missing, which builds kernels; apt-get install {' '.join(_TOOLS)} libelf-dev")
-    made_by = kernel_lab.key_of(kernel, _TAKEN, _LEFT, _OWN, kernel_lab.INITRAMFS_INIT.read_text())
+    made_by = kernel_lab.key_of(
+        kernel, _TAKEN, _LEFT, _OWN, inspect.getsource(_configure), kernel_lab.INITRAMFS_INIT.read_text()
+    )
 
     def make(place: Path) -> None:
         apt = Apt(kernel.suite, "amd64")
