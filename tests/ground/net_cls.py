@@ -7,6 +7,7 @@ filter, taking it off does as well.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkout import GROUND
 from holding import HOLDER, Held
 from hosts import Host, cgroup2_mount, eventually, machine_snapshot
 from patience import patient
@@ -37,6 +39,24 @@ _FIRST_CGROUP_NAMESPACE = 0xEFFFFFFB  # include/linux/proc_ns.h
 FROM_WITHIN = ("sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"')
 
 
+_held: list[int] = []
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Controllers, and what their use switches, are the machine's: of test runs side by side one has them at a time."""
+    if not _held:
+        _held.append(os.open(GROUND, os.O_RDONLY | os.O_DIRECTORY))
+        fcntl.flock(_held[0], fcntl.LOCK_EX)
+    _held.append(_held[0])
+    try:
+        yield
+    finally:
+        _held.pop()
+        if len(_held) == 1:
+            os.close(_held.pop())
+
+
 @contextlib.contextmanager
 def hierarchy(place: Path, controller: str = "net_cls") -> Iterator[Path]:
     """A hierarchy of version 1, mounted at a directory that is made for it; skips where the kernel has none."""
@@ -50,15 +70,16 @@ def hierarchy(place: Path, controller: str = "net_cls") -> Iterator[Path]:
         pytest.skip("the first cgroup namespace is not to be seen from here")
     # One that was unmounted a moment ago is going still.
     there = ["nsenter", f"--cgroup={first}", *mount]
-    assert eventually(lambda: not subprocess.run(there, capture_output=True).returncode), controller
-    try:
-        yield place
-    finally:
-        for below in place.glob("sr-test-*"):
-            assert eventually(lambda below=below: _is_removed(below)), f"{below} is still in use"  # type: ignore[misc]
-        # The hierarchy goes with its last mount if no cgroup is left in it, and removed ones are for a moment.
-        eventually(lambda: cgroups_of(controller) == 1, seconds=3)
-        subprocess.run(["umount", str(place)], check=True)
+    with _alone():
+        assert eventually(lambda: not subprocess.run(there, capture_output=True).returncode), controller
+        try:
+            yield place
+        finally:
+            for below in place.glob("sr-test-*"):
+                assert eventually(lambda below=below: _is_removed(below)), f"{below} is still in use"  # type: ignore[misc]
+            # The hierarchy goes with its last mount if no cgroup is left in it, and removed ones are for a moment.
+            eventually(lambda: cgroups_of(controller) == 1, seconds=3)
+            subprocess.run(["umount", str(place)], check=True)
 
 
 def cgroups_of(controller: str) -> int:
@@ -83,14 +104,15 @@ def cgroup_in(place: Path, class_id: int = 0) -> Path:
 def doubted(node: Host, *options: str, before: tuple[str, ...] = ()) -> Iterator[Held]:
     """A lease on a kernel that does not say; afterwards the node and the machine are as before."""
     _top()
-    rules, machine = node.snapshot(), machine_snapshot()
-    holder = Held(node.popen([*UNTOLD, *before, sys.executable, HOLDER, *options], stdin=subprocess.PIPE))
-    yield holder
-    if holder.process.poll() is None:
-        holder.let_go()
-    eventually(lambda: (node.snapshot(), machine_snapshot()) == (rules, machine), seconds=3)
-    assert node.snapshot() == rules
-    assert machine_snapshot() == machine
+    with _alone():
+        rules, machine = node.snapshot(), machine_snapshot()
+        holder = Held(node.popen([*UNTOLD, *before, sys.executable, HOLDER, *options], stdin=subprocess.PIPE))
+        yield holder
+        if holder.process.poll() is None:
+            holder.let_go()
+        eventually(lambda: (node.snapshot(), machine_snapshot()) == (rules, machine), seconds=3)
+        assert node.snapshot() == rules
+        assert machine_snapshot() == machine
 
 
 def room_of(run_id: str) -> Path:
