@@ -20,48 +20,22 @@ from kernel_lab import Apt, KernelFiles, LabError
 
 # What of Debian's settings for x86-64 is taken over, as built in: what programs see of a kernel, without drivers.
 _TAKEN = (
-    *("NF_", "NFT_", "NETFILTER", "IP_NF_", "IP6_NF_", "IP_SET", "IP_TABLES", "IP6_TABLES", "BRIDGE", "VETH"),
-    *(
-        "MACVLAN",
-        "IPVLAN",
-        "DUMMY",
-        "TUN",
-        "IFB",
-        "NET_",
-        "NETLINK",
-        "INET",
-        "IPV6",
-        "IP_",
-        "TCP_",
-        "MPTCP",
-        "SYN_COOKIES",
-    ),
-    *("UNIX", "PACKET", "CGROUP", "MEMCG", "BLK_CGROUP", "CPUSETS", "PROC_", "BPF", "NAMESPACES", "UTS_NS", "IPC_NS"),
-    *(
-        "USER_NS",
-        "PID_NS",
-        "TIME_NS",
-        "SECCOMP",
-        "SECURITY",
-        "KEYS",
-        "POSIX_MQ",
-        "SYSVIPC",
-        "FHANDLE",
-        "EPOLL",
-        "EVENTFD",
-    ),
-    *("TIMERFD", "SIGNALFD", "FANOTIFY", "INOTIFY", "AIO", "IO_URING", "OVERLAY_FS", "TMPFS", "EXT4", "FUSE_FS"),
-    *("CRYPTO_", "SCHED_", "FAIR_GROUP", "CFS_BAND", "CHECKPOINT", "USERFAULTFD", "MEMBARRIER", "RSEQ", "KCMP", "XFRM"),
-    *("SOCK_", "VLAN", "LSM", "KALLSYMS", "TASK", "AUDIT", "COREDUMP", "BINFMT", "DEVTMPFS", "BLK_DEV_LOOP"),
-    *("EXPERT", "MULTIUSER", "FILE_LOCKING", "FIB_RULES", "LWTUNNEL", "WIREGUARD", "VXLAN", "QUOTA", "ADVISE"),
+    "NF_ NFT_ NETFILTER IP_NF_ IP6_NF_ IP_SET IP_TABLES IP6_TABLES BRIDGE VETH MACVLAN IPVLAN DUMMY TUN IFB NET_ "
+    "NETLINK INET IPV6 IP_ TCP_ MPTCP SYN_COOKIES UNIX PACKET CGROUP MEMCG BLK_CGROUP CPUSETS PROC_ BPF "
+    "NAMESPACES UTS_NS IPC_NS USER_NS PID_NS TIME_NS SECCOMP SECURITY KEYS POSIX_MQ SYSVIPC FHANDLE EPOLL EVENTFD "
+    "TIMERFD SIGNALFD FANOTIFY INOTIFY AIO IO_URING OVERLAY_FS TMPFS EXT4 FUSE_FS CRYPTO_USER_API CRYPTO_SHA "
+    "CRYPTO_AES SCHED_ FAIR_GROUP CFS_BAND CHECKPOINT USERFAULTFD MEMBARRIER RSEQ KCMP XFRM SOCK_ VLAN LSM "
+    "KALLSYMS TASK AUDIT COREDUMP BINFMT DEVTMPFS BLK_DEV_LOOP EXPERT MULTIUSER FILE_LOCKING FIB_RULES LWTUNNEL "
+    "WIREGUARD VXLAN QUOTA ADVISE CRC PSI KSM XDP_SOCKETS DEBUG_FS PRINTK_TIME GENEVE BONDING NLMON "
 )
 _LEFT = (
-    *("SECURITY_SELINUX", "SECURITY_SMACK", "SECURITY_TOMOYO", "SECURITY_APPARMOR", "SECURITY_LOCKDOWN"),
-    *("NET_VENDOR", "NET_9P", "NET_DSA", "NET_SWITCHDEV", "NET_DEVLINK", "NET_TEAM", "NET_FC", "BPF_JIT"),
-    *("BPF_PRELOAD", "BPFILTER", "CRYPTO_DEV", "NF_CONNTRACK_H323", "NF_CONNTRACK_SIP"),
+    "SECURITY_SELINUX SECURITY_SMACK SECURITY_TOMOYO SECURITY_APPARMOR SECURITY_LOCKDOWN NET_VENDOR NET_9P "
+    "NET_DSA NET_SWITCHDEV NET_DEVLINK NET_TEAM NET_FC BPF_JIT BPF_PRELOAD BPFILTER NF_CONNTRACK_H323 "
+    "NF_CONNTRACK_SIP "
 )
 _OWN = (
     *("BLK_DEV_UBD=y", "BLK_DEV_INITRD=y", "NETDEVICES=y", "CGROUP_NET_PRIO=y", "STATIC_LINK=n", "DEBUG_INFO=n"),
+    "DEBUG_INFO_NONE=y",
     *('SYSTEM_TRUSTED_KEYS=""', 'SYSTEM_REVOCATION_KEYS=""', 'LOCALVERSION="-um"'),
 )
 _TOOLS = ("make", "gcc", "flex", "bison", "bc")
@@ -122,7 +96,7 @@ def _configure(source: Path, debians: list[str]) -> None:
     architecture = source / "arch/um/Kconfig"
     text = architecture.read_text()
     architecture.write_text(text.replace("config UML\n", "config UML\n\tselect HAVE_EFFICIENT_UNALIGNED_ACCESS\n", 1))
-    taken, left = (tuple(f"CONFIG_{name}" for name in names) for names in (_TAKEN, _LEFT))
+    taken, left = (tuple(f"CONFIG_{name}" for name in names) for names in (_TAKEN.split(), _LEFT.split()))
     lines = [line for line in debians if line.startswith(taken) and not line.startswith(left)]
     kernel_lab.run("make", "-s", "ARCH=um", "x86_64_defconfig", cwd=source)
     with (source / ".config").open("a") as file:
