@@ -20,6 +20,7 @@ from attacking import Ground, program
 from checkout import COMMANDS, GROUND
 from conversation import WAYS, Conversation, guards, log_of, order
 from hosts import RECORDS, Host, Network, eventually, finish, is_alive
+from patience import patient
 from probe import listening, reach
 from users import User
 
@@ -137,7 +138,7 @@ def test_stranger_who_invents_sources_cannot_keep_ports_from_being_closed(networ
             for port in ports:
                 since[port] = listen(process, port)
                 time.sleep(1.5)
-        late = [(port, at - since[port]) for port, at in answered if at > since[port] + 1.0]
+        late = [(port, at - since[port]) for port, at in answered if at > since[port] + patient(1.0)]
         assert not late, late
 
 
