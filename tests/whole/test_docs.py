@@ -122,6 +122,7 @@ def stage(root_and_tools: None) -> Iterator[Stage]:
         machine.write("/etc/hosts", machine.place("/etc/hosts").read_text() + names)
         for name, text in FILES.items():
             machine.write(f"{DIRECTORY}/{name}", text)
+        machine.place("/etc/slurm").mkdir(exist_ok=True)
         stage = Stage(machine, nodes)
         job = stage.start("exec securerunctl exec --peers node0,node1 -- sleep 1000", 0)
         assert job.stderr is not None

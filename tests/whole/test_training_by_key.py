@@ -17,6 +17,7 @@ from hosts import Host, Network, eventually, finish, finish_all
 from key_homes import make_homes
 from probe import Probe
 from remains import nothing_left_behind
+from torchless import needs_torch
 
 CTL = str(COMMANDS / "securerunctl")
 
@@ -137,6 +138,7 @@ def test_a_plain_node_that_comes_where_a_tag_is_insisted_on_is_turned_away_with_
     assert "did not show the tag of this job's key" in line and "--key auto" in line, said
 
 
+@needs_torch
 def test_a_guard_that_takes_over_has_the_key_again(network: Network, homes: tuple[Path, ...], tmp_path: Path) -> None:
     node0, node1, stranger = network
     with Probe(stranger, node0) as outside, Probe(node1, node0) as beside_the_peer:
