@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import time
+from contextlib import ExitStack
 
 from securerun.errors import Obstacle
 from securerun.firewall import selftest, siphash, tag
@@ -85,6 +86,7 @@ class _Connector:
 
     def __init__(self) -> None:
         self._seconds = _CONNECTED_SECONDS
+        self._kept = ExitStack()
 
     def __call__(self) -> None:
         """Raise OSError, ETIMEDOUT where nobody answers."""
@@ -92,7 +94,8 @@ class _Connector:
         self._seconds = _REFUSED_SECONDS
 
     def _connect_over(self, family: int, address: str) -> None:
-        with socket.socket(family, socket.SOCK_STREAM) as listener, socket.socket(family, socket.SOCK_STREAM) as near:
+        with ExitStack() as ends:
+            listener, near = (ends.enter_context(socket.socket(family, socket.SOCK_STREAM)) for _ in range(2))
             listener.bind((address, 0))
             listener.listen(1)
             near.setblocking(False)
@@ -101,4 +104,6 @@ class _Connector:
                 answered = select.select([], [near], [], self._seconds)[1]
                 error = near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if answered else errno.ETIMEDOUT
             if error:
+                # What a busy processor delivers later is to find the one who listens: else nobody is judged.
+                self._kept = ends.pop_all()
                 raise OSError(error, os.strerror(error))

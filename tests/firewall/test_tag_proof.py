@@ -9,6 +9,7 @@ import kernel
 import pytest
 from cgroups import in_child, inside, leave_for_a_new_network
 from hosts import Network
+from lacking import Lacking
 from shield_field import INGRESS
 from tag_field import TagField, shielded, tag_field
 
@@ -43,6 +44,15 @@ def test_tags_are_proven_and_the_proof_leaves_nothing_there(field: TagField) -> 
 
 def test_a_host_without_ipv4_loopback_is_proven_over_ipv6(field: TagField) -> None:
     field.host.run(["ip", "address", "delete", "127.0.0.1/8", "dev", "lo"], check=True)
+    with inside(field.host):
+        require_tags(field.job.descriptor)
+
+
+def test_loopback_that_delivers_late_is_proven(field: TagField) -> None:
+    """As of a processor that is busy: the connection that is turned away had gone by then, and nobody was judged."""
+    slow = ["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "8kbit", "burst", "300", "limit", "3000"]
+    if field.host.run(slow).returncode:
+        raise Lacking("this kernel has no queue that holds packets back (tc-tbf)")
     with inside(field.host):
         require_tags(field.job.descriptor)
 
