@@ -53,6 +53,7 @@ from gains import Deaf, Gain, gains
 from hosts import Network, eventually, hear_signals, is_alive
 from kill_cells import SIGNALS, Cell, all_cells
 from kill_ground import GRACE_SECONDS, PATIENCE_SECONDS, TAKEN_OVER, Ground, LightJob, Violation, require, send
+from patience import patient
 from probe import Probe, reach
 
 CHILDREN = 6  # of tests/ground/light_job.py
@@ -389,9 +390,9 @@ def _require_clean(job: LightJob, ground: Ground, ended: float, figures: Figures
         figures.slowest = time.monotonic() - ended
         left = [*job.remains(), *(f"guard {pid}" for pid in ground.guards())]
         left = left or list(_differences(ground.before, ground.look()))
-        if not left and figures.slowest <= CLEAN_SECONDS:
+        if not left and figures.slowest <= patient(CLEAN_SECONDS):
             return
-        if figures.slowest > CLEAN_SECONDS:
+        if figures.slowest > patient(CLEAN_SECONDS):
             figures.leaks += 1
             raise Violation(f"left after {figures.slowest:.2f} s: {'; '.join(left) or 'no more'}; {job.record()}")
         time.sleep(0.02)

@@ -45,6 +45,9 @@ def signal_if(pid: int, number: signal.Signals, is_it: Callable[[], bool]) -> No
     try:
         held = os.pidfd_open(pid)
     except OSError as error:
+        # Older kernels (6.1, not 6.18) say so of a number that is none of a process any more, but of its group still.
+        if error.errno == errno.EINVAL:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from error
         if error.errno != errno.ENOSYS:
             raise
         if is_it():  # a kernel without pidfd_open(2), where nothing pins it down
