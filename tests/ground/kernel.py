@@ -28,7 +28,7 @@ from securerun.firewall import tags
 from securerun.firewall.job_key import JobKey
 from securerun.firewall.refusals import ShieldUnavailable
 from securerun.firewall.tag_maps import tag_map_shapes
-from securerun.linux import sock_diag
+from securerun.linux import net_cgroups, sock_diag
 from securerun.linux.assembler import R0, R1, R7, assemble, calculate, leave, load
 from securerun.linux.bpf import Map, Program
 
@@ -151,6 +151,11 @@ def _file_of_cgroups(name: str) -> Callable[[], None]:
     return ask
 
 
+def _tell_that_filters_stay() -> None:
+    if net_cgroups.may_void_filters():
+        raise OSError("its BTF, if it has any, does not say so")
+
+
 PIDFDS = Need("file descriptors of processes (pidfd_open(2))", _hold_a_process)
 PEER_PIDFDS = Need("hold on the process of a socket's other end (SO_PEERPIDFD)", _hold_the_peer)
 OWNED_TABLES = Need("nf_tables tables that belong to who made them (NFT_TABLE_F_OWNER)", _own_a_table)
@@ -160,6 +165,7 @@ TAGS = Need("programs that write TCP options (BPF_SOCK_OPS_WRITE_HDR_OPT_CB)", _
 CAP_BPF = Need("capability of its own for bpf(2) (CAP_BPF)", _know_cap_bpf)
 PACKETS_FOR_CAP_BPF = Need("look at packets for a program of who has CAP_BPF alone", _compare_packets_with_their_end)
 CGROUPS_OF_SOCKETS = Need("word on which cgroup a socket belongs to", _find_cgroup_of_listener)
+FILTERS_THAT_STAY = Need("word that no net_cls switches filters on cgroups off", _tell_that_filters_stay)
 MPTCP = Need("MPTCP", _make_a_multipath_socket)
 KILLING_CGROUPS = Need("way to end a cgroup at once (cgroup.kill)", _file_of_cgroups("cgroup.kill"))
 FREEZING_CGROUPS = Need("way to freeze a cgroup (cgroup.freeze)", _file_of_cgroups("cgroup.freeze"))

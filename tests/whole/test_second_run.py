@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel
 import pytest
 from hosts import Host, Network, eventually, finish, kill_group, machine_snapshot
 from probe import reach
@@ -38,6 +39,7 @@ for peer in sys.argv[1:]:
 """
 
 
+@kernel.needing(kernel.FILTERS_THAT_STAY)
 @pytest.mark.parametrize("who", ["root", "alice"])
 def test_each_of_two_blocks_has_its_own_peers_and_the_process_is_out_of_both(network: Network, who: str) -> None:
     node, first, second = network
