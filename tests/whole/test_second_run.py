@@ -10,6 +10,7 @@ import kernel
 import pytest
 from hosts import Host, Network, eventually, finish, kill_group, machine_snapshot
 from probe import reach
+from torchless import needs_torch
 from users import GUARD, PrivateMachine
 
 PYTHON = [sys.executable, "-c"]
@@ -228,6 +229,7 @@ if __name__ == "__main__":
 """
 
 
+@needs_torch
 def test_of_two_runs_at_once_in_a_process_the_second_has_the_same_peers_or_is_refused(
     network: Network, tmp_path: Path
 ) -> None:
