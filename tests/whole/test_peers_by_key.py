@@ -91,6 +91,8 @@ def opens_with_tag(job: subprocess.Popen[str], node: Host, address: str) -> bool
 
 
 def tagged_in_record() -> set[str]:
+    # That of a caller that has ended goes in a moment.
+    assert eventually(lambda: len(list(RECORDS.glob("*.json"))) == 1)
     (record,) = RECORDS.glob("*.json")
     return set(json.loads(record.read_text())["policy"]["tagged"])
 
