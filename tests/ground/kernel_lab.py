@@ -159,6 +159,20 @@ class Apt:
             (archive,) = Path(work).glob("*.deb")
             run("dpkg-deb", "-x", archive, into)
 
+    def fetch_newest(self, pattern: str, into: Path, parts: Sequence[str] = ()) -> None:
+        """Unpack the newest package that matches and that the mirror has: lists name some that have been replaced.
+
+        parts: what stands for linux-image in the names of others that belong to it, if there are such. Raises LabError.
+        """
+        for package in self.newest(pattern):
+            with contextlib.suppress(LabError):
+                for part in parts:
+                    for name in self.newest(re.escape(package.replace("linux-image", part))):
+                        self.fetch(name, into)
+                self.fetch(package, into)
+                return
+        raise LabError(f"{self._suite} has no package that matches {pattern}")
+
     def fetch_all(self, packages: Sequence[str], into: Path) -> None:
         """Unpack these, what they need, and what Debian calls essential."""
         wanted = ("install", "--download-only", "--yes", "-qq", "--no-install-recommends", *packages, "?essential")
@@ -220,19 +234,10 @@ def debian_kernel(name: str, architecture: str) -> KernelFiles:
 
     def make(place: Path) -> None:
         apt = Apt(kernel.suite, architecture)
-        packages = apt.newest(kernel.pattern.replace("ARCH", architecture))
         tree = place.parent / "tree"
-        for package in packages:
-            # Lists name kernels whose packages have been replaced.
-            with contextlib.suppress(LabError):
-                # From 7.1 on the image and the modules are packages of their own.
-                for part in ("linux-binary", "linux-modules", "linux-base"):
-                    for name in apt.newest(re.escape(package.replace("linux-image", part))):
-                        apt.fetch(name, tree)
-                apt.fetch(package, tree)
-                break
-        else:
-            raise LabError(f"{kernel.suite} has no kernel that matches {kernel.pattern} for {architecture}")
+        # From 7.1 on the image and the modules are packages of their own.
+        parts = ("linux-binary", "linux-modules", "linux-base")
+        apt.fetch_newest(kernel.pattern.replace("ARCH", architecture), tree, parts)
         (image,) = (*tree.glob("boot/vmlinuz-*"), *tree.glob("usr/lib/modules/*/vmlinuz"))
         modules = next(path for path in (tree / "lib/modules", tree / "usr/lib/modules") if path.is_dir())
         (of_release,) = modules.iterdir()

@@ -69,21 +69,13 @@ def debian_kernel(name: str) -> KernelFiles:
 
 
 def _debians_settings(apt: Apt, pattern: str, tree: Path) -> list[str]:
-    for package in apt.newest(pattern):
-        try:
-            apt.fetch(package, tree)
-        except LabError:  # lists name kernels whose packages have been replaced
-            continue
-        (file,) = tree.glob("boot/config-*")
-        return file.read_text().splitlines()
-    raise LabError(f"Debian has no kernel that matches {pattern}")
+    apt.fetch_newest(pattern, tree)
+    (file,) = tree.glob("boot/config-*")
+    return file.read_text().splitlines()
 
 
 def _source(apt: Apt, name: str, tree: Path) -> Path:
-    package = next(iter(apt.newest(rf"linux-source-{re.escape(name)}")), None)
-    if package is None:
-        raise LabError(f"Debian has no source of {name} by that name")
-    apt.fetch(package, tree)
+    apt.fetch_newest(rf"linux-source-{re.escape(name)}", tree)
     (archive,) = tree.glob("usr/src/linux-source-*.tar.*")
     kernel_lab.run("tar", "-x", "-f", archive, "-C", tree)
     (source,) = tree.glob("linux-source-*")
