@@ -19,6 +19,7 @@ import itertools
 import os
 import pwd
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -267,8 +268,16 @@ def machine_snapshot() -> MachineState:
     mount = cgroup2_mount()
     return MachineState(
         cgroups=None if mount is None else frozenset(_directories_below(mount)),
-        records=frozenset(record.name for record in RECORDS.iterdir()) if RECORDS.is_dir() else None,
+        records=names_in(RECORDS),
     )
+
+
+def names_in(directory: Path) -> frozenset[str] | None:
+    """The names in a directory; None where there is none, as there may be none from one moment to the next."""
+    try:
+        return frozenset(os.listdir(directory))
+    except FileNotFoundError:
+        return None
 
 
 def cgroup2_mount() -> Path | None:
@@ -317,6 +326,24 @@ def finish_all(
     """`finish` for the nodes of one job at once: none waits for room in a pipe that nobody reads."""
     with ThreadPoolExecutor(len(processes)) as readers:
         return list(readers.map(lambda process: finish(process, timeout=timeout), processes))
+
+
+def hear(process: subprocess.Popen[str], words: str, *, seconds: float = 30) -> str:
+    """What a process said on standard error until a line had these words, it had ended, or so long had passed.
+
+    Nothing that it says after that is lost: `finish` has it.
+    """
+    assert process.stderr is not None
+    descriptor, said, end = process.stderr.fileno(), b"", time.monotonic() + patient(seconds)
+    while words.encode() not in said[: said.rfind(b"\n") + 1]:
+        if not select.select([descriptor], [], [], max(0, end - time.monotonic()))[0]:
+            break
+        more = os.read(descriptor, 1 << 16)
+        if not more:
+            break
+        said += more
+    skip_if_missed(said.decode(errors="replace"))
+    return said.decode(errors="replace")
 
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 10) -> bool:

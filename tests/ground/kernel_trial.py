@@ -47,6 +47,7 @@ from hosts import (
     finish_all,
     kill_group,
     machine_snapshot,
+    names_in,
 )
 from kernel_cells import DOCUMENT
 from probe import Probe
@@ -655,9 +656,7 @@ def try_part(name: str, asked: Asked) -> dict[str, Any]:
 
 
 def _no_record() -> bool:
-    with contextlib.suppress(FileNotFoundError):  # it goes with the last of them
-        return not list(RECORDS.iterdir())
-    return True
+    return not names_in(RECORDS)
 
 
 def main() -> None:

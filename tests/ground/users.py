@@ -27,7 +27,7 @@ from typing import Callable
 
 from cgroups import Cgroup, end_all, new_cgroup
 from checkout import CHECKOUT, COMMANDS
-from hosts import FAREWELL_SECONDS, NAMESPACES, Argument, Host, Stream, eventually, finish, kill_group
+from hosts import FAREWELL_SECONDS, NAMESPACES, Argument, Host, Stream, eventually, finish, kill_group, names_in
 from lacking import Lacking
 from process_table import name_of, signal_if, users_of
 
@@ -166,8 +166,7 @@ class PrivateMachine:
 
     def records(self) -> frozenset[str] | None:
         """The names in the machine's /run/securerun; None where there is no such directory."""
-        place = self.place(RECORDS)
-        return frozenset(os.listdir(place)) if place.is_dir() else None
+        return names_in(self.place(RECORDS))
 
     def runs(self) -> frozenset[str]:
         """The names of the runs' records, without what lies beside them."""
