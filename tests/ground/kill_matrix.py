@@ -346,11 +346,12 @@ def _require_reaped(ground: Ground) -> list[str]:
 def _require_left_alone(job: LightJob, ground: Ground, cell: Cell) -> None:
     """The next run comes while the job lives that nobody guards any more, and takes nothing from it.
 
-    A guard that was on its way when the last one died may be there all the same, with chains of its own.
+    A guard that was on its way when the last one died may be there all the same, with chains of its own: it comes and
+    goes between two looks, so that it is looked for before and after them.
     """
     _require_reaped(ground)
-    is_guarded = bool(ground.guards())
-    stands = job.record() is not None and (is_guarded or ground.has_chains() == cell.chains_outlive_guards)
+    is_as_left = bool(ground.guards()) or ground.has_chains() == cell.chains_outlive_guards or bool(ground.guards())
+    stands = job.record() is not None and is_as_left
     require(job.is_over() or stands, f"reaped alive: {[*_differences(ground.before, ground.look())]}; {job.living()}")
 
 
