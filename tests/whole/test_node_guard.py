@@ -244,8 +244,7 @@ def test_pod_that_floods_the_guard_keeps_no_other_from_it(network: Network, node
     holder = held(podman, network["pod1"], *LISTENING)
     took = time.monotonic() - began
     assert len(guards(node)) <= 48 + 1
-    # A busy listener comes to connections that are given up already, and to whom it turns away by and by.
-    assert eventually(lambda: "turned away at the door" in log_of(node), seconds=30)
+    assert eventually(lambda: "turned away at the door" in log_of(node), seconds=30), (flood.poll(), log_of(node))
     podman.kill("floods")
     assert holder.start["guarding"] == ["shield"] and took < 20, (holder.start, took)
     holder.let_go()
@@ -263,7 +262,8 @@ for number in range(2**40):
     except BlockingIOError: pass
     os.setresuid(0, 0, 0)
     kept = [end, *kept[:200]]
-    time.sleep(0.001)
+    # A busy listener falls so far behind the fast ones that all have hung up that it comes to; it turns away the slow.
+    time.sleep(0.001 if number < 4000 else 0.005)
     if number == 50: print("flooding", flush=True)
 """
 
