@@ -297,8 +297,7 @@ def _make_public(policy: dict[str, Any], chance: random.Random) -> None:
 def _changed(document: Any, chance: random.Random) -> Any:  # noqa: ANN401 - anything at all
     """The document with one place in it changed, taken away, doubled or added."""
     document = copy.deepcopy(document)
-    places = list(_places(document))
-    most = (1, 2) if _is_large(document) else (1, 2, 300)
+    places = _places(document)
     if not places:
         return chance.choice(_VALUES)
     container, key = chance.choice(places)
@@ -308,7 +307,9 @@ def _changed(document: Any, chance: random.Random) -> Any:  # noqa: ANN401 - any
             lambda: container.__setitem__(key, chance.choice(_VALUES)),
             lambda: container.__delitem__(key),
             lambda: _add(container, key, chance),
-            lambda: container.__setitem__(key, [container[key]] * chance.choice(most)),
+            lambda: container.__setitem__(
+                key, [container[key]] * chance.choice((1, 2) if _is_large(document) else (1, 2, 300))
+            ),
         )
     )
     with suppress(RecursionError):
@@ -333,11 +334,17 @@ def _add(container: Any, key: Any, chance: random.Random) -> None:  # noqa: ANN4
         container[chance.choice(("path", "pid", "user", "", "order", "__class__"))] = chance.choice(_VALUES)
 
 
-def _places(document: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 - anything at all
-    keys = list(document) if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
-    for key in keys:
-        yield document, key
-        yield from _places(document[key])
+def _places(document: Any) -> list[tuple[Any, Any]]:  # noqa: ANN401 - anything at all
+    found: list[tuple[Any, Any]] = []
+    left = [document]
+    while left:
+        value = left.pop()
+        keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        for key in keys:
+            found.append((value, key))
+            if isinstance(value[key], (dict, list)):
+                left.append(value[key])
+    return found
 
 
 def _damaged(line: bytes, chance: random.Random) -> bytes:
