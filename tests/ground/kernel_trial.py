@@ -471,6 +471,8 @@ def tests(asked: Asked) -> str:
             env={
                 **os.environ,
                 "KERNEL_TALLY": str(tally),
+                # hypothesis's plugin imports all of hypothesis, which takes half a minute of an emulated processor.
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
                 "PYTHONPATH": str(GROUND),
                 "SECURERUN_TESTS_PATIENCE": _PATIENCE,
             },
