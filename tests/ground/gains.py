@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from patience import patient
+
 Endpoint = tuple[str, int]
 
 
 # 0.2 s are promised. Here four jobs at a time are started and killed on two cores, and wait for one lock.
-OPEN_SECONDS = 1.0
+OPEN_SECONDS = patient(1.0)
 PLANNED = frozenset([29500, *range(60000, 60016)])
 
 
