@@ -328,6 +328,13 @@ def finish_all(
         return list(readers.map(lambda process: finish(process, timeout=timeout), processes))
 
 
+def terminate_all(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """End by SIGTERM what would go on, such as the nodes of one job, and wait for that."""
+    for process in processes:
+        process.terminate()
+    finish_all(processes, timeout=30)
+
+
 def hear(process: subprocess.Popen[str], words: str, *, seconds: float = 30) -> str:
     """What a process said on standard error until a line had these words, it had ended, or so long had passed.
 

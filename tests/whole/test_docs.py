@@ -21,7 +21,7 @@ import second_network
 import yaml
 from checkout import CHECKOUT, COMMANDS
 from containers import DOCKER_CAPABILITIES, READ_ONLY_CGROUPS, WRITABLE_CGROUPS, container
-from hosts import Network, eventually, kill_group, machine_snapshot
+from hosts import Network, eventually, hear, kill_group, machine_snapshot
 from pages import DIRECTORY, Block, Stage, blocks_of
 from torchless import needs_torch
 from users import PrivateMachine
@@ -125,9 +125,7 @@ def stage(root_and_tools: None) -> Iterator[Stage]:
         machine.place("/etc/slurm").mkdir(exist_ok=True)
         stage = Stage(machine, nodes)
         job = stage.start("exec securerunctl exec --peers node0,node1 -- sleep 1000", 0)
-        assert job.stderr is not None
-        while "iptables" not in (line := job.stderr.readline()):
-            assert line, "the job that is to be looked at did not start"
+        assert "iptables" in hear(job, "iptables"), "the job that is to be looked at did not start"
         yield stage
         kill_group(job)
         assert eventually(lambda: not machine.records() and machine_snapshot() == before)

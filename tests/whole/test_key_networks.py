@@ -12,7 +12,7 @@ from typing import Callable
 import jobs
 import pytest
 import second_network
-from hosts import Argument, Host, Network, eventually, finish_all
+from hosts import Argument, Host, Network, eventually, finish_all, terminate_all
 from key_homes import make_homes
 from probe import Probe
 from remains import nothing_left_behind
@@ -70,9 +70,7 @@ def in_vain(
     try:
         yield files
     finally:
-        for each in started:
-            each.terminate()
-        finish_all(started, timeout=30)
+        terminate_all(started)
 
 
 def says(path: Path, *words: str, seconds: float = 20) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jobs
 import pytest
 from checkout import COMMANDS
-from hosts import Host, Network, eventually, finish_all, hear
+from hosts import Host, Network, eventually, finish_all, hear, terminate_all
 from key_homes import make_homes
 from probe import Probe
 from remains import nothing_left_behind
@@ -72,19 +72,12 @@ def test_nodes_with_different_keys_both_say_so_within_seconds(network: Network, 
     # Node 0 stays until node 1 has said it: who has ended answers that nobody listens.
     blocked, unanswered = f"blocked {node1.ipv4} → {jobs.PORT}", f"no answer from {node0.ipv4}:{jobs.PORT}"
     said = [hear(each, words) for each, words in zip(started, (blocked, unanswered))]
-    end_all(started)
+    terminate_all(started)
     fingerprints = [line.partition(": key ")[2][:8] for text in said for line in text.splitlines() if ": key " in line]
     assert len(set(fingerprints)) == 2, said
     # Whoever opens hears nothing, and whoever listens turns away; each of them has to think of its key.
     assert blocked in said[0] and f"(fingerprint {fingerprints[0]})" in said[0], said[0]
     assert unanswered in said[1] and f"(fingerprint {fingerprints[1]})" in said[1], said[1]
-
-
-def end_all(started: Sequence[subprocess.Popen[str]]) -> None:
-    """End launches that would go on."""
-    for each in started:
-        each.terminate()
-    finish_all(started, timeout=30)
 
 
 def test_a_node_that_is_named_may_be_without_securerun(network: Network, homes: tuple[Path, ...]) -> None:
@@ -117,8 +110,8 @@ def test_where_a_tag_is_insisted_on_a_node_without_one_is_told_of_and_comes_in_n
     )
     words = f"{node0.ipv4}:{jobs.PORT} answered without the tag of this job's key"
     said = hear(near, words)
-    end_all([near, far])
-    assert words in said
+    terminate_all([near, far])
+    assert words in said, said
 
 
 def test_a_plain_node_that_comes_where_a_tag_is_insisted_on_is_turned_away_with_that_reason(
@@ -134,7 +127,7 @@ def test_a_plain_node_that_comes_where_a_tag_is_insisted_on_is_turned_away_with_
     far = node1.popen([jobs.TORCHRUN, "--nnodes", "2", *jobs.rendezvous("static", node1, 1, node0), *script])
     words = f"blocked {node1.ipv4} → {jobs.PORT}"
     said = hear(near, words)
-    end_all([near, far])
+    terminate_all([near, far])
     (line, *_) = (line for line in said.splitlines() if words in line)
     assert "did not show the tag of this job's key" in line and "--key auto" in line, said
 
@@ -235,7 +228,7 @@ def test_an_interface_that_is_named_is_where_tags_have_to_come_through(
         started = start((node0, node1), homes, ("--interface", "ib0"), ())
         words = f"blocked {node1.ipv4} → {jobs.PORT}"
         said = hear(started[0], words)
-        end_all(started)
+        terminate_all(started)
     finally:
         node0.run(["ip", "link", "del", "ib0"], check=True)
     assert words in said and "through ib0" in said, said
