@@ -25,7 +25,7 @@ _NETWORK_KEY = struct.Struct("=II16s")
 _VERSION_BITS, _MAPPED_BITS = 32, 96
 NETWORK_KEY_BITS = _VERSION_BITS + 128
 _MAPPED = bytes(10) + b"\xff\xff"
-# What was hashed, to the end of a word: source address, source port and sequence number, and their length.
+# What was hashed, to the end of a word: source address, source port or 0, sequence number, and their length.
 _NOTE_KEY_SIZE = 24
 NUMBER_SIZE = 8
 # An address, and a TCP port of it or 0.

@@ -93,7 +93,7 @@ _TCP_UNACKNOWLEDGED = 24
 _MOST_IN_A_SYN = 65535
 
 # Offsets in a TCP header, and where the options of one of 60 bytes can begin that has room for a tag.
-_SOURCE_PORT, _TARGET_PORT, _SEQUENCE, _ACKNOWLEDGED, _DATA_OFFSET, _FLAGS = 0, 2, 4, 8, 12, 13
+_SOURCE_PORT, _SEQUENCE, _ACKNOWLEDGED, _DATA_OFFSET, _FLAGS = 0, 4, 8, 12, 13
 _SHORTEST_WITH_TAG = TCP_HEADER + tag.SIZE
 _LONGEST_HEADER = 60
 
@@ -278,6 +278,7 @@ def _find_option() -> Iterator[Statement]:
         yield from load_packet(offset=R7, place=_OPTION, size=tag.SIZE, otherwise="no option")
         yield load(R2, 4, R10, _OPTION)
         yield jump_if(R2, "==", tag.HEAD_WORD, "found")
+        yield jump_if(R2, "==", tag.HEAD_WORD_ONCE_MORE, "found")
         yield load(R2, 1, R10, _TCP_AT + _DATA_OFFSET)
         yield jump_if(R2, "<", (length + 4) // 4 << 4, "no option")
         yield calculate(R7, "+=", -4)
@@ -285,18 +286,28 @@ def _find_option() -> Iterator[Statement]:
 
 
 def _compare() -> Iterator[Statement]:
-    """Fall through with a SYN whose tag is right, and go to `right` with such an answer; with others go elsewhere."""
+    """Fall through with a SYN whose tag is right, and go to `right` with such an answer; with others go elsewhere.
+
+    The option's head is in r2.
+    """
+    yield load(R3, 4, R10, _TCP_AT + _SEQUENCE)
     yield jump_if(R8, "==", SYN_SENT, "message of an answer")
+    yield load(R4, 2, R10, _TCP_AT + _SOURCE_PORT)
+    yield jump_if(R2, "==", tag.HEAD_WORD, "port")
+    yield calculate(R4, "=", tag.NO_PORT)
+    yield Label("port")
+    yield from _lay_end()
     yield from _lay_source()
-    yield from _lay_port_and_sequence(_SOURCE_PORT)
     yield from siphash.begin(tag.SYN_KEY)
     yield jump("hash")
     yield Label("message of an answer")
+    yield jump_if(R2, "!=", tag.HEAD_WORD, "no option")
+    yield calculate(R4, "=", tag.NO_PORT)
+    yield from _lay_end()
     yield load(R2, 4, R10, _TCP_AT + _ACKNOWLEDGED)
     yield store(8, R10, _MESSAGE, R2)
     yield calculate(R2, "=", 0)
     yield store(8, R10, _MESSAGE + 8, R2)
-    yield from _lay_port_and_sequence(_TARGET_PORT)
     yield from siphash.begin(tag.SYN_ACK_KEY)
     yield Label("hash")
     yield Remark("SipHash-2-4")
@@ -319,19 +330,13 @@ def _lay_source() -> Iterator[Statement]:
         yield store(8, R10, _MESSAGE + place, R2)
 
 
-def _lay_port_and_sequence(port: int) -> Iterator[Statement]:
-    yield load(R3, 4, R10, _TCP_AT + _SEQUENCE)
-    yield from _lay_end(port)
-
-
-def _lay_end(port: int) -> Iterator[Statement]:
-    """Lay the end of the message: the port at this offset, the sequence number in r3, and the length."""
-    yield load(R2, 2, R10, _TCP_AT + port)
+def _lay_end() -> Iterator[Statement]:
+    """Lay the end of the message: the opener's port or 0 from r4, the sequence number from r3, and the length."""
     yield calculate(R3, "<<=", 16)
-    yield calculate(R2, "|=", R3)
+    yield calculate(R4, "|=", R3)
     yield constant(R3, siphash.last_word(tag.MESSAGE_SIZE))
-    yield calculate(R2, "|=", R3)
-    yield store(8, R10, _MESSAGE + 16, R2)
+    yield calculate(R4, "|=", R3)
+    yield store(8, R10, _MESSAGE + 16, R4)
 
 
 def _note() -> Iterator[Statement]:
@@ -346,14 +351,23 @@ def _note() -> Iterator[Statement]:
 
 
 def _judge_noted() -> Iterator[Statement]:
-    """Have the rest of a handshake pass whose SYN was noted: what comes next after a SYN has the next number."""
+    """Have the rest of a handshake pass whose SYN was noted, the first or one that was sent again.
+
+    What comes next after a SYN has the next number.
+    """
     yield Label("noted")
     yield from _lay_source()
     yield load(R3, 4, R10, _TCP_AT + _SEQUENCE)
     yield from_network_order(R3, 4)
     yield calculate(R3, "+=", -1)
     yield from_network_order(R3, 4)
-    yield from _lay_end(_SOURCE_PORT)
+    yield load(R4, 2, R10, _TCP_AT + _SOURCE_PORT)
+    yield from _lay_end()
+    yield from _judge_note("noted without a port", "noted without a port")
+    yield Label("noted without a port")
+    yield load(R2, 8, R10, _MESSAGE + 16)
+    yield calculate(R2, "&=", ~0xFFFF)
+    yield store(8, R10, _MESSAGE + 16, R2)
     yield from _judge_note("untagged", "untagged")
 
 

@@ -45,13 +45,13 @@ WRITING_NAME = "securerun_write"
 # include/uapi/linux/bpf.h: offsets in struct bpf_sock_ops, what the kernel calls for, and the flag that asks for it
 _OPERATION, _FAMILY, _CALLBACK_FLAGS = 0, 20, 84
 _REMOTE_IPV4, _LOCAL_IPV4, _REMOTE_IPV6, _LOCAL_IPV6 = 24, 28, 32, 48
-_HEADER, _HEADER_END, _LENGTH, _TCP_FLAGS = 192, 200, 208, 212
+_TOTAL_RETRANSMISSIONS, _HEADER, _HEADER_END, _LENGTH, _TCP_FLAGS = 136, 192, 200, 208, 212
 _CONNECTS, _HAS_CONNECTED, _HAS_ACCEPTED, _LISTENS, _RESERVES, _WRITES = 3, 4, 5, 11, 14, 15
 _WRITE_OPTION = 64
 _AF_INET = 2
 
 # Offsets in a TCP header
-_SOURCE_PORT, _TARGET_PORT, _SEQUENCE, _ACKNOWLEDGED, _DATA_OFFSET, _TCP_HEADER = 0, 2, 4, 8, 12, 20
+_SOURCE_PORT, _SEQUENCE, _ACKNOWLEDGED, _DATA_OFFSET, _TCP_HEADER = 0, 4, 8, 12, 20
 _SYN, _ACK = 0x02, 0x10
 
 # The stack: all of it is written by stores of 8 bytes at multiples of 8 (`shield_program`), but for the option's head.
@@ -67,8 +67,8 @@ _MAPPED_WORD = 0xFFFF0000
 def writing_program(public: tuple[Opening, ...] = ()) -> tuple[Statement, ...]:
     """Write tags. Another program's flags are left as they are, and so is what it answers to the kernel.
 
-    public: whence answers carry none. Others get those: with a port and a sequence number of their choice they would
-    have made for them what a node of the job waits for elsewhere.
+    public: whence answers carry none. Others get those: with a sequence number of their choice they would have made
+    for them what a node of the job waits for elsewhere.
     Made once: a guard loads it for the proof, and for the job.
     """
     return (
@@ -147,7 +147,11 @@ def _reserve() -> Iterator[Statement]:
 
 
 def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
-    """Hash the packet, whose TCP header is in r7, and write the option."""
+    """Hash the packet, whose TCP header is in r7, and write the option.
+
+    Of a SYN that is sent again the port is left out: net/ipv4/tcp_output.c, __tcp_retransmit_skb() counts before it
+    sends.
+    """
     yield Label("write")
     yield load(R7, 8, R6, _HEADER)
     yield load(R2, 8, R6, _HEADER_END)
@@ -155,6 +159,7 @@ def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
     yield calculate(R3, "+=", _TCP_HEADER)
     yield jump_if(R3, ">", R2, "end")
     yield load(R3, 4, R7, _SEQUENCE)
+    yield store(4, R10, _OPTION, tag.HEAD_WORD)
     yield jump_if(R8, "!=", _SYN, "answer")
     yield Remark("what others reserved for a SYN with data is theirs")
     yield load(R2, 1, R7, _DATA_OFFSET)
@@ -162,6 +167,11 @@ def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
     yield calculate(R2, ">>=", 2)
     yield jump_if(R9, "!=", R2, "end")
     yield load(R2, 2, R7, _SOURCE_PORT)
+    yield load(R4, 4, R6, _TOTAL_RETRANSMISSIONS)
+    yield jump_if(R4, "==", 0, "first SYN")
+    yield calculate(R2, "=", tag.NO_PORT)
+    yield store(4, R10, _OPTION, tag.HEAD_WORD_ONCE_MORE)
+    yield Label("first SYN")
     yield from _lay_end()
     yield from _lay_address(_LOCAL_IPV4, _LOCAL_IPV6, "source")
     for place in (0, 8):
@@ -171,7 +181,7 @@ def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
     yield jump("hash")
     yield Label("answer")
     yield from _leave_public(public)
-    yield load(R2, 2, R7, _TARGET_PORT)
+    yield calculate(R2, "=", tag.NO_PORT)
     yield from _lay_end()
     yield load(R2, 4, R7, _ACKNOWLEDGED)
     yield store(8, R10, _MESSAGE, R2)
@@ -182,7 +192,6 @@ def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
     yield Remark("SipHash-2-4")
     yield from siphash.take_in(_MESSAGE_WORDS)
     yield store(8, R10, _OPTION + len(tag.HEAD), siphash.RESULT)
-    yield store(4, R10, _OPTION, tag.HEAD_WORD)
     yield calculate(R1, "=", R6)
     yield from point(R2, _OPTION)
     yield calculate(R3, "=", tag.SIZE)
@@ -203,7 +212,7 @@ def _leave_public(public: tuple[Opening, ...]) -> Iterator[Statement]:
 
 
 def _lay_end() -> Iterator[Statement]:
-    """Lay the end of the message: the opener's port from r2, the sequence number from r3, and the length."""
+    """Lay the end of the message: the opener's port or 0 from r2, the sequence number from r3, and the length."""
     yield calculate(R3, "<<=", 16)
     yield calculate(R2, "|=", R3)
     yield constant(R3, siphash.last_word(tag.MESSAGE_SIZE))

@@ -18,13 +18,24 @@ from dialing import RETRANSMISSION_SECONDS, dial, exchange
 from hosts import Network, eventually
 from packets import ACK, SYN
 from shield_field import FAMILIES, port_of
-from tag_field import BY_TAG, KEY, OTHER_KEY, TagField, flow_to, link_address, segments_in, shielded, tag_field, wire
+from tag_field import (
+    BY_TAG,
+    KEY,
+    OTHER_KEY,
+    SEQUENCE,
+    TagField,
+    flow_to,
+    link_address,
+    segments_in,
+    shielded,
+    tag_field,
+    wire,
+)
 
 from securerun.firewall import tag
 from securerun.firewall.policy import PortRange, Purpose
 
 PORT = 29500
-SEQUENCE = 0x0A0B0C0D
 _IPPROTO_MPTCP = 262
 
 
@@ -87,12 +98,12 @@ def test_a_master_that_is_none_answers_with_no_tag_that_it_has_seen(field: TagFi
         wrong = {
             "none": b"",
             "its own": own,
-            "its own key": tag.syn_ack_option(KEY.syn, port, SEQUENCE, next_number),
-            "another key": tag.syn_ack_option(OTHER_KEY.syn_ack, port, SEQUENCE, next_number),
-            "of another number": tag.syn_ack_option(KEY.syn_ack, port, SEQUENCE, next_number + 1),
-            "of another number of its own": tag.syn_ack_option(KEY.syn_ack, port, SEQUENCE + 1, next_number),
-            "of another port": tag.syn_ack_option(KEY.syn_ack, port + 1, SEQUENCE, next_number),
-            "cut off": tag.syn_ack_option(KEY.syn_ack, port, SEQUENCE, next_number)[:8],
+            "its own key": tag.syn_ack_option(KEY.syn, SEQUENCE, next_number),
+            "another key": tag.syn_ack_option(OTHER_KEY.syn_ack, SEQUENCE, next_number),
+            "of another number": tag.syn_ack_option(KEY.syn_ack, SEQUENCE, next_number + 1),
+            "of another number of its own": tag.syn_ack_option(KEY.syn_ack, SEQUENCE + 1, next_number),
+            "of one sent again": tag.HEAD_ONCE_MORE + tag.syn_ack_option(KEY.syn_ack, SEQUENCE, next_number)[4:],
+            "cut off": tag.syn_ack_option(KEY.syn_ack, SEQUENCE, next_number)[:8],
         }
         for what, options in wrong.items():
             answer(field, flow, next_number, options)
@@ -100,7 +111,7 @@ def test_a_master_that_is_none_answers_with_no_tag_that_it_has_seen(field: TagFi
             (told,) = held.tags.answers()
             assert (told.target, told.port, told.source_port) == (flow.source, PORT, port), what
         # Nobody ended it here, so that one can see what opens it: the right tag alone.
-        answer(field, flow, next_number, tag.syn_ack_option(KEY.syn_ack, port, SEQUENCE, next_number))
+        answer(field, flow, next_number, tag.syn_ack_option(KEY.syn_ack, SEQUENCE, next_number))
         assert has_connected(made, RETRANSMISSION_SECONDS)
         assert made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 

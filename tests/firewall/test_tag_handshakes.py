@@ -19,7 +19,19 @@ from dialing import RETRANSMISSION_SECONDS, attempt, dial, exchange
 from hosts import Host, Network
 from packets import ACK, RST, SYN, Flow
 from shield_field import FAMILIES, INGRESS, PATIENCE_SECONDS, port_of
-from tag_field import TagField, answer_to, flow_to, has_tag, link_address, segments_in, tag_field, wire
+from tag_field import (
+    KEY,
+    SEQUENCE,
+    TagField,
+    answer_to,
+    answers_to,
+    flow_to,
+    has_tag,
+    link_address,
+    segments_in,
+    tag_field,
+    wire,
+)
 
 from securerun.firewall import tag
 from securerun.firewall.tag_maps import NOTES
@@ -132,7 +144,8 @@ def test_a_syn_that_was_lost_is_sent_again_with_its_tag(field: TagField) -> None
             work = lambda: attempt(field.host.ipv4, port, seconds=RETRANSMISSION_SECONDS)  # noqa: E731
             assert field.from_far(work) == "connected"
         opening = [each for each in segments_in(packets.frames_in(seen, 0.2)) if each[13] & (SYN | ACK) == SYN]
-    assert len(opening) > 1 and len({each[-12:] for each in opening}) == 1 and has_tag(opening[0])
+    assert len(opening) > 1 and all(map(has_tag, opening))
+    assert len({each[-12:] for each in opening}) == 2, "the first has another one than all that follow"
 
 
 @contextlib.contextmanager
@@ -219,6 +232,25 @@ def test_an_address_that_is_translated_on_the_way_makes_no_difference(field: Tag
             host.run(["nft", "delete table ip t"], check=True)
 
 
+@FAMILIES
+def test_a_port_that_is_translated_with_it_makes_it_wait_for_the_second_syn(field: TagField, family: int) -> None:
+    """As netfilter does where it has another connection from that port to the true target."""
+    kind, source = ("ip", field.peer.ipv4) if family == 4 else ("ip6", f"[{field.peer.ipv6}]")
+    rule = f"meta l4proto tcp snat to {source}:50000-50099"
+    table = f"table {kind} t {{ chain p {{ type nat hook postrouting priority 100; {rule}; }}; }}"
+    field.peer.run(["nft", table], check=True)
+    with field.shielded(), field.listener() as of_the_job:
+        address, port = address_of(field, family), port_of(of_the_job)
+
+        def work() -> None:
+            with dial(address, port, seconds=RETRANSMISSION_SECONDS) as near, of_the_job.accept()[0] as far:
+                assert near.getsockname()[1] != far.getpeername()[1]
+                exchange(near, far)
+
+        field.from_far(work)
+        assert field.beside_far(lambda: attempt(address, port, seconds=RETRANSMISSION_SECONDS)) == "timeout"
+
+
 # --- replays ----------------------------------------------------------------------------------------
 
 
@@ -277,6 +309,21 @@ def test_the_same_syn_is_a_retransmission_and_later_a_replay(field: TagField, fa
         of_the_job.setblocking(False)
         with pytest.raises(BlockingIOError):
             of_the_job.accept()
+
+
+@FAMILIES
+def test_a_syn_that_was_sent_again_is_a_replay_later_whatever_its_port(field: TagField, family: int) -> None:
+    with field.shielded(), field.listener() as of_the_job:
+        flow, from_another = (flow_to(field, field.peer, family, port_of(of_the_job), port) for port in (45000, 45001))
+        option = tag.syn_option_once_more(KEY.syn, flow.source, SEQUENCE)
+        again = {each: packets.tcp(each, SYN, sequence=SEQUENCE, options=option) for each in (flow, from_another)}
+        last = packets.tcp(flow, ACK, sequence=SEQUENCE + 1, acknowledged=1)
+        assert answer_to(field, field.peer, flow, last) == []
+        assert answers_to(field, field.peer, again) == {each: [SYN | ACK] for each in again}
+        assert answer_to(field, field.peer, flow, last) == [RST]
+        assert age_notes(field, NOTE_SECONDS) == 1
+        assert answers_to(field, field.peer, again) == {each: [] for each in again}
+        assert answer_to(field, field.peer, flow, last) == []
 
 
 @FAMILIES

@@ -424,3 +424,5 @@ def test_the_option_is_what_the_page_says() -> None:
     assert option[:4] == b"\xfe\x0cSR" and len(option) == tag.SIZE == 12
     message = bytes(10) + b"\xff\xff" + bytes((10, 77, 0, 2)) + struct.pack("!HI", 40000, 7)
     assert int.from_bytes(option[4:], "little") == siphash.siphash(KEY.syn, message)
+    once_more = tag.syn_option_once_more(KEY.syn, peer.network_address, 7)
+    assert once_more == b"\xfe\x0cSr" + tag.syn_option(KEY.syn, peer.network_address, 0, 7)[4:]

@@ -16,11 +16,10 @@ from dialing import attempts, dial, exchange, listening
 from hosts import Host, Network
 from packets import ACK, CWR, ECE, FRAGMENT, HOP_BY_HOP, OPTIONS, PSH, ROUTING, SYN, URG, Flow
 from shield_field import FAMILIES, PATIENCE_SECONDS, port_of
-from tag_field import KEY, OTHER_KEY, TagField, answer_to, flow_to, link_address, shielded, tag_field, wire
+from tag_field import KEY, OTHER_KEY, SEQUENCE, TagField, answer_to, flow_to, link_address, shielded, tag_field, wire
 
 from securerun.firewall import tag
 
-SEQUENCE = 0x11223344
 OVER_BOTH, NOT_AT_ALL = ["connected"] * 2, ["timeout"] * 2
 
 

@@ -22,6 +22,7 @@ from tag_field import (
     BY_TAG,
     KEY,
     OTHER_KEY,
+    SEQUENCE,
     TagField,
     answer_to,
     answers_to,
@@ -98,7 +99,7 @@ def test_tags_are_what_python_makes_of_them(field: TagField) -> None:
             source_port, sequence = int.from_bytes(first[:2], "big"), int.from_bytes(first[4:8], "big")
             assert first.endswith(tag.syn_option(KEY.syn, flow.source, source_port, sequence))
             numbers = (int.from_bytes(second[4:8], "big"), int.from_bytes(second[8:12], "big"))
-            assert second.endswith(tag.syn_ack_option(KEY.syn_ack, source_port, *numbers))
+            assert second.endswith(tag.syn_ack_option(KEY.syn_ack, *numbers))
 
 
 def test_nobody_beyond_where_nodes_can_be_sees_a_tag(field: TagField) -> None:
@@ -217,8 +218,6 @@ def test_where_only_the_loopback_goes_by_tags_others_go_by_address(field: TagFie
 
 # --- what is no tag ---------------------------------------------------------------------------------
 
-SEQUENCE = 0x01020304
-
 
 @FAMILIES
 def test_a_tag_is_good_for_the_one_packet_that_it_was_made_for(field: TagField, family: int) -> None:
@@ -234,7 +233,7 @@ def test_a_tag_is_good_for_the_one_packet_that_it_was_made_for(field: TagField, 
         answered = {what for what, (flow, _) in made.items() if found[flow]}
         assert answered == {what for what in made if what.startswith("right")}
         assert all(found[flow] in ([], [SYN | ACK]) for flow in found)
-        assert len(made) == 23
+        assert len(made) == 28
 
 
 SOME_FLOW = Flow(ipaddress.ip_address("10.77.0.3"), ipaddress.ip_address("10.77.0.1"))
@@ -244,15 +243,20 @@ def options_of(other: Flow, flow: Flow) -> dict[str, bytes]:
     """Options of a SYN of this flow, by what they are. other: that of another host."""
     source, port = flow.source, flow.source_port
     right = tag.syn_option(KEY.syn, source, port, SEQUENCE)
+    once_more = tag.syn_option_once_more(KEY.syn, source, SEQUENCE)
     return {
         "none": b"",
         "another key": tag.syn_option(OTHER_KEY.syn, source, port, SEQUENCE),
         "the key of answers": tag.syn_option(KEY.syn_ack, source, port, SEQUENCE),
-        "an answer's": tag.syn_ack_option(KEY.syn_ack, port, SEQUENCE, 0),
-        "an answer's under the other key": tag.syn_ack_option(KEY.syn, port, SEQUENCE, 0),
+        "an answer's": tag.syn_ack_option(KEY.syn_ack, SEQUENCE, 0),
+        "an answer's under the other key": tag.syn_ack_option(KEY.syn, SEQUENCE, 0),
         "another source": tag.syn_option(KEY.syn, other.source, port, SEQUENCE),
         "another port": tag.syn_option(KEY.syn, source, port + 1, SEQUENCE),
         "another number": tag.syn_option(KEY.syn, source, port, SEQUENCE + 1),
+        "one sent again, of another source": tag.syn_option_once_more(KEY.syn, other.source, SEQUENCE),
+        "one sent again, of another number": tag.syn_option_once_more(KEY.syn, source, SEQUENCE + 1),
+        "one sent again, said to be the first": tag.HEAD + once_more[4:],
+        "the first, said to be sent again": tag.HEAD_ONCE_MORE + right[4:],
         "a bit": right[:-1] + bytes((right[-1] ^ 0x80,)),
         "zeros": tag.HEAD + bytes(8),
         "another experiment": right[:2] + b"\xf9\x89" + right[4:],
@@ -264,6 +268,7 @@ def options_of(other: Flow, flow: Flow) -> dict[str, bytes]:
         "cut off at the end of the longest header": b"\x01" * 32 + right[:8],
         "beside a word": b"\x01\x01" + right + b"\x01\x01",
         "right": right,
+        "right, sent again": once_more,
         "right, before others": right + b"\x01" * 4,
         "right, before many": right + b"\x01" * 28,
         "right, behind many": b"\x01" * 28 + right,
@@ -394,7 +399,7 @@ def _connecting(field: TagField, target: Host, family: int, port: int) -> socket
 
 @FAMILIES
 def test_nobody_has_the_answer_made_that_a_node_waits_for_elsewhere(field: TagField, family: int) -> None:
-    """With a node's port and sequence number, at a public port, whose answer would be right for that node."""
+    """With a node's sequence number, at a public port, whose answer would be right for that node."""
     public = 29777
     policy = replace(BY_TAG, public=(Opening(9100, 9101), Opening(public, public)))
     with shielded(field.job, policy), field.listener(port=public), wire(field.stranger) as stranger:

@@ -303,10 +303,17 @@ def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, st
     return variables
 
 
+class TookTooLong(subprocess.TimeoutExpired):
+    """A command, or the nodes of one job, were ended; what they had said by then is part of the message."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{_text(self.output)}\n{_text(self.stderr)}"
+
+
 def finish(
     process: subprocess.Popen[str], *, timeout: float = 60, text_input: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Wait until `process` has ended and its output is closed; past `timeout`, end its group and raise."""
+    """Wait until `process` has ended and its output is closed; past `timeout`, end its group, TookTooLong."""
     try:
         output, errors = process.communicate(text_input, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -315,7 +322,7 @@ def finish(
             output, errors = process.communicate(timeout=1)
         except subprocess.TimeoutExpired as late:  # something outside of the group holds the pipes
             output, errors = _text(late.stdout), _text(late.stderr)
-        raise subprocess.TimeoutExpired(process.args, timeout, output, errors) from None
+        raise TookTooLong(process.args, timeout, output, errors) from None
     skip_if_missed(errors or "")
     return subprocess.CompletedProcess(process.args, process.returncode, output or "", errors or "")
 
@@ -325,7 +332,14 @@ def finish_all(
 ) -> list[subprocess.CompletedProcess[str]]:
     """`finish` for the nodes of one job at once: none waits for room in a pipe that nobody reads."""
     with ThreadPoolExecutor(len(processes)) as readers:
-        return list(readers.map(lambda process: finish(process, timeout=timeout), processes))
+        ended = [readers.submit(finish, process, timeout=timeout) for process in processes]
+    late = next((error for each in ended if isinstance(error := each.exception(), TookTooLong)), None)
+    if late is None:
+        return [each.result() for each in ended]
+    # Why one waits for ever is often said by another.
+    said = [each.exception() or each.result() for each in ended]
+    output, errors = ("\n".join(str(getattr(each, name, "")) for each in said) for name in ("stdout", "stderr"))
+    raise TookTooLong(late.cmd, timeout, output, errors)
 
 
 def terminate_all(processes: Sequence[subprocess.Popen[str]]) -> None:

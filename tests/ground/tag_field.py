@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 
 KEY = JobKey(bytes(range(16)), bytes(range(16, 32)), "01234567")
 OTHER_KEY = JobKey(bytes(range(1, 17)), bytes(range(17, 33)), "76543210")
+# Of packets that are made by hand.
+SEQUENCE = 0x01020304
 BY_TAG = Policy("0123456789ab", (), (), admission=Admission.TAG, tagged=tag.WHERE_NODES_ARE)
 
 
@@ -148,4 +150,4 @@ def segments_in(frames: Sequence[bytes]) -> Iterator[bytes]:
 
 def has_tag(segment: bytes) -> bool:
     """Whether a segment carries the option, whatever its tag."""
-    return tag.HEAD in segment[20 : (segment[12] >> 4) * 4]
+    return any(head in segment[20 : (segment[12] >> 4) * 4] for head in (tag.HEAD, tag.HEAD_ONCE_MORE))

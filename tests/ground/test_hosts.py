@@ -8,7 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from hosts import NAMESPACES, Host, Network, cgroup2_mount, eventually, finish, finish_all, is_alive, machine_snapshot
+from hosts import (
+    NAMESPACES,
+    Host,
+    Network,
+    TookTooLong,
+    cgroup2_mount,
+    eventually,
+    finish,
+    finish_all,
+    is_alive,
+    machine_snapshot,
+)
 from probe import Probe, reach, scan, targets_of
 
 # Listens on every address, as torch's stores do, and says so; ends with its input.
@@ -180,9 +191,17 @@ def test_a_snapshot_of_the_machine_shows_a_control_group_of_securerun(network: N
 
 def test_a_command_that_takes_too_long_is_ended_and_shows_what_it_printed(network: Network) -> None:
     node0 = network["node0"]
-    with pytest.raises(subprocess.TimeoutExpired) as failure:
+    with pytest.raises(TookTooLong, match="so far") as failure:
         node0.run(["sh", "-c", "echo so far; sleep 600"], timeout=0.5)
     assert str(failure.value.stdout) == "so far\n"
+    assert node0.processes() == {}
+
+
+def test_where_one_node_takes_too_long_all_show_what_they_said(network: Network) -> None:
+    node0, node1, _ = network
+    nodes = [host.popen(["sh", "-c", script]) for host, script in ((node0, "sleep 600"), (node1, "echo no key >&2"))]
+    with pytest.raises(TookTooLong, match="no key"):
+        finish_all(nodes, timeout=0.5)
     assert node0.processes() == {}
 
 

@@ -127,12 +127,16 @@ def test_a_node_whose_address_changes_from_one_connection_to_the_next_is_a_node(
 def test_nodes_that_meet_at_a_service_s_address_know_each_other(
     network: Network, tmp_path: Path, kind: str, service: str
 ) -> None:
-    """As kube-proxy has it: each host translates the address where a connection begins, node 0's own as well."""
+    """As kube-proxy has it: each host translates the address where a connection begins, node 0's own as well.
+
+    And the source port with it where a connection of the host's has that one already, as all have here.
+    """
     node0, node1, stranger = network
     homes = make_homes(node0, tmp_path)
     for node in (node0, node1):
         node.run(["ip", "route", "add", service, "dev", "eth0"], check=True)
         translate(node, "OUTPUT", f"-p tcp -d {service} --dport {jobs.PORT} -j DNAT --to-destination {node0.ipv4}")
+    translate(node1, "POSTROUTING", f"-p tcp --dport {jobs.PORT} -j SNAT --to-source {node1.ipv4}:50000-50999")
     commands = [
         launch(kind, rank, service, "--loopback", "job", local=node.ipv4) for rank, node in enumerate((node0, node1))
     ]
