@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from cgroups import in_child
@@ -52,6 +52,25 @@ def say(*messages: Message) -> str:
     return f"os.write(1, {b''.join(map(encode, messages))!r})"
 
 
+_started: list[ways.Connection] = []
+
+
+def start(script: str) -> ways.Connection:
+    """Start what stands in for a guard; it ends with the test."""
+    _started.append(ways._start([sys.executable, "-I", "-S", "-c", f"import os, sys\n{script}"], {}))
+    return _started[-1]
+
+
+@pytest.fixture(autouse=True)
+def _no_stand_in_stays() -> Iterator[None]:
+    yield
+    while _started:
+        process = _started.pop()._process
+        assert process is not None
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(autouse=True)
 def _every_test_begins_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does what is started after a test carry the run of one, which another test's guard may look for."""
@@ -69,7 +88,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
     def open_one() -> ways.Connection:
         if not scripts.empty():
             last[0] = scripts.get()
-        return ways._start([sys.executable, "-I", "-S", "-c", f"import os, sys\n{last[0]}"], {})
+        return start(last[0])
 
     monkeypatch.setattr(client, "ways", lambda: (Way("by a test", "", open_one),))
     return scripts
@@ -107,8 +126,7 @@ def test_guard_of_roots_that_is_killed_in_its_start_is_followed_by_another_of_ro
     def opener(way: str, *scripts: str) -> Way:
         def open_one() -> ways.Connection:
             opened.append(way)
-            script = scripts[min(opened.count(way), len(scripts)) - 1]
-            return ways._start([sys.executable, "-I", "-S", "-c", f"import os, sys\n{script}"], {})
+            return start(scripts[min(opened.count(way), len(scripts)) - 1])
 
         return Way(way, "", open_one)
 
