@@ -73,13 +73,15 @@ def test_what_strips_the_option_is_no_proof(field: TagField) -> None:
 
 def test_programs_that_do_not_run_are_no_proof(field: TagField, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where sockets count as another cgroup's."""
+    # A processor that is busy lets it in later than it is looked at; then nobody has turned it away.
+    no_proof = "carried no tag (was let in|did not arrive, and nobody turned it away)"
     started = selftest.started
 
     def elsewhere(_cgroup: int, *words: object) -> contextlib.AbstractContextManager[selftest.Sender]:
         return started(field.elsewhere.descriptor, *words)  # type: ignore[arg-type]
 
     monkeypatch.setattr(selftest, "started", elsewhere)
-    with inside(field.host), pytest.raises(ShieldUnavailable, match="carried no tag was let in"):
+    with inside(field.host), pytest.raises(ShieldUnavailable, match=no_proof):
         require_tags(field.job.descriptor)
     assert programs_on(field) == 0
 
