@@ -45,7 +45,7 @@ WRITING_NAME = "securerun_write"
 # include/uapi/linux/bpf.h: offsets in struct bpf_sock_ops, what the kernel calls for, and the flag that asks for it
 _OPERATION, _FAMILY, _CALLBACK_FLAGS = 0, 20, 84
 _REMOTE_IPV4, _LOCAL_IPV4, _REMOTE_IPV6, _LOCAL_IPV6 = 24, 28, 32, 48
-_TOTAL_RETRANSMISSIONS, _HEADER, _HEADER_END, _LENGTH, _TCP_FLAGS = 136, 192, 200, 208, 212
+_IS_FULL_SOCKET, _TOTAL_RETRANSMISSIONS, _HEADER, _HEADER_END, _LENGTH, _TCP_FLAGS = 72, 136, 192, 200, 208, 212
 _CONNECTS, _HAS_CONNECTED, _HAS_ACCEPTED, _LISTENS, _RESERVES, _WRITES = 3, 4, 5, 11, 14, 15
 _WRITE_OPTION = 64
 _AF_INET = 2
@@ -112,7 +112,11 @@ def _ask() -> Iterator[Statement]:
 
 
 def _choose_packets() -> Iterator[Statement]:
-    """Go on with a SYN or a SYN-ACK that goes where nodes can be; its flags are in r8.
+    """Go on with a SYN, or a listener's SYN-ACK, that goes where nodes can be; its flags are in r8.
+
+    A socket that opens a connection itself, and gets a SYN, answers whoever sent it (simultaneous open), and they chose
+    the number that it acknowledges: with a tag they would have what a node of the job waits for elsewhere. A listener's
+    answer has no full socket (net/ipv4/tcp_output.c, bpf_skops_write_hdr_opt()).
 
     Others may have asked for the option too, so the flag tells nothing here. There is no packet, and no flags, where
     the kernel asks how much room data will have.
@@ -123,6 +127,10 @@ def _choose_packets() -> Iterator[Statement]:
     yield calculate(R2, "=", R8)
     yield calculate(R2, "&=", _SYN)
     yield jump_if(R2, "==", 0, "end")
+    yield jump_if(R8, "==", _SYN, "where to")
+    yield load(R2, 4, R6, _IS_FULL_SOCKET)
+    yield jump_if(R2, "!=", 0, "end")
+    yield Label("where to")
     yield from _lay_address(_REMOTE_IPV4, _REMOTE_IPV6, "other")
     yield from look_up_network(_ADDRESS, _NETWORK, "version of the other")
     yield jump_if(R0, "==", 0, "end")

@@ -402,12 +402,28 @@ def test_nobody_has_the_answer_made_that_a_node_waits_for_elsewhere(field: TagFi
     """With a node's sequence number, at a public port, whose answer would be right for that node."""
     public = 29777
     policy = replace(BY_TAG, public=(Opening(9100, 9101), Opening(public, public)))
-    with shielded(field.job, policy), field.listener(port=public), wire(field.stranger) as stranger:
-        flow = flow_to(field, field.stranger, family, public)
+    with shielded(field.job, policy), field.listener(port=public):
+        answers = _answers_to_a_stranger(field, flow_to(field, field.stranger, family, public))
+        assert answers and all(each[13] & SYN for each in answers) and not any(map(has_tag, answers))
+
+
+@FAMILIES
+def test_nor_by_opening_towards_a_socket_that_waits_at_a_port_of_no_plan(field: TagField, family: int) -> None:
+    drop = "table inet t { chain i { type filter hook input priority 0; tcp dport 29777 drop; }; }"
+    field.stranger.run(["nft", drop], check=True)
+    with shielded(field.job):
+        with socket_made_in(field.job, lambda: _connecting(field, field.stranger, family, 29777)) as waiting:
+            flow = flow_to(field, field.stranger, family, waiting.getsockname()[1], 29777)
+            answers = _answers_to_a_stranger(field, flow)
+        assert answers and all(each[13] & SYN for each in answers) and not any(map(has_tag, answers))
+
+
+def _answers_to_a_stranger(field: TagField, flow: Flow) -> list[bytes]:
+    """The segments with an ACK that the stranger's host gets for a SYN of its own."""
+    with wire(field.stranger) as stranger:
         asking = packets.packet(flow, packets.tcp(flow, SYN, sequence=SEQUENCE))
         stranger.send(packets.frame(asking, to=link_address(field.host), sender=stranger.getsockname()[4]))
-        answers = [each for each in segments_in(packets.frames_in(stranger, PATIENCE_SECONDS / 2)) if each[13] & ACK]
-        assert answers and all(each[13] & SYN for each in answers) and not any(map(has_tag, answers))
+        return [each for each in segments_in(packets.frames_in(stranger, PATIENCE_SECONDS / 2)) if each[13] & ACK]
 
 
 @FAMILIES
