@@ -270,13 +270,17 @@ def what_is_said_is_true(node: Host, peer: Host, stranger: Host) -> str:
 
 
 def abilities(node: Host) -> dict[str, dict[str, Any]]:
-    """What doctor says, by name."""
-    answer = node.run([COMMANDS / "securerunctl", "doctor", "--json"], timeout=_RUN_SECONDS)
-    require(answer.returncode in (0, 1) and answer.stdout.startswith("{"), f"doctor: {words_of(answer.stderr)}")
-    found = {one["name"]: one for one in json.loads(answer.stdout)["host"]}
-    for one in found.values():
-        say(f"doctor: {one['name']}: {one['works']}, {one['what']}")
-    return found
+    """What doctor says, by name. Asked once: emulated it takes a quarter of a minute, and no part changes it."""
+    if not _abilities:
+        answer = node.run([COMMANDS / "securerunctl", "doctor", "--json"], timeout=_RUN_SECONDS)
+        require(answer.returncode in (0, 1) and answer.stdout.startswith("{"), f"doctor: {words_of(answer.stderr)}")
+        _abilities.update((one["name"], one) for one in json.loads(answer.stdout)["host"])
+        for one in _abilities.values():
+            say(f"doctor: {one['name']}: {one['works']}, {one['what']}")
+    return _abilities
+
+
+_abilities: dict[str, dict[str, Any]] = {}
 
 
 def chains_hold(node: Host, peer: Host, stranger: Host, backend: str, said: dict[str, Any]) -> bool:
