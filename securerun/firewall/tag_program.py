@@ -296,14 +296,14 @@ def _compare() -> Iterator[Statement]:
     yield jump_if(R2, "==", tag.HEAD_WORD, "port")
     yield calculate(R4, "=", tag.NO_PORT)
     yield Label("port")
-    yield from _lay_end()
+    yield from lay_end(_MESSAGE)
     yield from _lay_source()
     yield from siphash.begin(tag.SYN_KEY)
     yield jump("hash")
     yield Label("message of an answer")
     yield jump_if(R2, "!=", tag.HEAD_WORD, "no option")
     yield calculate(R4, "=", tag.NO_PORT)
-    yield from _lay_end()
+    yield from lay_end(_MESSAGE)
     yield load(R2, 4, R10, _TCP_AT + _ACKNOWLEDGED)
     yield store(8, R10, _MESSAGE, R2)
     yield calculate(R2, "=", 0)
@@ -330,13 +330,13 @@ def _lay_source() -> Iterator[Statement]:
         yield store(8, R10, _MESSAGE + place, R2)
 
 
-def _lay_end() -> Iterator[Statement]:
-    """Lay the end of the message: the opener's port or 0 from r4, the sequence number from r3, and the length."""
+def lay_end(message: int) -> Iterator[Statement]:
+    """Lay the end of the message at this place: the opener's port or 0 from r4, the number from r3, and the length."""
     yield calculate(R3, "<<=", 16)
     yield calculate(R4, "|=", R3)
     yield constant(R3, siphash.last_word(tag.MESSAGE_SIZE))
     yield calculate(R4, "|=", R3)
-    yield store(8, R10, _MESSAGE + 16, R4)
+    yield store(8, R10, message + 16, R4)
 
 
 def _note() -> Iterator[Statement]:
@@ -362,7 +362,7 @@ def _judge_noted() -> Iterator[Statement]:
     yield calculate(R3, "+=", -1)
     yield from_network_order(R3, 4)
     yield load(R4, 2, R10, _TCP_AT + _SOURCE_PORT)
-    yield from _lay_end()
+    yield from lay_end(_MESSAGE)
     yield from _judge_note("noted without a port", "noted without a port")
     yield Label("noted without a port")
     yield load(R2, 8, R10, _MESSAGE + 16)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from securerun.firewall import siphash, tag
 from securerun.firewall.policy import Opening
 from securerun.firewall.program_steps import point
-from securerun.firewall.tag_program import look_up_network
+from securerun.firewall.tag_program import lay_end, look_up_network
 from securerun.linux.assembler import (
     R0,
     R1,
@@ -174,13 +174,13 @@ def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
     yield calculate(R2, "&=", 0xF0)
     yield calculate(R2, ">>=", 2)
     yield jump_if(R9, "!=", R2, "end")
-    yield load(R2, 2, R7, _SOURCE_PORT)
-    yield load(R4, 4, R6, _TOTAL_RETRANSMISSIONS)
-    yield jump_if(R4, "==", 0, "first SYN")
-    yield calculate(R2, "=", tag.NO_PORT)
+    yield load(R4, 2, R7, _SOURCE_PORT)
+    yield load(R2, 4, R6, _TOTAL_RETRANSMISSIONS)
+    yield jump_if(R2, "==", 0, "first SYN")
+    yield calculate(R4, "=", tag.NO_PORT)
     yield store(4, R10, _OPTION, tag.HEAD_WORD_ONCE_MORE)
     yield Label("first SYN")
-    yield from _lay_end()
+    yield from lay_end(_MESSAGE)
     yield from _lay_address(_LOCAL_IPV4, _LOCAL_IPV6, "source")
     for place in (0, 8):
         yield load(R2, 8, R10, _ADDRESS + place)
@@ -189,8 +189,8 @@ def _write(public: tuple[Opening, ...]) -> Iterator[Statement]:
     yield jump("hash")
     yield Label("answer")
     yield from _leave_public(public)
-    yield calculate(R2, "=", tag.NO_PORT)
-    yield from _lay_end()
+    yield calculate(R4, "=", tag.NO_PORT)
+    yield from lay_end(_MESSAGE)
     yield load(R2, 4, R7, _ACKNOWLEDGED)
     yield store(8, R10, _MESSAGE, R2)
     yield calculate(R2, "=", 0)
@@ -217,15 +217,6 @@ def _leave_public(public: tuple[Opening, ...]) -> Iterator[Statement]:
         yield jump_if(R2, "<", opening.first, "not public")
         yield jump_if(R2, "<", opening.last + 1, "end")
     yield Label("not public")
-
-
-def _lay_end() -> Iterator[Statement]:
-    """Lay the end of the message: the opener's port or 0 from r2, the sequence number from r3, and the length."""
-    yield calculate(R3, "<<=", 16)
-    yield calculate(R2, "|=", R3)
-    yield constant(R3, siphash.last_word(tag.MESSAGE_SIZE))
-    yield calculate(R2, "|=", R3)
-    yield store(8, R10, _MESSAGE + 16, R2)
 
 
 def _lay_address(ipv4: int, ipv6: int, name: str) -> Iterator[Statement]:
